@@ -1,0 +1,47 @@
+"""LoRA as surgery: adapt any PyTorch model in place with one line, and undo it bit for bit.
+
+from lora_inject import inject, strip
+
+print(inject(model, targets=["q_proj", "v_proj"], r=4))
+strip(model)
+"""
+
+from lora_inject.errors import (
+    AlreadyAdaptedError,
+    ArgumentError,
+    LoRAInjectError,
+    LoRAInjectWarning,
+    NoMatchError,
+    UnsupportedLayerError,
+)
+from lora_inject.freeze import freeze, mark_only_lora_as_trainable
+from lora_inject.kinds import Kind, register_kind
+from lora_inject.layer import LoRALayer
+from lora_inject.plan import Plan, plan
+from lora_inject.report import Report, report
+from lora_inject.roles import lora_parameters, param_groups
+from lora_inject.surgery import inject, reset_lora_parameters, strip
+
+__all__ = [
+    "AlreadyAdaptedError",
+    "ArgumentError",
+    "Kind",
+    "LoRAInjectError",
+    "LoRAInjectWarning",
+    "LoRALayer",
+    "NoMatchError",
+    "Plan",
+    "Report",
+    "UnsupportedLayerError",
+    "freeze",
+    "inject",
+    "lora_parameters",
+    "mark_only_lora_as_trainable",
+    "param_groups",
+    "plan",
+    "register_kind",
+    "report",
+    "reset_lora_parameters",
+    "strip",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,7 @@
+"""``python -m lora_inject``: the same as the command ``lora-inject``."""
+
+import sys
+
+from lora_inject.cli import main
+
+sys.exit(main())

@@ -1,0 +1,155 @@
+"""The command line: ``lora-inject plan MODEL`` and ``lora-inject demo``."""
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_inject.errors import ArgumentError, LoRAInjectError
+from lora_inject.memory import OPTIMIZER_STATES
+from lora_inject.plan import plan
+from lora_inject.report import report
+from lora_inject.selection import ALL_LINEAR
+from lora_inject.surgery import inject
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; errors are one line on standard error and exit code 2."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except LoRAInjectError as error:
+        print(f"lora-inject: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lora-inject", description="LoRA as surgery: adapt any PyTorch model in place."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    show = commands.add_parser(
+        "plan",
+        help="show what would be adapted, what would train and what memory that takes",
+        description="Show what inject would do to a model, without its weights.",
+    )
+    show.set_defaults(run=_plan)
+    show.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a directory or JSON file with a transformers config (built on the meta device), or "
+        "package.module:callable, a function without arguments that returns an nn.Module",
+    )
+    show.add_argument("--targets", nargs="+", default=[ALL_LINEAR], metavar="PATTERN")
+    show.add_argument("-r", "--rank", type=int, default=8, metavar="R")
+    show.add_argument("--alpha", type=float, default=None, help="default: the rank")
+    show.add_argument("--dropout", type=float, default=0.0)
+    show.add_argument("--bias", default="none", help="none, all or lora_only")
+    show.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN")
+    show.add_argument("--layers", nargs="+", type=int, default=None, metavar="INDEX")
+    show.add_argument("--train-also", nargs="+", default=[], metavar="PATTERN")
+    show.add_argument("--optimizer", default="adamw", help=", ".join(OPTIMIZER_STATES))
+    show.add_argument("--json", action="store_true", help="print the report as JSON")
+
+    demo = commands.add_parser(
+        "demo",
+        help="fine-tune a pretrained model on rated words, then strip it",
+        description="Fine-tune the packaged MiniLM on the packaged VADER lexicon (offline).",
+    )
+    demo.set_defaults(run=_demo)
+    demo.add_argument("--epochs", type=int, default=2)
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG of loss and scatter")
+    return parser
+
+
+def _plan(options: argparse.Namespace) -> None:
+    model = load_model(options.model)
+    arguments: dict[str, Any] = {
+        "targets": options.targets,
+        "r": options.rank,
+        "alpha": options.alpha,
+        "dropout": options.dropout,
+        "bias": options.bias,
+        "exclude": options.exclude,
+        "layers": options.layers,
+        "train_also": options.train_also,
+    }
+    shown = plan(model, **arguments)
+    inject(model, **arguments)
+    counted = report(model, options.optimizer)
+    if options.json:
+        print(json.dumps(counted.to_dict(), indent=2))
+    else:
+        print(f"{shown}\n\n{counted}")
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from lora_inject.demo import run
+
+    run(epochs=options.epochs, seed=options.seed, plot=options.plot)
+
+
+def load_model(source: str) -> nn.Module:
+    """Build the model that the command line names.
+
+    Args:
+        source: a directory with ``config.json``, a config file, or ``package.module:callable``.
+
+    Raises:
+        ArgumentError: there is no such file, module or function, or it makes no model.
+    """
+    path = Path(source)
+    if path.exists():
+        return _from_config(path)
+    module_name, colon, attribute = source.partition(":")
+    if not colon:
+        raise ArgumentError(
+            f"MODEL: there is no file or directory {source!r}.",
+            remedy="Give a config's path or package.module:callable.",
+        )
+    sys.path.insert(0, "")
+    try:
+        build = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ArgumentError(f"MODEL: {source!r} cannot be imported: {error}.") from error
+    finally:
+        sys.path.remove("")
+    model = build() if callable(build) else build
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"MODEL: {source!r} gives a {type(model).__name__}, not an nn.Module.")
+    return model
+
+
+def _from_config(path: Path) -> nn.Module:
+    """The model of a transformers config on the meta device, where weights take no memory."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ArgumentError(
+            "MODEL: reading a config needs transformers.",
+            remedy='Install it: pip install "lora_inject[demo]".',
+        ) from error
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+        named = getattr(transformers, (config.architectures or [""])[0], None)
+        with torch.device("meta"):
+            if named is not None:
+                return _checked(named._from_config(config))
+            return _checked(transformers.AutoModel.from_config(config))  # type: ignore[no-untyped-call]
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ArgumentError(f"MODEL: {str(path)!r} is no usable config: {reason}") from error
+
+
+def _checked(model: Any) -> nn.Module:
+    assert isinstance(model, nn.Module)
+    return model

@@ -1,0 +1,41 @@
+"""What the library raises and warns with: one base class, each error with path and remedy."""
+
+
+class LoRAInjectError(ValueError):
+    """Base of every error that lora_inject raises on purpose.
+
+    Attributes:
+        path: the module path the error is about, or ``None``.
+        remedy: what to do about it, or ``""``. The message already ends with it.
+
+    Example:
+        >>> raise LoRAInjectError("it has no weight.", path="norm", remedy="Target a Linear.")
+        Traceback (most recent call last):
+        lora_inject.errors.LoRAInjectError: norm: it has no weight. Target a Linear.
+    """
+
+    def __init__(self, problem: str, *, path: str | None = None, remedy: str = "") -> None:
+        where = "" if path is None else f"{path or '(the model itself)'}: "
+        super().__init__(f"{where}{problem} {remedy}".rstrip())
+        self.path = path
+        self.remedy = remedy
+
+
+class ArgumentError(LoRAInjectError):
+    """An argument has a value that cannot be used; the message starts with its name."""
+
+
+class NoMatchError(LoRAInjectError):
+    """A pattern selects nothing, or nothing that can be adapted."""
+
+
+class UnsupportedLayerError(LoRAInjectError):
+    """A selected layer cannot be adapted, for the reason given."""
+
+
+class AlreadyAdaptedError(LoRAInjectError):
+    """A selected layer already carries an adapter."""
+
+
+class LoRAInjectWarning(UserWarning):
+    """Something that is not an error but that the user should know."""

@@ -1,0 +1,65 @@
+"""The arithmetic of one layer: what an adapter adds to the output of the layer it sits on.
+
+Shapes: N any number of leading dimensions, I in features, O out features, R rank.
+A is (R, I), B is (O, R); x_NI, h_NR and delta_NO are named by their shapes.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 (its usual name)
+
+
+def linear_delta(
+    x_NI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float, dropout: float
+) -> Tensor:
+    """``scaling * B A dropout(x)``, of shape (N, O) and in the dtype of x.
+
+    A and B are cast to x's dtype, never x to theirs: they are small, and a copy of x in another
+    dtype would be kept for the backward pass. The scaling is applied to the (N, R) tensor, the
+    smallest there is.
+    """
+    if dropout > 0:
+        x_NI = F.dropout(x_NI, dropout)
+    h_NR = F.linear(x_NI, A_RI.to(x_NI.dtype))
+    return F.linear(h_NR * scaling, B_OR.to(x_NI.dtype))
+
+
+def embedding_delta(
+    ids_N: Tensor,
+    A_RI: Tensor,
+    B_OR: Tensor,
+    scaling: float,
+    dropout: float,
+    *,
+    padding_idx: int | None = None,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """``scaling * B A dropout(onehot(ids))``, of shape (N, O), where I counts the embedding's rows.
+
+    The gradient of A follows the layer's options as the gradient of its weight would: none for
+    ``padding_idx``, divided by each id's frequency, or a sparse tensor. Dropout acts on the one-hot
+    input: an id keeps its whole delta or loses it.
+    """
+    if sparse:
+        h_NR = _sparse_columns(A_RI, ids_N, padding_idx)
+    else:
+        h_NR = F.embedding(
+            ids_N, A_RI.t(), padding_idx=padding_idx, scale_grad_by_freq=scale_grad_by_freq
+        )
+    if dropout > 0:
+        h_NR = h_NR * F.dropout(torch.ones_like(h_NR[..., :1]), dropout)
+    return F.linear(h_NR * scaling, B_OR)
+
+
+def _sparse_columns(A_RI: Tensor, ids_N: Tensor, padding_idx: int | None) -> Tensor:
+    """The columns of A for these ids, with a sparse gradient.
+
+    ``F.embedding(sparse=True)`` would need the transpose of a hybrid sparse gradient, which torch
+    does not have; ``gather`` makes a plain sparse one.
+    """
+    index_RN = ids_N.flatten().long().expand(A_RI.shape[0], -1)
+    h_NR = A_RI.gather(1, index_RN, sparse_grad=True).t().reshape(*ids_N.shape, A_RI.shape[0])
+    if padding_idx is None:
+        return h_NR
+    return torch.where((ids_N == padding_idx).unsqueeze(-1), h_NR.detach(), h_NR)

@@ -1,0 +1,45 @@
+"""The kinds of layer that can be adapted, and the registry that holds them.
+
+A kind says which modules it is for, the shapes of A and B, their starting values, what it refuses,
+and what the adapter adds to the layer's output. Users add their own with ``register_kind``.
+"""
+
+from torch import nn
+
+from lora_inject.errors import ArgumentError
+from lora_inject.kinds.base import Kind
+from lora_inject.kinds.conv1d import Conv1DKind
+from lora_inject.kinds.embedding import EmbeddingKind
+from lora_inject.kinds.linear import LinearKind
+
+__all__ = ["Kind", "find_kind", "register_kind"]
+
+_registry: list[Kind] = [LinearKind(), Conv1DKind(), EmbeddingKind()]
+
+
+def register_kind(kind: Kind) -> None:
+    """Add a kind of layer; it is asked before those that are already there.
+
+    Example:
+        >>> class PatchKind(Kind):
+        ...     name = "Patch"
+        ...
+        ...     def matches(self, module):
+        ...         return isinstance(module, Patch)
+        >>> register_kind(PatchKind())  # doctest: +SKIP
+
+    Args:
+        kind: an instance of a class that can be imported, since adapted models that are pickled
+            refer to it by name.
+
+    Raises:
+        ArgumentError: it is not an instance of ``Kind``.
+    """
+    if not isinstance(kind, Kind):
+        raise ArgumentError(f"kind must be an instance of Kind, not {kind!r}.")
+    _registry.insert(0, kind)
+
+
+def find_kind(module: nn.Module) -> Kind | None:
+    """The kind that is for this module, or None where there is none."""
+    return next((kind for kind in _registry if kind.matches(module)), None)

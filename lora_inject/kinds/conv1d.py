@@ -1,0 +1,22 @@
+"""transformers' ``Conv1D`` (GPT-2): a Linear that keeps its weight transposed, as (in, out)."""
+
+from torch import Tensor, nn
+
+from lora_inject.kinds.linear import LinearKind
+
+
+class Conv1DKind(LinearKind):
+    """``y = x W + b`` with W of shape (in, out); found by its class name, as nothing imports it."""
+
+    name = "Conv1D"
+
+    def matches(self, module: nn.Module) -> bool:
+        """A class named ``Conv1D`` (torch's is ``Conv1d``) with a two-dimensional weight."""
+        named = any(base.__name__ == "Conv1D" for base in type(module).__mro__)
+        weight = module._parameters.get("weight") if named else None
+        return isinstance(weight, Tensor) and weight.dim() == 2
+
+    def features(self, module: nn.Module) -> tuple[int, int]:
+        """The weight's shape as it is."""
+        n_in, n_out = self.weight(module).shape
+        return n_in, n_out

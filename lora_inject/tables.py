@@ -1,0 +1,96 @@
+"""Tables for people: the same sections as text in a terminal and as HTML in a notebook, by rich."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import StringIO
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+WIDTH = 120
+
+
+@dataclass(frozen=True)
+class Section:
+    """A titled table; columns whose name starts with '>' are right-aligned."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+
+    def renderable(self) -> "RenderableType":
+        """The section as rich draws it."""
+        from rich import box
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in self.columns:
+            table.add_column(
+                Text(column.removeprefix(">")),
+                justify="right" if column.startswith(">") else "left",
+                overflow="fold",
+            )
+        for row in self.rows:
+            table.add_row(*map(Text, row))
+        return Group(Text(self.title), table, *map(Text, self.notes))
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Several sections, one under the other."""
+
+    sections: Sequence[Section]
+
+    def text(self) -> str:
+        """Plain text, with ASCII lines where standard output cannot show others."""
+        out = _Buffer()
+        self._print(_console(out))
+        return "\n".join(line.rstrip() for line in out.getvalue().strip("\n").splitlines())
+
+    def html(self) -> str:
+        """The same as HTML with its styles inline."""
+        console = _console(StringIO(), record=True)
+        self._print(console)
+        return console.export_html(
+            inline_styles=True, code_format='<pre style="line-height:1.2">{code}</pre>'
+        )
+
+    def _print(self, console: "Console") -> None:
+        for section in self.sections:
+            console.print(section.renderable())
+
+
+class _Buffer(StringIO):
+    """Text with the encoding of standard output, which rich asks for before it draws lines."""
+
+    encoding = property(lambda _: getattr(sys.stdout, "encoding", None) or "utf-8")
+
+
+def _console(out: StringIO, record: bool = False) -> "Console":
+    from rich.console import Console
+
+    return Console(file=out, width=WIDTH, record=record, color_system=None, highlight=False)
+
+
+def count(number: int) -> str:
+    """An integer with thousands separators."""
+    return f"{number:,}"
+
+
+def size(n_bytes: float) -> str:
+    """Bytes in decimal units: 2_359_296 is '2.36 MB'."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.0f} B" if unit == "B" else f"{n_bytes:.2f} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:,.2f} TB"
+
+
+def plural(number: int, noun: str) -> str:
+    """'1 layer', '2 layers'."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")

@@ -1,0 +1,219 @@
+"""Patterns to modules: the whole grammar of ``targets``, ``exclude`` and ``train_also``.
+
+Knows nothing of LoRA. A module that is registered under several names is one ``Place`` with several
+paths, and a pattern selects it by any of them.
+"""
+
+import difflib
+import fnmatch
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import regex
+from torch import nn
+
+from lora_inject.errors import ArgumentError
+
+Predicate = Callable[[str, nn.Module], bool]
+
+# A regular expression may come from a downloaded file. It gets this much time for a whole model,
+# and this much text; `regex` can be stopped, the standard library's `re` cannot.
+REGEX_SECONDS = 2.0
+REGEX_CHARACTERS = 2000
+
+
+@dataclass(frozen=True)
+class Place:
+    """One module and every path that leads to it, the first in registration order first."""
+
+    module: nn.Module
+    paths: tuple[str, ...]
+
+    @property
+    def path(self) -> str:
+        """The module's first name; what reports and seeds use."""
+        return self.paths[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """One selector as the user wrote it: ``label`` for messages, ``test`` to decide.
+
+    ``by_name`` tells that the test reads the path alone, so that it can also be asked about the
+    paths of parameters. ``settings`` are its own where a mapping gives them.
+    """
+
+    label: str
+    test: Predicate = field(repr=False)
+    by_name: bool = False
+    settings: Any = None
+
+    def selects(self, place: Place) -> bool:
+        """Whether the pattern matches any of the module's names."""
+        return any(self.test(path, place.module) for path in place.paths)
+
+
+def walk(model: nn.Module) -> list[Place]:
+    """Every module of the model once, in registration order, with all of its names."""
+    paths: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(module, []).append(path)
+    return [Place(module, tuple(names)) for module, names in paths.items()]
+
+
+def parse(
+    spec: Any,
+    argument: str,
+    keywords: Mapping[str, Predicate] | None = None,
+    *,
+    with_settings: bool = False,
+) -> tuple[Pattern, ...]:
+    """Turn what the user wrote into patterns.
+
+    The grammar: a plain string matches whole name components from the right (``"q_proj"``,
+    ``"self_attn.q_proj"``); a string with ``*``, ``?`` or ``[`` is a glob over the whole path, in
+    which ``*`` also crosses dots; ``"re:..."`` is a regular expression that must match the whole
+    path; a module class selects its instances; a callable ``(path, module) -> bool`` selects what
+    it returns true for; a mapping gives each of its patterns settings of its own; a list holds
+    several.
+
+    Args:
+        spec: one of the above.
+        argument: the argument's name, for messages.
+        keywords: words with a meaning of their own (``"all-linear"``) and their tests.
+        with_settings: whether a mapping may give patterns settings of their own.
+
+    Raises:
+        ArgumentError: the value is empty, of another type, or a regular expression that does not
+            compile.
+    """
+    if isinstance(spec, Mapping):
+        if not with_settings:
+            raise ArgumentError(f"{argument} takes patterns without settings, not a mapping.")
+        pairs = [(item, f"{argument}[{item!r}]", value) for item, value in spec.items()]
+    elif isinstance(spec, Iterable) and not isinstance(spec, str | bytes | type | nn.Module):
+        items = sorted(spec, key=str) if isinstance(spec, set | frozenset) else list(spec)
+        pairs = [(item, argument, None) for item in items]
+    else:
+        pairs = [(spec, argument, None)]
+    if not pairs:
+        raise ArgumentError(f"{argument} is empty: it must name at least one module.")
+    return tuple(_pattern(item, name, value, keywords or {}) for item, name, value in pairs)
+
+
+def _pattern(item: Any, argument: str, value: Any, keywords: Mapping[str, Predicate]) -> Pattern:
+    if isinstance(item, str):
+        if item in keywords:
+            return Pattern(item, keywords[item], settings=value)
+        return Pattern(item, _text_test(item, argument), by_name=True, settings=value)
+    if isinstance(item, type) and issubclass(item, nn.Module):
+        return Pattern(item.__name__, lambda _, module: isinstance(module, item), settings=value)
+    if callable(item) and not isinstance(item, type | nn.Module):
+        label = getattr(item, "__name__", type(item).__name__)
+        return Pattern(f"{label}()", lambda p, m: bool(item(p, m)), settings=value)
+    raise ArgumentError(
+        f"{argument} holds {item!r}, which is not a pattern.",
+        remedy='Use a name, a glob, "re:...", a module class or a callable (path, module) -> bool.',
+    )
+
+
+def _text_test(text: str, argument: str) -> Predicate:
+    if text.startswith("re:"):
+        return _regex_test(text, argument)
+    if not text.strip():
+        raise ArgumentError(f"{argument} holds an empty string, which names no module.")
+    if any(character in text for character in "*?["):
+        return lambda path, _: fnmatch.fnmatchcase(path, text)
+    suffix = "." + text
+    return lambda path, _: path == text or path.endswith(suffix)
+
+
+def _regex_test(text: str, argument: str) -> Predicate:
+    expression = text.removeprefix("re:")
+    if not expression or len(expression) > REGEX_CHARACTERS:
+        raise ArgumentError(
+            f"{argument}: a regular expression has 1 to {REGEX_CHARACTERS} characters, "
+            f"{text[:40]!r} has {len(expression)}."
+        )
+    try:
+        compiled = regex.compile(expression)
+    except (regex.error, RecursionError, OverflowError) as error:
+        raise ArgumentError(
+            f"{argument}: {text!r} is not a regular expression: {error}."
+        ) from error
+    remaining = REGEX_SECONDS
+
+    def test(path: str, _: nn.Module) -> bool:
+        nonlocal remaining
+        started = time.perf_counter()
+        try:
+            return compiled.fullmatch(path, timeout=max(remaining, 1e-3)) is not None
+        except TimeoutError as error:
+            raise ArgumentError(
+                f"{argument}: {text!r} takes longer than {REGEX_SECONDS:g} s on {path!r}.",
+                remedy="Nested repetitions cause this; use a glob or a simpler expression.",
+            ) from error
+        finally:
+            remaining -= time.perf_counter() - started
+
+    return test
+
+
+def in_blocks(places: Iterable[Place], layers: tuple[int, ...], model: nn.Module) -> set[nn.Module]:
+    """The modules that lie in the blocks of these indices.
+
+    A block index is the first component of a path that is a number (``model.layers.3.mlp.up``: 3);
+    negative indices count from the end of the list that holds the block.
+
+    Raises:
+        ArgumentError: an index is used by no module.
+    """
+    wanted = set(layers)
+    kept, met, unused = set(), set(), set(wanted)
+    for place in places:
+        for path in place.paths:
+            block = _block(path, model)
+            if block is None:
+                continue
+            index, size = block
+            met.add(index)
+            names = {index, index - size} & wanted
+            unused -= names
+            if names:
+                kept.add(place.module)
+    if unused:
+        there = f"the targets lie in blocks {braces(met)}" if met else "no target lies in a block"
+        raise ArgumentError(f"layers={sorted(unused)} selects nothing: {there}.")
+    return kept
+
+
+def _block(path: str, model: nn.Module) -> tuple[int, int] | None:
+    """The index of the block that the path goes through, and how many blocks its list has."""
+    components = path.split(".")
+    for depth, component in enumerate(components):
+        if component.isdecimal():
+            blocks = model.get_submodule(".".join(components[:depth]))
+            return int(component), sum(name.isdecimal() for name, _ in blocks.named_children())
+    return None
+
+
+def braces(numbers: Iterable[int]) -> str:
+    """Numbers in short: {0, 1, 2, 5} becomes '{0..2,5}'."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    parts = [f"{run[0]}..{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
+    return "{" + ",".join(parts) + "}"
+
+
+def close_names(wanted: str, names: Iterable[str], most: int = 4) -> list[str]:
+    """The names most like the one that was asked for, best first."""
+    choices = sorted(set(names))
+    depth = wanted.count(".") + 1
+    tails = {".".join(name.split(".")[-depth:]): None for name in choices}
+    return difflib.get_close_matches(wanted, list(tails), n=most, cutoff=0.6)
