@@ -187,7 +187,7 @@ def run(epochs: int = 2, seed: int = 0, plot: Path | None = None) -> dict[str, f
         print(f"Wrote {plot}.")
 
     strip(model)
-    same = _compare(original, snapshot(model))
+    same = compare(original, snapshot(model))
     print(f"Stripped: {same} tensors, classes and flags compared, all equal bit for bit.")
     return {"before": before, "after": after, "seconds": seconds}
 
@@ -202,7 +202,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
     return seen
 
 
-def _compare(one: dict[str, Any], other: dict[str, Any]) -> int:
+def compare(one: dict[str, Any], other: dict[str, Any]) -> int:
     """How many entries were compared; raises at the first that differs."""
     if list(one) != list(other):
         raise AssertionError("strip left other names than there were")

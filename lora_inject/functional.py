@@ -6,7 +6,7 @@ A is (R, I), B is (O, R); x_NI, h_NR and delta_NO are named by their shapes.
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 (its usual name)
+from torch.nn import functional as F
 
 
 def linear_delta(
@@ -37,19 +37,23 @@ def embedding_delta(
 ) -> Tensor:
     """``scaling * B A dropout(onehot(ids))``, of shape (N, O), where I counts the embedding's rows.
 
-    The gradient of A follows the layer's options as the gradient of its weight would: none for
-    ``padding_idx``, divided by each id's frequency, or a sparse tensor. Dropout acts on the one-hot
-    input: an id keeps its whole delta or loses it.
+    Gradients follow the layer's options as if they came through the weight W + scaling * B A: none
+    for ``padding_idx``, divided by the frequency of each id, or a sparse tensor for A. Dropout acts
+    on the one-hot input: an id keeps its whole delta or loses it.
     """
     if sparse:
         h_NR = _sparse_columns(A_RI, ids_N, padding_idx)
     else:
-        h_NR = F.embedding(
-            ids_N, A_RI.t(), padding_idx=padding_idx, scale_grad_by_freq=scale_grad_by_freq
-        )
+        h_NR = F.embedding(ids_N, A_RI.t(), padding_idx=padding_idx)
     if dropout > 0:
         h_NR = h_NR * F.dropout(torch.ones_like(h_NR[..., :1]), dropout)
-    return F.linear(h_NR * scaling, B_OR)
+    delta_NO = F.linear(h_NR * scaling, B_OR)
+    if scale_grad_by_freq:
+        # The same value with its gradient divided, so that it reaches both A and B divided.
+        frequency_N = torch.bincount(ids_N.flatten())[ids_N]
+        fixed_NO = delta_NO.detach()
+        delta_NO = fixed_NO + (delta_NO - fixed_NO) / frequency_N.unsqueeze(-1)
+    return delta_NO
 
 
 def _sparse_columns(A_RI: Tensor, ids_N: Tensor, padding_idx: int | None) -> Tensor:

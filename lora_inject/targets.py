@@ -109,7 +109,8 @@ def _pattern(item: Any, argument: str, value: Any, keywords: Mapping[str, Predic
             return Pattern(item, keywords[item], settings=value)
         return Pattern(item, _text_test(item, argument), by_name=True, settings=value)
     if isinstance(item, type) and issubclass(item, nn.Module):
-        return Pattern(item.__name__, lambda _, module: isinstance(module, item), settings=value)
+        label = f"class {item.__name__}"
+        return Pattern(label, lambda _, module: isinstance(module, item), settings=value)
     if callable(item) and not isinstance(item, type | nn.Module):
         label = getattr(item, "__name__", type(item).__name__)
         return Pattern(f"{label}()", lambda p, m: bool(item(p, m)), settings=value)

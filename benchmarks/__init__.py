@@ -1,0 +1,1 @@
+"""Measurements of lora_inject; run them with ``python -m benchmarks``."""

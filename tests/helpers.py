@@ -1,0 +1,111 @@
+"""What several test modules use: snapshots, training steps, small models."""
+
+import pytest
+import torch
+from torch import nn
+
+from lora_inject import LoRALayer
+
+PEFT_WARNS = pytest.mark.filterwarnings("ignore")  # of deprecations in transformers, as an oracle
+
+
+def snapshot(model):
+    """Everything that strip promises to restore, in a form that ``==`` can compare."""
+    return {
+        "modules": [(name, id(m), type(m)) for name, m in model.named_modules()],
+        "training": [(name, m.training) for name, m in model.named_modules()],
+        "parameters": [
+            (name, id(p), p.requires_grad)
+            for name, p in model.named_parameters(remove_duplicate=False)
+        ],
+        "buffers": [(name, id(b)) for name, b in model.named_buffers(remove_duplicate=False)],
+        "state": [(name, t.dtype, raw(t)) for name, t in model.state_dict().items()],
+        "attributes": [
+            (name, sorted(vars(m)), plain(m)) for name, m in model.named_modules()
+        ],
+        "hooks": [
+            (name, [list(hooks) for hooks in hook_dicts(m)]) for name, m in model.named_modules()
+        ],
+    }  # fmt: skip
+
+
+def raw(tensor):
+    """The bytes of a tensor: unlike ==, they tell -0.0 from 0.0 and NaNs apart."""
+    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def plain(module):
+    """Attributes of simple types by value."""
+    simple = (int, float, str, bool, type(None))
+    return [(k, v) for k, v in vars(module).items() if isinstance(v, simple)]
+
+
+def hook_dicts(module):
+    return [v for k, v in vars(module).items() if k.endswith("_hooks")]
+
+
+def changed_parts(before, after):
+    """The names of the parts in which two snapshots differ."""
+    return [part for part in before if before[part] != after[part]]
+
+
+def randomize_adapters(model, scale=0.1):
+    """Give every A and B values that matter."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, LoRALayer):
+                for adapter in module.adapters.values():
+                    for name in (adapter.A_name, adapter.B_name):
+                        getattr(module, name).normal_(std=scale)
+
+
+def train_steps(model, inputs, steps=3, lr=0.02):
+    """Adam on everything that trains, towards a fixed target; returns the last loss."""
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
+    for _ in range(steps):
+        output = model(inputs) if not isinstance(inputs, dict) else model(**inputs)
+        tensor = output if isinstance(output, torch.Tensor) else output[0]
+        target = torch.linspace(-1, 1, tensor.numel()).reshape(tensor.shape)
+        loss = (tensor.float() - target).pow(2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+def trainable_names(model):
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+class Block(nn.Module):
+    def __init__(self, dim, dtype=None):
+        super().__init__()
+        self.q_proj = nn.Linear(dim, dim, dtype=dtype)
+        self.k_proj = nn.Linear(dim, dim, bias=False, dtype=dtype)
+        self.v_proj = nn.Linear(dim, 2 * dim, dtype=dtype)
+        self.o_proj = nn.Linear(2 * dim, dim, dtype=dtype)
+        self.norm = nn.LayerNorm(dim, dtype=dtype)
+
+    def forward(self, x):
+        gate = torch.sigmoid(self.q_proj(x) * self.k_proj(x))
+        return self.norm(x + gate * self.o_proj(self.v_proj(x)))
+
+
+class Net(nn.Module):
+    """Two blocks of attention-like layers between an embedding and a head."""
+
+    def __init__(self, dim=8, dtype=None):
+        super().__init__()
+        self.embed = nn.Embedding(11, dim, dtype=dtype)
+        self.layers = nn.ModuleList([Block(dim, dtype), Block(dim, dtype)])
+        self.head = nn.Linear(dim, 3, dtype=dtype)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def ids(rows=2, columns=5, vocabulary=11):
+    return torch.randint(vocabulary, (rows, columns))

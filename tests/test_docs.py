@@ -1,0 +1,74 @@
+"""The documentation is true: README snippets run, its report is what prints, docstrings pass."""
+
+import contextlib
+import doctest
+import importlib
+import inspect
+import io
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import lora_inject
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+MODULES = [
+    importlib.import_module(found.name)
+    for found in pkgutil.walk_packages(lora_inject.__path__, "lora_inject.")
+    if not found.name.endswith("__main__")
+]
+
+
+def snippets(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_snippets_of_the_readme_run_in_order():
+    first, *rest = snippets("python")
+    model = nn.ModuleDict({"q_proj": nn.Linear(4, 4), "v_proj": nn.Linear(4, 4)})
+    exec(first, {"model": model})
+    space = {}
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        for snippet in rest:
+            exec(snippet, space)
+    (shown,) = [text.strip() for text in snippets("text")]
+    assert shown in printed.getvalue()
+    assert printed.getvalue().rstrip().endswith("124439808")
+
+
+def test_the_grammar_table_of_the_readme_selects():
+    model = nn.ModuleDict({"q_proj": nn.Linear(4, 4), "v_proj": nn.Linear(4, 4)})
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"self_attn": model})])})
+    for target in ("q_proj", "self_attn.q_proj", r"re:.*\.(q|v)_proj", nn.Linear, "all-linear"):
+        assert lora_inject.plan(model, target).sites
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_docstring_examples(module):
+    space = {"torch": torch, "nn": nn, **vars(lora_inject), **vars(module)}
+    failed, _ = doctest.testmod(module, globs=space, optionflags=doctest.ELLIPSIS)
+    assert failed == 0
+
+
+PUBLIC = [
+    value for name in lora_inject.__all__ if inspect.isfunction(value := getattr(lora_inject, name))
+]
+
+
+@pytest.mark.parametrize("function", PUBLIC, ids=lambda function: function.__name__)
+def test_public_docstrings_name_every_argument(function):
+    documented = inspect.getdoc(function)
+    assert "Example:" in documented
+    arguments = list(inspect.signature(function).parameters)
+    if len(arguments) > 1:
+        section = documented.split("Args:")[1].split("Returns:")[0].split("Raises:")[0]
+        assert re.findall(r"^    (\w+): ", section, re.MULTILINE) == arguments
+
+
+def test_every_module_says_its_job():
+    assert all(module.__doc__ and module.__doc__.strip() for module in MODULES)

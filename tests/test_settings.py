@@ -1,0 +1,43 @@
+"""Every argument is checked before a model is touched, and the error names it."""
+
+import math
+
+import pytest
+import torch
+from helpers import Net, snapshot
+from torch import nn
+
+from lora_inject import ArgumentError, inject, plan
+
+BAD = [
+    *[("r", value) for value in (0, -1, 2.5, 4.0, True, False, "4", None, math.nan, [4])],
+    *[("alpha", value) for value in (0, -1, math.nan, math.inf, True, "16", [1])],
+    *[("dropout", value) for value in (-0.1, 1, 1.0, 2, math.nan, True, "0.1", None)],
+    *[("bias", value) for value in ("lora", None, True, "", "ALL")],
+    *[("dtype", value) for value in ("float32", torch.int8, torch.complex64, 32, float)],
+    *[("dtype", value) for value in (torch.float8_e4m3fn, torch.bool)],
+    *[("seed", value) for value in (-1, 2**63, 1.5, True, "0")],
+    *[("adapter", value) for value in ("", "a.b", "a b", None, 3, "ä")],
+]
+
+
+@pytest.mark.parametrize(("argument", "value"), BAD, ids=str)
+def test_a_bad_value_is_refused_by_name(argument, value):
+    model = Net()
+    before = snapshot(model)
+    with pytest.raises(ArgumentError, match=f"^{argument}"):
+        inject(model, "q_proj", **{argument: value})
+    assert snapshot(model) == before
+
+
+def test_a_model_must_be_a_module():
+    with pytest.raises(ArgumentError, match=r"^model"):
+        plan("model", "q_proj")
+    with pytest.raises(ArgumentError, match=r"^model"):
+        plan(nn.Linear, "q_proj")
+
+
+@pytest.mark.parametrize(("r", "alpha", "scaling"), [(4, None, 1.0), (4, 16, 4.0), (8, 2.0, 0.25)])
+def test_scaling_is_alpha_over_r(r, alpha, scaling):
+    for site in plan(Net(), "q_proj", r=r, alpha=alpha).sites:
+        assert site.settings.scaling == scaling

@@ -1,0 +1,248 @@
+"""The target grammar: what each form selects, and what it says when it selects nothing."""
+
+import fnmatch
+import time
+
+import pytest
+import regex
+from helpers import Net, snapshot
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from lora_inject import ArgumentError, LoRAInjectError, NoMatchError, inject, plan
+from lora_inject.targets import braces, parse, walk
+
+component = st.text("abq_01", min_size=1, max_size=4)
+path = st.lists(component, min_size=1, max_size=5).map(".".join)
+
+
+def paths(model, targets, **arguments):
+    return [site.path for site in plan(model, targets, r=2, **arguments).sites]
+
+
+def tree(*names):
+    """A model with a Linear at each path."""
+    root = nn.Module()
+    for name in names:
+        *parents, leaf = name.split(".")
+        at = root
+        for parent in parents:
+            if parent not in at._modules:
+                at.add_module(parent, nn.Module())
+            at = at._modules[parent]
+        at.add_module(leaf, nn.Linear(4, 4))
+    return root
+
+
+def test_a_name_matches_whole_components_from_the_right():
+    model = tree("a.q_proj", "a.xq_proj", "vision.q_proj", "q_proj.out")
+    assert paths(model, "q_proj") == ["a.q_proj", "vision.q_proj"]
+    assert paths(model, "a.q_proj") == ["a.q_proj"]
+    assert paths(model, "vision.q_proj") == ["vision.q_proj"]
+
+
+@given(path, path)
+def test_a_name_matches_exactly_the_component_suffixes(name, pattern):
+    (selector,) = parse(pattern, "targets")
+    parts, wanted = name.split("."), pattern.split(".")
+    assert selector.test(name, nn.Identity()) == (parts[-len(wanted) :] == wanted)
+
+
+@given(path, st.text("abq_.*?", min_size=1, max_size=6).filter(lambda t: "*" in t or "?" in t))
+def test_a_glob_is_matched_against_the_whole_path(name, pattern):
+    (selector,) = parse(pattern, "targets")
+    assert selector.test(name, nn.Identity()) == fnmatch.fnmatchcase(name, pattern)
+
+
+def test_globs_and_regular_expressions():
+    model = Net()
+    assert paths(model, "layers.*.q_proj") == ["layers.0.q_proj", "layers.1.q_proj"]
+    assert paths(model, "*[qk]_proj") == [f"layers.{i}.{p}_proj" for i in (0, 1) for p in "qk"]
+    assert paths(model, r"re:layers\.\d+\.(q|v)_proj") == [
+        f"layers.{i}.{p}_proj" for i in (0, 1) for p in "qv"
+    ]
+    with pytest.raises(NoMatchError, match="q_proj"):  # a full match, not a search
+        plan(model, "re:q_proj")
+
+
+def test_classes_and_callables():
+    model = Net()
+    assert paths(model, nn.Embedding) == ["embed"]
+    assert len(paths(model, nn.Linear)) == 9
+    assert paths(model, lambda path, module: getattr(module, "out_features", 0) == 3) == ["head"]
+    assert paths(model, [nn.Embedding, "head"]) == ["embed", "head"]
+
+
+def test_all_linear_leaves_the_head():
+    model = Net()
+    assert "head" not in paths(model, "all-linear")
+    assert len(paths(model, "all-linear")) == 8
+    (skip,) = plan(model, "all-linear").skipped
+    assert (skip.path, skip.reason) == ("head", "output head (by its name)")
+    assert "head" in paths(model, ["all-linear", "head"])
+
+
+def test_all_linear_knows_a_tied_head():
+    model = Net()
+    model.project = nn.Linear(8, 11, bias=False)
+    model.project.weight = model.embed.weight
+    assert "project" not in paths(model, "all-linear")
+
+
+def test_a_mapping_gives_each_pattern_its_settings():
+    chosen = plan(
+        Net(),
+        {
+            "layers.0.q_proj": {"r": 2, "alpha": 3},
+            "q_proj": {"r": 5},
+            nn.Embedding: {"dropout": 0.5},
+            "head": {},
+        },
+        r=7,
+    )
+    settings = {site.path: site.settings for site in chosen.sites}
+    assert (settings["layers.0.q_proj"].r, settings["layers.0.q_proj"].alpha) == (2, 3.0)
+    assert (settings["layers.1.q_proj"].r, settings["layers.1.q_proj"].alpha) == (5, 5.0)
+    assert (settings["embed"].r, settings["embed"].dropout) == (7, 0.5)
+    assert settings["head"].scaling == 1.0
+    with pytest.raises(NoMatchError, match="put it first"):
+        plan(Net(), {"q_proj": {"r": 5}, "layers.0.q_proj": {"r": 2}})
+
+
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        ({"q_proj": {"r": 0}}, "r in targets\\['q_proj'\\]"),
+        ({"q_proj": {"rank": 4}}, "rank"),
+        ({"q_proj": 4}, "targets\\['q_proj'\\]"),
+    ],
+)
+def test_a_mapping_with_bad_settings(value, named):
+    with pytest.raises(ArgumentError, match=named):
+        plan(Net(), value)
+
+
+def test_exclude_takes_whole_subtrees_and_the_same_grammar():
+    assert paths(Net(), "q_proj", exclude="layers.0") == ["layers.1.q_proj"]
+    assert paths(Net(), "q_proj", exclude=["*.1.*"]) == ["layers.0.q_proj"]
+    assert paths(Net(), nn.Linear, exclude=[r"re:layers\..*"]) == ["head"]
+    with pytest.raises(NoMatchError, match="'class Linear' chooses nothing"):
+        plan(Net(), [nn.Linear, nn.Embedding], exclude=nn.Linear)
+    with pytest.raises(NoMatchError, match=r"exclude: 'layers\.7' matches nothing"):
+        plan(Net(), "q_proj", exclude="layers.7")
+    with pytest.raises(NoMatchError, match="excluded by 'layers'"):
+        plan(Net(), "q_proj", exclude="layers")
+    with pytest.raises(ArgumentError, match="exclude"):
+        plan(Net(), "q_proj", exclude={"q_proj": {"r": 2}})
+
+
+def test_layers_keeps_blocks():
+    assert paths(Net(), "q_proj", layers=1) == ["layers.1.q_proj"]
+    assert paths(Net(), "q_proj", layers=[-1]) == ["layers.1.q_proj"]
+    assert paths(Net(), "q_proj", layers=range(2)) == ["layers.0.q_proj", "layers.1.q_proj"]
+    with pytest.raises(ArgumentError, match=r"layers=\[2\].*\{0\.\.1\}"):
+        plan(Net(), "q_proj", layers=[0, 2])
+    with pytest.raises(NoMatchError, match=r"'head' chooses nothing.*not in layers="):
+        plan(Net(), ["q_proj", "head"], layers=0)
+
+
+@pytest.mark.parametrize("layers", [[], "0", 1.5, [True], [0, "a"]])
+def test_bad_layers(layers):
+    with pytest.raises(ArgumentError, match="layers"):
+        plan(Net(), "q_proj", layers=layers)
+
+
+def test_every_pattern_that_matches_nothing_is_named_with_close_names():
+    model = Net()
+    before = snapshot(model)
+    with pytest.raises(NoMatchError) as caught:
+        inject(model, ["q_proj", "v_porj", "dense"], r=4)
+    message = str(caught.value)
+    assert "'v_porj' matches nothing. Close names: v_proj" in message
+    assert "'dense' matches nothing" in message
+    assert "'q_proj'" not in message
+    assert "Names that can be adapted: embed, head, k_proj, o_proj, q_proj, v_proj" in message
+    assert snapshot(model) == before
+
+
+def test_a_container_is_refused_with_its_children():
+    with pytest.raises(NoMatchError) as caught:
+        plan(Net(), "layers.0")
+    message = str(caught.value)
+    assert "type Block" in message
+    assert "layers.0.q_proj" in message
+    with pytest.raises(NoMatchError, match="LayerNorm"):
+        plan(Net(), ["norm"])
+
+
+def test_a_parameter_is_told_from_a_layer():
+    model = Net()
+    model.experts = nn.Module()
+    model.experts.up_proj = nn.Parameter(nn.init.zeros_(nn.Parameter(nn.Linear(4, 8).weight)).data)
+    model.shared = nn.Module()
+    model.shared.up_proj = nn.Linear(8, 8)
+    (skip,) = plan(model, "up_proj").skipped
+    assert skip.path == "experts.up_proj"
+    assert "parameter" in skip.reason
+    with pytest.raises(NoMatchError, match="names a parameter of shape"):
+        plan(model, "experts.up_proj")
+
+
+def test_a_regular_expression_is_stopped():
+    model = tree("a" * 60 + "!")
+    started = time.perf_counter()
+    with pytest.raises(ArgumentError, match="takes longer"):
+        plan(model, r"re:(a|aa|aaa)+$")
+    assert time.perf_counter() - started < 60  # without the limit: longer than anybody would wait
+    with pytest.raises(ArgumentError, match="not a regular expression"):
+        plan(model, "re:(")
+    with pytest.raises(ArgumentError, match="characters"):
+        plan(model, "re:" + "a" * 3000)
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [None, [], (), "", " ", ["q_proj", ""], 3, [None], int, nn.Linear(2, 2), {}, b"q",
+     regex.compile("q")],
+)  # fmt: skip
+def test_targets_that_are_no_patterns(targets):
+    model = Net()
+    before = snapshot(model)
+    with pytest.raises(ArgumentError, match="targets"):
+        inject(model, targets)
+    assert snapshot(model) == before
+
+
+def test_an_exception_in_a_callable_leaves_the_model_alone():
+    model = Net()
+    before = snapshot(model)
+    with pytest.raises(ZeroDivisionError):
+        inject(model, lambda path, module: 1 / 0)
+    assert snapshot(model) == before
+
+
+def test_a_shared_module_is_one_place_with_all_its_names():
+    model = Net()
+    model.alias = model.layers[1].q_proj
+    (place,) = [p for p in walk(model) if "alias" in p.paths]
+    assert place.paths == ("layers.1.q_proj", "alias")
+    assert paths(model, "alias") == ["layers.1.q_proj"]
+    assert paths(model, ["alias", "q_proj"]) == ["layers.0.q_proj", "layers.1.q_proj"]
+
+
+def test_the_model_itself_can_be_the_layer():
+    layer = nn.Linear(4, 4)
+    assert [site.path for site in plan(layer, nn.Linear).sites] == [""]
+    with pytest.raises(LoRAInjectError, match="matches nothing"):
+        plan(layer, "q_proj")
+
+
+@given(st.sets(st.integers(0, 30), min_size=1))
+def test_braces_name_exactly_the_numbers(numbers):
+    written = braces(numbers)
+    read = set()
+    for part in written.strip("{}").split(","):
+        first, _, last = part.partition("..")
+        read |= set(range(int(first), int(last or first) + 1))
+    assert read == numbers
