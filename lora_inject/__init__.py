@@ -15,7 +15,7 @@ from lora_inject.errors import (
     UnsupportedLayerError,
 )
 from lora_inject.freeze import freeze, mark_only_lora_as_trainable
-from lora_inject.kinds import Kind, register_kind
+from lora_inject.kinds import Kind, Spec, register_kind
 from lora_inject.layer import LoRALayer
 from lora_inject.plan import Plan, plan
 from lora_inject.report import Report, report
@@ -32,6 +32,7 @@ __all__ = [
     "NoMatchError",
     "Plan",
     "Report",
+    "Spec",
     "UnsupportedLayerError",
     "freeze",
     "inject",

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -24,14 +24,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
-    except LoRAInjectError as error:
-        print(f"lora-inject: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.stdout.flush()
+    except (LoRAInjectError, OSError) as error:
+        print(f"lora-inject: error: {' '.join(str(error).split())[:1000]}", file=sys.stderr)
         return 2
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """One line for an error, as everywhere; ``--help`` shows the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lora-inject", description="LoRA as surgery: adapt any PyTorch model in place."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -108,10 +116,10 @@ def load_model(source: str) -> nn.Module:
         ArgumentError: there is no such file, module or function, or it makes no model.
     """
     path = Path(source)
-    if path.exists():
+    if source and path.exists():
         return _from_config(path)
     module_name, colon, attribute = source.partition(":")
-    if not colon:
+    if not colon or not module_name or not attribute or module_name.startswith("."):
         raise ArgumentError(
             f"MODEL: there is no file or directory {source!r}.",
             remedy="Give a config's path or package.module:callable.",
@@ -119,11 +127,12 @@ def load_model(source: str) -> nn.Module:
     sys.path.insert(0, "")
     try:
         build = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ArgumentError(f"MODEL: {source!r} cannot be imported: {error}.") from error
+        model = build() if callable(build) else build
+    except Exception as error:  # whatever the user's code raises
+        reason = f"{type(error).__name__}: {error}"
+        raise ArgumentError(f"MODEL: {source!r} cannot be built: {reason}.") from error
     finally:
         sys.path.remove("")
-    model = build() if callable(build) else build
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"MODEL: {source!r} gives a {type(model).__name__}, not an nn.Module.")
     return model
@@ -140,13 +149,13 @@ def _from_config(path: Path) -> nn.Module:
         ) from error
     try:
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-        named = getattr(transformers, (config.architectures or [""])[0], None)
+        named = getattr(transformers, str((config.architectures or [""])[0]), None)
         with torch.device("meta"):
-            if named is not None:
-                return _checked(named._from_config(config))
+            if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+                return _checked(named._from_config(config))  # type: ignore[no-untyped-call]
             return _checked(transformers.AutoModel.from_config(config))  # type: ignore[no-untyped-call]
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # a config can be wrong in as many ways as there are models
+        reason = f"{type(error).__name__}: {error}"
         raise ArgumentError(f"MODEL: {str(path)!r} is no usable config: {reason}") from error
 
 

@@ -1,7 +1,8 @@
 """The arithmetic of one layer: what an adapter adds to the output of the layer it sits on.
 
 Shapes: N any number of leading dimensions, I in features, O out features, R rank.
-A is (R, I), B is (O, R); x_NI, h_NR and delta_NO are named by their shapes.
+A is (R, I), B is (O, R); x_NI, h_NR and delta_NO are named by their shapes. Every delta is without
+alpha / r: the layer applies that while it adds, in one pass and without overflow in 16 bits.
 """
 
 import torch
@@ -9,37 +10,32 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def linear_delta(
-    x_NI: Tensor, A_RI: Tensor, B_OR: Tensor, scaling: float, dropout: float
-) -> Tensor:
-    """``scaling * B A dropout(x)``, of shape (N, O) and in the dtype of x.
+def linear_delta(x_NI: Tensor, A_RI: Tensor, B_OR: Tensor, dropout: float) -> Tensor:
+    """``B A dropout(x)``, of shape (N, O) and in the dtype of x.
 
     A and B are cast to x's dtype, never x to theirs: they are small, and a copy of x in another
-    dtype would be kept for the backward pass. The scaling is applied to the (N, R) tensor, the
-    smallest there is.
+    dtype would be kept for the backward pass.
     """
     if dropout > 0:
         x_NI = F.dropout(x_NI, dropout)
-    h_NR = F.linear(x_NI, A_RI.to(x_NI.dtype))
-    return F.linear(h_NR * scaling, B_OR.to(x_NI.dtype))
+    return F.linear(F.linear(x_NI, A_RI.to(x_NI.dtype)), B_OR.to(x_NI.dtype))
 
 
 def embedding_delta(
     ids_N: Tensor,
     A_RI: Tensor,
     B_OR: Tensor,
-    scaling: float,
     dropout: float,
     *,
     padding_idx: int | None = None,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """``scaling * B A dropout(onehot(ids))``, of shape (N, O), where I counts the embedding's rows.
+    """``B A dropout(onehot(ids))``, of shape (N, O), where I counts the embedding's rows.
 
-    Gradients follow the layer's options as if they came through the weight W + scaling * B A: none
-    for ``padding_idx``, divided by the frequency of each id, or a sparse tensor for A. Dropout acts
-    on the one-hot input: an id keeps its whole delta or loses it.
+    Gradients follow the layer's options as if they came through the weight: none for
+    ``padding_idx``, divided by the frequency of each id, or a sparse tensor for A. Dropout acts on
+    the one-hot input: an id keeps its whole delta or loses it.
     """
     if sparse:
         h_NR = _sparse_columns(A_RI, ids_N, padding_idx)
@@ -47,7 +43,7 @@ def embedding_delta(
         h_NR = F.embedding(ids_N, A_RI.t(), padding_idx=padding_idx)
     if dropout > 0:
         h_NR = h_NR * F.dropout(torch.ones_like(h_NR[..., :1]), dropout)
-    delta_NO = F.linear(h_NR * scaling, B_OR)
+    delta_NO = F.linear(h_NR, B_OR)
     if scale_grad_by_freq:
         # The same value with its gradient divided, so that it reaches both A and B divided.
         frequency_N = torch.bincount(ids_N.flatten())[ids_N]

@@ -14,34 +14,38 @@ from lora_inject.targets import Place
 # Names that transformers, timm and torchvision give to the last layer or the module that holds it.
 HEAD_NAMES = frozenset(
     {"lm_head", "head", "heads", "classifier", "score", "qa_outputs", "output_layer", "embed_out"}
+    | {"cls", "multiple_choice_head"}
 )
 
 
 def find_heads(places: Iterable[Place]) -> dict[nn.Module, str]:
     """The output heads of a model, each with the reason why it is taken for one."""
     places = list(places)
-    embeddings = {
-        id(place.module.weight) for place in places if isinstance(place.module, nn.Embedding)
-    }
+    weights = {place.module: _own_weight(place.module) for place in places}
+    embeddings = {id(w) for m, w in weights.items() if isinstance(m, nn.Embedding)}
     heads: dict[nn.Module, str] = {}
     for place in places:
         if (head := _declared_head(place.module)) is not None:
             heads.setdefault(head, "output head (get_output_embeddings)")
         if isinstance(place.module, nn.Embedding):
             continue
-        if id(place.module._parameters.get("weight")) in embeddings:
+        if weights[place.module] is not None and id(weights[place.module]) in embeddings:
             heads.setdefault(place.module, "output head (shares its weight with an embedding)")
         elif any(_named_like_a_head(path) for path in place.paths):
             heads.setdefault(place.module, "output head (by its name)")
     return heads
 
 
+def _own_weight(module: nn.Module) -> nn.Parameter | None:
+    return dict(module._parameters.items()).get("weight")
+
+
 def _declared_head(module: nn.Module) -> nn.Module | None:
     ask = getattr(module, "get_output_embeddings", None)
     try:
         head = ask() if callable(ask) else None
-    except (NotImplementedError, AttributeError):
-        return None  # transformers' base models have the method and no head
+    except (NotImplementedError, AttributeError, TypeError):
+        return None  # transformers' base models have the method and no head, others mean another
     return head if isinstance(head, nn.Module) else None
 
 

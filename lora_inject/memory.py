@@ -95,6 +95,11 @@ def logical_numel(parameter: Tensor) -> int:
     return parameter.numel() if shape is None else math.prod(shape)
 
 
+def can_train(parameter: Tensor) -> bool:
+    """Whether a parameter can train, or could if it were not quantized."""
+    return parameter.is_floating_point() or hasattr(parameter, "quant_state")
+
+
 def trainable_dtype(parameter: Tensor) -> torch.dtype:
     """The dtype the parameter trains in, or would if it were not quantized (float32 if unknown)."""
     if parameter.dtype.is_floating_point and parameter.dtype.itemsize > 1:
@@ -108,8 +113,8 @@ def stored_tensors(parameter: Tensor) -> list[Tensor]:
     flatten = getattr(parameter, "__tensor_flatten__", None)
     if flatten is None:
         return [parameter]
-    names, _ = flatten()
-    return [inner for name in names for inner in stored_tensors(getattr(parameter, name))]
+    inner = (getattr(parameter, name) for name in flatten()[0])
+    return [stored for t in inner if isinstance(t, Tensor) for stored in stored_tensors(t)]
 
 
 def _name(dtype: torch.dtype) -> str:

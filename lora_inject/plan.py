@@ -1,7 +1,8 @@
 """What an injection would do: targets and kinds put together and checked, nothing changed."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -9,49 +10,79 @@ from torch import Tensor, nn
 
 from lora_inject import settings as check
 from lora_inject import targets as grammar
-from lora_inject.errors import AlreadyAdaptedError, ArgumentError, UnsupportedLayerError
-from lora_inject.kinds import Kind
-from lora_inject.kinds.base import general_refusal, unread_refusal, weight_refusal
+from lora_inject.errors import (
+    AlreadyAdaptedError,
+    ArgumentError,
+    NoMatchError,
+    UnsupportedLayerError,
+)
+from lora_inject.freeze import is_given, select_in_full
+from lora_inject.kinds import Kind, Spec
+from lora_inject.kinds.base import Way, general_refusal, weight_refusal
+from lora_inject.kinds.linear import LinearKind
+from lora_inject.kinds.parameter import ParameterKind, layout_of
 from lora_inject.layer import LoRALayer, parameter_names
-from lora_inject.selection import ALL_LINEAR, Choice, Limits, Skip, View, choose, is_linear_like
-from lora_inject.settings import BiasMode, Settings
+from lora_inject.readers import is_read_by
+from lora_inject.record import records_in, require_own_record
+from lora_inject.selection import (
+    ALL_LINEAR,
+    Choice,
+    Limits,
+    Skip,
+    Target,
+    View,
+    choose,
+    is_linear_like,
+)
+from lora_inject.settings import BiasMode, Parts, Settings
 from lora_inject.tables import Section, Tables, count, plural
-from lora_inject.targets import Place, braces
+from lora_inject.targets import Pattern, braces
 
 
 @dataclass(frozen=True)
 class Site:
-    """One layer that the plan adapts.
+    """One layer, or one parameter, that the plan adapts.
 
     Attributes:
         paths: its names in the model, the first in registration order first.
-        module: the layer itself.
-        kind: how it is adapted.
-        n_in: features that A reads.
-        n_out: features that B writes.
-        settings: rank, alpha and dropout.
+        type: its type in words.
+        module: the layer itself, or the owner of the parameter.
+        kind: the kind of layer.
+        way: "branch" or "weight".
+        specs: the pairs A, B that it gets.
+        settings: rank, alpha, dropout and the rest.
         dtype: the dtype of A and B.
         pattern: the target pattern that chose it.
+        base_elements: elements of the weights that it adapts.
     """
 
     paths: tuple[str, ...]
+    type: str
     module: nn.Module = field(repr=False)
     kind: Kind = field(repr=False)
-    n_in: int
-    n_out: int
+    way: Way
+    specs: tuple[Spec, ...]
     settings: Settings
     dtype: torch.dtype
     pattern: str
+    base_elements: int
 
     @property
     def path(self) -> str:
-        """The layer's first name."""
+        """Its first name."""
         return self.paths[0]
 
     @property
     def parameters(self) -> int:
         """How many parameters A and B have."""
-        return self.settings.r * (self.n_in + self.n_out)
+        return sum(spec.elements for spec in self.specs)
+
+    @property
+    def shape_text(self) -> str:
+        """The features that A reads and B writes, for a table."""
+        shown = {f"{spec.n_in} x {spec.n_out}": None for spec in self.specs}
+        experts = self.specs[0].A_shape[:-2] if isinstance(self.kind, ParameterKind) else ()
+        return "".join(f"{e} x " for e in experts) + ", ".join(shown)
 
 
 @dataclass(frozen=True)
@@ -75,6 +106,11 @@ class Plan:
     adapter: str
     bias: BiasMode
     seed: int | None
+
+    @property
+    def oversized(self) -> list[Site]:
+        """Sites whose adapter has more parameters than what it adapts."""
+        return [site for site in self.sites if site.parameters > site.base_elements]
 
     @property
     def parameters(self) -> int:
@@ -110,6 +146,9 @@ def plan(
     dtype: torch.dtype | str | None = None,
     seed: int | None = None,
     adapter: str = "default",
+    how: str = "auto",
+    layout: str | None = None,
+    parts: Mapping[Any, Any] | None = None,
 ) -> Plan:
     """Work out what ``inject`` would do with the same arguments; the model is not changed.
 
@@ -131,6 +170,9 @@ def plan(
         dtype: dtype of A and B.
         seed: seed of the starting values.
         adapter: the adapter's name.
+        how: "auto" or "weight".
+        layout: order of the dimensions of fused weights.
+        parts: named parts of fused projections.
 
     Returns:
         The plan, which ``print`` shows as a table.
@@ -142,40 +184,39 @@ def plan(
         AlreadyAdaptedError: a selected layer already carries an adapter.
     """
     _check_model(model)
-    default = check.settings(r, alpha, dropout)
+    values = {"r": r, "alpha": alpha, "dropout": dropout, "how": how, "layout": layout}
+    default = check.settings(values)
     adapter, bias = check.check_adapter(adapter), check.check_bias(bias)
     seed, dtype = check.check_seed(seed), check.check_dtype(dtype)
-    layers = check.check_layers(layers)
+    indices = check.check_layers(layers)
     words = {ALL_LINEAR: is_linear_like}
     patterns = grammar.parse(targets, "targets", words, with_settings=True)
-    excluded = grammar.parse(exclude, "exclude", words) if _is_given(exclude) else ()
-    trained = grammar.parse(train_also, "train_also") if _is_given(train_also) else ()
+    excluded = grammar.parse(exclude, "exclude", words) if is_given(exclude) else ()
+    given = check.check_parts(parts) if is_given(parts) else {}
+    to_part = {grammar.parse(key, "parts")[0]: value for key, value in given.items()}
     settings = {
         p: default
         if p.settings is None
-        else check.settings(r, alpha, dropout, p.settings, f"targets[{p.label!r}]")
+        else check.settings(values, p.settings, f"targets[{p.label!r}]")
         for p in patterns
     }
 
     view = View(model)
     _check_tree(view)
-    in_full = view.trainable_modules("train_also", trained)
+    require_own_record(model)
+    _check_bias_mode(model, bias)
+    in_full = select_in_full(view, train_also)
     limits = Limits(
         excluded=view.subtrees("exclude", excluded),
         in_full=frozenset(m for top in in_full.values() for m in top.modules()),
-        layers=layers,
+        layers=indices,
     )
-    names = parameter_names(adapter)
-    choices, skips = choose(
-        view, patterns, limits, lambda place, kind: _refusal(view, place, kind, names, limits)
-    )
-    _check_not_adapted(choices, adapter)
-    sites = tuple(_site(choice, settings[choice.pattern], dtype) for choice in choices)
+    draft = _Draft(view, adapter, settings, _parts_by_module(view, to_part), limits)
+    choices, skips = choose(view, patterns, limits, draft.refusal)
+    _check_not_adapted(choices, draft)
+    sites = tuple(draft.site(choice, dtype) for choice in choices)
+    _check_parts_used(view, to_part, sites)
     return Plan(model, sites, tuple(skips), in_full, adapter, bias, seed)
-
-
-def _is_given(patterns: Any) -> bool:
-    return not (patterns is None or (isinstance(patterns, Sequence | set) and len(patterns) == 0))
 
 
 def _check_model(model: Any) -> None:
@@ -197,55 +238,163 @@ def _check_tree(view: View) -> None:
                 path=place.path,
                 remedy="Inject first, then wrap the model.",
             )
-        if any(_is_lazy(parameter) for parameter in place.module._parameters.values()):
-            raise UnsupportedLayerError(
-                "it is lazy and has no shape yet.",
-                path=place.path,
-                remedy="Run one forward pass first.",
+        for name, parameter in place.module._parameters.items():
+            if isinstance(parameter, nn.UninitializedParameter):
+                problem, remedy = "it is lazy and has no shape yet.", "Run one forward pass first."
+            elif parameter is not None and parameter.is_inference():
+                problem = f"its {name} was made in inference mode and can never train again."
+                remedy = "Build or load the model outside of torch.inference_mode."
+            else:
+                continue
+            raise UnsupportedLayerError(problem, path=place.path, remedy=remedy)
+
+
+def _check_bias_mode(model: nn.Module, bias: BiasMode) -> None:
+    earlier = records_in(model)
+    if earlier and earlier[0][2].bias != bias:
+        raise ArgumentError(
+            f"bias={bias!r}, but the model was injected with bias={earlier[0][2].bias!r}.",
+            remedy="Use the same mode, and freeze(model, bias=...) to change it.",
+        )
+
+
+def _parts_by_module(view: View, to_part: Mapping[Pattern, Parts]) -> dict[nn.Module, Parts]:
+    return {
+        place.module: parts
+        for pattern, parts in to_part.items()
+        for place in view.modules_of("parts", pattern)
+    }
+
+
+def _check_parts_used(view: View, to_part: Mapping[Pattern, Parts], sites: Sequence[Site]) -> None:
+    chosen = {site.module for site in sites}
+    for pattern in to_part:
+        if not any(place.module in chosen for place in view.modules_of("parts", pattern)):
+            raise NoMatchError(f"parts: {pattern.label!r} selects no layer that targets choose.")
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """What turns a selected target into a site, or says why it cannot be one."""
+
+    view: View
+    adapter: str
+    settings: Mapping[Pattern, Settings]
+    parts: Mapping[nn.Module, Parts]
+    limits: Limits
+
+    def refusal(self, target: Target, pattern: Pattern) -> str | None:
+        """Why the target cannot be adapted, with the remedy; None where it can."""
+        module, settings = target.module, self.settings_of(target, pattern)
+        if module in self.limits.in_full:
+            return (
+                "it is to be adapted and to train in full. Exclude it, or take it out of "
+                "train_also."
             )
+        kind = self.kind_of(target, settings)
+        if kind is None:
+            return (
+                "it has three dimensions, and nothing tells which order they have. Say "
+                'layout="out_in" for (E, out, in) or layout="in_out" for (E, in, out).'
+                if module.get_parameter(target.parameter or "").dim() == 3
+                else "only parameters of two or three dimensions can be adapted. Exclude it."
+            )
+        if isinstance(module, LoRALayer):
+            return None  # a conflict and not a refusal: see _check_not_adapted
+        way = self.way_of(target, kind, settings)
+        return _refusal(module, kind, way, settings, self.adapter)
 
+    def settings_of(self, target: Target, pattern: Pattern) -> Settings:
+        """The pattern's settings with the layer's parts."""
+        parts = self.parts.get(target.module, ())
+        return replace(self.settings[pattern], parts=parts) if parts else self.settings[pattern]
 
-def _is_lazy(parameter: nn.Parameter | None) -> bool:
-    return isinstance(parameter, nn.UninitializedParameter)
+    def kind_of(self, target: Target, settings: Settings) -> Kind | None:
+        """The kind of a module; for a parameter one with its layout, where that is known."""
+        if target.parameter is None:
+            return self.view.kinds[target.module]
+        parameter = target.module.get_parameter(target.parameter)
+        layout = settings.layout or layout_of(target.module, parameter)
+        known = layout is not None and parameter.dim() in (2, 3)
+        return ParameterKind(target.parameter, layout or "") if known else None
+
+    def way_of(self, target: Target, kind: Kind, settings: Settings) -> Way:
+        """Branch, or weight where the user asks for it or something reads the weight uncalled."""
+        read = target.parameter is None and any(
+            is_read_by(self.view.by_path[path.rpartition(".")[0]], path.rpartition(".")[2])
+            for path in target.paths
+            if path
+        )
+        return "weight" if read or settings.how == "weight" else kind.way(target.module)
+
+    def site(self, choice: Choice, dtype: torch.dtype | str | None) -> Site:
+        """The site of a choice that has not been refused."""
+        target, settings = choice.target, self.settings_of(choice.target, choice.pattern)
+        module, kind = target.module, self.kind_of(target, settings)
+        assert kind is not None
+        specs = kind.specs(module, settings)
+        weights = {spec.weight: kind.weight(module, spec.weight) for spec in specs}
+        first = next(iter(weights.values()))
+        return Site(
+            paths=target.paths,
+            type=target.type,
+            module=module,
+            kind=kind,
+            way=self.way_of(target, kind, settings),
+            specs=specs,
+            settings=settings,
+            dtype=_adapter_dtype(first, dtype, target.path),
+            pattern=choice.pattern.label,
+            base_elements=_base_elements(weights, specs),
+        )
 
 
 def _refusal(
-    view: View, place: Place, kind: Kind, names: tuple[str, str], limits: Limits
+    module: nn.Module, kind: Kind, way: Way, settings: Settings, adapter: str
 ) -> str | None:
-    module = place.module
-    if isinstance(module, LoRALayer):
-        return None  # a conflict and not a refusal: see _check_not_adapted
-    if module in limits.in_full:
-        return "it is to be adapted and to train in full. Exclude it, or take it out of train_also."
-    for path in place.paths:
-        parent, _, name = path.rpartition(".")
-        if path and (reason := unread_refusal(view.by_path[parent], name)):
-            return reason
-    return (
-        general_refusal(module, names)
-        or kind.refusal(module)
-        or weight_refusal(kind.weight(module), kind.features(module))
-    )
+    if reason := kind.refusal(module, way):
+        return reason
+    if settings.parts and (way == "weight" or not isinstance(kind, LinearKind)):
+        return "parts= is for Linear layers in a branch. Leave it out for this one."
+    try:
+        specs = kind.specs(module, settings)
+    except ArgumentError as error:
+        return str(error)
+    names = [name for spec in specs for name in parameter_names(spec, adapter)]
+    if reason := general_refusal(module, names, way):
+        return reason
+    if way == "weight" and settings.dropout:
+        return (
+            f"it is adapted in its weight, where there is no input for dropout={settings.dropout:g}"
+            " to act on. Give it dropout 0 by a pattern of its own, or exclude it."
+        )
+    reasons = (weight_refusal(kind.weight(module, s.weight), s, way) for s in specs)
+    return next((reason for reason in reasons if reason), None)
 
 
-def _check_not_adapted(choices: Sequence[Choice], adapter: str) -> None:
+def _check_not_adapted(choices: Sequence[Choice], draft: _Draft) -> None:
     for choice in choices:
-        layer = choice.place.module
-        if isinstance(layer, LoRALayer):
-            there = ", ".join(map(repr, layer.adapters))
+        layer, target = choice.target.module, choice.target
+        if not isinstance(layer, LoRALayer):
+            continue
+        taken = {spec.weight for a in layer.lora_adapters for spec in a.specs}
+        if target.parameter is None or target.parameter in taken:
+            there = ", ".join(repr(a.name) for a in layer.lora_adapters)
             raise AlreadyAdaptedError(
                 f"it already carries the adapter {there}, and a layer holds one.",
-                path=choice.place.path,
+                path=target.path,
                 remedy="strip the model first, or exclude the layer.",
             )
 
 
-def _site(choice: Choice, settings: Settings, dtype: torch.dtype | str | None) -> Site:
-    place, kind = choice.place, choice.kind
-    n_in, n_out = kind.features(place.module)
-    adapter_dtype = _adapter_dtype(kind.weight(place.module), dtype, place.path)
-    label = choice.pattern.label
-    return Site(place.paths, place.module, kind, n_in, n_out, settings, adapter_dtype, label)
+def _base_elements(weights: Mapping[str, Tensor], specs: Sequence[Spec]) -> int:
+    """Elements of the adapted weights; a packed one has as many as its features say."""
+    return sum(
+        weight.numel()
+        if weight.is_floating_point()
+        else math.prod(next((s.n_in, s.n_out) for s in specs if s.weight == name))
+        for name, weight in weights.items()
+    )
 
 
 def _adapter_dtype(weight: Tensor, dtype: torch.dtype | str | None, path: str) -> torch.dtype:
@@ -266,23 +415,21 @@ def _adapter_dtype(weight: Tensor, dtype: torch.dtype | str | None, path: str) -
 
 def _sites_section(plan: Plan) -> Section:
     """One row for all layers that differ in nothing but the numbers in their paths."""
-    groups: dict[tuple[str, ...], list[Site]] = {}
+    groups: dict[tuple[Any, ...], list[Site]] = {}
     for site in plan.sites:
+        template = tuple(None if part.isdecimal() else part for part in site.path.split("."))
         s = site.settings
-        row = (
-            ".".join("{}" if part.isdecimal() else part for part in site.path.split(".")),
-            type(site.module).__name__,
-            f"{site.n_in} x {site.n_out}",
-            f"{s.r}",
-            f"{s.alpha:g}" + (f", dropout {s.dropout:g}" if s.dropout else ""),
-            site.pattern,
-        )
-        groups.setdefault(row, []).append(site)
+        alpha = f"{s.alpha:g}" + (f", dropout {s.dropout:g}" if s.dropout else "")
+        kind = site.type + (" (in its weight)" if site.way == "weight" else "")
+        parts = "+".join(spec.part for spec in site.specs if spec.part)
+        kind += f" ({parts})" if parts else ""
+        row = (kind, site.shape_text, f"{s.r}", alpha, site.pattern)
+        groups.setdefault((template, row), []).append(site)
     rows = []
-    for (_, layer, shape, r, alpha, pattern), sites in groups.items():
+    for (_, (kind, shape, r, alpha, pattern)), sites in groups.items():
         path = _common_path([site.path for site in sites])
         total = count(sum(site.parameters for site in sites))
-        rows.append((path, layer, shape, r, alpha, count(len(sites)), total, pattern))
+        rows.append((path, kind, shape, r, alpha, count(len(sites)), total, pattern))
     shared = [f"{s.path} is also {', '.join(s.paths[1:])}" for s in plan.sites if len(s.paths) > 1]
     return Section(
         f"Plan: adapter {plan.adapter!r} on {plural(len(plan.sites), 'layer')} of "

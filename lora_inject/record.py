@@ -6,18 +6,20 @@ modules by object and to parameters by their owner and name, so it follows deep 
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from lora_inject.errors import LoRAInjectError
-from lora_inject.layer import LoRALayer, detach, is_intact
+from lora_inject.kinds.base import is_distributed
+from lora_inject.layer import Adapter, LoRALayer, detach, is_intact
 from lora_inject.settings import BiasMode
+from lora_inject.statistics import has_statistics, hold, is_held
 
+_T = TypeVar("_T")
 _RECORD = "_lora_inject_record"
 
 
@@ -27,52 +29,65 @@ class Before:
 
     training: dict[nn.Module, bool] = field(default_factory=dict)
     requires_grad: dict[nn.Module, dict[str, bool]] = field(default_factory=dict)
-    values: dict[nn.Module, dict[str, Tensor]] = field(default_factory=dict)
-    attributes: dict[nn.Module, dict[str, Any]] = field(default_factory=dict)
-    hooks: dict[nn.Module, list[RemovableHandle]] = field(default_factory=dict)
+    held: dict[nn.Module, bool] = field(default_factory=dict)
+    values: dict[nn.Module, dict[str, Tensor | None]] = field(default_factory=dict)
 
     def keep_flags(self, modules: Iterable[nn.Module]) -> None:
-        """Keep the ``training`` flag of each module and ``requires_grad`` of its parameters."""
+        """Keep each module's ``training``, its parameters' ``requires_grad``, and what is held."""
         for module in modules:
             self.training[module] = module.training
             self.requires_grad[module] = {
                 name: p.requires_grad for name, p in module._parameters.items() if p is not None
             }
+            if has_statistics(module):
+                self.held[module] = is_held(module)
 
     def keep_value(self, module: nn.Module, name: str) -> None:
         """Keep a copy, in CPU memory, of a parameter or buffer that is going to change.
 
         On the meta device there is no value yet; ``reset_lora_parameters`` asks again.
         """
-        tensor = _own_tensor(module, name)
-        kept = self.values.setdefault(module, {})
-        if tensor is not None and (name not in kept or kept[name].is_meta):
-            device = "meta" if tensor.is_meta else "cpu"
-            kept[name] = tensor.detach().to(device, copy=True)
+        tensor = own_tensor(module, name)
+        if tensor is not None:
+            tensor = tensor.detach().to("meta" if tensor.is_meta else "cpu", copy=True)
+        self.values.setdefault(module, {})[name] = tensor
 
-    def change_attribute(self, module: nn.Module, name: str, value: Any) -> None:
-        """Set an attribute and keep the former one."""
-        self.attributes.setdefault(module, {}).setdefault(name, getattr(module, name))
-        setattr(module, name, value)
-
-    def keep_hook(self, module: nn.Module, handle: RemovableHandle) -> None:
-        """Keep the handle of a hook that was put on the module."""
-        self.hooks.setdefault(module, []).append(handle)
-
-    def release(self, module: nn.Module) -> None:
-        """Put the module's attributes back and take its hooks off."""
-        for name, former in self.attributes.pop(module, {}).items():
-            setattr(module, name, former)
-        for handle in self.hooks.pop(module, []):
-            handle.remove()
-
-    def unknown_values(self) -> Iterator[tuple[nn.Module, str]]:
-        """Tensors that have a value now and had none (meta device) when it was to be kept."""
+    def keep_unknown_values(self) -> None:
+        """Keep what was on the meta device when it was to be kept, and has values now."""
         for module, kept in self.values.items():
             for name, value in kept.items():
-                tensor = _own_tensor(module, name)
-                if value.is_meta and tensor is not None and not tensor.is_meta:
-                    yield module, name
+                if _is_unknown(value, own_tensor(module, name)):
+                    self.keep_value(module, name)
+
+    def check_restorable(self) -> None:
+        """Refuse before anything is changed where a former value cannot be put back.
+
+        Raises:
+            LoRAInjectError: a value is not known, or its place has another shape or is sharded now.
+        """
+        for module, kept in self.values.items():
+            for name, value in kept.items():
+                tensor = own_tensor(module, name)
+                what = f"the former value of {name} of a {type(module).__name__}"
+                if _is_unknown(value, tensor):
+                    raise LoRAInjectError(
+                        f"{what} is not known: the model was on the meta device when inject was "
+                        "called.",
+                        remedy="Load the base weights, call reset_lora_parameters, then train.",
+                    )
+                if tensor is not None and is_distributed(tensor):
+                    raise LoRAInjectError(
+                        f"{what} cannot be put back: the parameter is sharded (DTensor) now.",
+                        remedy="Gather the full model first, or strip before sharding.",
+                    )
+                if not isinstance(tensor, nn.Parameter) or value is None:
+                    continue
+                if tensor.shape != value.shape:
+                    raise LoRAInjectError(
+                        f"{what} has the shape {tuple(value.shape)}, and the parameter now "
+                        f"{tuple(tensor.shape)}.",
+                        remedy="Undo the resizing first.",
+                    )
 
     def restore(self) -> None:
         """Put everything back; parameters keep their identity, values are cast to their dtype."""
@@ -80,31 +95,47 @@ class Before:
             module.training = training
         for module, flags in self.requires_grad.items():
             for name, flag in flags.items():
-                parameter = module._parameters.get(name)
+                parameter = own_tensor(module, name)
                 if parameter is not None:
                     parameter.requires_grad_(flag)
+        for module, held in self.held.items():
+            hold(module, held)
         with torch.no_grad():
             for module, kept in self.values.items():
                 for name, value in kept.items():
-                    tensor = _own_tensor(module, name)
-                    if tensor is not None and not value.is_meta:
-                        tensor.copy_(value)
-                        tensor.grad = None
-        for module in [*self.attributes, *self.hooks]:
-            self.release(module)
+                    _put_back(module, name, value)
 
     def precede(self, older: "Before") -> None:
         """Take over what an earlier call kept; where both know a thing, the earlier is right."""
-        self.training |= older.training
-        for mine, theirs in (
-            (self.requires_grad, older.requires_grad),
-            (self.values, older.values),
-            (self.attributes, older.attributes),
-        ):
-            for module, kept in theirs.items():
-                mine[module] = {**mine.get(module, {}), **kept}  # type: ignore[dict-item]
-        for module, handles in older.hooks.items():
-            self.hooks[module] = handles + self.hooks.get(module, [])
+        self.training = self.training | older.training
+        self.held = self.held | older.held
+        self.requires_grad = _merged(self.requires_grad, older.requires_grad)
+        self.values = _merged(self.values, older.values)
+
+
+def _merged(
+    newer: dict[nn.Module, dict[str, _T]], older: dict[nn.Module, dict[str, _T]]
+) -> dict[nn.Module, dict[str, _T]]:
+    return {m: newer.get(m, {}) | older.get(m, {}) for m in {**newer, **older}}
+
+
+def _is_unknown(value: Tensor | None, tensor: Tensor | None) -> bool:
+    return value is not None and value.is_meta and tensor is not None and not tensor.is_meta
+
+
+def _put_back(module: nn.Module, name: str, value: Tensor | None) -> None:
+    tensor = own_tensor(module, name)
+    if isinstance(tensor, nn.Parameter):
+        if value is not None and not value.is_meta:
+            tensor.copy_(value)
+        tensor.grad = None
+    elif name in module._buffers:  # which may have come, gone or grown since
+        if value is None or value.is_meta:
+            module._buffers[name] = None if value is None else tensor
+        elif tensor is None or tensor.shape != value.shape:
+            module._buffers[name] = value if tensor is None else value.to(tensor.device)
+        else:
+            tensor.copy_(value)
 
 
 @dataclass
@@ -112,14 +143,14 @@ class Record:
     """Everything ``inject`` did to a model.
 
     Attributes:
-        layers: the adapted layers by path.
+        adapters: each adapter with its layer, by the path of its target.
         before: what the model was.
         bias: the bias mode in force.
         train_also: the modules that train in full, as they were selected.
         created: when, so that records of nested modules are undone in the right order.
     """
 
-    layers: dict[str, LoRALayer] = field(default_factory=dict)
+    adapters: dict[str, tuple[LoRALayer, Adapter]] = field(default_factory=dict)
     before: Before = field(default_factory=Before)
     bias: BiasMode = "none"
     train_also: list[nn.Module] = field(default_factory=list)
@@ -128,7 +159,7 @@ class Record:
     def adopt(self, older: "Record", path: str) -> None:
         """Take over an earlier record, of the same module or of a submodule at the path."""
         prefix = f"{path}." if path else ""
-        self.layers |= {prefix + name: layer for name, layer in older.layers.items()}
+        self.adapters |= {prefix + name: pair for name, pair in older.adapters.items()}
         self.before.precede(older.before)
         self.train_also += older.train_also
 
@@ -136,28 +167,23 @@ class Record:
         """Refuse before anything is changed.
 
         Raises:
-            LoRAInjectError: something else has changed a layer's class since, or a former value is
-                not known.
+            LoRAInjectError: something else has changed a layer's class since, or a former value
+                cannot be put back.
         """
-        for path, layer in self.layers.items():
+        for path, (layer, _) in self.adapters.items():
             if not is_intact(layer):
                 raise LoRAInjectError(
                     f"its class is now {type(layer).__name__}, put there after inject.",
                     path=path,
                     remedy="Undo that first, or strip before it is done.",
                 )
-        for module, name in self.before.unknown_values():
-            raise LoRAInjectError(
-                f"the former value of {name} of a {type(module).__name__} is not known: the model "
-                "was on the meta device when inject was called.",
-                remedy="Load the base weights, then call reset_lora_parameters, then train.",
-            )
+        self.before.check_restorable()
 
     def restore(self) -> None:
         """Make the model what it was."""
-        for layer in self.layers.values():
-            detach(layer)
         self.before.restore()
+        for layer, adapter in self.adapters.values():
+            detach(layer, adapter)
 
 
 def records_in(model: nn.Module) -> list[tuple[str, nn.Module, Record]]:
@@ -179,11 +205,24 @@ def gather(model: nn.Module, changes: Before) -> Record:
     return record
 
 
+def former_flags(model: nn.Module) -> dict[nn.Module, dict[str, bool]]:
+    """``requires_grad`` of every parameter, by owner and name, before any call changed it."""
+    now = Before()
+    now.keep_flags(model.modules())
+    return gather(model, now).before.requires_grad
+
+
 def install(module: nn.Module, record: Record) -> None:
     """Put the record on the module, in place of those of its submodules, which it has adopted."""
-    for _, holder, _ in records_in(module):
+    reinstall(module, [("", module, record)])
+
+
+def reinstall(model: nn.Module, records: list[tuple[str, nn.Module, Record]]) -> None:
+    """Make these the records in the model again."""
+    for _, holder, _ in records_in(model):
         uninstall(holder)
-    module.__dict__[_RECORD] = record
+    for _, holder, record in records:
+        holder.__dict__[_RECORD] = record
 
 
 def set_trainable(parameters: Iterable[nn.Parameter], trainable: bool) -> None:
@@ -213,7 +252,7 @@ def require_own_record(model: nn.Module) -> None:
     Raises:
         LoRAInjectError: the model has adapted layers of which none of its records knows.
     """
-    known = {layer for _, _, record in records_in(model) for layer in record.layers.values()}
+    known = {layer for _, _, record in records_in(model) for layer, _ in record.adapters.values()}
     for path, layer in adapted_layers(model).items():
         if layer not in known:
             raise LoRAInjectError(
@@ -229,12 +268,16 @@ def adapter_parameters(
     """(all A, all B) of these layers, known from their adapters and not by name."""
     A, B = set(), set()
     for layer in layers:
-        for adapter in layer.adapters.values():
-            A.add(layer.get_parameter(adapter.A_name))
-            B.add(layer.get_parameter(adapter.B_name))
+        for adapter in layer.lora_adapters:
+            for _, A_name, B_name in adapter.pairs:
+                A.add(layer.get_parameter(A_name))
+                B.add(layer.get_parameter(B_name))
     return A, B
 
 
-def _own_tensor(module: nn.Module, name: str) -> Tensor | None:
-    parameter = module._parameters.get(name)
-    return parameter if parameter is not None else module._buffers.get(name)
+def own_tensor(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter or buffer of the module itself, or None."""
+    for owned in (module._parameters, module._buffers):
+        if name in owned:  # and no .get: scripted modules have other mappings
+            return owned[name]
+    return None

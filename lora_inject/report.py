@@ -9,13 +9,15 @@ from torch import Tensor, nn
 from lora_inject.layer import LoRALayer
 from lora_inject.memory import (
     Bytes,
+    can_train,
     frozen_bytes,
     logical_numel,
     optimizer_states,
     training_bytes,
 )
-from lora_inject.record import Record, adapted_layers, records_in
-from lora_inject.roles import ROLES, roles
+from lora_inject.record import Record, adapted_layers, former_flags, records_in
+from lora_inject.roles import ADAPTER_ROLES, ROLES, is_bias, roles
+from lora_inject.statistics import is_held
 from lora_inject.tables import Section, Tables, count, plural, size
 
 
@@ -183,7 +185,7 @@ def report(model: nn.Module, optimizer: str = "adamw") -> Report:
     role_of = roles(model)
     trainable = [p for p in role_of if p.requires_grad]
     frozen = [p for p in role_of if not p.requires_grad]
-    base = [p for p, role in role_of.items() if role not in ("lora_A", "lora_B")]
+    base = [p for p, role in role_of.items() if role not in ADAPTER_ROLES and can_train(p)]
     records = [record for _, _, record in records_in(model)]
     return Report(
         model=type(model).__name__,
@@ -198,7 +200,7 @@ def report(model: nn.Module, optimizer: str = "adamw") -> Report:
             frozen=frozen_bytes(frozen),
             full=training_bytes(base, states),
         ),
-        notes=_notes(trainable, records),
+        notes=_notes(model, trainable, records),
     )
 
 
@@ -209,10 +211,9 @@ def _elements(parameters: Iterable[Tensor]) -> int:
 def _pattern_rows(layers: Iterable[LoRALayer]) -> tuple[PatternRow, ...]:
     groups: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for layer in layers:
-        for name, adapter in layer.adapters.items():
-            A, B = layer.get_parameter(adapter.A_name), layer.get_parameter(adapter.B_name)
-            found = groups.setdefault((adapter.pattern, name), [])
-            found.append((adapter.settings.r, A.numel() + B.numel()))
+        for adapter in layer.lora_adapters:
+            found = groups.setdefault((adapter.pattern, adapter.name), [])
+            found.append((adapter.settings.r, sum(spec.elements for spec in adapter.specs)))
     return tuple(
         PatternRow(
             pattern=pattern,
@@ -225,9 +226,20 @@ def _pattern_rows(layers: Iterable[LoRALayer]) -> tuple[PatternRow, ...]:
     )
 
 
-def _notes(trainable: list[nn.Parameter], records: list[Record]) -> tuple[str, ...]:
+def _notes(
+    model: nn.Module, trainable: list[nn.Parameter], records: list[Record]
+) -> tuple[str, ...]:
     notes = [] if trainable else ["No parameter trains."]
-    held = {m for r in records for m in (*r.before.attributes, *r.before.hooks)}
+    former = former_flags(model) if any(record.bias != "none" for record in records) else {}
+    still = sum(
+        not flag and is_bias(module, name)
+        for module, flags in former.items()
+        for name, flag in flags.items()
+        if name in module._parameters and not module.get_parameter(name).requires_grad
+    )
+    if still:
+        notes.append(f"{plural(still, 'bias parameter')} had been frozen before and stay so.")
+    held = [m for m in model.modules() if is_held(m)]
     if held:
         notes.append(
             f"The running statistics of {plural(len(held), 'normalisation layer')} stand still; in "

@@ -10,16 +10,25 @@ from torch import nn
 from lora_inject.errors import ArgumentError, LoRAInjectError
 from lora_inject.record import adapted_layers, adapter_parameters, records_in
 
-ROLES = ("lora_A", "lora_B", "bias", "train_also", "other")
+ADAPTER_ROLES = ("lora_A", "lora_B")
+ROLES = (*ADAPTER_ROLES, "bias", "train_also", "other")
 
 
-def is_bias(name: str) -> bool:
-    """Whether an owner's parameter of this name is used as a bias.
+def is_bias(owner: nn.Module, name: str) -> bool:
+    """Whether a module uses its parameter of this name as a bias.
 
     ``bias``, ``in_proj_bias``, ``bias_ih_l0``, ``q_bias``: the owner's own name for it decides, so
-    that ``relative_attention_bias.weight`` is a weight.
+    that ``relative_attention_bias.weight`` is a weight. A matrix is one only beside the weight it
+    belongs to (``gate_up_proj_bias`` of fused experts) or in ``nn.MultiheadAttention``, ``bias_k``.
     """
-    return name == "bias" or name.startswith("bias_") or name.endswith("_bias")
+    if not (name == "bias" or name.startswith("bias_") or name.endswith("_bias")):
+        return False
+    parameter = owner._parameters[name]
+    if parameter is None or parameter.dim() <= 1:
+        return True
+    return name.removesuffix("_bias") in owner._parameters or (
+        isinstance(owner, nn.MultiheadAttention)
+    )
 
 
 def roles(model: nn.Module) -> dict[nn.Parameter, str]:
@@ -101,5 +110,9 @@ def param_groups(
 
 
 def _biases(model: nn.Module) -> set[nn.Parameter]:
-    owned = (pair for module in model.modules() for pair in module.named_parameters(recurse=False))
-    return {parameter for name, parameter in owned if is_bias(name)}
+    return {
+        parameter
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if is_bias(module, name)
+    }

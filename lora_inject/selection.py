@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_inject.errors import LoRAInjectError, NoMatchError, UnsupportedLayerError
 from lora_inject.heads import find_heads
-from lora_inject.kinds import Kind, find_kind
+from lora_inject.kinds import find_kind
 from lora_inject.tables import plural
 from lora_inject.targets import Pattern, Place, close_names, in_blocks, walk
 
@@ -19,21 +19,56 @@ ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True)
+class Target:
+    """Something that a pattern can select: a module, or with a name one of its own parameters."""
+
+    place: Place
+    parameter: str | None = None
+
+    @property
+    def path(self) -> str:
+        """Its first path in the model."""
+        return self.paths[0]
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All of its paths."""
+        if self.parameter is None:
+            return self.place.paths
+        return tuple(f"{path}.{self.parameter}".lstrip(".") for path in self.place.paths)
+
+    @property
+    def module(self) -> nn.Module:
+        """The module, or the owner of the parameter."""
+        return self.place.module
+
+    @property
+    def type(self) -> str:
+        """Its type in words."""
+        if self.parameter is None:
+            return type(self.module).__name__
+        return f"Parameter {tuple(self.module.get_parameter(self.parameter).shape)}"
+
+
+@dataclass(frozen=True)
 class Skip:
-    """Something that a pattern selected and that the plan leaves alone, and why."""
+    """Something that a pattern selected and that the plan leaves alone, and why.
+
+    ``wanted`` tells that the pattern would have adapted it if it could.
+    """
 
     path: str
     type: str
     pattern: str
     reason: str
+    wanted: bool = False
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A layer to adapt: the first pattern that selects it is the one that chose it."""
+    """A target to adapt: the first pattern that selects it is the one that chose it."""
 
-    place: Place
-    kind: Kind
+    target: Target
     pattern: Pattern
 
 
@@ -61,6 +96,7 @@ class View:
         self.kinds = {place.module: find_kind(place.module) for place in self.places}
         self.by_path = {path: place.module for place in self.places for path in place.paths}
         self._heads: dict[nn.Module, str] | None = None
+        self._matrices: list[Target] | None = None
 
     @property
     def heads(self) -> dict[nn.Module, str]:
@@ -69,23 +105,48 @@ class View:
             self._heads = find_heads(self.places)
         return self._heads
 
-    def hits(self, argument: str, patterns: Iterable[Pattern]) -> dict[Pattern, list[Place]]:
-        """The modules each pattern selects.
+    @property
+    def matrices(self) -> list[Target]:
+        """Parameters of two dimensions or more that belong to no layer with a kind."""
+        if self._matrices is None:
+            self._matrices = [
+                Target(place, name)
+                for place in self.places
+                if self.kinds[place.module] is None
+                for name, parameter in place.module._parameters.items()
+                if parameter is not None and parameter.dim() > 1
+            ]
+        return self._matrices
+
+    def modules_of(self, argument: str, pattern: Pattern) -> list[Place]:
+        """The modules that a pattern of ``exclude`` or ``train_also`` selects.
 
         Raises:
-            NoMatchError: a pattern selects neither a module nor a parameter.
+            NoMatchError: there is none.
         """
-        hits = {p: [place for place in self.places if p.selects(place)] for p in patterns}
-        lost = [p for p, places in hits.items() if not places and not self.parameters_of(p)]
-        if lost:
-            raise NoMatchError(
-                "\n".join(f"{argument}: {self._no_match(pattern)}" for pattern in lost),
-                remedy=f"Names that can be adapted: {listed(self.adaptable_names())}.",
-            )
-        return hits
+        places = [place for place in self.places if pattern.selects(place)]
+        if places:
+            return places
+        named = pattern.by_name and any(pattern.names(path) for t in self.matrices for path in t.paths)
+        remedy = "It names a parameter; name the module that owns it." if named else ""
+        raise NoMatchError(f"{argument}: {self.no_match(pattern)}", remedy=remedy)
 
-    def _no_match(self, pattern: Pattern) -> str:
-        names = [path for path in self.by_path if path]
+    def targets_of(self, pattern: Pattern) -> list[Target]:
+        """What a target pattern selects: modules, and parameters that it names.
+
+        A glob or an expression names parameters only if it selects no layer: written for layers,
+        it would otherwise catch every matrix on the way.
+        """
+        selected = [Target(place) for place in self.places if pattern.selects(place)]
+        exact = pattern.by_name and not pattern.wide
+        adaptable = any(self.kinds[target.module] is not None for target in selected)
+        if exact or (pattern.by_name and not adaptable):
+            selected += [t for t in self.matrices if any(pattern.names(path) for path in t.paths)]
+        return selected
+
+    def no_match(self, pattern: Pattern) -> str:
+        """The sentence for a pattern that selects nothing."""
+        names = [path for path in self.by_path if path] + [t.path for t in self.matrices]
         close = close_names(pattern.label, names) if pattern.by_name else []
         hint = f" Close names: {', '.join(close)}." if close else ""
         return f"{pattern.label!r} matches nothing.{hint}"
@@ -94,111 +155,130 @@ class View:
         """Every module that a pattern selects or that lies below one, with the pattern's label."""
         return {
             module: pattern.label
-            for pattern, places in self.hits(argument, patterns).items()
-            for place in places
+            for pattern in patterns
+            for place in self.modules_of(argument, pattern)
             for module in place.module.modules()
         }
 
     def trainable_modules(self, argument: str, patterns: Iterable[Pattern]) -> dict[str, nn.Module]:
-        """The selected modules by path, each of which must hold something that can train."""
-        selected = {
-            place.path: place.module
-            for places in self.hits(argument, patterns).values()
-            for place in places
-        }
-        for path, module in selected.items():
-            if not any(p.is_floating_point() for p in module.parameters()):
+        """The selected modules by path that hold something that can train.
+
+        Raises:
+            NoMatchError: a pattern selects no such module.
+        """
+        selected: dict[str, nn.Module] = {}
+        for pattern in patterns:
+            places = self.modules_of(argument, pattern)
+            able = {
+                place.path: place.module
+                for place in places
+                if any(p.is_floating_point() for p in place.module.parameters())
+            }
+            if not able:
                 raise NoMatchError(
-                    f"{argument} selects this {type(module).__name__}, which has no "
-                    "floating-point parameters.",
-                    path=path,
+                    f"{argument}: {pattern.label!r} selects no module with floating-point "
+                    "parameters.",
+                    path=places[0].path,
+                    remedy="Name a module that can train.",
                 )
+            selected |= able
         return selected
 
     def adaptable_names(self) -> list[str]:
         """The last components of the paths of everything that has a kind."""
         names = [p.path.rpartition(".")[2] for p in self.places if self.kinds[p.module] is not None]
-        return sorted(set(names))
+        return sorted(set(names) - {""})
 
-    def adaptable_below(self, places: Iterable[Place]) -> list[str]:
+    def adaptable_below(self, targets: Iterable[Target]) -> list[str]:
         """Paths of layers with a kind inside these modules."""
-        inside = {module for place in places for module in place.module.modules()}
+        inside = {module for target in targets for module in target.module.modules()}
         return [p.path for p in self.places if p.module in inside and self.kinds[p.module]]
-
-    def parameters_of(self, pattern: Pattern) -> list[tuple[str, nn.Parameter]]:
-        """Matrices that the pattern names and that belong to no layer with a kind."""
-        if not pattern.by_name:
-            return []
-        found = [
-            (f"{place.path}.{name}".lstrip("."), parameter, place.module)
-            for place in self.places
-            if self.kinds[place.module] is None
-            for name, parameter in place.module._parameters.items()
-            if parameter is not None and parameter.dim() > 1
-        ]
-        return [(path, p) for path, p, owner in found if pattern.test(path, owner)]
 
 
 def choose(
     view: View,
     patterns: Sequence[Pattern],
     limits: Limits,
-    refusal: Callable[[Place, Kind], str | None],
+    refusal: Callable[[Target, Pattern], str | None],
 ) -> tuple[list[Choice], list[Skip]]:
-    """The layers to adapt in registration order, and what is left alone.
+    """What to adapt, in registration order, and what is left alone.
 
     Args:
         view: the model.
         patterns: the targets; the first one that selects a layer chooses it.
         limits: what to leave alone.
-        refusal: why a layer cannot be adapted, or None. ``"all-linear"`` leaves such layers alone,
+        refusal: why a target cannot be adapted, or None. ``"all-linear"`` leaves such layers alone,
             other patterns have asked for them, so that it is an error.
 
     Raises:
         NoMatchError: a pattern chooses nothing.
         UnsupportedLayerError: a layer that a pattern asks for cannot be adapted.
     """
-    hits = view.hits("targets", patterns)
-    outside = _outside(view, hits, limits.layers)
-    chosen: dict[nn.Module, Choice] = {}
+    selected = {pattern: view.targets_of(pattern) for pattern in patterns}
+    lost = [pattern for pattern, targets in selected.items() if not targets]
+    if lost:
+        raise NoMatchError(
+            "\n".join(f"targets: {view.no_match(pattern)}" for pattern in lost),
+            remedy=f"Names that can be adapted: {listed(view.adaptable_names())}.",
+        )
+    outside = _outside(view, selected.values(), limits.layers)
+    chosen: dict[tuple[nn.Module, str | None], Choice] = {}
     skips: dict[str, Skip] = {}
     refused: dict[str, str] = {}
-    for pattern, places in hits.items():
-        for place in places:
-            kind, type_name = view.kinds[place.module], type(place.module).__name__
-            reason = _reason_to_leave(view, place, pattern, limits, outside)
-            if reason is None and kind is not None:
-                reason = refusal(place, kind)
-                if reason is not None and pattern.label != ALL_LINEAR:
-                    refused[place.path] = reason
-            if reason is not None:
-                skips.setdefault(place.path, Skip(place.path, type_name, pattern.label, reason))
-            elif kind is not None:
-                chosen.setdefault(place.module, Choice(place, kind, pattern))
-        for path, parameter in view.parameters_of(pattern):
-            shape = f"Parameter {tuple(parameter.shape)}"
-            reason = "is a parameter, not a layer: cannot be adapted"
-            skips.setdefault(path, Skip(path, shape, pattern.label, reason))
+    for pattern, targets in selected.items():
+        for target in targets:
+            reason = _reason_to_leave(view, target, pattern, limits, outside)
+            able = view.kinds[target.module] is not None or target.parameter is not None
+            refusing = refusal(target, pattern) if reason is None and able else None
+            if refusing is not None and pattern.label != ALL_LINEAR:
+                refused.setdefault(target.path, refusing)
+            if reason or refusing:
+                skip = Skip(
+                    target.path, target.type, pattern.label, reason or refusing or "", not reason
+                )
+                skips.setdefault(target.path, skip)
+            elif able:
+                chosen.setdefault((target.module, target.parameter), Choice(target, pattern))
+        if pattern.label == ALL_LINEAR:
+            _note_matrices(view, limits, skips)
     _raise_refused(refused)
-    for pattern, places in hits.items():
-        _require_choice(view, pattern, places, chosen, skips)
-    order = [chosen[place.module] for place in view.places if place.module in chosen]
-    return order, [s for s in skips.values() if view.by_path.get(s.path) not in chosen]
+    for pattern, targets in selected.items():
+        _require_choice(view, pattern, targets, chosen, skips)
+    order = {place.module: index for index, place in enumerate(view.places)}
+    ordered = sorted(chosen.values(), key=lambda choice: order[choice.target.module])
+    taken = {choice.target.path for choice in ordered}
+    return ordered, [skip for skip in skips.values() if skip.path not in taken]
+
+
+def _note_matrices(view: View, limits: Limits, skips: dict[str, Skip]) -> None:
+    """Say of fused weights, which are Linear in all but form, that all-linear leaves them."""
+    for target in view.matrices:
+        fused = target.module.get_parameter(target.parameter or "").dim() == 3
+        experts = hasattr(target.module, "num_experts")
+        if fused and experts and target.module not in limits.excluded:
+            reason = "a fused weight and no layer: name it to adapt it"
+            skip = Skip(target.path, target.type, ALL_LINEAR, reason, wanted=True)
+            skips.setdefault(target.path, skip)
 
 
 def _outside(
-    view: View, hits: Mapping[Pattern, Sequence[Place]], layers: tuple[int, ...] | None
+    view: View, selected: Iterable[Sequence[Target]], layers: tuple[int, ...] | None
 ) -> set[nn.Module]:
     if layers is None:
         return set()
-    selected = [p for places in hits.values() for p in places if view.kinds[p.module] is not None]
-    return {place.module for place in selected} - in_blocks(selected, layers, view.model)
+    places = [
+        target.place
+        for targets in selected
+        for target in targets
+        if target.parameter is not None or view.kinds[target.module] is not None
+    ]
+    return {place.module for place in places} - in_blocks(places, layers, view.model)
 
 
 def _reason_to_leave(
-    view: View, place: Place, pattern: Pattern, limits: Limits, outside: set[nn.Module]
+    view: View, target: Target, pattern: Pattern, limits: Limits, outside: set[nn.Module]
 ) -> str | None:
-    module = place.module
+    module = target.module
     if module in limits.excluded:
         return f"excluded by {limits.excluded[module]!r}"
     if module in outside:
@@ -207,8 +287,9 @@ def _reason_to_leave(
         return "trains in full (train_also)"
     if pattern.label == ALL_LINEAR and module in view.heads:
         return view.heads[module]
-    if view.kinds[module] is None and any(True for _ in module.parameters(recurse=False)):
-        return "no kind of layer that can be adapted"
+    if target.parameter is None and view.kinds[module] is None:
+        owns = any(True for _ in module.parameters(recurse=False))
+        return "no kind of layer that can be adapted" if owns else None
     return None
 
 
@@ -225,12 +306,13 @@ def _raise_refused(refused: Mapping[str, str]) -> None:
 def _require_choice(
     view: View,
     pattern: Pattern,
-    places: Sequence[Place],
-    chosen: Mapping[nn.Module, Choice],
+    targets: Sequence[Target],
+    chosen: Mapping[tuple[nn.Module, str | None], Choice],
     skips: Mapping[str, Skip],
 ) -> None:
     """Raise unless the pattern chose a layer, or had nothing to add to what chose them all."""
-    winners = [chosen[place.module].pattern for place in places if place.module in chosen]
+    keys = [(target.module, target.parameter) for target in targets]
+    winners = [chosen[key].pattern for key in keys if key in chosen]
     if pattern in winners:
         return
     if winners:
@@ -241,38 +323,30 @@ def _require_choice(
                 remedy="The first pattern that selects a layer decides: put it first.",
             )
         return
-    raise _nothing_chosen(view, pattern, places, skips)
+    raise _nothing_chosen(view, pattern, targets, skips)
 
 
 def _nothing_chosen(
-    view: View, pattern: Pattern, places: Sequence[Place], skips: Mapping[str, Skip]
+    view: View, pattern: Pattern, targets: Sequence[Target], skips: Mapping[str, Skip]
 ) -> LoRAInjectError:
     """The error for a pattern that selects something and chooses nothing of it."""
-    adaptable = [place for place in places if view.kinds[place.module] is not None]
-    if adaptable:
-        reasons = Counter(skips[place.path].reason for place in adaptable)
+    able = [t for t in targets if t.parameter is not None or view.kinds[t.module] is not None]
+    if able:
+        reasons = Counter(skips[target.path].reason for target in able)
         told = "; ".join(f"{plural(n, 'layer')}: {reason}" for reason, n in reasons.items())
         return NoMatchError(f"targets: {pattern.label!r} chooses nothing. It selects {told}.")
-    if places:
-        types = ", ".join(dict.fromkeys(type(place.module).__name__ for place in places))
-        children = view.adaptable_below(places)
-        remedy = (
-            f"Layers inside that can be: {listed(children, 6)}."
-            if children
-            else f"Names that can be adapted: {listed(view.adaptable_names())}."
-        )
-        return NoMatchError(
-            f"targets: {pattern.label!r} selects {plural(len(places), 'module')} of type {types}, "
-            "which cannot be adapted.",
-            path=places[0].path,
-            remedy=remedy,
-        )
-    path, parameter = view.parameters_of(pattern)[0]
+    types = ", ".join(dict.fromkeys(target.type for target in targets))
+    children = view.adaptable_below(targets)
+    remedy = (
+        f"Layers inside that can be: {listed(children, 6)}."
+        if children
+        else f"Names that can be adapted: {listed(view.adaptable_names())}."
+    )
     return NoMatchError(
-        f"targets: {pattern.label!r} names a parameter of shape {tuple(parameter.shape)} and not a "
-        "layer, which cannot be adapted.",
-        path=path,
-        remedy=f"Names that can be adapted: {listed(view.adaptable_names())}.",
+        f"targets: {pattern.label!r} selects {plural(len(targets), 'module')} of type {types}, "
+        "which cannot be adapted.",
+        path=targets[0].path,
+        remedy=remedy,
     )
 
 

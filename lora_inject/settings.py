@@ -14,24 +14,57 @@ from lora_inject.errors import ArgumentError
 BiasMode = Literal["none", "all", "lora_only"]
 
 
+How = Literal["auto", "weight"]
+Layout = Literal["out_in", "in_out"]
+Parts = tuple[tuple[str | None, int | None], ...]
+
+
 @dataclass(frozen=True)
 class Settings:
-    """Rank, alpha and dropout of one adapter on one layer."""
+    """How one layer is adapted.
+
+    Attributes:
+        r: rank.
+        alpha: the delta is scaled by alpha / r.
+        dropout: probability on the adapter's input.
+        how: "auto", or "weight" to adapt what the layer reads and not what it returns.
+        layout: the order of the last two dimensions of a fused weight, if the user says it.
+        parts: (name, size) of each part of a fused projection; None for what stays as it is.
+    """
 
     r: int
     alpha: float
     dropout: float
+    how: How = "auto"
+    layout: Layout | None = None
+    parts: Parts = ()
 
     @property
     def scaling(self) -> float:
         """The factor of B A x: alpha / r (LoRA, arXiv 2106.09685, section 4.1)."""
         return self.alpha / self.r
 
+    def part_sizes(self, n_out: int) -> list[tuple[str | None, int]]:
+        """The parts with their sizes; equal ones where no sizes are given.
 
-def settings(
-    r: Any, alpha: Any, dropout: Any, override: Mapping[str, Any] | None = None, where: str = ""
-) -> Settings:
-    """Check rank, alpha and dropout, with the overrides of one pattern.
+        Raises:
+            ArgumentError: they do not add up to the layer's output features.
+        """
+        sizes = [size for _, size in self.parts]
+        known = sum(size for size in sizes if size is not None)
+        open_parts = sizes.count(None)
+        each, rest = divmod(n_out - known, open_parts) if open_parts else (0, n_out - known)
+        if rest or each < 0 or (open_parts and not each) or (open_parts and known):
+            names = [name for name, _ in self.parts]
+            raise ArgumentError(
+                f"parts {names} do not divide {n_out} output features.",
+                remedy="Give every part its size: (('q', 64), (None, 32), ('v', 32)).",
+            )
+        return [(name, each if size is None else size) for name, size in self.parts]
+
+
+def settings(values: Mapping[str, Any], override: Any = None, where: str = "") -> Settings:
+    """Check r, alpha, dropout, how and layout, with the overrides of one pattern.
 
     A pattern that sets ``r`` and not ``alpha`` gets the call's alpha, or its own r where the call
     leaves alpha at its default.
@@ -39,26 +72,63 @@ def settings(
     Raises:
         ArgumentError: a value is out of range, or the override has an unknown key.
     """
-    values = {"r": r, "alpha": alpha, "dropout": dropout}
-    if override is not None:
-        if not isinstance(override, Mapping):
-            raise ArgumentError(
-                f"{where} must be a mapping such as {{'r': 8}}, not {override!r}.",
-                remedy="Its keys are r, alpha and dropout.",
-            )
-        for key in override:
-            if key not in values:
-                raise ArgumentError(f"{where} has the unknown key {key!r}; known: {list(values)}.")
-        values |= override
-    named = {key: f"{key} in {where}" if override and key in override else key for key in values}
-    rank = check_rank(values["r"], named["r"])
+    own = {} if override is None else override
+    if not isinstance(own, Mapping):
+        raise ArgumentError(
+            f"{where} must be a mapping such as {{'r': 8}}, not {own!r}.",
+            remedy=f"Its keys are {', '.join(values)}.",
+        )
+    for key in own:
+        if key not in values:
+            raise ArgumentError(f"{where} has the unknown key {key!r}; known: {list(values)}.")
+    v = {**values, **own}
+    names = {key: f"{key} in {where}" if key in own else key for key in values}
+    rank = check_rank(v["r"], names["r"])
     return Settings(
         r=rank,
-        alpha=float(rank)
-        if values["alpha"] is None
-        else check_alpha(values["alpha"], named["alpha"]),
-        dropout=check_dropout(values["dropout"], named["dropout"]),
+        alpha=float(rank) if v["alpha"] is None else check_alpha(v["alpha"], names["alpha"]),
+        dropout=check_dropout(v["dropout"], names["dropout"]),
+        how=check_choice(v["how"], names["how"], How),
+        layout=None if v["layout"] is None else check_choice(v["layout"], names["layout"], Layout),
     )
+
+
+def check_choice(value: Any, name: str, choices: Any) -> Any:
+    """One of the words of a Literal."""
+    if not isinstance(value, str) or value not in get_args(choices):
+        raise ArgumentError(f"{name} must be one of {list(get_args(choices))}, not {value!r}.")
+    return value
+
+
+def check_parts(parts: Any) -> dict[Any, Parts]:
+    """A mapping of patterns to the parts of the layers that they select."""
+    if not isinstance(parts, Mapping):
+        raise ArgumentError(f"parts must be a mapping such as {_PARTS_EXAMPLE}, not {parts!r}.")
+    return {pattern: _check_part_list(value, pattern) for pattern, value in parts.items()}
+
+
+_PARTS_EXAMPLE = "{'c_attn': ('q', None, 'v')}"
+
+
+def _check_part_list(value: Any, pattern: Any) -> Parts:
+    problem = ArgumentError(
+        f"parts[{pattern!r}] must be a tuple of names, None, or (name, size), not {value!r}.",
+        remedy=f"Such as {_PARTS_EXAMPLE}; names are identifiers, each used once.",
+    )
+    if not isinstance(value, tuple | list) or not value:
+        raise problem
+    parts: list[tuple[str | None, int | None]] = []
+    for item in value:
+        name, size = item if isinstance(item, tuple) and len(item) == 2 else (item, None)
+        named = isinstance(name, str) and name.isidentifier()
+        sized = size is None or (isinstance(size, int) and not isinstance(size, bool) and size > 0)
+        if not (name is None or named) or not sized:
+            raise problem
+        parts.append((name, size))
+    names = [name for name, _ in parts if name is not None]
+    if not names or len(set(names)) < len(names):
+        raise problem
+    return tuple(parts)
 
 
 def check_rank(r: Any, name: str) -> int:
@@ -67,7 +137,7 @@ def check_rank(r: Any, name: str) -> int:
         rank = operator.index(r)
     except TypeError:
         rank = 0
-    if isinstance(r, bool) or rank < 1:
+    if isinstance(r, bool) or not 1 <= rank < 2**31:
         raise ArgumentError(f"{name} must be an integer of at least 1, not {r!r}.")
     return rank
 
@@ -91,10 +161,7 @@ def check_dropout(dropout: Any, name: str) -> float:
 
 def check_bias(bias: Any) -> BiasMode:
     """A bias mode is one of loralib's three."""
-    for mode in get_args(BiasMode):
-        if bias == mode:
-            return mode  # type: ignore[no-any-return]
-    raise ArgumentError(f"bias must be one of {list(get_args(BiasMode))}, not {bias!r}.")
+    return check_choice(bias, "bias", BiasMode)  # type: ignore[no-any-return]
 
 
 def check_dtype(dtype: Any) -> torch.dtype | Literal["base"] | None:
@@ -132,7 +199,7 @@ def check_layers(layers: Any) -> tuple[int, ...] | None:
     if layers is None:
         return None
     wanted = layers if isinstance(layers, Iterable) else [layers]
-    indices = tuple(dict.fromkeys(wanted))
+    indices = tuple(wanted)
     if not indices or any(isinstance(i, bool) or not isinstance(i, int) for i in indices):
         raise ArgumentError(
             f"layers must be an integer or several (a list, a range), not {layers!r}."
@@ -141,4 +208,5 @@ def check_layers(layers: Any) -> tuple[int, ...] | None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    small = isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+    return small and not isinstance(value, bool)

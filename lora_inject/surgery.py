@@ -1,16 +1,19 @@
 """Inject and strip: a plan becomes adapted layers, all of them or none, and they come out again."""
 
 import warnings
+from collections.abc import Mapping
+from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_inject import initial
-from lora_inject.errors import ArgumentError, LoRAInjectWarning
+from lora_inject.errors import LoRAInjectError, LoRAInjectWarning
 from lora_inject.freeze import mark
-from lora_inject.kinds import Kind
-from lora_inject.layer import Adapter, LoRALayer, attach, detach, parameter_names
+from lora_inject.kinds import Spec
+from lora_inject.layer import Adapter, LoRALayer, attach, detach
 from lora_inject.plan import Plan, Site, plan
 from lora_inject.record import (
     Before,
@@ -18,12 +21,14 @@ from lora_inject.record import (
     gather,
     install,
     records_in,
+    reinstall,
     require_own_record,
     uninstall,
 )
 from lora_inject.report import Report, report
 from lora_inject.selection import ALL_LINEAR
 from lora_inject.settings import BiasMode
+from lora_inject.tables import plural
 
 
 def inject(
@@ -40,6 +45,9 @@ def inject(
     dtype: torch.dtype | str | None = None,
     seed: int | None = None,
     adapter: str = "default",
+    how: str = "auto",
+    layout: str | None = None,
+    parts: Mapping[Any, Any] | None = None,
 ) -> Report:
     """Adapt layers of a model in place with LoRA (arXiv 2106.09685); nothing happens on an error.
 
@@ -61,7 +69,8 @@ def inject(
             ``(path, module) -> bool``; ``"all-linear"``, every Linear-like layer but the output
             head; a list of these; or a mapping of these to settings,
             ``{"q_proj": {"r": 8, "alpha": 16, "dropout": 0.1}}``. The first pattern that selects a
-            layer decides.
+            layer decides. A string also selects a parameter that no layer calls, such as the
+            fused ``"experts.gate_up_proj"``.
         r: rank, at least 1.
         alpha: the delta is scaled by alpha / r; None means alpha = r, a scaling of 1.
         dropout: probability of dropout on the input of the adapter, in [0, 1).
@@ -76,6 +85,15 @@ def inject(
             otherwise, "base" for the base's own, or a dtype.
         seed: decides the starting values; None takes one draw from torch's global generator.
         adapter: the adapter's name; "default" has parameters ``lora_A`` and ``lora_B``.
+        how: "auto", or "weight" for layers whose weight is read and not called: where the weight is
+            read there is then ``W + alpha / r * B A``, computed at each reading. The layers of
+            ``nn.MultiheadAttention``, recurrent layers and parameters are adapted so in any case.
+        layout: for a fused weight of three dimensions that does not tell it itself: "out_in" for
+            (E, out, in), "in_out" for (E, in, out). Per pattern, ``how`` and ``layout`` can be
+            given in a mapping of targets too.
+        parts: adapters for the parts of fused projections, ``{"c_attn": ("q", None, "v")}``: equal
+            parts of the output, of which the named ones get an A and a B each (``q_lora_A``). Parts
+            that are not equal have sizes: ``{"qkv_proj": (("q", 64), (None, 32), ("v", 32))}``.
 
     Returns:
         The report of what trains now.
@@ -99,64 +117,88 @@ def inject(
         dtype=dtype,
         seed=seed,
         adapter=adapter,
+        how=how,
+        layout=layout,
+        parts=parts,
     )
     return _apply(wanted)
 
 
 def _apply(wanted: Plan) -> Report:
-    model = wanted.model
-    earlier = records_in(model)
-    if earlier and earlier[0][2].bias != wanted.bias:
-        raise ArgumentError(
-            f"bias={wanted.bias!r}, but the model was injected with bias={earlier[0][2].bias!r}.",
-            remedy="Use the same mode, and freeze(model, bias=...) to change it.",
-        )
+    model, earlier = wanted.model, records_in(wanted.model)
     decided = {module for _, _, record in earlier for module in record.before.training}
     undecided = [module for module in model.modules() if module not in decided]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     seed = initial.draw_seed() if wanted.seed is None else wanted.seed
 
-    undo, changes = Before(), Before()
-    for before in (undo, changes):
-        before.keep_flags(model.modules())
-    attached: list[LoRALayer] = []
+    changes = Before()
+    changes.keep_flags(model.modules())
+    attached: dict[str, tuple[LoRALayer, Adapter]] = {}
     try:
         for site in wanted.sites:
-            attached.append(_adapt(site, wanted.adapter, seed))
-        record = gather(model, changes)
+            attached[site.path] = _adapt(site, wanted.adapter, seed)
         new_modules = list(wanted.train_also.values())
-        mark(model, attached, wanted.bias, new_modules, record.before, undecided)
+        layers = [layer for layer, _ in attached.values()]
+        mark(model, layers, wanted.bias, new_modules, changes, undecided)
+        record = gather(model, copy(changes))
+        record.adapters |= attached
+        record.train_also += new_modules
+        record.bias = wanted.bias
+        install(model, record)
+        return _with_notes(report(model), wanted)
     except BaseException:
-        for layer in attached:
-            detach(layer)
-        undo.restore()
+        for layer, adapter in reversed(attached.values()):
+            detach(layer, adapter)
+        changes.restore()
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        reinstall(model, earlier)
         raise
-    record.layers |= {site.path: layer for site, layer in zip(wanted.sites, attached, strict=True)}
-    record.train_also += new_modules
-    record.bias = wanted.bias
-    install(model, record)
-    return report(model)
 
 
-def _adapt(site: Site, name: str, seed: int) -> LoRALayer:
-    A_name, B_name = parameter_names(name)
-    adapter = Adapter(name, site.settings, A_name, B_name, site.pattern, site.path, seed)
-    device = site.kind.weight(site.module).device
+def _with_notes(shown: Report, wanted: Plan) -> Report:
+    """The report with what the plan wanted and could not, and what it does that is no use."""
+    missed = [skip for skip in wanted.skipped if skip.wanted]
+    notes = [
+        f"Not adapted: {paths[0]}"
+        + (f" and {len(paths) - 1} more" if paths[1:] else "")
+        + f": {why}"
+        for why in dict.fromkeys(skip.reason for skip in missed)
+        for paths in [[skip.path for skip in missed if skip.reason == why]]
+    ]
+    if wanted.oversized:
+        site = wanted.oversized[0]
+        text = (
+            f"{plural(len(wanted.oversized), 'adapter')} with more parameters than what is adapted"
+            f", such as {site.path or 'the model itself'}: {site.parameters:,} against "
+            f"{site.base_elements:,}. Use a smaller r, or train it in full (train_also)."
+        )
+        warnings.warn(text, LoRAInjectWarning, stacklevel=4)
+        notes.append(text)
+    return replace(shown, notes=(*shown.notes, *notes))
+
+
+def _adapt(site: Site, name: str, seed: int) -> tuple[LoRALayer, Adapter]:
+    adapter = Adapter(
+        name, site.settings, site.kind, site.way, site.specs, site.pattern, site.path, seed
+    )
+    device = site.kind.weight(site.module, site.specs[0].weight).device
     # Tensors made in inference mode could never be trained.
     with torch.inference_mode(False):
-        if device.type == "meta":
-            shapes = site.kind.shapes((site.n_in, site.n_out), site.settings.r)
-            A, B = (torch.empty(shape, device=device, dtype=site.dtype) for shape in shapes)
-        else:
-            values = _starting_values(site.kind, (site.n_in, site.n_out), adapter)
-            A, B = (value.to(device, site.dtype) for value in values)
-        return attach(site.module, site.kind, adapter, A, B)
+        values = []
+        for spec in site.specs:
+            if device.type == "meta":
+                A, B = (torch.empty(s, device=device) for s in (spec.A_shape, spec.B_shape))
+            else:
+                A, B = _starting_values(adapter, spec)
+            values.append((A.to(device, site.dtype), B.to(device, site.dtype)))
+        return attach(site.module, adapter, values), adapter
 
 
-def _starting_values(
-    kind: Kind, features: tuple[int, int], adapter: Adapter
-) -> tuple[Tensor, Tensor]:
-    generator = initial.site_generator(adapter.seed, adapter.name, adapter.path)
-    return kind.initial(features, adapter.settings.r, generator)
+def _starting_values(adapter: Adapter, spec: Spec) -> tuple[Tensor, Tensor]:
+    path = f"{adapter.path}/{spec.prefix}" if spec.prefix else adapter.path
+    generator = initial.site_generator(adapter.seed, adapter.name, path)
+    return adapter.kind.initial(spec, generator)
 
 
 def reset_lora_parameters(model: nn.Module) -> None:
@@ -167,18 +209,30 @@ def reset_lora_parameters(model: nn.Module) -> None:
 
     Example:
         >>> reset_lora_parameters(model)  # doctest: +SKIP
+
+    Raises:
+        LoRAInjectError: an adapter is still on the meta device; nothing is changed.
     """
+    layers = adapted_layers(model)
+    pairs = [
+        (path, adapter, spec, layer.get_parameter(A_name), layer.get_parameter(B_name))
+        for path, layer in layers.items()
+        for adapter in layer.lora_adapters
+        for spec, A_name, B_name in adapter.pairs
+    ]
+    for path, _, _, A, B in pairs:
+        if A.is_meta or B.is_meta:
+            raise LoRAInjectError(
+                "its adapter is on the meta device and has no values to set.",
+                path=path,
+                remedy='Call model.to_empty(device="cpu") first, then load the base weights.',
+            )
     with torch.no_grad():
-        for layer in adapted_layers(model).values():
-            features = layer.kind.features(layer)
-            for adapter in layer.adapters.values():
-                A, B = layer.get_parameter(adapter.A_name), layer.get_parameter(adapter.B_name)
-                values = _starting_values(layer.kind, features, adapter)
-                for parameter, value in zip((A, B), values, strict=True):
-                    parameter.copy_(value)
+        for _, adapter, spec, A, B in pairs:
+            for parameter, value in zip((A, B), _starting_values(adapter, spec), strict=True):
+                parameter.copy_(value)
     for _, _, record in records_in(model):
-        for module, name in list(record.before.unknown_values()):
-            record.before.keep_value(module, name)
+        record.before.keep_unknown_values()
 
 
 def strip(model: nn.Module) -> nn.Module:

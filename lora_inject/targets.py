@@ -42,17 +42,26 @@ class Pattern:
     """One selector as the user wrote it: ``label`` for messages, ``test`` to decide.
 
     ``by_name`` tells that the test reads the path alone, so that it can also be asked about the
-    paths of parameters. ``settings`` are its own where a mapping gives them.
+    paths of parameters; ``wide`` that it is a glob or a regular expression. ``settings`` are the
+    pattern's own, where a mapping gives them.
     """
 
     label: str
     test: Predicate = field(repr=False)
     by_name: bool = False
+    wide: bool = False
     settings: Any = None
 
     def selects(self, place: Place) -> bool:
         """Whether the pattern matches any of the module's names."""
         return any(self.test(path, place.module) for path in place.paths)
+
+    def names(self, path: str) -> bool:
+        """Whether a pattern that reads the path alone matches it."""
+        return self.test(path, _NOTHING)
+
+
+_NOTHING = nn.Identity()
 
 
 def walk(model: nn.Module) -> list[Place]:
@@ -107,7 +116,8 @@ def _pattern(item: Any, argument: str, value: Any, keywords: Mapping[str, Predic
     if isinstance(item, str):
         if item in keywords:
             return Pattern(item, keywords[item], settings=value)
-        return Pattern(item, _text_test(item, argument), by_name=True, settings=value)
+        wide = _is_wide(item)
+        return Pattern(item, _text_test(item, argument), by_name=True, wide=wide, settings=value)
     if isinstance(item, type) and issubclass(item, nn.Module):
         label = f"class {item.__name__}"
         return Pattern(label, lambda _, module: isinstance(module, item), settings=value)
@@ -120,12 +130,16 @@ def _pattern(item: Any, argument: str, value: Any, keywords: Mapping[str, Predic
     )
 
 
+def _is_wide(text: str) -> bool:
+    return text.startswith("re:") or any(character in text for character in "*?[")
+
+
 def _text_test(text: str, argument: str) -> Predicate:
     if text.startswith("re:"):
         return _regex_test(text, argument)
     if not text.strip():
         raise ArgumentError(f"{argument} holds an empty string, which names no module.")
-    if any(character in text for character in "*?["):
+    if _is_wide(text):
         return lambda path, _: fnmatch.fnmatchcase(path, text)
     suffix = "." + text
     return lambda path, _: path == text or path.endswith(suffix)
@@ -171,16 +185,18 @@ def in_blocks(places: Iterable[Place], layers: tuple[int, ...], model: nn.Module
     Raises:
         ArgumentError: an index is used by no module.
     """
-    wanted = set(layers)
+    wanted, ends = set(layers), dict[str, dict[int, int]]()
     kept, met, unused = set(), set(), set(wanted)
     for place in places:
         for path in place.paths:
-            block = _block(path, model)
+            block = _block(path)
             if block is None:
                 continue
-            index, size = block
+            blocks, index = block
+            if blocks not in ends:
+                ends[blocks] = _from_the_end(model.get_submodule(blocks))
+            names = {index, ends[blocks][index]} & wanted
             met.add(index)
-            names = {index, index - size} & wanted
             unused -= names
             if names:
                 kept.add(place.module)
@@ -190,14 +206,19 @@ def in_blocks(places: Iterable[Place], layers: tuple[int, ...], model: nn.Module
     return kept
 
 
-def _block(path: str, model: nn.Module) -> tuple[int, int] | None:
-    """The index of the block that the path goes through, and how many blocks its list has."""
+def _block(path: str) -> tuple[str, int] | None:
+    """The path of the list of blocks that a path goes through, and the index in it."""
     components = path.split(".")
     for depth, component in enumerate(components):
         if component.isdecimal():
-            blocks = model.get_submodule(".".join(components[:depth]))
-            return int(component), sum(name.isdecimal() for name, _ in blocks.named_children())
+            return ".".join(components[:depth]), int(component)
     return None
+
+
+def _from_the_end(blocks: nn.Module) -> dict[int, int]:
+    """The negative index of each block."""
+    indices = sorted(int(name) for name, _ in blocks.named_children() if name.isdecimal())
+    return {index: position - len(indices) for position, index in enumerate(indices)}
 
 
 def braces(numbers: Iterable[int]) -> str:

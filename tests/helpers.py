@@ -54,9 +54,10 @@ def randomize_adapters(model, scale=0.1):
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, LoRALayer):
-                for adapter in module.adapters.values():
-                    for name in (adapter.A_name, adapter.B_name):
-                        getattr(module, name).normal_(std=scale)
+                for adapter in module.lora_adapters:
+                    for _, A_name, B_name in adapter.pairs:
+                        module._parameters[A_name].normal_(std=scale)
+                        module._parameters[B_name].normal_(std=scale)
 
 
 def train_steps(model, inputs, steps=3, lr=0.02):

@@ -56,8 +56,8 @@ def test_plan_of_a_callable(capsys):
     ("arguments", "message"),
     [
         (["nowhere"], "no file or directory 'nowhere'"),
-        (["no_such_module:f"], "cannot be imported"),
-        ([f"{__name__}:missing"], "cannot be imported"),
+        (["no_such_module:f"], "cannot be built"),
+        ([f"{__name__}:missing"], "cannot be built"),
         ([f"{__name__}:NOT_A_MODEL"], "gives a int"),
         ([f"{__name__}:small_model", "--targets", "q_porj"], "'q_porj' matches nothing"),
         ([f"{__name__}:small_model", "-r", "0"], "r must be an integer"),

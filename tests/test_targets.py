@@ -179,14 +179,18 @@ def test_a_container_is_refused_with_its_children():
 def test_a_parameter_is_told_from_a_layer():
     model = Net()
     model.experts = nn.Module()
-    model.experts.up_proj = nn.Parameter(nn.init.zeros_(nn.Parameter(nn.Linear(4, 8).weight)).data)
+    model.experts.up_proj = nn.Parameter(nn.Linear(4, 8).weight.detach())
     model.shared = nn.Module()
     model.shared.up_proj = nn.Linear(8, 8)
-    (skip,) = plan(model, "up_proj").skipped
-    assert skip.path == "experts.up_proj"
-    assert "parameter" in skip.reason
-    with pytest.raises(NoMatchError, match="names a parameter of shape"):
-        plan(model, "experts.up_proj")
+    assert paths(model, "up_proj") == ["experts.up_proj", "shared.up_proj"]
+    assert paths(model, "experts.up_proj") == ["experts.up_proj"]
+    # Written for layers, a glob must not catch every matrix on the way.
+    assert paths(model, "*.up_proj") == ["shared.up_proj"]
+    assert paths(model, "experts.*") == ["experts.up_proj"]
+    assert paths(model, nn.Linear, exclude="layers")[-1] == "shared.up_proj"
+    for argument in ("exclude", "train_also"):
+        with pytest.raises(NoMatchError, match=f"{argument}: 'experts.up_proj' matches no"):
+            plan(model, "q_proj", **{argument: "experts.up_proj"})
 
 
 def test_a_regular_expression_is_stopped():

@@ -1,20 +1,34 @@
 """The kinds of layer that can be adapted, and the registry that holds them.
 
 A kind says which modules it is for, the shapes of A and B, their starting values, what it refuses,
-and what the adapter adds to the layer's output. Users add their own with ``register_kind``.
+and what the adapter adds to the layer's output or weight. ``register_kind`` adds one.
 """
 
 from torch import nn
 
 from lora_inject.errors import ArgumentError
-from lora_inject.kinds.base import Kind
+from lora_inject.kinds.attention import MultiheadAttentionKind
+from lora_inject.kinds.base import Kind, Spec
 from lora_inject.kinds.conv1d import Conv1DKind
+from lora_inject.kinds.convolution import ConvKind, ConvTransposeKind
 from lora_inject.kinds.embedding import EmbeddingKind
 from lora_inject.kinds.linear import LinearKind
+from lora_inject.kinds.quantized import QuantizedLinearKind
+from lora_inject.kinds.recurrent import RecurrentCellKind, RecurrentKind
 
-__all__ = ["Kind", "find_kind", "register_kind"]
+__all__ = ["Kind", "Spec", "find_kind", "register_kind"]
 
-_registry: list[Kind] = [LinearKind(), Conv1DKind(), EmbeddingKind()]
+_registry: list[Kind] = [
+    LinearKind(),
+    Conv1DKind(),
+    QuantizedLinearKind(),
+    EmbeddingKind(),
+    ConvKind(),
+    ConvTransposeKind(),
+    MultiheadAttentionKind(),
+    RecurrentKind(),
+    RecurrentCellKind(),
+]
 
 
 def register_kind(kind: Kind) -> None:
@@ -26,6 +40,12 @@ def register_kind(kind: Kind) -> None:
         ...
         ...     def matches(self, module):
         ...         return isinstance(module, Patch)
+        ...
+        ...     def specs(self, module, settings):
+        ...         return (Spec("weight", 4, 6, (settings.r, 4), (6, settings.r)),)
+        ...
+        ...     def delta(self, layer, x, y, A, B, dropout):
+        ...         return x @ A.T @ B.T
         >>> register_kind(PatchKind())  # doctest: +SKIP
 
     Args:

@@ -2,7 +2,8 @@
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,114 +11,190 @@ from torch import Tensor, nn
 from lora_inject import initial
 from lora_inject.settings import Settings
 
+Way = Literal["branch", "weight"]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One pair A, B of a layer.
+
+    Attributes:
+        weight: the name of the parameter that it adapts.
+        n_in: features that A reads.
+        n_out: features that B writes.
+        A_shape: (r, in), or what the kind makes of it.
+        B_shape: (out, r), or what the kind makes of it.
+        part: the name of the part of a fused projection that it is for, or "".
+        start: where that part begins in the layer's output.
+    """
+
+    weight: str
+    n_in: int
+    n_out: int
+    A_shape: tuple[int, ...]
+    B_shape: tuple[int, ...]
+    part: str = ""
+    start: int = 0
+
+    @property
+    def prefix(self) -> str:
+        """What stands before ``lora_A`` in the parameter's name: nothing for a plain weight."""
+        if self.part:
+            return f"{self.part}_"
+        return "" if self.weight == "weight" else f"{self.weight}_"
+
+    @property
+    def elements(self) -> int:
+        """How many parameters A and B have."""
+        return math.prod(self.A_shape) + math.prod(self.B_shape)
+
 
 class Kind(ABC):
-    """One kind of layer that computes ``y = f(x)`` and whose adapter adds ``scaling * B A x``.
+    """One kind of layer, and how an adapter acts on it; stateless.
 
-    Stateless; an adapted layer holds a reference to its kind. Shapes: A is (r, in), B is (out, r).
+    There are two ways. Branch: the layer's own forward runs, and ``scaling * B A x`` is added to
+    what it returns; a kind says ``delta``. Weight: where the layer reads its weight sees
+    ``W + scaling * B A``; a kind says ``update``.
 
     Attributes:
         name: what reports call the kind.
         linear_like: whether ``"all-linear"`` selects it.
+        below: a class whose forward the branch is added to directly, so that a subclass that
+            scales or shifts what ``super().forward`` returns does the same to the adapter. None
+            adds it to what the layer as a whole returns.
     """
 
     name: ClassVar[str]
     linear_like: ClassVar[bool] = False
+    below: ClassVar[type[nn.Module] | None] = None
 
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
         """Whether this kind is for the module."""
 
     @abstractmethod
-    def features(self, module: nn.Module) -> tuple[int, int]:
-        """(in, out): the sizes that A reads and B writes."""
+    def specs(self, module: nn.Module, settings: Settings) -> tuple[Spec, ...]:
+        """The pairs A, B that the module gets."""
 
-    @abstractmethod
+    def way(self, module: nn.Module) -> Way:
+        """How a module of this kind is adapted where nothing else decides."""
+        return "branch"
+
+    def refusal(self, module: nn.Module, way: Way) -> str | None:
+        """Why a module of this kind cannot be adapted in this way, with the remedy; else None."""
+        return None
+
     def delta(
-        self, layer: nn.Module, x: Tensor, A: Tensor, B: Tensor, settings: Settings, dropout: float
+        self, layer: nn.Module, x: Tensor, y: Tensor, A: Tensor, B: Tensor, dropout: float
     ) -> Tensor:
-        """What the adapter adds to the layer's output for input x.
+        """Branch: what the adapter adds to the layer's output, before scaling.
 
         Args:
             layer: the adapted layer, for its options.
             x: the layer's first input.
-            A: (r, in).
-            B: (out, r).
-            settings: rank, alpha and scaling of the adapter.
-            dropout: the probability that is in force: the adapter's in training mode, else 0.
+            y: what the layer computed without the adapter.
+            A: the parameter A.
+            B: the parameter B.
+            dropout: the probability in force: the adapter's in training mode, else 0.
 
         Returns:
-            A tensor that can be added to the layer's output.
+            A tensor of the shape of y, or of its part.
         """
+        raise NotImplementedError(f"{self.name} layers are adapted in their weight")
 
-    def refusal(self, module: nn.Module) -> str | None:
-        """Why a module of this kind cannot be adapted, with the remedy; None where it can."""
-        return None
+    def update(self, layer: nn.Module, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """Weight: what the adapter adds to the weight W, in W's shape, before scaling."""
+        raise NotImplementedError(f"{self.name} layers are adapted in a branch")
 
-    def weight(self, module: nn.Module) -> Tensor:
-        """The tensor whose device and dtype the adapter follows."""
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        return weight
+    def effective(self, layer: nn.Module, W: Tensor, pairs: "list[Pair]") -> Any:
+        """Weight: what the layer reads in place of W: the sum in A's precision, rounded once."""
+        total: Any = W
+        for A, B, scaling in pairs:
+            total = total + scaling * self.update(layer, W, A, B)
+        return total.to(W.dtype)
 
-    def shapes(self, features: tuple[int, int], r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shapes of A and B."""
-        n_in, n_out = features
-        return (r, n_in), (n_out, r)
+    def members(self, weights: tuple[str, ...]) -> dict[str, Any]:
+        """Weight: what the adapted class gets in order to show effective weights."""
+        return {name: _effective_property(name) for name in weights}
 
-    def initial(
-        self, features: tuple[int, int], r: int, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
+    def initial(self, spec: Spec, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Starting values, float32 on the CPU: A kaiming-uniform, B zero (LoRA section 4.1)."""
-        A_shape, B_shape = self.shapes(features, r)
-        fan_in = math.prod(A_shape[1:])
-        return initial.kaiming_uniform(A_shape, fan_in, generator), initial.zeros(B_shape)
+        fan_in = math.prod(spec.A_shape[1:])
+        A = initial.kaiming_uniform(spec.A_shape, fan_in, generator)
+        return A, initial.zeros(spec.B_shape)
+
+    def weight(self, module: nn.Module, name: str) -> Tensor:
+        """The tensor whose device and dtype the adapter follows, read without side effects."""
+        for owned in (module._parameters, module._buffers):
+            if name in owned and owned[name] is not None:
+                return owned[name]  # type: ignore[return-value]
+        # A parametrized weight is computed when it is read, and spectral_norm moves then.
+        originals = getattr(getattr(module, "parametrizations", None), name, None)
+        if isinstance(originals, nn.Module):
+            return next(originals.parameters())
+        value = getattr(module, name)
+        assert isinstance(value, Tensor)
+        return value
 
 
-def general_refusal(module: nn.Module, parameter_names: tuple[str, ...]) -> str | None:
+Pair = tuple[Tensor, Tensor, float]
+
+
+def linear_spec(weight: str, n_in: int, n_out: int, r: int) -> Spec:
+    """The spec of a matrix: A is (r, in), B is (out, r)."""
+    return Spec(weight, n_in, n_out, (r, n_in), (n_out, r))
+
+
+def overrides_forward(module: nn.Module, known: type[nn.Module]) -> bool:
+    """Whether the module's class has a forward other than that of the class we know."""
+    return getattr(type(module), "forward", None) is not known.forward
+
+
+def _effective_property(name: str) -> property:
+    return property(lambda layer: layer._lora_effective(name))
+
+
+def general_refusal(module: nn.Module, new_names: list[str], way: Way) -> str | None:
     """Why a module of any kind cannot be adapted by a class swap, with the remedy; else None."""
     if isinstance(module, torch.jit.ScriptModule):
         return "it is a ScriptModule, whose forward cannot be changed. Adapt it before scripting."
-    if "forward" in module.__dict__:
+    if way == "branch" and "forward" in module.__dict__:
         return (
             "a forward was set on this very instance (accelerate's hooks do that), and it would "
             "bypass the adapter. Remove it, inject, and set it again."
         )
-    taken = [name for name in parameter_names if hasattr(module, name)]
+    taken = [name for name in new_names if hasattr(module, name)]
     if taken:
         return f"it has an attribute {taken[0]} of its own. Give the adapter another name."
     return None
 
 
-def weight_refusal(weight: Tensor, features: tuple[int, int]) -> str | None:
+def weight_refusal(weight: Tensor, spec: Spec, way: Way) -> str | None:
     """Why an adapter cannot follow this weight, with the remedy; else None."""
-    if min(features) < 1:
-        return f"it has the size {features[0]} x {features[1]}, so there is nothing to adapt."
+    if min(*spec.A_shape, *spec.B_shape) < 1:
+        return f"it has the size {spec.n_in} x {spec.n_out}, so there is nothing to adapt."
     if weight.is_complex():
         return f"its weight is complex ({weight.dtype}), which is not supported. Exclude it."
-    if _is_distributed(weight):
+    if is_distributed(weight):
         return (
             "its weight is already sharded (DTensor). Inject before fully_shard or "
             "parallelize_module."
         )
-    return None
-
-
-def unread_refusal(parent: nn.Module, name: str) -> str | None:
-    """Why a layer of this parent is never called, so that an adapter would be dead; else None."""
-    if isinstance(parent, nn.MultiheadAttention):
+    if way == "weight" and not is_plain(weight):
         return (
-            f"nn.MultiheadAttention reads the weight of {name} and never calls it, so an adapter "
-            "would be dead. Exclude it."
-        )
-    if isinstance(parent, nn.TransformerEncoderLayer) and name in ("linear1", "linear2"):
-        return (
-            f"the inference path of nn.TransformerEncoderLayer reads the weight of {name} and does "
-            "not call it, so the adapter would be silent in eval mode. Exclude it."
+            f"its {spec.weight} is quantized or not a parameter of its own, so that nothing can be "
+            'added to it. Adapt it without how="weight", or exclude it.'
         )
     return None
 
 
-def _is_distributed(tensor: Tensor) -> bool:
+def is_plain(weight: Tensor) -> bool:
+    """Whether a weight is an ordinary floating-point Parameter, to which something can be added."""
+    ordinary = type(weight) in (nn.Parameter, Tensor) and isinstance(weight, nn.Parameter)
+    return ordinary and weight.is_floating_point() and weight.dtype.itemsize > 1
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor."""
     # By what it has: importing torch.distributed.tensor costs as much as the whole library.
     return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")

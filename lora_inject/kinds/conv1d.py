@@ -18,5 +18,9 @@ class Conv1DKind(LinearKind):
 
     def features(self, module: nn.Module) -> tuple[int, int]:
         """The weight's shape as it is."""
-        n_in, n_out = self.weight(module).shape
+        n_in, n_out = self.weight(module, "weight").shape
         return n_in, n_out
+
+    def update(self, layer: nn.Module, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """``B A``, transposed."""
+        return (B @ A).t()

@@ -5,59 +5,76 @@ from torch import Tensor, nn
 
 from lora_inject import initial
 from lora_inject.functional import embedding_delta
-from lora_inject.kinds.base import Kind
+from lora_inject.kinds.base import Kind, Spec, Way, linear_spec, overrides_forward
 from lora_inject.settings import Settings
 
 
 class EmbeddingKind(Kind):
-    """``y = W[ids]`` with W of shape (rows, width); A is (r, rows), B is (width, r)."""
+    """``y = W[ids]`` with W of shape (rows, width); A is (r, rows), B is (width, r).
+
+    The branch is added to what ``nn.Embedding.forward`` returns, so that subclasses that scale it
+    (Gemma) or shift the ids before it (OPT's positions) treat the adapter as they treat the weight.
+    """
 
     name = "Embedding"
+    below = nn.Embedding
 
     def matches(self, module: nn.Module) -> bool:
         """Instances of ``nn.Embedding``."""
         return isinstance(module, nn.Embedding)
 
-    def features(self, module: nn.Module) -> tuple[int, int]:
-        """(rows, width)."""
+    def specs(self, module: nn.Module, settings: Settings) -> tuple[Spec, ...]:
+        """One pair."""
         assert isinstance(module, nn.Embedding)
-        return module.num_embeddings, module.embedding_dim
+        return (linear_spec("weight", module.num_embeddings, module.embedding_dim, settings.r),)
 
-    def refusal(self, module: nn.Module) -> str | None:
-        """``max_norm`` writes to the weight in forward; other forwards may do anything with it."""
+    def refusal(self, module: nn.Module, way: Way) -> str | None:
+        """``max_norm`` writes to the weight; a forward that bypasses its parent's needs how=."""
         assert isinstance(module, nn.Embedding)
         if module.max_norm is not None:
             return (
                 "max_norm rescales the frozen weight in every forward pass. Set max_norm to None "
                 "or exclude the layer."
             )
-        if type(module).forward is not nn.Embedding.forward:
+        if way == "branch" and overrides_forward(module, nn.Embedding) and not _calls_super(module):
             return (
-                f"{type(module).__name__} has a forward of its own, and what that does to the "
-                "weight would not be done to the adapter. Exclude the layer or register a kind "
-                "for it."
+                f"{type(module).__name__} has a forward that does not call that of nn.Embedding, "
+                'where the adapter is added. Use how="weight", which computes the whole table.'
             )
         return None
 
-    def initial(
-        self, features: tuple[int, int], r: int, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
+    def initial(self, spec: Spec, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """A zero, B normal, as in loralib: an id that training never saw keeps a delta of zero."""
-        A_shape, B_shape = self.shapes(features, r)
-        return initial.zeros(A_shape), initial.normal(B_shape, generator)
+        return initial.zeros(spec.A_shape), initial.normal(spec.B_shape, generator)
 
     def delta(
-        self, layer: nn.Module, x: Tensor, A: Tensor, B: Tensor, settings: Settings, dropout: float
+        self, layer: nn.Module, x: Tensor, y: Tensor, A: Tensor, B: Tensor, dropout: float
     ) -> Tensor:
-        """``scaling * B A[:, ids]`` with the gradient options of the layer."""
+        """``B A[:, ids]`` with the gradient options of the layer."""
         assert isinstance(layer, nn.Embedding)
         return embedding_delta(
             x,
             A,
             B,
-            settings.scaling,
             dropout,
             padding_idx=layer.padding_idx,
             scale_grad_by_freq=layer.scale_grad_by_freq,
             sparse=layer.sparse,
         )
+
+    def update(self, layer: nn.Module, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """``B A``, transposed."""
+        return (B @ A).t()
+
+
+def _calls_super(module: nn.Module) -> bool:
+    """Whether every forward between the module's class and nn.Embedding calls ``super().forward``.
+
+    Read from the compiled code, the only place that tells before anything runs.
+    """
+    classes = type(module).__mro__[: type(module).__mro__.index(nn.Embedding)]
+    for forward in (vars(c)["forward"] for c in classes if "forward" in vars(c)):
+        code = getattr(forward, "__code__", None)
+        if code is None or not {"super", "forward"} <= set(code.co_names):
+            return False
+    return True

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from lora_inject.functional import linear_delta
-from lora_inject.kinds.base import Kind
+from lora_inject.kinds.base import Kind, Spec, Way, linear_spec
 from lora_inject.settings import Settings
 
 
@@ -22,8 +22,29 @@ class LinearKind(Kind):
         assert isinstance(module, nn.Linear)
         return module.in_features, module.out_features
 
+    def specs(self, module: nn.Module, settings: Settings) -> tuple[Spec, ...]:
+        """One pair, or one for each named part of a fused projection."""
+        n_in, n_out = self.features(module)
+        if not settings.parts:
+            return (linear_spec("weight", n_in, n_out, settings.r),)
+        specs, start = [], 0
+        for part, size in settings.part_sizes(n_out):
+            shapes = (settings.r, n_in), (size, settings.r)
+            if part is not None:
+                specs.append(Spec("weight", n_in, size, *shapes, part=part, start=start))
+            start += size
+        return tuple(specs)
+
+    def refusal(self, module: nn.Module, way: Way) -> str | None:
+        """Linear layers have no reason of their own."""
+        return None
+
     def delta(
-        self, layer: nn.Module, x: Tensor, A: Tensor, B: Tensor, settings: Settings, dropout: float
+        self, layer: nn.Module, x: Tensor, y: Tensor, A: Tensor, B: Tensor, dropout: float
     ) -> Tensor:
-        """``scaling * B A dropout(x)``."""
-        return linear_delta(x, A, B, settings.scaling, dropout)
+        """``B A dropout(x)``."""
+        return linear_delta(x, A, B, dropout)
+
+    def update(self, layer: nn.Module, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """``B A``."""
+        return B @ A

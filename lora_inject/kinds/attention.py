@@ -1,0 +1,38 @@
+"""``nn.MultiheadAttention``: it reads its projections as parameters, so they are adapted there.
+
+The output projection is a child, ``out_proj``, and is a target of its own.
+"""
+
+from torch import Tensor, nn
+
+from lora_inject.kinds.base import Kind, Spec, Way, linear_spec
+from lora_inject.settings import Settings
+
+
+class MultiheadAttentionKind(Kind):
+    """Packed ``in_proj_weight`` (3E, E), or ``q/k/v_proj_weight`` where kdim or vdim differ."""
+
+    name = "MultiheadAttention"
+    linear_like = True
+
+    def matches(self, module: nn.Module) -> bool:
+        """Instances of ``nn.MultiheadAttention``."""
+        return isinstance(module, nn.MultiheadAttention)
+
+    def way(self, module: nn.Module) -> Way:
+        """There is no layer to call."""
+        return "weight"
+
+    def specs(self, module: nn.Module, settings: Settings) -> tuple[Spec, ...]:
+        """One pair for the packed weight, or one for each of the three."""
+        names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+        weights = {name: module._parameters.get(name) for name in names}
+        return tuple(
+            linear_spec(name, weight.shape[1], weight.shape[0], settings.r)
+            for name, weight in weights.items()
+            if weight is not None
+        )
+
+    def update(self, layer: nn.Module, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """``B A``."""
+        return B @ A

@@ -1,0 +1,118 @@
+"""Convolutions and transposed convolutions of one to three dimensions.
+
+A is a convolution with the layer's own geometry to r channels (r for each group), B is 1x1. So a
+group's adapter has rank r, and the update of the weight is exact for every geometry:
+
+    Conv           W (out, in/g, *k)   A (g r, in/g, *k)   B (out, r, 1..)
+    ConvTranspose  W (in, out/g, *k)   A (in, r, *k)       B (out, r, 1..)
+"""
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from lora_inject import initial
+from lora_inject.kinds.base import Kind, Spec, Way, overrides_forward
+from lora_inject.settings import Settings
+
+_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+_KNOWN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_KNOWN_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+class ConvKind(Kind):
+    """``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``."""
+
+    name = "Conv"
+    known: tuple[type[nn.Module], ...] = _KNOWN
+
+    def matches(self, module: nn.Module) -> bool:
+        """Instances of torch's convolutions."""
+        return isinstance(module, self.known)
+
+    def way(self, module: nn.Module) -> Way:
+        """A subclass with a forward of its own may pad or standardize: only its weight is safe."""
+        return "branch" if any(not overrides_forward(module, k) for k in self.known) else "weight"
+
+    def specs(self, module: nn.Module, settings: Settings) -> tuple[Spec, ...]:
+        """One pair."""
+        assert isinstance(module, _ConvNd)
+        kernel, ones = module.kernel_size, (1,) * len(module.kernel_size)
+        n_in, n_out, r = module.in_channels, module.out_channels, settings.r
+        A_shape = (r * module.groups, n_in // module.groups, *kernel)
+        return (Spec("weight", n_in, n_out, A_shape, (n_out, r, *ones)),)
+
+    def delta(
+        self, layer: nn.Module, x: Tensor, y: Tensor, A: Tensor, B: Tensor, dropout: float
+    ) -> Tensor:
+        """``B * (A * dropout(x))``, * being the convolution of the layer and the 1x1 one."""
+        assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        h = layer._conv_forward(_drop(x, dropout), A.to(x.dtype), None)
+        return _pointwise(h, B, layer.groups)
+
+    def update(self, layer: nn.Module, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """Of each group: B A, with A's kernel as its columns."""
+        assert isinstance(layer, _ConvNd)
+        g, r = layer.groups, B.shape[1]
+        A_grI = A.reshape(g, r, -1)
+        B_gOr = B.reshape(g, -1, r)
+        return (B_gOr @ A_grI).reshape(W.shape)
+
+
+class ConvTransposeKind(ConvKind):
+    """``nn.ConvTranspose1d``, ``nn.ConvTranspose2d`` and ``nn.ConvTranspose3d``."""
+
+    name = "ConvTranspose"
+    known = _KNOWN_TRANSPOSED
+
+    def specs(self, module: nn.Module, settings: Settings) -> tuple[Spec, ...]:
+        """One pair."""
+        assert isinstance(module, _ConvTransposeNd)
+        kernel, ones = module.kernel_size, (1,) * len(module.kernel_size)
+        n_in, n_out, r = module.in_channels, module.out_channels, settings.r
+        return (Spec("weight", n_in, n_out, (n_in, r, *kernel), (n_out, r, *ones)),)
+
+    def initial(self, spec: Spec, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """A kaiming-uniform over the channels and the kernel that A reads, B zero."""
+        fan_in = math.prod(spec.A_shape[2:]) * spec.n_in
+        A = initial.kaiming_uniform(spec.A_shape, fan_in, generator)
+        return A, initial.zeros(spec.B_shape)
+
+    def delta(
+        self, layer: nn.Module, x: Tensor, y: Tensor, A: Tensor, B: Tensor, dropout: float
+    ) -> Tensor:
+        """The same; the size of y decides the output padding, as ``output_size`` may have."""
+        assert isinstance(layer, _ConvTransposeNd)
+        n, options = len(layer.kernel_size), cast(Any, layer)
+        padding = options._output_padding(
+            x, list(y.shape[-n:]), options.stride, options.padding, options.kernel_size, n,
+            options.dilation,
+        )  # fmt: skip
+        h = _TRANSPOSED[n](
+            _drop(x, dropout), A.to(x.dtype), None, options.stride, options.padding, padding,
+            options.groups, options.dilation,
+        )  # fmt: skip
+        return _pointwise(h, B, layer.groups)
+
+    def update(self, layer: nn.Module, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """Of each group: the sum over r of A (in, r, *k) and B (out, r)."""
+        assert isinstance(layer, _ConvTransposeNd)
+        g, r = layer.groups, B.shape[1]
+        A_gIrk = A.reshape(g, -1, r, math.prod(layer.kernel_size))
+        B_gOr = B.reshape(g, -1, r)
+        return torch.einsum("girk,gor->giok", A_gIrk, B_gOr).reshape(W.shape)
+
+
+def _drop(x: Tensor, dropout: float) -> Tensor:
+    return F.dropout(x, dropout) if dropout > 0 else x
+
+
+def _pointwise(h: Tensor, B: Tensor, groups: int) -> Tensor:
+    convolution = _CONVOLVE[B.dim() - 2]
+    result: Tensor = convolution(h, B.to(h.dtype), groups=groups)
+    return result

@@ -1,0 +1,66 @@
+"""``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` and their cells: each weight of each layer and direction."""
+
+import weakref
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_inject.kinds.base import Kind, Spec, Way, linear_spec
+from lora_inject.settings import Settings
+
+
+class RecurrentCellKind(Kind):
+    """``nn.LSTMCell``, ``nn.GRUCell`` and ``nn.RNNCell``: ``weight_ih`` and ``weight_hh``."""
+
+    name = "recurrent cell"
+
+    def matches(self, module: nn.Module) -> bool:
+        """Instances of torch's cells."""
+        return isinstance(module, nn.RNNCellBase)
+
+    def way(self, module: nn.Module) -> Way:
+        """The weights are read by a fused operation."""
+        return "weight"
+
+    def specs(self, module: nn.Module, settings: Settings) -> tuple[Spec, ...]:
+        """One pair for each weight matrix."""
+        return tuple(
+            linear_spec(name, parameter.shape[1], parameter.shape[0], settings.r)
+            for name, parameter in module.named_parameters(recurse=False)
+            if name.startswith("weight_") and parameter.dim() == 2
+        )
+
+    def update(self, layer: nn.Module, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """``B A``."""
+        return B @ A
+
+
+class RecurrentKind(RecurrentCellKind):
+    """``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``, which read their weights from a flat list."""
+
+    name = "recurrent"
+
+    def matches(self, module: nn.Module) -> bool:
+        """Instances of ``nn.RNNBase``."""
+        return isinstance(module, nn.RNNBase)
+
+    def members(self, weights: tuple[str, ...]) -> dict[str, Any]:
+        """The flat list with effective weights; what is stored stays the list of parameters."""
+        return {
+            "_flat_weights": property(_read_flat, _store_flat),
+            "_init_flat_weights": _store_flat,
+            "flatten_parameters": lambda layer: None,  # effective weights have no common storage
+        }
+
+
+def _read_flat(layer: Any) -> list[Tensor | None]:
+    return [
+        layer._lora_effective(name) if name in layer._parameters else None
+        for name in layer._flat_weights_names
+    ]
+
+
+def _store_flat(layer: Any, _: Any = None) -> None:
+    parameters = [layer._parameters.get(name) for name in layer._flat_weights_names]
+    layer.__dict__["_flat_weights"] = parameters
+    layer._flat_weight_refs = [p if p is None else weakref.ref(p) for p in parameters]
