@@ -296,7 +296,7 @@ class _Draft:
             return (
                 "it has three dimensions, and nothing tells which order they have. Say "
                 'layout="out_in" for (E, out, in) or layout="in_out" for (E, in, out).'
-                if module.get_parameter(target.parameter or "").dim() == 3
+                if target.tensor.dim() == 3
                 else "only parameters of two or three dimensions can be adapted. Exclude it."
             )
         if isinstance(module, LoRALayer):
@@ -313,7 +313,7 @@ class _Draft:
         """The kind of a module; for a parameter one with its layout, where that is known."""
         if target.parameter is None:
             return self.view.kinds[target.module]
-        parameter = target.module.get_parameter(target.parameter)
+        parameter = target.tensor
         layout = settings.layout or layout_of(target.module, parameter)
         known = layout is not None and parameter.dim() in (2, 3)
         return ParameterKind(target.parameter, layout or "") if known else None

@@ -43,11 +43,18 @@ class Target:
         return self.place.module
 
     @property
+    def tensor(self) -> nn.Parameter:
+        """The parameter itself, which an adapted module shows in another form."""
+        parameter = self.module._parameters[self.parameter or ""]
+        assert parameter is not None
+        return parameter
+
+    @property
     def type(self) -> str:
         """Its type in words."""
         if self.parameter is None:
             return type(self.module).__name__
-        return f"Parameter {tuple(self.module.get_parameter(self.parameter).shape)}"
+        return f"Parameter {tuple(self.tensor.shape)}"
 
 
 @dataclass(frozen=True)
@@ -127,7 +134,9 @@ class View:
         places = [place for place in self.places if pattern.selects(place)]
         if places:
             return places
-        named = pattern.by_name and any(pattern.names(path) for t in self.matrices for path in t.paths)
+        named = pattern.by_name and any(
+            pattern.names(path) for t in self.matrices for path in t.paths
+        )
         remedy = "It names a parameter; name the module that owns it." if named else ""
         raise NoMatchError(f"{argument}: {self.no_match(pattern)}", remedy=remedy)
 
@@ -253,7 +262,7 @@ def choose(
 def _note_matrices(view: View, limits: Limits, skips: dict[str, Skip]) -> None:
     """Say of fused weights, which are Linear in all but form, that all-linear leaves them."""
     for target in view.matrices:
-        fused = target.module.get_parameter(target.parameter or "").dim() == 3
+        fused = target.tensor.dim() == 3
         experts = hasattr(target.module, "num_experts")
         if fused and experts and target.module not in limits.excluded:
             reason = "a fused weight and no layer: name it to adapt it"

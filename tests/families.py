@@ -59,10 +59,30 @@ def vit():
     return tf.ViTForImageClassification(config)
 
 
+def mixtral(experts="eager"):
+    config = tf.MixtralConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+        experts_implementation=experts,
+    )  # fmt: skip
+    return tf.MixtralForCausalLM(config)
+
+
+def qwen3_moe(experts="eager"):
+    config = tf.Qwen3MoeConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, moe_intermediate_size=12,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=4,
+        num_experts=4, num_experts_per_tok=2, experts_implementation=experts,
+    )  # fmt: skip
+    return tf.Qwen3MoeForCausalLM(config)
+
+
 FAMILIES = {
     "llama": Family(llama, _ids, ("q_proj", "v_proj"), 2 * 7),
     "gpt2": Family(gpt2, _ids, ("c_attn",), 2 * 4),
     "bert": Family(bert, _ids, ("query", "value"), 2 * 6 + 1),
     "t5": Family(t5, lambda: _ids(decoder_input_ids=torch.randint(3, 60, (2, 4))), ("q", "v"), 32),
+    "mixtral": Family(mixtral, _ids, ("q_proj", "v_proj"), 2 * 4),
+    "qwen3_moe": Family(qwen3_moe, _ids, ("q_proj", "v_proj"), 2 * 4),
     "vit": Family(vit, lambda: {"pixel_values": torch.randn(2, 3, 8, 8)}, ("q_proj", "v_proj"), 12),
 }

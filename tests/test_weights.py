@@ -281,7 +281,7 @@ def test_a_tagger_with_an_lstm():
     model, x = Tagger(), torch.randint(11, (3, 5))
     before, base = snapshot(model), copy.deepcopy(model).requires_grad_(False)
     inject(model, ["all-linear", "rnn", "embed"], r=2)
-    # Frozen, since torch's matmul of the LSTM's strided output rounds otherwise for a frozen weight.
+    # Frozen, since torch multiplies strided inputs in another way when the weight is frozen.
     assert torch.equal(model(x), base(x))
     first = train_steps(model, x, steps=1)
     assert train_steps(model, x, steps=10) < first

@@ -38,7 +38,7 @@ class ParameterKind(Kind):
 
     def specs(self, module: nn.Module, settings: Settings) -> tuple[Spec, ...]:
         """One pair, or for a fused weight one for each expert: A (E, r, in), B (E, out, r)."""
-        *experts, rows, columns = module.get_parameter(self.weight_name).shape
+        *experts, rows, columns = self.weight(module, self.weight_name).shape
         n_in, n_out = (columns, rows) if self.layout == "out_in" else (rows, columns)
         r = settings.r
         return (Spec(self.weight_name, n_in, n_out, (*experts, r, n_in), (*experts, n_out, r)),)
