@@ -213,7 +213,7 @@ def plan(
     )
     draft = _Draft(view, adapter, settings, _parts_by_module(view, to_part), limits)
     choices, skips = choose(view, patterns, limits, draft.refusal)
-    _check_not_adapted(choices, draft)
+    _check_not_adapted(choices)
     sites = tuple(draft.site(choice, dtype) for choice in choices)
     _check_parts_used(view, to_part, sites)
     return Plan(model, sites, tuple(skips), in_full, adapter, bias, seed)
@@ -299,7 +299,7 @@ class _Draft:
                 if target.tensor.dim() == 3
                 else "only parameters of two or three dimensions can be adapted. Exclude it."
             )
-        if isinstance(module, LoRALayer):
+        if _is_adapted(target):
             return None  # a conflict and not a refusal: see _check_not_adapted
         way = self.way_of(target, kind, settings)
         return _refusal(module, kind, way, settings, self.adapter)
@@ -361,28 +361,34 @@ def _refusal(
     except ArgumentError as error:
         return str(error)
     names = [name for spec in specs for name in parameter_names(spec, adapter)]
-    if reason := general_refusal(module, names, way):
+    new = [] if isinstance(module, LoRALayer) else ["lora_adapters"]
+    if reason := general_refusal(module, [*new, *names], way):
         return reason
     if way == "weight" and settings.dropout:
         return (
             f"it is adapted in its weight, where there is no input for dropout={settings.dropout:g}"
             " to act on. Give it dropout 0 by a pattern of its own, or exclude it."
         )
-    reasons = (weight_refusal(kind.weight(module, s.weight), s, way) for s in specs)
+    reasons = (weight_refusal(module, kind.weight(module, s.weight), s, way) for s in specs)
     return next((reason for reason in reasons if reason), None)
 
 
-def _check_not_adapted(choices: Sequence[Choice], draft: _Draft) -> None:
+def _is_adapted(target: Target) -> bool:
+    """Whether the target carries an adapter; of a parameter's owner another one may carry one."""
+    if not isinstance(target.module, LoRALayer):
+        return False
+    weights = {spec.weight for a in target.module.lora_adapters for spec in a.specs}
+    return target.parameter is None or target.parameter in weights
+
+
+def _check_not_adapted(choices: Sequence[Choice]) -> None:
     for choice in choices:
-        layer, target = choice.target.module, choice.target
-        if not isinstance(layer, LoRALayer):
-            continue
-        taken = {spec.weight for a in layer.lora_adapters for spec in a.specs}
-        if target.parameter is None or target.parameter in taken:
+        layer = choice.target.module
+        if _is_adapted(choice.target) and isinstance(layer, LoRALayer):
             there = ", ".join(repr(a.name) for a in layer.lora_adapters)
             raise AlreadyAdaptedError(
                 f"it already carries the adapter {there}, and a layer holds one.",
-                path=target.path,
+                path=choice.target.path,
                 remedy="strip the model first, or exclude the layer.",
             )
 

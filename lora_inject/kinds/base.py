@@ -169,8 +169,8 @@ def general_refusal(module: nn.Module, new_names: list[str], way: Way) -> str | 
     return None
 
 
-def weight_refusal(weight: Tensor, spec: Spec, way: Way) -> str | None:
-    """Why an adapter cannot follow this weight, with the remedy; else None."""
+def weight_refusal(module: nn.Module, weight: Tensor, spec: Spec, way: Way) -> str | None:
+    """Why an adapter cannot follow this weight of the module, with the remedy; else None."""
     if min(*spec.A_shape, *spec.B_shape) < 1:
         return f"it has the size {spec.n_in} x {spec.n_out}, so there is nothing to adapt."
     if weight.is_complex():
@@ -180,7 +180,7 @@ def weight_refusal(weight: Tensor, spec: Spec, way: Way) -> str | None:
             "its weight is already sharded (DTensor). Inject before fully_shard or "
             "parallelize_module."
         )
-    if way == "weight" and not is_plain(weight):
+    if way == "weight" and not (spec.weight in module._parameters and is_plain(weight)):
         return (
             f"its {spec.weight} is quantized or not a parameter of its own, so that nothing can be "
             'added to it. Adapt it without how="weight", or exclude it.'

@@ -1,0 +1,312 @@
+"""One test for each defect that a review found in an early version, so that none comes back."""
+
+import pytest
+import torch
+from helpers import (
+    Net,
+    changed_parts,
+    ids,
+    randomize_adapters,
+    snapshot,
+    train_steps,
+    trainable_names,
+)
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from lora_inject import (
+    ArgumentError,
+    LoRAInjectError,
+    NoMatchError,
+    UnsupportedLayerError,
+    freeze,
+    inject,
+    plan,
+    report,
+    reset_lora_parameters,
+    strip,
+)
+
+
+def linears(*names):
+    return nn.ModuleDict({name: nn.Linear(4, 4) for name in names})
+
+
+def test_attributes_of_the_layer_are_not_hidden():
+    class Gated(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.kind, self.adapters, self.settings = "relu", nn.Identity(), 3
+
+        def forward(self, x):
+            y = super().forward(x)
+            return self.adapters(y).relu() if self.kind == "relu" else y
+
+    model, x = nn.Sequential(Gated()), torch.randn(3, 4)
+    expected = model(x)
+    inject(model, "0", r=1)
+    assert torch.equal(model(x), expected)
+    clash = nn.Sequential(nn.Linear(4, 4))
+    clash[0].lora_adapters = 3
+    with pytest.raises(UnsupportedLayerError, match="lora_adapters"):
+        inject(clash, "0")
+
+
+def test_strip_changes_nothing_when_it_cannot_finish():
+    model = linears("a", "head")
+    inject(model, "a", r=1, train_also="head")
+    model["head"].weight = nn.Parameter(torch.randn(6, 4))
+    state = snapshot(model)
+    with pytest.raises(LoRAInjectError, match=r"\(4, 4\).*\(6, 4\)"):
+        strip(model)
+    assert snapshot(model) == state
+
+
+def test_buffers_that_come_and_grow_are_put_back():
+    class Cache(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1))
+            self.register_buffer("seen", torch.zeros(0))
+            self.register_buffer("late", None)
+
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "cache": Cache()})
+    before = snapshot(model)
+    inject(model, "a", r=1, train_also="cache")
+    model["cache"].seen = torch.ones(5)
+    model["cache"].late = torch.ones(2)
+    strip(model)
+    assert [part for part in changed_parts(before, snapshot(model)) if part != "buffers"] == []
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_scripted_parts_of_a_model_are_left_alone():
+    model = nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.Sequential(nn.Linear(4, 4))))
+    flags = [p.requires_grad for p in model.parameters()]
+    for targets in ("0", "all-linear"):
+        inject(model, targets, r=1)
+        strip(model)
+        assert [p.requires_grad for p in model.parameters()] == flags
+
+
+def test_a_base_made_in_inference_mode_is_refused():
+    with torch.inference_mode():
+        model = linears("a")
+    with pytest.raises(UnsupportedLayerError, match="inference mode"):
+        inject(model, "a")
+
+
+def test_a_part_of_an_adapted_model_is_not_adapted_on_its_own():
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 4))
+    inject(model, "0.0", r=1, bias="all")
+    state = snapshot(model)
+    with pytest.raises(LoRAInjectError, match="larger model"):
+        inject(model[0], "1", r=1)
+    assert snapshot(model) == state
+
+
+def test_train_also_does_not_take_a_parameter_for_a_module():
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4)})
+    model.token = nn.Parameter(torch.zeros(1, 4))
+    for argument in ("train_also", "exclude"):
+        with pytest.raises(NoMatchError, match="names a parameter"):
+            inject(model, "fc", **{argument: "token"})
+
+
+class OwnForward(nn.BatchNorm1d):
+    def forward(self, x):
+        if self.training:
+            self.running_mean += 0.1 * (x.mean(0) - self.running_mean).detach()
+        return x - self.running_mean
+
+
+class Recursive(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+        self.register_buffer("moving_mean", torch.zeros(4))
+
+    def forward(self, x, depth=2):
+        if self.training:
+            self.moving_mean += 1
+        return self(x, depth - 1) if depth else self.scale * x
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: OwnForward(4), Recursive, lambda: parametrizations.spectral_norm(nn.Linear(4, 4))],
+)
+def test_statistics_stand_still_however_they_move(make):
+    model = nn.Sequential(nn.Linear(4, 4), make())
+    before = snapshot(model)
+    inject(model, "0", r=1)
+    buffers = [b.clone() for b in model.buffers()]
+    train_steps(model.train(), torch.randn(5, 4))
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), buffers, strict=True))
+    strip(model)
+    assert changed_parts(before, snapshot(model)) == []
+
+
+def test_an_infinite_activation_does_not_reach_statistics_that_stand_still():
+    model = nn.Sequential(nn.Linear(4, 4), nn.InstanceNorm1d(3, track_running_stats=True))
+    inject(model, "0", r=1)
+    model.train()(torch.full((2, 3, 4), float("inf")))
+    assert all(torch.isfinite(b).all() for b in model.buffers())
+
+
+def test_a_large_scaling_does_not_overflow_in_half_precision():
+    model, x = nn.Linear(64, 64, dtype=torch.float16), (torch.randn(4, 64) * 3000).half()
+    expected = model(x)
+    inject(model, nn.Linear, r=8, alpha=512)
+    assert torch.equal(model(x), expected)
+
+
+class Failing(nn.Module):
+    """Has statistics, and does not let anybody watch it."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(1))
+
+    def register_forward_pre_hook(self, *args, **kwargs):
+        raise RuntimeError("no hooks here")
+
+
+def test_a_failed_inject_gives_back_statistics_and_gradients():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), Failing())
+    model[0].weight.grad = gradient = torch.ones(4, 4)
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="no hooks"):
+        inject(model, "0")
+    assert changed_parts(before, snapshot(model)) == []
+    assert model[1].track_running_stats
+    assert model[0].weight.grad is gradient
+
+
+def test_an_error_in_the_report_leaves_the_model_as_it_was(monkeypatch):
+    model = Net()
+    inject(model, "q_proj", r=1)
+    before = snapshot(model)
+    monkeypatch.setattr("lora_inject.surgery.report", lambda model: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        inject(model, "v_proj", r=1)
+    assert changed_parts(before, snapshot(model)) == []
+    monkeypatch.undo()
+    strip(model)
+
+
+def test_plan_refuses_what_inject_refuses():
+    model = Net()
+    inject(model, "q_proj")
+    with pytest.raises(ArgumentError, match="bias='all'"):
+        plan(model, "v_proj", bias="all")
+
+
+def test_a_plan_printed_afterwards_shows_the_layer_as_it_was():
+    model = linears("a")
+    shown = plan(model, "a")
+    inject(model, "a")
+    assert "LoRALinear" not in str(shown)
+
+
+def test_a_glob_in_train_also_passes_over_what_cannot_train():
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "head": nn.Sequential(nn.Linear(4, 4), nn.ReLU())})
+    inject(model, "a", train_also="head*", r=1)
+    assert {"head.0.weight", "head.0.bias"} <= trainable_names(model)
+
+
+def test_reset_on_meta_says_that_there_is_nothing_to_set():
+    with torch.device("meta"):
+        model = linears("a")
+    inject(model, "a", r=1)
+    with pytest.raises(LoRAInjectError, match="to_empty"):
+        reset_lora_parameters(model)
+
+
+def test_layers_by_number_where_numbers_are_not_contiguous():
+    model = nn.ModuleDict({"10": nn.Linear(4, 4), "20": nn.Linear(4, 4)})
+    assert [site.path for site in plan(model, nn.Linear, layers=-1).sites] == ["20"]
+    assert [site.path for site in plan(model, nn.Linear, layers=10).sites] == ["10"]
+    with pytest.raises(ArgumentError, match=r"layers=\[8\]"):
+        plan(model, nn.Linear, layers=8)
+
+
+def test_integer_parameters_cost_no_training_memory():
+    model = linears("a")
+    before = report(model).memory.full.total
+    model.index = nn.Parameter(torch.arange(1000), requires_grad=False)
+    assert report(model).memory.full.total == before
+
+
+def test_freeze_alone_holds_once_and_lets_go():
+    model = nn.ModuleDict({"bn": nn.BatchNorm1d(4), "own": Recursive(), "a": nn.Linear(4, 4)})
+    freeze(model)
+    freeze(model)
+    assert len(model["own"]._forward_pre_hooks) == 1
+    inject(model, "a", r=1, train_also=["bn", "own"])
+    model["bn"](torch.randn(3, 4))
+    model["own"](torch.randn(3, 4))
+    assert model["bn"].num_batches_tracked == 1
+    assert model["own"].moving_mean.any()
+
+
+def test_biases_that_had_been_frozen_are_mentioned():
+    model = linears("a", "b").requires_grad_(False)
+    shown = inject(model, "a", r=1, bias="all")
+    assert "2 bias parameters had been frozen before" in shown.notes[0]
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"layers": [[0]]}, {"alpha": 10**400}, {"r": 10**30}, {"r": 2**31}]
+)
+def test_absurd_values_are_refused_by_name(arguments):
+    with pytest.raises(ArgumentError, match=f"^{next(iter(arguments))}"):
+        plan(Net(), "q_proj", **arguments)
+
+
+@pytest.mark.parametrize("empty", [(), [], set(), frozenset(), None])
+def test_optional_patterns_may_be_empty(empty):
+    assert plan(Net(), "q_proj", exclude=empty, train_also=empty).sites
+
+
+def test_a_method_of_another_meaning_is_not_asked_for_the_head():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def get_output_embeddings(self, which):
+            return which
+
+    assert plan(Odd(), "all-linear").sites
+
+
+def test_paths_with_braces_in_them():
+    model = nn.ModuleDict({"{}": nn.Linear(4, 4), "3": nn.Linear(4, 4)})
+    text = str(plan(model, nn.Linear))
+    assert "{}" in text
+    assert " 3 " in text
+
+
+def test_heads_of_other_families():
+    import transformers as tf
+
+    config = tf.BertConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=4,
+        intermediate_size=24,
+    )  # fmt: skip
+    model = tf.BertForPreTraining(config)
+    assert not any(site.path.startswith("cls.") for site in plan(model, "all-linear").sites)
+
+
+def test_the_adapted_layers_of_a_copy_are_those_of_the_copy():
+    import copy
+
+    model = Net()
+    inject(model, "q_proj", r=1)
+    twin = copy.deepcopy(model)
+    randomize_adapters(twin)
+    x = ids()
+    assert not torch.equal(model(x), twin(x))
+    strip(twin)
+    assert type(model.layers[0].q_proj).__name__ == "LoRALinear"
