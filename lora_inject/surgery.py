@@ -14,7 +14,7 @@ from lora_inject.errors import LoRAInjectError, LoRAInjectWarning
 from lora_inject.freeze import mark
 from lora_inject.kinds import Spec
 from lora_inject.layer import Adapter, LoRALayer, attach, detach
-from lora_inject.plan import Plan, Site, plan
+from lora_inject.plan import Plan, plan
 from lora_inject.record import (
     Before,
     adapted_layers,
@@ -28,6 +28,7 @@ from lora_inject.record import (
 from lora_inject.report import Report, report
 from lora_inject.selection import ALL_LINEAR
 from lora_inject.settings import BiasMode
+from lora_inject.sites import Site
 from lora_inject.tables import plural
 
 
