@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from lora_inject.errors import ArgumentError
 from lora_inject.kinds import Kind, Spec
 from lora_inject.kinds.base import Way, general_refusal, weight_refusal
-from lora_inject.kinds.linear import LinearKind
 from lora_inject.kinds.parameter import ParameterKind, layout_of
 from lora_inject.layer import LoRALayer, parameter_names
 from lora_inject.readers import is_read_by
@@ -60,9 +59,11 @@ class Site:
     @property
     def shape_text(self) -> str:
         """The features that A reads and B writes, for a table."""
-        shown = {f"{spec.n_in} x {spec.n_out}": None for spec in self.specs}
-        experts = self.specs[0].A_shape[:-2] if isinstance(self.kind, ParameterKind) else ()
-        return "".join(f"{e} x " for e in experts) + ", ".join(shown)
+        shown = {
+            (f"{spec.experts} x " if spec.experts else "") + f"{spec.n_in} x {spec.n_out}": None
+            for spec in self.specs
+        }
+        return ", ".join(shown)
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Draft:
                 else "only parameters of two or three dimensions can be adapted. Exclude it."
             )
         if is_adapted(target):
-            return None  # a conflict and not a refusal: see _check_not_adapted
+            return None  # a conflict and not a refusal: which the plan raises
         way = self.way_of(target, kind, settings)
         return _refusal(module, kind, way, settings, self.adapter)
 
@@ -146,7 +147,7 @@ def _refusal(
 ) -> str | None:
     if reason := kind.refusal(module, way):
         return reason
-    if settings.parts and (way == "weight" or not isinstance(kind, LinearKind)):
+    if settings.parts and (way == "weight" or not kind.has_parts):
         return "parts= is for Linear layers in a branch. Leave it out for this one."
     try:
         specs = kind.specs(module, settings)

@@ -26,6 +26,7 @@ class Spec:
         B_shape: (out, r), or what the kind makes of it.
         part: the name of the part of a fused projection that it is for, or "".
         start: where that part begins in the layer's output.
+        experts: how many experts the weight holds, each with an A and a B; 0 for a plain weight.
     """
 
     weight: str
@@ -35,6 +36,7 @@ class Spec:
     B_shape: tuple[int, ...]
     part: str = ""
     start: int = 0
+    experts: int = 0
 
     @property
     def prefix(self) -> str:
@@ -59,6 +61,7 @@ class Kind(ABC):
     Attributes:
         name: what reports call the kind.
         linear_like: whether ``"all-linear"`` selects it.
+        has_parts: whether ``specs`` heeds ``settings.parts``.
         below: a class whose forward the branch is added to directly, so that a subclass that
             scales or shifts what ``super().forward`` returns does the same to the adapter. None
             adds it to what the layer as a whole returns.
@@ -66,6 +69,7 @@ class Kind(ABC):
 
     name: ClassVar[str]
     linear_like: ClassVar[bool] = False
+    has_parts: ClassVar[bool] = False
     below: ClassVar[type[nn.Module] | None] = None
 
     @abstractmethod

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from lora_inject.functional import linear_delta
-from lora_inject.kinds.base import Kind, Spec, Way, linear_spec
+from lora_inject.kinds.base import Kind, Spec, linear_spec
 from lora_inject.settings import Settings
 
 
@@ -12,6 +12,7 @@ class LinearKind(Kind):
 
     name = "Linear"
     linear_like = True
+    has_parts = True
 
     def matches(self, module: nn.Module) -> bool:
         """Instances of ``nn.Linear``, quantized subclasses with a forward of their own included."""
@@ -34,10 +35,6 @@ class LinearKind(Kind):
                 specs.append(Spec("weight", n_in, size, *shapes, part=part, start=start))
             start += size
         return tuple(specs)
-
-    def refusal(self, module: nn.Module, way: Way) -> str | None:
-        """Linear layers have no reason of their own."""
-        return None
 
     def delta(
         self, layer: nn.Module, x: Tensor, y: Tensor, A: Tensor, B: Tensor, dropout: float

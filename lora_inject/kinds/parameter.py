@@ -40,8 +40,9 @@ class ParameterKind(Kind):
         """One pair, or for a fused weight one for each expert: A (E, r, in), B (E, out, r)."""
         *experts, rows, columns = self.weight(module, self.weight_name).shape
         n_in, n_out = (columns, rows) if self.layout == "out_in" else (rows, columns)
-        r = settings.r
-        return (Spec(self.weight_name, n_in, n_out, (*experts, r, n_in), (*experts, n_out, r)),)
+        A_shape, B_shape = (*experts, settings.r, n_in), (*experts, n_out, settings.r)
+        count = experts[0] if experts else 0
+        return (Spec(self.weight_name, n_in, n_out, A_shape, B_shape, experts=count),)
 
     def initial(self, spec: Spec, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """A kaiming-uniform over the features it reads, whatever the number of experts; B zero."""
