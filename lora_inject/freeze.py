@@ -109,7 +109,7 @@ def mark(
     layers, former = set(layers), former_flags(model)
     in_full = {module for top in train_also for module in top.modules()}
     in_place = [
-        (module, name)
+        (module, name, parameter)
         for module in model.modules()
         for name, parameter in module._parameters.items()
         if parameter is not None and (parameter.is_floating_point() or parameter.is_complex())
@@ -121,11 +121,11 @@ def mark(
         )
     ]
     statistics = [(module, name) for module in in_full for name in module._buffers]
-    for module, name in [*in_place, *statistics]:
+    for module, name in [*((m, n) for m, n, _ in in_place), *statistics]:
         changes.keep_value(module, name)
 
     A, B = adapter_parameters(layers)
-    trainable = A | B | {module.get_parameter(name) for module, name in in_place}
+    trainable = A | B | {parameter for _, _, parameter in in_place}
     set_trainable({p for m in owners for p in m.parameters(recurse=False)} - trainable, False)
     set_trainable(trainable, True)
     for module in {*owners, *in_full}:

@@ -15,7 +15,7 @@ from lora_inject.memory import (
     optimizer_states,
     training_bytes,
 )
-from lora_inject.record import Record, adapted_layers, former_flags, records_in
+from lora_inject.record import Record, adapted_layers, former_flags, own_tensor, records_in
 from lora_inject.roles import ADAPTER_ROLES, ROLES, is_bias, roles
 from lora_inject.statistics import is_held
 from lora_inject.tables import Section, Tables, count, plural, size
@@ -235,7 +235,7 @@ def _notes(
         not flag and is_bias(module, name)
         for module, flags in former.items()
         for name, flag in flags.items()
-        if name in module._parameters and not module.get_parameter(name).requires_grad
+        if (parameter := own_tensor(module, name)) is not None and not parameter.requires_grad
     )
     if still:
         notes.append(f"{plural(still, 'bias parameter')} had been frozen before and stay so.")
