@@ -6,6 +6,7 @@ print(inject(model, targets=["q_proj", "v_proj"], r=4))
 strip(model)
 """
 
+from lora_inject.disable import disabled
 from lora_inject.errors import (
     AlreadyAdaptedError,
     ArgumentError,
@@ -17,6 +18,7 @@ from lora_inject.errors import (
 from lora_inject.freeze import freeze, mark_only_lora_as_trainable
 from lora_inject.kinds import Kind, Spec, register_kind
 from lora_inject.layer import LoRALayer
+from lora_inject.merge import MergeReport, merge, merged, unmerge
 from lora_inject.plan import Plan, plan
 from lora_inject.report import Report, report
 from lora_inject.roles import lora_parameters, param_groups
@@ -29,20 +31,25 @@ __all__ = [
     "LoRAInjectError",
     "LoRAInjectWarning",
     "LoRALayer",
+    "MergeReport",
     "NoMatchError",
     "Plan",
     "Report",
     "Spec",
     "UnsupportedLayerError",
+    "disabled",
     "freeze",
     "inject",
     "lora_parameters",
     "mark_only_lora_as_trainable",
+    "merge",
+    "merged",
     "param_groups",
     "plan",
     "register_kind",
     "report",
     "reset_lora_parameters",
     "strip",
+    "unmerge",
 ]
 __version__ = "0.1.0"

@@ -6,7 +6,6 @@ from typing import Any
 from torch import nn
 
 from lora_inject.errors import UnsupportedLayerError
-from lora_inject.layer import LoRALayer
 from lora_inject.record import (
     Before,
     adapted_layers,
@@ -15,6 +14,7 @@ from lora_inject.record import (
     gather,
     install,
     records_in,
+    require_awake,
     require_own_record,
     set_trainable,
 )
@@ -62,6 +62,7 @@ def freeze(model: nn.Module, bias: BiasMode = "none", train_also: Any = ()) -> R
     if {module for top in in_full for module in top.modules()} & set(layers):
         raise UnsupportedLayerError("train_also: an adapted layer cannot train in full.")
     require_own_record(model)
+    require_awake(model)
 
     changes = Before()
     changes.keep_flags(model.modules())
@@ -90,7 +91,7 @@ def select_in_full(view: View, train_also: Any) -> dict[str, nn.Module]:
 
 def mark(
     model: nn.Module,
-    layers: Iterable[LoRALayer],
+    layers: Iterable[nn.Module],
     bias: BiasMode,
     train_also: Sequence[nn.Module],
     changes: Before,

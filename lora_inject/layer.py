@@ -2,17 +2,20 @@
 
 ``module.__class__`` becomes a subclass of its own class, so identity, parameters, hooks,
 ``isinstance`` and state-dict keys are what they were. A and B are parameters of the module itself;
-what else is known of its adapters stands in one private attribute.
+what else is known of it stands in one private attribute. A module whose adapters are asleep
+(disabled or merged) has its own class, and costs what it cost before.
 """
 
+import inspect
 import types
-from dataclasses import dataclass, field
-from typing import Any, cast
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from lora_inject.kinds.base import Kind, Spec, Way
+from lora_inject.errors import LoRAInjectError
+from lora_inject.kinds.base import Kind, Pair, Spec, Way
 from lora_inject.settings import Settings
 
 _STATE = "_lora_inject_adapters"
@@ -71,8 +74,8 @@ class LoRALayer(nn.Module):
     @property
     def lora_adapters(self) -> tuple[Adapter, ...]:
         """The adapters on this layer."""
-        adapters: tuple[Adapter, ...] = self.__dict__[_STATE]
-        return adapters
+        state: _State = self.__dict__[_STATE]
+        return state.adapters
 
     def extra_repr(self) -> str:
         """The layer's own, then the adapters."""
@@ -87,7 +90,8 @@ class LoRALayer(nn.Module):
         # The swapped class cannot be imported by name: rebuild it from the layer's own class.
         make, args, *rest = cast("tuple[Any, ...]", super().__reduce_ex__(protocol))
         if args[:1] == (type(self),):
-            make, args = _rebuild, (base_class(self), self.lora_adapters, make, args[1:])
+            base = self.__dict__[_STATE].base
+            make, args = _rebuild, (base, self.lora_adapters, make, args[1:])
         return (make, args, *rest)
 
 
@@ -101,10 +105,18 @@ def _rebuild(
 class BranchLayer(LoRALayer):
     """An adapted layer whose own forward runs, and whose adapters add to what it returns."""
 
+    _lora_input: ClassVar[str]
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's own forward, plus what each adapter adds for its first argument."""
         y: Tensor = super().forward(*args, **kwargs)
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        if not isinstance(y, Tensor):
+            raise LoRAInjectError(
+                f"its forward returned a {type(y).__name__}, to which nothing can be added.",
+                path=self.lora_adapters[0].path,
+                remedy='strip, and inject with how="weight".',
+            )
+        x: Tensor = args[0] if args else kwargs[self._lora_input]
         for adapter in self.lora_adapters:
             dropout = adapter.settings.dropout if self.training else 0.0
             scaling = adapter.settings.scaling
@@ -129,17 +141,22 @@ class WeightLayer(LoRALayer):
 
     def _lora_effective(self, name: str) -> Any:
         """W + scaling * B A of the weight of this name, or the weight where nothing adapts it."""
+        kind, pairs = pairs_of(self, name)
         W = self._parameters[name]
-        pairs = [
-            (self._parameters[A_name], self._parameters[B_name], adapter.settings.scaling)
-            for adapter in self.lora_adapters
-            for spec, A_name, B_name in adapter.pairs
-            if spec.weight == name
-        ]
-        if not pairs:
-            return W
-        kind = next(a.kind for a in self.lora_adapters for s in a.specs if s.weight == name)
-        return kind.effective(self, W, pairs)  # type: ignore[arg-type]
+        return kind.effective(self, W, pairs) if kind and W is not None else W
+
+
+def pairs_of(module: nn.Module, weight: str) -> tuple[Kind | None, list[Pair]]:
+    """The kind and the pairs that adapt the module's weight of this name."""
+    kind: Kind | None = None
+    pairs: list[Pair] = []
+    for adapter in adapters_of(module):
+        for spec, A_name, B_name in adapter.pairs:
+            if spec.weight == weight:
+                kind = adapter.kind
+                A, B = module.get_parameter(A_name), module.get_parameter(B_name)
+                pairs.append((spec, A, B, adapter.settings.scaling))
+    return kind, pairs
 
 
 _classes: dict[tuple[Any, ...], type[LoRALayer]] = {}
@@ -153,11 +170,17 @@ def lora_class(base: type[nn.Module], adapters: tuple[Adapter, ...]) -> type[LoR
     if key not in _classes:
         members = kind.members(weights) if way == "weight" else {}
         name = f"LoRA{base.__name__}"
-        body = {"__module__": __name__, "__qualname__": name, "_lora_base": base, **members}
+        body = {"__module__": __name__, "__qualname__": name, **members}
+        body["_lora_input"] = _first_argument(base if kind.below is None else kind.below)
         _classes[key] = types.new_class(
             name, _bases(base, kind, way), exec_body=lambda space: space.update(body)
         )
     return _classes[key]
+
+
+def _first_argument(base: type[nn.Module]) -> str:
+    """The name of the first argument of forward, which the adapter reads too."""
+    return next(iter(list(inspect.signature(base.forward).parameters)[1:]), "input")
 
 
 def _bases(base: type[nn.Module], kind: Kind, way: Way) -> tuple[type, ...]:
@@ -173,14 +196,47 @@ def _bases(base: type[nn.Module], kind: Kind, way: Way) -> tuple[type, ...]:
     return (base, _classes[key])
 
 
-def base_class(layer: LoRALayer) -> type[nn.Module]:
-    """The class the layer had before it was adapted."""
-    swapped = next(c for c in type(layer).__mro__ if "_lora_base" in vars(c))
-    base: type[nn.Module] = swapped._lora_base  # type: ignore[attr-defined]
-    return base
+@dataclass
+class _State:
+    """What is known of an adapted module.
+
+    Attributes:
+        base: the class it had before.
+        adapters: its adapters.
+        asleep: whether the module has its own class now, so that nothing is added.
+        merged: the former value of each weight that the adapters are folded into, or None where it
+            was not kept.
+    """
+
+    base: type[nn.Module]
+    adapters: tuple[Adapter, ...]
+    asleep: bool = False
+    merged: dict[str, Tensor | None] = field(default_factory=dict)
+
+    @property
+    def module_class(self) -> type[nn.Module]:
+        """The class the module should have."""
+        return self.base if self.asleep else lora_class(self.base, self.adapters)
 
 
-def attach(module: nn.Module, adapter: Adapter, values: list[tuple[Tensor, Tensor]]) -> LoRALayer:
+def _state(module: nn.Module) -> _State | None:
+    state: _State | None = module.__dict__.get(_STATE)
+    return state
+
+
+def adapters_of(module: nn.Module) -> tuple[Adapter, ...]:
+    """The adapters on a module, awake or not; none on a module that was never adapted."""
+    state = _state(module)
+    return state.adapters if state else ()
+
+
+def base_class(module: nn.Module) -> type[nn.Module]:
+    """The class the module had before it was adapted."""
+    state = _state(module)
+    return state.base if state else type(module)
+
+
+def attach(module: nn.Module, adapter: Adapter, values: list[tuple[Tensor, Tensor]]) -> None:
     """Make the module an adapted layer, or adapt another of its weights; or leave it alone.
 
     Args:
@@ -188,44 +244,64 @@ def attach(module: nn.Module, adapter: Adapter, values: list[tuple[Tensor, Tenso
         adapter: what to put on it.
         values: A and B of each of the adapter's pairs; they become trainable parameters.
     """
-    former = type(module), module.__dict__.get(_STATE)
-    base = base_class(module) if isinstance(module, LoRALayer) else type(module)
-    adapters = (*(former[1] or ()), adapter)
+    former, base = _state(module), base_class(module)
+    state = _State(base, (*adapters_of(module), adapter))
     try:
-        module.__dict__[_STATE] = adapters
-        module.__class__ = lora_class(base, adapters)
+        _set_state(module, state)
         for (_, A_name, B_name), (A, B) in zip(adapter.pairs, values, strict=True):
             module.register_parameter(A_name, nn.Parameter(A))
             module.register_parameter(B_name, nn.Parameter(B))
     except BaseException:
-        _take_out(module, adapter, *former)
+        _remove_pairs(module, adapter)
+        _set_state(module, former or _State(base, ()))
         raise
-    return cast(LoRALayer, module)
 
 
-def detach(layer: LoRALayer, adapter: Adapter) -> None:
+def detach(module: nn.Module, adapter: Adapter) -> None:
     """Take one adapter out; with the last one the module gets back its class."""
-    base = base_class(layer)
-    left = tuple(a for a in layer.lora_adapters if a is not adapter)
-    _take_out(layer, adapter, lora_class(base, left) if left else base, left)
+    state = _state(module)
+    assert state is not None
+    _remove_pairs(module, adapter)
+    left = tuple(a for a in state.adapters if a is not adapter)
+    _set_state(module, replace(state, adapters=left))
 
 
-def _take_out(
-    module: nn.Module,
-    adapter: Adapter,
-    former_class: type[nn.Module],
-    former_adapters: tuple[Adapter, ...] | None,
-) -> None:
+def put_to_sleep(module: nn.Module, asleep: bool) -> None:
+    """Give the module its own class back for a while, or end that."""
+    state = _state(module)
+    assert state is not None
+    _set_state(module, replace(state, asleep=asleep))
+
+
+def is_asleep(module: nn.Module) -> bool:
+    """Whether the module's adapters do nothing for the moment."""
+    state = _state(module)
+    return state is not None and state.asleep
+
+
+def merged_weights(module: nn.Module) -> dict[str, Tensor | None]:
+    """The former values of the weights that the adapters are folded into; changed in place."""
+    state = _state(module)
+    assert state is not None
+    return state.merged
+
+
+def is_intact(module: nn.Module) -> bool:
+    """Whether nothing has swapped the class again since (``fully_shard``, ``parametrize``)."""
+    state = _state(module)
+    return state is not None and type(module) is state.module_class
+
+
+def _set_state(module: nn.Module, state: _State) -> None:
+    if state.adapters:
+        module.__dict__[_STATE] = state
+        module.__class__ = state.module_class
+    else:
+        module.__dict__.pop(_STATE, None)
+        module.__class__ = state.base
+
+
+def _remove_pairs(module: nn.Module, adapter: Adapter) -> None:
     for _, A_name, B_name in adapter.pairs:
         module._parameters.pop(A_name, None)
         module._parameters.pop(B_name, None)
-    module.__class__ = former_class
-    if former_adapters:
-        module.__dict__[_STATE] = former_adapters
-    else:
-        module.__dict__.pop(_STATE, None)
-
-
-def is_intact(layer: nn.Module) -> bool:
-    """Whether nothing has swapped the class again since (``fully_shard``, ``parametrize``)."""
-    return "_lora_base" in vars(type(layer))

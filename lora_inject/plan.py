@@ -16,8 +16,8 @@ from lora_inject.errors import (
     UnsupportedLayerError,
 )
 from lora_inject.freeze import is_given, select_in_full
-from lora_inject.layer import LoRALayer
-from lora_inject.record import records_in, require_own_record
+from lora_inject.layer import adapters_of
+from lora_inject.record import records_in, require_awake, require_own_record
 from lora_inject.selection import (
     ALL_LINEAR,
     Choice,
@@ -152,6 +152,7 @@ def plan(
     view = View(model)
     _check_tree(view)
     require_own_record(model)
+    require_awake(model)
     _check_bias_mode(model, bias)
     in_full = select_in_full(view, train_also)
     limits = Limits(
@@ -224,8 +225,8 @@ def _check_parts_used(view: View, to_part: Mapping[Pattern, Parts], sites: Seque
 def _check_not_adapted(choices: Sequence[Choice]) -> None:
     for choice in choices:
         layer = choice.target.module
-        if is_adapted(choice.target) and isinstance(layer, LoRALayer):
-            there = ", ".join(repr(a.name) for a in layer.lora_adapters)
+        if is_adapted(choice.target):
+            there = ", ".join(repr(a.name) for a in adapters_of(layer))
             raise AlreadyAdaptedError(
                 f"it already carries the adapter {there}, and a layer holds one.",
                 path=choice.target.path,

@@ -1,19 +1,89 @@
-"""Modules that read the weight of a child without calling it, so that a branch would be silent."""
+"""What a class's methods read and call, from their compiled code, which tells before they run.
+
+A module whose parent reads its weight without calling it would carry a silent adapter. torch's own
+``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` do that, WavLM, Mamba and many others.
+"""
+
+import dis
+import inspect
+from collections.abc import Iterator
+from types import CodeType
 
 from torch import nn
 
-# Read by name: importing transformers for this would be heavy. Mamba's scan takes these weights as
-# arguments; which of them depends on the kernel that is installed.
-_MAMBA = ("conv1d", "x_proj", "dt_proj", "out_proj")
+# What tells something about a weight without using its values.
+_FACTS = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_grad", "is_meta",
+          "is_cuda", "is_quantized", "element_size", "_is_hf_initialized"}  # fmt: skip
+# Methods that run outside of the forward pass.
+_OUTSIDE = ("__init__", "reset_parameters", "_reset_parameters", "init_weights", "_init_weights",
+            "extra_repr", "__repr__", "tie_weights", "_tie_weights", "__setstate__")  # fmt: skip
 
 
-def is_read_by(parent: nn.Module, name: str) -> bool:
-    """Whether the parent reads the weight of its child of this name.
+def is_read_by(ancestor: nn.Module, path: str) -> bool:
+    """Whether the ancestor's methods read the weight of the module at this path below it."""
+    return any(f"{path}.weight" in _reads(cls) for cls in _classes_above(ancestor, nn.Module))
 
-    ``nn.MultiheadAttention`` does so always, ``nn.TransformerEncoderLayer`` on its inference path.
-    """
-    if isinstance(parent, nn.MultiheadAttention):
-        return name == "out_proj"
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        return name in ("linear1", "linear2")
-    return type(parent).__name__.endswith(("MambaMixer", "Mamba2Mixer")) and name in _MAMBA
+
+def reads_own_weight(module: nn.Module, base: type[nn.Module]) -> bool:
+    """Whether a method between the module's class and the base reads ``self.weight``."""
+    return any("weight" in _reads(cls) for cls in _classes_above(module, base))
+
+
+def calls_super(module: nn.Module, base: type[nn.Module]) -> bool:
+    """Whether every forward between the module's class and the base calls ``super().forward``."""
+    own = [vars(cls)["forward"] for cls in _classes_above(module, base) if "forward" in vars(cls)]
+    codes = [getattr(forward, "__code__", None) for forward in own]
+    return all(c is not None and {"super", "forward"} <= set(c.co_names) for c in codes)
+
+
+def _classes_above(module: nn.Module, base: type[nn.Module]) -> tuple[type, ...]:
+    order = type(module).__mro__
+    return order[: order.index(base)]
+
+
+_known: dict[type, frozenset[str]] = {}
+
+
+def _reads(cls: type) -> frozenset[str]:
+    """Attribute paths that end in a weight and that the class's methods read: "q_proj.weight"."""
+    if cls not in _known:
+        members = [(name, m) for name, m in vars(cls).items() if callable(m)]
+        codes = [
+            getattr(inspect.unwrap(member), "__code__", None)
+            for name, member in members
+            if name not in _OUTSIDE
+        ]
+        _known[cls] = frozenset(
+            path for code in codes if isinstance(code, CodeType) for path in _weights_read(code)
+        )
+    return _known[cls]
+
+
+def _weights_read(code: CodeType) -> Iterator[str]:
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _weights_read(constant)
+    if "weight" not in code.co_names:
+        return
+    steps = [s for s in dis.get_instructions(code) if s.opname not in ("EXTENDED_ARG", "CACHE")]
+    for i, step in enumerate(steps):
+        # isinstance(self.wo.weight, ...) asks for the type alone.
+        asked = i > 0 and steps[i - 1].argval == "isinstance"
+        if asked or not _loads_self(step):
+            continue
+        chain = []
+        for later in steps[i + 1 :]:
+            if later.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
+                break
+            chain.append(str(later.argval))
+        if "weight" in chain:
+            end = chain.index("weight") + 1
+            if not (chain[end:] and chain[end] in _FACTS):
+                yield ".".join(chain[:end])
+
+
+def _loads_self(step: dis.Instruction) -> bool:
+    """LOAD_FAST self, whatever this Python calls it; some load two names at once."""
+    value = step.argval
+    last = value[-1] if isinstance(value, tuple) and value else value
+    return step.opname.startswith("LOAD_FAST") and last == "self"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_inject.errors import LoRAInjectError
 from lora_inject.kinds.base import is_distributed
-from lora_inject.layer import Adapter, LoRALayer, detach, is_intact
+from lora_inject.layer import Adapter, adapters_of, detach, is_asleep, is_intact, merged_weights
 from lora_inject.settings import BiasMode
 from lora_inject.statistics import has_statistics, hold, is_held
 
@@ -150,7 +150,7 @@ class Record:
         created: when, so that records of nested modules are undone in the right order.
     """
 
-    adapters: dict[str, tuple[LoRALayer, Adapter]] = field(default_factory=dict)
+    adapters: dict[str, tuple[nn.Module, Adapter]] = field(default_factory=dict)
     before: Before = field(default_factory=Before)
     bias: BiasMode = "none"
     train_also: list[nn.Module] = field(default_factory=list)
@@ -163,8 +163,11 @@ class Record:
         self.before.precede(older.before)
         self.train_also += older.train_also
 
-    def check_restorable(self) -> None:
+    def check_restorable(self, values: bool = True) -> None:
         """Refuse before anything is changed.
+
+        Args:
+            values: whether former values are to come back too.
 
         Raises:
             LoRAInjectError: something else has changed a layer's class since, or a former value
@@ -177,13 +180,43 @@ class Record:
                     path=path,
                     remedy="Undo that first, or strip before it is done.",
                 )
-        self.before.check_restorable()
+            if is_asleep(layer) and not merged_weights(layer):
+                raise LoRAInjectError(
+                    "its adapter is disabled now.", path=path, remedy="Leave the with block first."
+                )
+            if values and None in merged_weights(layer).values():
+                raise LoRAInjectError(
+                    "its adapter was merged with keep=False, so that its weight is gone.",
+                    path=path,
+                    remedy="strip(model, merge=True) leaves it merged.",
+                )
+        if values:
+            self.before.check_restorable()
+
+    def forget_values(self) -> None:
+        """Give up the former values, so that restoring leaves what was merged and trained."""
+        self.before.values = {}
+        for layer, _ in self.adapters.values():
+            merged_weights(layer).clear()
 
     def restore(self) -> None:
         """Make the model what it was."""
-        self.before.restore()
         for layer, adapter in self.adapters.values():
+            put_back_merged(layer)
             detach(layer, adapter)
+        self.before.restore()
+
+
+def put_back_merged(layer: nn.Module) -> None:
+    """Give the layer's merged weights their former values, bit for bit."""
+    kept = merged_weights(layer)
+    with torch.no_grad():
+        for name, former in kept.items():
+            assert former is not None  # see check_restorable
+            weight = own_tensor(layer, name)
+            assert weight is not None
+            weight.copy_(former)
+    kept.clear()
 
 
 def records_in(model: nn.Module) -> list[tuple[str, nn.Module, Record]]:
@@ -241,9 +274,9 @@ def uninstall(module: nn.Module) -> None:
     del module.__dict__[_RECORD]
 
 
-def adapted_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """Every adapted layer of the model by its path in it, whoever adapted it."""
-    return {path: m for path, m in model.named_modules() if isinstance(m, LoRALayer)}
+def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every adapted layer of the model by its path in it, awake or not, whoever adapted it."""
+    return {path: module for path, module in model.named_modules() if adapters_of(module)}
 
 
 def require_own_record(model: nn.Module) -> None:
@@ -262,13 +295,26 @@ def require_own_record(model: nn.Module) -> None:
             )
 
 
+def require_awake(model: nn.Module) -> None:
+    """Refuse a model whose adapters are merged or disabled.
+
+    Raises:
+        LoRAInjectError: they are.
+    """
+    for path, layer in adapted_layers(model).items():
+        if is_asleep(layer):
+            state = "merged" if merged_weights(layer) else "disabled"
+            remedy = "Call unmerge first." if state == "merged" else "Leave the with block first."
+            raise LoRAInjectError(f"its adapter is {state} now.", path=path, remedy=remedy)
+
+
 def adapter_parameters(
-    layers: Iterable[LoRALayer],
+    layers: Iterable[nn.Module],
 ) -> tuple[set[nn.Parameter], set[nn.Parameter]]:
     """(all A, all B) of these layers, known from their adapters and not by name."""
     A, B = set(), set()
     for layer in layers:
-        for adapter in layer.lora_adapters:
+        for adapter in adapters_of(layer):
             for _, A_name, B_name in adapter.pairs:
                 A.add(layer.get_parameter(A_name))
                 B.add(layer.get_parameter(B_name))

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_inject.layer import LoRALayer
+from lora_inject.layer import adapters_of
 from lora_inject.memory import (
     Bytes,
     can_train,
@@ -208,10 +208,10 @@ def _elements(parameters: Iterable[Tensor]) -> int:
     return sum(map(logical_numel, parameters))
 
 
-def _pattern_rows(layers: Iterable[LoRALayer]) -> tuple[PatternRow, ...]:
+def _pattern_rows(layers: Iterable[nn.Module]) -> tuple[PatternRow, ...]:
     groups: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for layer in layers:
-        for adapter in layer.lora_adapters:
+        for adapter in adapters_of(layer):
             found = groups.setdefault((adapter.pattern, adapter.name), [])
             found.append((adapter.settings.r, sum(spec.elements for spec in adapter.specs)))
     return tuple(

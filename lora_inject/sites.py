@@ -11,7 +11,7 @@ from lora_inject.errors import ArgumentError
 from lora_inject.kinds import Kind, Spec
 from lora_inject.kinds.base import Way, general_refusal, weight_refusal
 from lora_inject.kinds.parameter import ParameterKind, layout_of
-from lora_inject.layer import LoRALayer, parameter_names
+from lora_inject.layer import adapters_of, parameter_names
 from lora_inject.readers import is_read_by
 from lora_inject.selection import Choice, Limits, Target, View
 from lora_inject.settings import Parts, Settings
@@ -113,12 +113,19 @@ class Draft:
 
     def way_of(self, target: Target, kind: Kind, settings: Settings) -> Way:
         """Branch, or weight where the user asks for it or something reads the weight uncalled."""
-        read = target.parameter is None and any(
-            is_read_by(self.view.by_path[path.rpartition(".")[0]], path.rpartition(".")[2])
-            for path in target.paths
-            if path
-        )
-        return "weight" if read or settings.how == "weight" else kind.way(target.module)
+        if settings.how == "weight" or kind.way(target.module) == "weight":
+            return "weight"
+        return "weight" if self._is_read(target) else "branch"
+
+    def _is_read(self, target: Target) -> bool:
+        """Whether a module above the target reads its weight."""
+        for path in target.paths:
+            components = path.split(".") if path else []
+            for depth in range(len(components)):
+                ancestor = self.view.by_path[".".join(components[:depth])]
+                if is_read_by(ancestor, ".".join(components[depth:])):
+                    return True
+        return False
 
     def site(self, choice: Choice, dtype: torch.dtype | str | None) -> Site:
         """The site of a choice that has not been refused."""
@@ -153,8 +160,10 @@ def _refusal(
         specs = kind.specs(module, settings)
     except ArgumentError as error:
         return str(error)
+    if not specs:
+        return "its weights are normed, pruned or otherwise computed. Undo that or exclude it."
     names = [name for spec in specs for name in parameter_names(spec, adapter)]
-    new = [] if isinstance(module, LoRALayer) else ["lora_adapters"]
+    new = [] if adapters_of(module) else ["lora_adapters"]
     if reason := general_refusal(module, [*new, *names], way):
         return reason
     if way == "weight" and settings.dropout:
@@ -168,10 +177,8 @@ def _refusal(
 
 def is_adapted(target: Target) -> bool:
     """Whether the target carries an adapter; of a parameter's owner another one may carry one."""
-    if not isinstance(target.module, LoRALayer):
-        return False
-    weights = {spec.weight for a in target.module.lora_adapters for spec in a.specs}
-    return target.parameter is None or target.parameter in weights
+    weights = {spec.weight for a in adapters_of(target.module) for spec in a.specs}
+    return bool(weights) if target.parameter is None else target.parameter in weights
 
 
 def _base_elements(weights: Mapping[str, Tensor], specs: Sequence[Spec]) -> int:

@@ -13,7 +13,8 @@ from lora_inject import initial
 from lora_inject.errors import LoRAInjectError, LoRAInjectWarning
 from lora_inject.freeze import mark
 from lora_inject.kinds import Spec
-from lora_inject.layer import Adapter, LoRALayer, attach, detach
+from lora_inject.layer import Adapter, adapters_of, attach, detach, merged_weights
+from lora_inject.merge import merge as fold
 from lora_inject.plan import Plan, plan
 from lora_inject.record import (
     Before,
@@ -134,7 +135,7 @@ def _apply(wanted: Plan) -> Report:
 
     changes = Before()
     changes.keep_flags(model.modules())
-    attached: dict[str, tuple[LoRALayer, Adapter]] = {}
+    attached: dict[str, tuple[nn.Module, Adapter]] = {}
     try:
         for site in wanted.sites:
             attached[site.path] = _adapt(site, wanted.adapter, seed)
@@ -179,7 +180,7 @@ def _with_notes(shown: Report, wanted: Plan) -> Report:
     return replace(shown, notes=(*shown.notes, *notes))
 
 
-def _adapt(site: Site, name: str, seed: int) -> tuple[LoRALayer, Adapter]:
+def _adapt(site: Site, name: str, seed: int) -> tuple[nn.Module, Adapter]:
     adapter = Adapter(
         name, site.settings, site.kind, site.way, site.specs, site.pattern, site.path, seed
     )
@@ -193,7 +194,8 @@ def _adapt(site: Site, name: str, seed: int) -> tuple[LoRALayer, Adapter]:
             else:
                 A, B = _starting_values(adapter, spec)
             values.append((A.to(device, site.dtype), B.to(device, site.dtype)))
-        return attach(site.module, adapter, values), adapter
+        attach(site.module, adapter, values)
+    return site.module, adapter
 
 
 def _starting_values(adapter: Adapter, spec: Spec) -> tuple[Tensor, Tensor]:
@@ -218,7 +220,7 @@ def reset_lora_parameters(model: nn.Module) -> None:
     pairs = [
         (path, adapter, spec, layer.get_parameter(A_name), layer.get_parameter(B_name))
         for path, layer in layers.items()
-        for adapter in layer.lora_adapters
+        for adapter in adapters_of(layer)
         for spec, A_name, B_name in adapter.pairs
     ]
     for path, _, _, A, B in pairs:
@@ -236,7 +238,7 @@ def reset_lora_parameters(model: nn.Module) -> None:
         record.before.keep_unknown_values()
 
 
-def strip(model: nn.Module) -> nn.Module:
+def strip(model: nn.Module, merge: bool = False) -> nn.Module:
     """Undo every ``inject`` on the model: afterwards it is the model from before, bit for bit.
 
     Back come classes, the keys, order and bytes of ``state_dict``, every ``requires_grad`` and
@@ -254,6 +256,8 @@ def strip(model: nn.Module) -> nn.Module:
 
     Args:
         model: the model that ``inject`` was called on, a copy of it, or a wrapper that holds it.
+        merge: leave plain layers with the adapters folded in, and what was trained in place as it
+            is; only classes, flags and statistics come back then.
 
     Returns:
         The same object. On a model without adapters nothing is changed and a
@@ -266,9 +270,14 @@ def strip(model: nn.Module) -> nn.Module:
     records = records_in(model)
     if not records:
         warnings.warn("strip: the model has no adapters.", LoRAInjectWarning, stacklevel=2)
+    folded = all(merged_weights(layer) for layer in adapted_layers(model).values())
+    if merge and not folded:
+        fold(model, keep=False)
     for _, _, record in records:
-        record.check_restorable()
+        record.check_restorable(values=not merge)
     for _, holder, record in records:
+        if merge:
+            record.forget_values()
         record.restore()
         uninstall(holder)
     return model

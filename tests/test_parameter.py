@@ -105,9 +105,9 @@ def test_an_unused_expert_costs_nothing():
     kind = layer.lora_adapters[0].kind
     update = type(kind).update
 
-    def watching(self, layer, W, A, B):
+    def watching(self, layer, W, spec, A, B):
         computed.append(A.shape)
-        return update(self, layer, W, A, B)
+        return update(self, layer, W, spec, A, B)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(kind), "update", watching)

@@ -5,7 +5,8 @@ The output projection is a child, ``out_proj``, and is a target of its own.
 
 from torch import Tensor, nn
 
-from lora_inject.kinds.base import Kind, Spec, Way, linear_spec
+from lora_inject.kinds.base import Kind, Spec, Way, linear_spec, overrides_forward
+from lora_inject.readers import calls_super
 from lora_inject.settings import Settings
 
 
@@ -33,6 +34,17 @@ class MultiheadAttentionKind(Kind):
             if weight is not None
         )
 
-    def update(self, layer: nn.Module, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def refusal(self, module: nn.Module, way: Way) -> str | None:
+        """A subclass with a forward of its own may not read these weights."""
+        if overrides_forward(module, nn.MultiheadAttention) and not calls_super(
+            module, nn.MultiheadAttention
+        ):
+            return (
+                f"{type(module).__name__} has a forward that does not call that of "
+                "nn.MultiheadAttention. Target its own layers or parameters."
+            )
+        return None
+
+    def update(self, layer: nn.Module, W: Tensor, spec: Spec, A: Tensor, B: Tensor) -> Tensor:
         """``B A``."""
         return B @ A

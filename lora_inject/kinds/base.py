@@ -88,6 +88,16 @@ class Kind(ABC):
         """Why a module of this kind cannot be adapted in this way, with the remedy; else None."""
         return None
 
+    def merge_refusal(self, module: nn.Module, base: type[nn.Module], way: Way) -> str | None:
+        """Why the adapter cannot be folded into the weight, with the remedy; None where it can.
+
+        Args:
+            module: the adapted layer.
+            base: the class it had before.
+            way: how it is adapted; in the weight, folding changes nothing but the rounding.
+        """
+        return None
+
     def delta(
         self, layer: nn.Module, x: Tensor, y: Tensor, A: Tensor, B: Tensor, dropout: float
     ) -> Tensor:
@@ -106,15 +116,15 @@ class Kind(ABC):
         """
         raise NotImplementedError(f"{self.name} layers are adapted in their weight")
 
-    def update(self, layer: nn.Module, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def update(self, layer: nn.Module, W: Tensor, spec: Spec, A: Tensor, B: Tensor) -> Tensor:
         """Weight: what the adapter adds to the weight W, in W's shape, before scaling."""
         raise NotImplementedError(f"{self.name} layers are adapted in a branch")
 
     def effective(self, layer: nn.Module, W: Tensor, pairs: "list[Pair]") -> Any:
         """Weight: what the layer reads in place of W: the sum in A's precision, rounded once."""
         total: Any = W
-        for A, B, scaling in pairs:
-            total = total + scaling * self.update(layer, W, A, B)
+        for spec, A, B, scaling in pairs:
+            total = total + scaling * self.update(layer, W, spec, A, B)
         return total.to(W.dtype)
 
     def members(self, weights: tuple[str, ...]) -> dict[str, Any]:
@@ -141,7 +151,7 @@ class Kind(ABC):
         return value
 
 
-Pair = tuple[Tensor, Tensor, float]
+Pair = tuple[Spec, Tensor, Tensor, float]
 
 
 def linear_spec(weight: str, n_in: int, n_out: int, r: int) -> Spec:
@@ -162,6 +172,8 @@ def general_refusal(module: nn.Module, new_names: list[str], way: Way) -> str | 
     """Why a module of any kind cannot be adapted by a class swap, with the remedy; else None."""
     if isinstance(module, torch.jit.ScriptModule):
         return "it is a ScriptModule, whose forward cannot be changed. Adapt it before scripting."
+    if "_hf_hook" in module.__dict__ and any(p.is_meta for p in module.parameters(recurse=False)):
+        return "accelerate has offloaded its weights. Remove the hooks, inject, and add them again."
     if way == "branch" and "forward" in module.__dict__:
         return (
             "a forward was set on this very instance (accelerate's hooks do that), and it would "
@@ -187,7 +199,7 @@ def weight_refusal(module: nn.Module, weight: Tensor, spec: Spec, way: Way) -> s
     if way == "weight" and not (spec.weight in module._parameters and is_plain(weight)):
         return (
             f"its {spec.weight} is quantized or not a parameter of its own, so that nothing can be "
-            'added to it. Adapt it without how="weight", or exclude it.'
+            'added to it. Exclude it, or leave out how="weight" if you asked for it.'
         )
     return None
 

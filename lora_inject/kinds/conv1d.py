@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from lora_inject.kinds.base import Spec
 from lora_inject.kinds.linear import LinearKind
 
 
@@ -21,6 +22,6 @@ class Conv1DKind(LinearKind):
         n_in, n_out = self.weight(module, "weight").shape
         return n_in, n_out
 
-    def update(self, layer: nn.Module, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def update(self, layer: nn.Module, W: Tensor, spec: Spec, A: Tensor, B: Tensor) -> Tensor:
         """``B A``, transposed."""
-        return (B @ A).t()
+        return super().update(layer, W, spec, A, B).t()

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lora_inject import initial
-from lora_inject.kinds.base import Kind, Spec, Way, overrides_forward
+from lora_inject.kinds.base import Kind, Spec, Way
 from lora_inject.settings import Settings
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -37,7 +37,17 @@ class ConvKind(Kind):
 
     def way(self, module: nn.Module) -> Way:
         """A subclass with a forward of its own may pad or standardize: only its weight is safe."""
-        return "branch" if any(not overrides_forward(module, k) for k in self.known) else "weight"
+        cls = type(module)
+        same = [k for k in self.known if isinstance(module, k) and cls.forward is k.forward]
+        known = bool(same) and _convolves_as(cls, same[0])
+        return "branch" if known else "weight"
+
+    def refusal(self, module: nn.Module, way: Way) -> str | None:
+        """A forward that writes to its weight would write to the sum, which is gone afterwards."""
+        code = getattr(type(module).forward, "__code__", None)
+        if way == "weight" and code is not None and {"weight", "data"} <= set(code.co_names):
+            return f"the forward of {type(module).__name__} writes to its weight. Exclude it."
+        return None
 
     def specs(self, module: nn.Module, settings: Settings) -> tuple[Spec, ...]:
         """One pair."""
@@ -55,7 +65,7 @@ class ConvKind(Kind):
         h = layer._conv_forward(_drop(x, dropout), A.to(x.dtype), None)
         return _pointwise(h, B, layer.groups)
 
-    def update(self, layer: nn.Module, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def update(self, layer: nn.Module, W: Tensor, spec: Spec, A: Tensor, B: Tensor) -> Tensor:
         """Of each group: B A, with A's kernel as its columns."""
         assert isinstance(layer, _ConvNd)
         g, r = layer.groups, B.shape[1]
@@ -89,23 +99,31 @@ class ConvTransposeKind(ConvKind):
         """The same; the size of y decides the output padding, as ``output_size`` may have."""
         assert isinstance(layer, _ConvTransposeNd)
         n, options = len(layer.kernel_size), cast(Any, layer)
-        padding = options._output_padding(
-            x, list(y.shape[-n:]), options.stride, options.padding, options.kernel_size, n,
-            options.dilation,
+        geometry = zip(
+            y.shape[-n:], x.shape[-n:], options.stride, options.padding, options.dilation,
+            options.kernel_size, strict=True,
         )  # fmt: skip
+        padding = [
+            y_size - ((x_size - 1) * stride - 2 * pad + dilation * (kernel - 1) + 1)
+            for y_size, x_size, stride, pad, dilation, kernel in geometry
+        ]
         h = _TRANSPOSED[n](
             _drop(x, dropout), A.to(x.dtype), None, options.stride, options.padding, padding,
             options.groups, options.dilation,
         )  # fmt: skip
         return _pointwise(h, B, layer.groups)
 
-    def update(self, layer: nn.Module, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def update(self, layer: nn.Module, W: Tensor, spec: Spec, A: Tensor, B: Tensor) -> Tensor:
         """Of each group: the sum over r of A (in, r, *k) and B (out, r)."""
         assert isinstance(layer, _ConvTransposeNd)
         g, r = layer.groups, B.shape[1]
         A_gIrk = A.reshape(g, -1, r, math.prod(layer.kernel_size))
         B_gOr = B.reshape(g, -1, r)
         return torch.einsum("girk,gor->giok", A_gIrk, B_gOr).reshape(W.shape)
+
+
+def _convolves_as(cls: type[nn.Module], known: type[nn.Module]) -> bool:
+    return getattr(cls, "_conv_forward", None) is getattr(known, "_conv_forward", None)
 
 
 def _drop(x: Tensor, dropout: float) -> Tensor:

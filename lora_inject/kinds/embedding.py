@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from lora_inject import initial
 from lora_inject.functional import embedding_delta
 from lora_inject.kinds.base import Kind, Spec, Way, linear_spec, overrides_forward
+from lora_inject.readers import calls_super, reads_own_weight
 from lora_inject.settings import Settings
 
 
@@ -36,11 +37,16 @@ class EmbeddingKind(Kind):
                 "max_norm rescales the frozen weight in every forward pass. Set max_norm to None "
                 "or exclude the layer."
             )
-        if way == "branch" and overrides_forward(module, nn.Embedding) and not _calls_super(module):
-            return (
-                f"{type(module).__name__} has a forward that does not call that of nn.Embedding, "
-                'where the adapter is added. Use how="weight", which computes the whole table.'
-            )
+        if way == "weight" and module.sparse:
+            return "sparse=True has no gradient through a computed weight. Adapt it as it is."
+        if way == "branch" and overrides_forward(module, nn.Embedding):
+            bypasses = reads_own_weight(module, nn.Embedding)
+            if bypasses or not calls_super(module, nn.Embedding):
+                return (
+                    f"{type(module).__name__} has a forward that does not always call that of "
+                    'nn.Embedding, where the adapter is added. Use how="weight", which computes '
+                    "the whole table."
+                )
         return None
 
     def initial(self, spec: Spec, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -62,19 +68,6 @@ class EmbeddingKind(Kind):
             sparse=layer.sparse,
         )
 
-    def update(self, layer: nn.Module, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def update(self, layer: nn.Module, W: Tensor, spec: Spec, A: Tensor, B: Tensor) -> Tensor:
         """``B A``, transposed."""
         return (B @ A).t()
-
-
-def _calls_super(module: nn.Module) -> bool:
-    """Whether every forward between the module's class and nn.Embedding calls ``super().forward``.
-
-    Read from the compiled code, the only place that tells before anything runs.
-    """
-    classes = type(module).__mro__[: type(module).__mro__.index(nn.Embedding)]
-    for forward in (vars(c)["forward"] for c in classes if "forward" in vars(c)):
-        code = getattr(forward, "__code__", None)
-        if code is None or not {"super", "forward"} <= set(code.co_names):
-            return False
-    return True

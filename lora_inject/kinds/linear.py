@@ -1,9 +1,10 @@
 """``nn.Linear`` and its subclasses: whatever their own forward does, the branch is added to it."""
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lora_inject.functional import linear_delta
-from lora_inject.kinds.base import Kind, Spec, linear_spec
+from lora_inject.kinds.base import Kind, Spec, Way, linear_spec
 from lora_inject.settings import Settings
 
 
@@ -42,6 +43,15 @@ class LinearKind(Kind):
         """``B A dropout(x)``."""
         return linear_delta(x, A, B, dropout)
 
-    def update(self, layer: nn.Module, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """``B A``."""
-        return B @ A
+    def update(self, layer: nn.Module, W: Tensor, spec: Spec, A: Tensor, B: Tensor) -> Tensor:
+        """``B A``, in the rows of its part."""
+        rows = self.features(layer)[1]
+        BA = B @ A
+        return F.pad(BA, (0, 0, spec.start, rows - spec.start - spec.n_out)) if spec.part else BA
+
+    def merge_refusal(self, module: nn.Module, base: type[nn.Module], way: Way) -> str | None:
+        """A subclass with its own forward may do more to W x than to the branch beside it."""
+        own = isinstance(module, nn.Linear) and base.forward is not nn.Linear.forward
+        if own and way == "branch":
+            return f"{base.__name__} has a forward of its own, to which merging may do otherwise."
+        return None

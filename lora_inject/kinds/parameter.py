@@ -36,6 +36,12 @@ class ParameterKind(Kind):
         """There is nothing to call."""
         return "weight"
 
+    def refusal(self, module: nn.Module, way: Way) -> str | None:
+        """A sparse gradient cannot pass a computed weight."""
+        if getattr(module, "sparse", False) is True:
+            return "sparse=True has no gradient through a computed weight. Exclude it."
+        return None
+
     def specs(self, module: nn.Module, settings: Settings) -> tuple[Spec, ...]:
         """One pair, or for a fused weight one for each expert: A (E, r, in), B (E, out, r)."""
         *experts, rows, columns = self.weight(module, self.weight_name).shape
@@ -49,7 +55,7 @@ class ParameterKind(Kind):
         A = initial.kaiming_uniform(spec.A_shape, spec.n_in, generator)
         return A, initial.zeros(spec.B_shape)
 
-    def update(self, layer: nn.Module, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def update(self, layer: nn.Module, W: Tensor, spec: Spec, A: Tensor, B: Tensor) -> Tensor:
         """``B A`` of each expert, in the order of the weight."""
         BA = B @ A
         return BA if self.layout == "out_in" else BA.transpose(-2, -1)
@@ -75,7 +81,7 @@ class ExpertWeights:
     def __getitem__(self, index: Any) -> Tensor:
         if isinstance(index, tuple):
             return self._tensor()[index]
-        pairs = [(A[index], B[index], scaling) for A, B, scaling in self._pairs]
+        pairs = [(spec, A[index], B[index], scaling) for spec, A, B, scaling in self._pairs]
         result: Tensor = Kind.effective(self._kind, self._layer, self._W[index], pairs)
         return result
 
@@ -95,6 +101,18 @@ class ExpertWeights:
         if self._all is None:
             self._all = Kind.effective(self._kind, self._layer, self._W, self._pairs)
         return self._all
+
+
+def _operator(name: str) -> Any:
+    def operator(weights: ExpertWeights, *others: Any) -> Any:
+        return getattr(weights._tensor(), name)(*map(_as_tensor, others))
+
+    return operator
+
+
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "matmul",
+              "rmatmul", "neg", "abs", "lt", "le", "gt", "ge"):  # fmt: skip
+    setattr(ExpertWeights, f"__{_name}__", _operator(f"__{_name}__"))
 
 
 def _as_tensor(value: Any) -> Any:

@@ -34,6 +34,10 @@ class QuantizedLinearKind(LinearKind):
         """There is no weight to add to."""
         return 'its weight is packed. Adapt it without how="weight".' if way == "weight" else None
 
+    def merge_refusal(self, module: nn.Module, base: type[nn.Module], way: Way) -> str | None:
+        """There is no weight to fold into."""
+        return "its weight is packed."
+
     def weight(self, module: nn.Module, name: str) -> Tensor:
         """The packed tensor, for its device."""
         packed = self._packed(module)

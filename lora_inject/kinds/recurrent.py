@@ -24,13 +24,32 @@ class RecurrentCellKind(Kind):
 
     def specs(self, module: nn.Module, settings: Settings) -> tuple[Spec, ...]:
         """One pair for each weight matrix."""
+        weights = ((name, module._parameters.get(name)) for name in self.weight_names(module))
         return tuple(
-            linear_spec(name, parameter.shape[1], parameter.shape[0], settings.r)
-            for name, parameter in module.named_parameters(recurse=False)
-            if name.startswith("weight_") and parameter.dim() == 2
+            linear_spec(name, weight.shape[1], weight.shape[0], settings.r)
+            for name, weight in weights
+            if weight is not None
         )
 
-    def update(self, layer: nn.Module, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def weight_names(self, module: nn.Module) -> list[str]:
+        """The matrices that the forward reads."""
+        return ["weight_ih", "weight_hh"]
+
+    def refusal(self, module: nn.Module, way: Way) -> str | None:
+        """Every matrix must be a parameter, and the forward torch's."""
+        if not any(type(module).forward is known.forward for known in _KNOWN):
+            return (
+                f"{type(module).__name__} has a forward of its own, which may read its weights in "
+                "another way. Target its parameters."
+            )
+        gone = [name for name in self.weight_names(module) if module._parameters.get(name) is None]
+        if gone:
+            return (
+                f"its {gone[0]} is normed, pruned or otherwise computed. Undo that or exclude it."
+            )
+        return None
+
+    def update(self, layer: nn.Module, W: Tensor, spec: Spec, A: Tensor, B: Tensor) -> Tensor:
         """``B A``."""
         return B @ A
 
@@ -44,6 +63,11 @@ class RecurrentKind(RecurrentCellKind):
         """Instances of ``nn.RNNBase``."""
         return isinstance(module, nn.RNNBase)
 
+    def weight_names(self, module: nn.Module) -> list[str]:
+        """The matrices of every layer and direction."""
+        names: Any = module._flat_weights_names
+        return [name for name in names if name.startswith("weight_")]
+
     def members(self, weights: tuple[str, ...]) -> dict[str, Any]:
         """The flat list with effective weights; what is stored stays the list of parameters."""
         return {
@@ -53,9 +77,12 @@ class RecurrentKind(RecurrentCellKind):
         }
 
 
+_KNOWN = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
+
+
 def _read_flat(layer: Any) -> list[Tensor | None]:
     return [
-        layer._lora_effective(name) if name in layer._parameters else None
+        layer._lora_effective(name) if name in layer._parameters else getattr(layer, name, None)
         for name in layer._flat_weights_names
     ]
 

@@ -1,0 +1,247 @@
+"""Merge and exact unmerge: adapters folded into their weights, the former weights kept aside.
+
+A merged weight is the sum in float32 (or float64), rounded once and written in place, so that the
+Parameter stays the same and autograd notices a merge between a forward and its backward pass. The
+layer has its own class meanwhile and costs what it cost before. Unmerging writes back what was
+kept.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lora_inject.errors import ArgumentError, LoRAInjectError, UnsupportedLayerError
+from lora_inject.kinds.base import is_plain
+from lora_inject.layer import (
+    adapters_of,
+    base_class,
+    merged_weights,
+    pairs_of,
+    put_to_sleep,
+)
+from lora_inject.record import (
+    adapted_layers,
+    own_tensor,
+    put_back_merged,
+    require_awake,
+    require_own_record,
+)
+from lora_inject.tables import Section, Tables
+
+Keep = Literal["device", "cpu", False]
+
+
+@dataclass(frozen=True)
+class MergedWeight:
+    """One merged weight.
+
+    Attributes:
+        path: its path in the model.
+        dtype: the dtype it was rounded to.
+        update: the norm of the update, scaling * B A.
+        lost: the norm of what rounding changed, relative to the update; 1 means that nothing of it
+            is left.
+    """
+
+    path: str
+    dtype: torch.dtype
+    update: float
+    lost: float
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What ``merge`` did, weight by weight; ``print`` shows it as a table."""
+
+    weights: tuple[MergedWeight, ...]
+
+    @property
+    def worst(self) -> float:
+        """The largest share of an update that rounding lost."""
+        return max((weight.lost for weight in self.weights), default=0.0)
+
+    def _tables(self) -> Tables:
+        rows = [
+            (w.path, str(w.dtype).removeprefix("torch."), f"{w.update:.3g}", f"{w.lost:.2%}")
+            for w in self.weights
+        ]
+        columns = ("weight", "dtype", ">norm of the update", ">lost to rounding")
+        return Tables([Section(f"Merged {len(rows)} weights", columns, rows)])
+
+    def __str__(self) -> str:
+        return self._tables().text()
+
+    def _repr_html_(self) -> str:
+        return self._tables().html()
+
+
+def merge(model: nn.Module, keep: Keep = "device") -> MergeReport:
+    """Fold the adapters into the weights, so that the model computes the same without them.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8))
+        >>> _ = inject(model, nn.Linear, r=2)
+        >>> merge(model).worst, type(model[0]).__name__
+        (0.0, 'Linear')
+        >>> _ = unmerge(model)
+
+    Args:
+        model: an adapted model.
+        keep: where the former weights are kept for ``unmerge``: on their "device", on the "cpu", or
+            not at all (False), after which only ``strip(model, merge=True)`` is possible.
+
+    Returns:
+        For each weight, how much of the update its dtype could not hold.
+
+    Raises:
+        ArgumentError: ``keep`` is none of the three.
+        LoRAInjectError: the model has no adapters, or they are disabled or merged already.
+        UnsupportedLayerError: a weight is tied, quantized, parametrized or on the meta device, its
+            layer is not affine, or the sum is not finite. Nothing has changed then.
+    """
+    if keep is not False and keep not in ("device", "cpu"):
+        raise ArgumentError(f'keep must be "device", "cpu" or False, not {keep!r}.')
+    require_own_record(model)
+    layers = adapted_layers(model)
+    if not layers:
+        raise LoRAInjectError("the model has no adapters to merge.", remedy="Call inject first.")
+    require_awake(model)
+    places = [(path, layer, name) for path, layer in layers.items() for name in _weights(layer)]
+    _check_mergeable(model, places)
+    merged: list[MergedWeight] = []
+    try:
+        for path, layer, name in places:
+            merged.append(_merge_weight(f"{path}.{name}".lstrip("."), layer, name))
+    except BaseException:
+        for layer in layers.values():
+            put_back_merged(layer)
+        raise
+    for layer in layers.values():
+        put_to_sleep(layer, True)
+        kept = merged_weights(layer)
+        for name, former in kept.items():
+            if keep != "device":
+                kept[name] = former.cpu() if keep == "cpu" and former is not None else None
+    return MergeReport(tuple(merged))
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Give merged weights their former values, bit for bit, and the adapters their place.
+
+    Example:
+        >>> _ = unmerge(model)  # doctest: +SKIP
+
+    Args:
+        model: a model on which ``merge`` was called.
+
+    Returns:
+        The same object.
+
+    Raises:
+        LoRAInjectError: nothing is merged, or the former weights were not kept.
+    """
+    require_own_record(model)
+    layers = {path: m for path, m in adapted_layers(model).items() if merged_weights(m)}
+    if not layers:
+        raise LoRAInjectError("nothing in the model is merged.", remedy="Call merge first.")
+    for path, layer in layers.items():
+        if None in merged_weights(layer).values():
+            raise LoRAInjectError(
+                "it was merged with keep=False, so that its weight is gone.",
+                path=path,
+                remedy="strip(model, merge=True) leaves it merged.",
+            )
+    for layer in layers.values():
+        put_back_merged(layer)
+        put_to_sleep(layer, False)
+    return model
+
+
+@contextmanager
+def merged(model: nn.Module, keep: Literal["device", "cpu"] = "device") -> Iterator[MergeReport]:
+    """Merge for the length of a ``with`` block, as for generating text.
+
+    Example:
+        >>> with merged(model):  # doctest: +SKIP
+        ...     model.generate(**inputs)
+
+    Args:
+        model: an adapted model.
+        keep: where the former weights are kept meanwhile.
+
+    Yields:
+        The report of ``merge``.
+
+    Raises:
+        ArgumentError: ``keep`` is neither.
+        LoRAInjectError: as ``merge``.
+    """
+    if not keep:
+        raise ArgumentError('keep must be "device" or "cpu" here: the block ends with unmerge.')
+    report = merge(model, keep)
+    try:
+        yield report
+    finally:
+        unmerge(model)
+
+
+def _weights(layer: nn.Module) -> list[str]:
+    """The names of the weights that the layer's adapters are for."""
+    return list(dict.fromkeys(spec.weight for a in adapters_of(layer) for spec in a.specs))
+
+
+def _check_mergeable(model: nn.Module, places: list[tuple[str, nn.Module, str]]) -> None:
+    owners = Counter(
+        id(parameter)
+        for module in model.modules()
+        for parameter in module._parameters.values()
+        if parameter is not None
+    )
+    for path, layer, name in places:
+        adapter = next(a for a in adapters_of(layer) if name in [s.weight for s in a.specs])
+        weight = layer._parameters.get(name)
+        reason = adapter.kind.merge_refusal(layer, base_class(layer), adapter.way)
+        if reason is None and (weight is None or not is_plain(weight)):
+            reason = f"its {name} is quantized or parametrized, so that nothing can be added to it."
+        elif reason is None and weight is not None and weight.is_meta:
+            reason = "it is on the meta device and has no values."
+        elif reason is None and owners[id(weight)] > 1:
+            reason = f"its {name} is tied to that of another layer, which would change with it."
+        if reason is not None:
+            raise UnsupportedLayerError(
+                reason, path=path, remedy="Leave it unmerged: it computes the same."
+            )
+
+
+@torch.no_grad()
+def _merge_weight(path: str, layer: nn.Module, name: str) -> MergedWeight:
+    weight = own_tensor(layer, name)
+    assert weight is not None
+    exact = _exact_sum(layer, name, weight)
+    rounded = exact.to(weight.dtype)
+    if not torch.isfinite(rounded.sum(dtype=torch.float64)):
+        raise UnsupportedLayerError(
+            f"the merged {name} is not finite in {weight.dtype}.",
+            path=path,
+            remedy="Look for NaN and infinity in its adapter.",
+        )
+    update = (exact - weight).norm().item()
+    lost = (rounded - exact).norm().item() if rounded.dtype != exact.dtype else 0.0
+    merged_weights(layer)[name] = weight.detach().clone()
+    weight.copy_(rounded)
+    return MergedWeight(path, weight.dtype, update, lost / update if update else 0.0)
+
+
+def _exact_sum(layer: nn.Module, name: str, weight: Tensor) -> Tensor:
+    kind, pairs = pairs_of(layer, name)
+    assert kind is not None
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    total = weight.to(dtype)
+    for spec, A, B, scaling in pairs:
+        total = total + scaling * kind.update(layer, weight, spec, A.to(dtype), B.to(dtype))
+    return total
