@@ -8,6 +8,7 @@ what else is known of it stands in one private attribute. A module whose adapter
 
 import inspect
 import types
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, cast
 
@@ -41,6 +42,7 @@ class Adapter:
         pattern: the target pattern that chose the layer, for reports.
         path: the target's path when it was adapted; with the seed it decides the starting values.
         seed: the seed of the call that made it.
+        follows: the path of the tied target whose A and B it shares, or "".
         pairs: each pair's spec with the names of its A and B.
     """
 
@@ -52,6 +54,7 @@ class Adapter:
     pattern: str
     path: str
     seed: int
+    follows: str = ""
     pairs: tuple[tuple[Spec, str, str], ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -121,10 +124,15 @@ class BranchLayer(LoRALayer):
             dropout = adapter.settings.dropout if self.training else 0.0
             scaling = adapter.settings.scaling
             for spec, A_name, B_name in adapter.pairs:
-                A, B = getattr(self, A_name), getattr(self, B_name)
+                A, B = _in_place(spec, getattr(self, A_name), getattr(self, B_name))
                 delta = adapter.kind.delta(self, x, y, A, B, dropout).to(y.dtype)
                 y = _add(y, delta, scaling, spec)
         return y
+
+
+def _in_place(spec: Spec, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B as the layer's kind wants them: those of a tied layer may stand the other way."""
+    return (B.transpose(-2, -1), A.transpose(-2, -1)) if spec.swapped else (A, B)
 
 
 def _add(y: Tensor, delta: Tensor, scaling: float, spec: Spec) -> Tensor:
@@ -154,7 +162,8 @@ def pairs_of(module: nn.Module, weight: str) -> tuple[Kind | None, list[Pair]]:
         for spec, A_name, B_name in adapter.pairs:
             if spec.weight == weight:
                 kind = adapter.kind
-                A, B = module.get_parameter(A_name), module.get_parameter(B_name)
+                own = module.get_parameter(A_name), module.get_parameter(B_name)
+                A, B = _in_place(spec, *own)
                 pairs.append((spec, A, B, adapter.settings.scaling))
     return kind, pairs
 
@@ -236,21 +245,23 @@ def base_class(module: nn.Module) -> type[nn.Module]:
     return state.base if state else type(module)
 
 
-def attach(module: nn.Module, adapter: Adapter, values: list[tuple[Tensor, Tensor]]) -> None:
+def attach(module: nn.Module, adapter: Adapter, values: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Make the module an adapted layer, or adapt another of its weights; or leave it alone.
 
     Args:
         module: the layer.
         adapter: what to put on it.
-        values: A and B of each of the adapter's pairs; they become trainable parameters.
+        values: A and B of each of the adapter's pairs; they become trainable parameters, unless
+            they are parameters already, those of a tied layer.
     """
     former, base = _state(module), base_class(module)
     state = _State(base, (*adapters_of(module), adapter))
     try:
         _set_state(module, state)
         for (_, A_name, B_name), (A, B) in zip(adapter.pairs, values, strict=True):
-            module.register_parameter(A_name, nn.Parameter(A))
-            module.register_parameter(B_name, nn.Parameter(B))
+            for name, value in ((A_name, A), (B_name, B)):
+                parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
+                module.register_parameter(name, parameter)
     except BaseException:
         _remove_pairs(module, adapter)
         _set_state(module, former or _State(base, ()))

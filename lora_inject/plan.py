@@ -163,7 +163,7 @@ def plan(
     draft = Draft(view, adapter, settings, _parts_by_module(view, to_part), limits)
     choices, skips = choose(view, patterns, limits, draft.refusal)
     _check_not_adapted(choices)
-    sites = tuple(draft.site(choice, dtype) for choice in choices)
+    sites = _with_followers(draft, [draft.site(choice, dtype) for choice in choices])
     _check_parts_used(view, to_part, sites)
     return Plan(model, sites, tuple(skips), in_full, adapter, bias, seed)
 
@@ -205,6 +205,29 @@ def _check_bias_mode(model: nn.Module, bias: BiasMode) -> None:
             f"bias={bias!r}, but the model was injected with bias={earlier[0][2].bias!r}.",
             remedy="Use the same mode, and freeze(model, bias=...) to change it.",
         )
+
+
+def _with_followers(draft: Draft, sites: Sequence[Site]) -> tuple[Site, ...]:
+    """The sites, with one adapter for each tied weight that every place of it shares.
+
+    Raises:
+        ArgumentError: targets choose several places of a tied weight with different settings.
+    """
+    chosen = {(site.module, spec.weight): site for site in sites for spec in site.specs}
+    followers: dict[tuple[nn.Module, str], Site] = {}
+    for site in sites:
+        if (site.module, site.specs[0].weight) in followers:
+            continue
+        for follower in draft.followers(site):
+            key = (follower.module, follower.specs[0].weight)
+            if key in chosen and chosen[key].settings != site.settings:
+                raise ArgumentError(
+                    f"targets: {site.path} and {follower.path} are tied and share one adapter, but "
+                    "are given different settings.",
+                )
+            followers[key] = follower
+    leaders = [s for s in sites if (s.module, s.specs[0].weight) not in followers]
+    return (*leaders, *followers.values())
 
 
 def _parts_by_module(view: View, to_part: Mapping[Pattern, Parts]) -> dict[nn.Module, Parts]:

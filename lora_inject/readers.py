@@ -83,7 +83,10 @@ def _weights_read(code: CodeType) -> Iterator[str]:
 
 
 def _loads_self(step: dis.Instruction) -> bool:
-    """LOAD_FAST self, whatever this Python calls it; some load two names at once."""
+    """LOAD_FAST self, whatever this Python calls it; some load two names at once.
+
+    In a comprehension or an inner function it is a LOAD_DEREF.
+    """
     value = step.argval
     last = value[-1] if isinstance(value, tuple) and value else value
-    return step.opname.startswith("LOAD_FAST") and last == "self"
+    return step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and last == "self"

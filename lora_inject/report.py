@@ -212,6 +212,8 @@ def _pattern_rows(layers: Iterable[nn.Module]) -> tuple[PatternRow, ...]:
     groups: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for layer in layers:
         for adapter in adapters_of(layer):
+            if adapter.follows:
+                continue  # it has no parameters of its own
             found = groups.setdefault((adapter.pattern, adapter.name), [])
             found.append((adapter.settings.r, sum(spec.elements for spec in adapter.specs)))
     return tuple(

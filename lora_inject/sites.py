@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from lora_inject.errors import ArgumentError
+from lora_inject.errors import ArgumentError, UnsupportedLayerError
 from lora_inject.kinds import Kind, Spec
 from lora_inject.kinds.base import Way, general_refusal, weight_refusal
 from lora_inject.kinds.parameter import ParameterKind, layout_of
@@ -15,7 +15,7 @@ from lora_inject.layer import adapters_of, parameter_names
 from lora_inject.readers import is_read_by
 from lora_inject.selection import Choice, Limits, Target, View
 from lora_inject.settings import Parts, Settings
-from lora_inject.targets import Pattern
+from lora_inject.targets import Pattern, Place
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Site:
         dtype: the dtype of A and B.
         pattern: the target pattern that chose it.
         base_elements: elements of the weights that it adapts.
+        follows: the path of the site whose A and B it shares, since the weight is tied; or "".
     """
 
     paths: tuple[str, ...]
@@ -45,6 +46,7 @@ class Site:
     dtype: torch.dtype
     pattern: str
     base_elements: int
+    follows: str = ""
 
     @property
     def path(self) -> str:
@@ -53,8 +55,8 @@ class Site:
 
     @property
     def parameters(self) -> int:
-        """How many parameters A and B have."""
-        return sum(spec.elements for spec in self.specs)
+        """How many parameters A and B have; none of its own where it shares them."""
+        return 0 if self.follows else sum(spec.elements for spec in self.specs)
 
     @property
     def shape_text(self) -> str:
@@ -146,6 +148,54 @@ class Draft:
             dtype=_adapter_dtype(first, dtype, target.path),
             pattern=choice.pattern.label,
             base_elements=_base_elements(weights, specs),
+        )
+
+    def followers(self, site: Site) -> list[Site]:
+        """The sites of every other place where the weight is registered: all see one adapter.
+
+        Raises:
+            UnsupportedLayerError: one of them could not see it.
+        """
+        name = site.specs[0].weight
+        weight = site.module._parameters.get(name)
+        if weight is None or len({spec.weight for spec in site.specs}) > 1:
+            return []
+        tied = [
+            (place, other)
+            for place in self.view.places
+            for other, parameter in place.module._parameters.items()
+            if parameter is weight and (place.module, other) != (site.module, name)
+            if place.module not in self.limits.excluded
+        ]
+        return [self._follower(site, place, other) for place, other in tied]
+
+    def _follower(self, site: Site, place: Place, name: str) -> Site:
+        leader = site.specs[0]
+        target = Target(place, None if name == "weight" and self.view.kinds[place.module] else name)
+        kind = self.kind_of(target, site.settings)
+        refusal = "its shape tells no layout" if kind is None else None
+        if kind is not None:
+            way = self.way_of(target, kind, site.settings)
+            refusal = _refusal(place.module, kind, way, site.settings, self.adapter)
+        if kind is None or refusal or leader.part or place.module in self.limits.in_full:
+            raise UnsupportedLayerError(
+                f"its {leader.weight} is tied to {name} of {target.path}, which cannot share the "
+                f"adapter: {refusal or 'it is adapted in parts or trains in full'}.",
+                path=site.path,
+                remedy=f"Exclude {target.path} to leave it with the weight as it was.",
+            )
+        swapped = kind.transposes != site.kind.transposes
+        spec = replace(leader, weight=name, swapped=swapped)
+        return replace(
+            site,
+            paths=target.paths,
+            type=target.type,
+            module=place.module,
+            kind=kind,
+            way=way,
+            specs=(spec,),
+            pattern=f"tied to {site.path}",
+            follows=site.path,
         )
 
 

@@ -138,7 +138,8 @@ def _apply(wanted: Plan) -> Report:
     attached: dict[str, tuple[nn.Module, Adapter]] = {}
     try:
         for site in wanted.sites:
-            attached[site.path] = _adapt(site, wanted.adapter, seed)
+            shared = attached[site.follows] if site.follows else None
+            attached[site.path] = _adapt(site, wanted.adapter, seed, shared)
         new_modules = list(wanted.train_also.values())
         layers = [layer for layer, _ in attached.values()]
         mark(model, layers, wanted.bias, new_modules, changes, undecided)
@@ -180,10 +181,18 @@ def _with_notes(shown: Report, wanted: Plan) -> Report:
     return replace(shown, notes=(*shown.notes, *notes))
 
 
-def _adapt(site: Site, name: str, seed: int) -> tuple[nn.Module, Adapter]:
+def _adapt(
+    site: Site, name: str, seed: int, shared: tuple[nn.Module, Adapter] | None
+) -> tuple[nn.Module, Adapter]:
     adapter = Adapter(
-        name, site.settings, site.kind, site.way, site.specs, site.pattern, site.path, seed
-    )
+        name, site.settings, site.kind, site.way, site.specs, site.pattern, site.path, seed,
+        site.follows,
+    )  # fmt: skip
+    if shared is not None:
+        leader, ((_, A_name, B_name),) = shared[0], shared[1].pairs
+        pair = leader.get_parameter(A_name), leader.get_parameter(B_name)
+        attach(site.module, adapter, [pair])
+        return site.module, adapter
     device = site.kind.weight(site.module, site.specs[0].weight).device
     # Tensors made in inference mode could never be trained.
     with torch.inference_mode(False):
@@ -221,6 +230,7 @@ def reset_lora_parameters(model: nn.Module) -> None:
         (path, adapter, spec, layer.get_parameter(A_name), layer.get_parameter(B_name))
         for path, layer in layers.items()
         for adapter in adapters_of(layer)
+        if not adapter.follows
         for spec, A_name, B_name in adapter.pairs
     ]
     for path, _, _, A, B in pairs:

@@ -12,7 +12,7 @@ from helpers import (
     trainable_names,
 )
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 from lora_inject import (
     ArgumentError,
@@ -310,3 +310,176 @@ def test_the_adapted_layers_of_a_copy_are_those_of_the_copy():
     assert not torch.equal(model(x), twin(x))
     strip(twin)
     assert type(model.layers[0].q_proj).__name__ == "LoRALinear"
+
+
+# A second review, of every kind of layer.
+
+
+class Parent(nn.Module):
+    """Reads the weight of one child, asks facts of another, and calls a third."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.asked, self.called = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        x = nn.functional.linear(x, self.read.weight, self.read.bias)
+        if isinstance(self.asked.weight, torch.Tensor) and x.dtype != self.asked.weight.dtype:
+            x = x.to(self.asked.weight.dtype)
+        return self.called(self.asked(x))
+
+
+def test_a_weight_that_a_parent_reads_is_found_in_its_code():
+    model, x = nn.Sequential(Parent()), torch.randn(2, 4)
+    ways = {site.path: site.way for site in plan(model).sites}
+    assert ways == {"0.read": "weight", "0.asked": "branch", "0.called": "branch"}
+    inject(model, r=1)
+    randomize_adapters(model)
+    model(x).sum().backward()
+    assert all(p.grad.any() for n, p in model.named_parameters() if "lora_" in n)
+
+
+def test_a_grandparent_reads_too():
+    class Grandparent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.ModuleDict({"proj": nn.Linear(4, 4)})
+            self.block = Parent()
+
+        def forward(self, x):
+            return [self.block.called.weight @ row for row in x]
+
+    ways = {site.path: site.way for site in plan(Grandparent()).sites}
+    assert ways["block.called"] == "weight"
+    assert ways["inner.proj"] == "branch"
+
+
+def test_wavlm_trains_its_projections():
+    import transformers as tf
+
+    config = tf.WavLMConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+        conv_dim=(8,), conv_stride=(5,), conv_kernel=(10,), num_feat_extract_layers=1,
+        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    model = tf.WavLMModel(config).eval()
+    inject(model, ["q_proj", "v_proj"], r=2)
+    model(torch.randn(1, 400))[0].sum().backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "lora_" in n)
+
+
+def test_recurrent_layers_with_normed_weights_are_refused():
+    normed = parametrizations.weight_norm(nn.LSTM(4, 4), "weight_hh_l0")
+    pruned = nn.LSTMCell(4, 4)
+    prune.l1_unstructured(pruned, "weight_hh", 0.5)
+    for layer in (normed, pruned):
+        with pytest.raises(UnsupportedLayerError, match="normed, pruned"):
+            inject(nn.Sequential(layer), "0")
+
+
+def test_attention_with_a_pruned_weight_is_refused_and_left_by_all_linear():
+    attention = nn.MultiheadAttention(4, 2)
+    prune.l1_unstructured(attention, "in_proj_weight", 0.5)
+    model = nn.ModuleDict({"attention": attention, "up": nn.Linear(4, 4)})
+    with pytest.raises(UnsupportedLayerError, match="normed, pruned"):
+        inject(model, "attention")
+    assert "attention" in {skip.path for skip in plan(model).skipped if skip.wanted}
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.ConvTranspose1d(5, 4, 3, stride=1, dilation=3, output_padding=2),
+        nn.ConvTranspose2d(5, 4, 3, stride=2, dilation=3, output_padding=2),
+    ],
+)
+def test_an_output_padding_as_large_as_the_stride(layer):
+    x = torch.randn(2, 5, *(6,) * len(layer.kernel_size))
+    expected = layer(x)
+    inject(layer, type(layer), r=2)
+    assert torch.equal(layer(x), expected)
+
+
+def test_convolutions_that_change_their_weight():
+    class Masked(nn.Conv2d):
+        def _conv_forward(self, x, weight, bias):
+            return super()._conv_forward(x, weight * torch.eye(weight.shape[-1]), bias)
+
+    class Writing(nn.Conv2d):
+        def forward(self, x):
+            self.weight.data *= 0.5
+            return super().forward(x)
+
+    assert plan(Masked(2, 2, 3), nn.Conv2d, r=1).sites[0].way == "weight"
+    with pytest.raises(UnsupportedLayerError, match="writes to its weight"):
+        inject(nn.Sequential(Writing(2, 2, 3)), "0")
+
+
+def test_an_embedding_that_sometimes_reads_its_weight():
+    class Soft(nn.Embedding):
+        def forward(self, x):
+            return x @ self.weight if x.is_floating_point() else super().forward(x)
+
+    with pytest.raises(UnsupportedLayerError, match="does not always call"):
+        inject(Soft(4, 4), nn.Embedding)
+    with pytest.raises(UnsupportedLayerError, match="sparse=True"):
+        inject(nn.Embedding(4, 4, sparse=True), nn.Embedding, how="weight")
+
+
+def test_subclasses_with_another_forward_are_refused():
+    class OddLSTM(nn.LSTM):
+        def forward(self, x):
+            return torch.tanh(x @ self.weight_ih_l0.T)
+
+    class OddAttention(nn.MultiheadAttention):
+        def forward(self, x):
+            return x
+
+    for layer in (OddLSTM(4, 4), OddAttention(4, 2)):
+        with pytest.raises(UnsupportedLayerError, match="has a forward"):
+            inject(nn.Sequential(layer), "0")
+
+
+def test_a_layer_that_returns_no_tensor_says_so():
+    class Pair(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), None
+
+    model = nn.ModuleDict({"pair": Pair(4, 4)})
+    inject(model, "pair", r=1)
+    with pytest.raises(LoRAInjectError, match=r"^pair: its forward returned a tuple"):
+        model["pair"](torch.randn(2, 4))
+
+
+def test_the_first_argument_is_found_by_its_name():
+    class Scaling(nn.Linear):
+        def forward(self, x, scale=1.0):
+            return super().forward(x) * scale
+
+    layer, x = Scaling(4, 4), torch.randn(2, 4)
+    inject(layer, nn.Linear, r=1)
+    randomize_adapters(layer)
+    assert torch.equal(layer(scale=2.0, x=x), layer(x, scale=2.0))
+
+
+def test_fused_weights_have_the_operators_of_a_tensor():
+    layer = nn.Module()
+    layer.w = nn.Parameter(torch.randn(2, 3, 4))
+    inject(layer, "w", r=1, layout="out_in")
+    randomize_adapters(layer)
+    whole = torch.stack([layer.w[0], layer.w[1]])
+    for ours, theirs in [
+        (layer.w * 2, whole * 2), (2 * layer.w, 2 * whole), (layer.w + 1, whole + 1),
+        (1 - layer.w, 1 - whole), (layer.w / 2, whole / 2), (-layer.w, -whole),
+        (layer.w**2, whole**2), (layer.w > 0, whole > 0),
+    ]:  # fmt: skip
+        assert torch.equal(ours, theirs)
+
+
+def test_biases_of_experts_are_no_matrices_to_adapt():
+    experts = nn.Module()
+    experts.is_transposed = True
+    experts.up_proj = nn.Parameter(torch.randn(2, 4, 6))
+    experts.up_proj_bias = nn.Parameter(torch.zeros(2, 6))
+    model = nn.ModuleDict({"experts": experts})
+    assert [site.path for site in plan(model, "experts.*").sites] == ["experts.up_proj"]

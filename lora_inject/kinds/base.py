@@ -27,6 +27,8 @@ class Spec:
         part: the name of the part of a fused projection that it is for, or "".
         start: where that part begins in the layer's output.
         experts: how many experts the weight holds, each with an A and a B; 0 for a plain weight.
+        swapped: whether A and B are those of a tied layer that keeps the weight the other way
+            round: this layer's A is then B transposed, and its B is A transposed.
     """
 
     weight: str
@@ -37,6 +39,7 @@ class Spec:
     part: str = ""
     start: int = 0
     experts: int = 0
+    swapped: bool = False
 
     @property
     def prefix(self) -> str:
@@ -62,6 +65,7 @@ class Kind(ABC):
         name: what reports call the kind.
         linear_like: whether ``"all-linear"`` selects it.
         has_parts: whether ``specs`` heeds ``settings.parts``.
+        transposes: whether the weight is (in, out), so that its update is B A transposed.
         below: a class whose forward the branch is added to directly, so that a subclass that
             scales or shifts what ``super().forward`` returns does the same to the adapter. None
             adds it to what the layer as a whole returns.
@@ -70,6 +74,7 @@ class Kind(ABC):
     name: ClassVar[str]
     linear_like: ClassVar[bool] = False
     has_parts: ClassVar[bool] = False
+    transposes: bool = False
     below: ClassVar[type[nn.Module] | None] = None
 
     @abstractmethod

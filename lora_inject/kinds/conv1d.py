@@ -10,6 +10,7 @@ class Conv1DKind(LinearKind):
     """``y = x W + b`` with W of shape (in, out); found by its class name, as nothing imports it."""
 
     name = "Conv1D"
+    transposes = True
 
     def matches(self, module: nn.Module) -> bool:
         """A class named ``Conv1D`` (torch's is ``Conv1d``) with a two-dimensional weight."""

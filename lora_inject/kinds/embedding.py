@@ -18,6 +18,7 @@ class EmbeddingKind(Kind):
     """
 
     name = "Embedding"
+    transposes = True
     below = nn.Embedding
 
     def matches(self, module: nn.Module) -> bool:

@@ -27,6 +27,7 @@ class ParameterKind(Kind):
     def __init__(self, weight: str, layout: str) -> None:
         self.weight_name = weight
         self.layout = layout
+        self.transposes = layout == "in_out"
 
     def matches(self, module: nn.Module) -> bool:
         """No module as such."""
@@ -58,7 +59,7 @@ class ParameterKind(Kind):
     def update(self, layer: nn.Module, W: Tensor, spec: Spec, A: Tensor, B: Tensor) -> Tensor:
         """``B A`` of each expert, in the order of the weight."""
         BA = B @ A
-        return BA if self.layout == "out_in" else BA.transpose(-2, -1)
+        return BA.transpose(-2, -1) if self.transposes else BA
 
     def effective(self, layer: nn.Module, W: Tensor, pairs: list[Pair]) -> Any:
         """The sum; of a fused weight, expert by expert as they are asked for."""
