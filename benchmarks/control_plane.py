@@ -12,12 +12,12 @@ from lora_inject import inject, plan, strip
 
 @row("small-layers")
 def small_layers(rounds: int) -> list[Result]:
-    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4000)))
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(4000)))
     injected, stripped = [], []
     for _ in range(rounds):
         injected.append(seconds(lambda: inject(model, nn.Linear, r=8)))
         stripped.append(seconds(lambda: strip(model)))
-    workload = "{} 4,000 Linear(8, 8), r=8"
+    workload = "{} 4,000 Linear(16, 16), r=8"
     return [
         Result("inject", workload.format("inject into"), f"{median(injected):.2f} s", "< 1 s",
                median(injected) < 1),

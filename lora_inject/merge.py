@@ -1,9 +1,9 @@
 """Merge and exact unmerge: adapters folded into their weights, the former weights kept aside.
 
-A merged weight is the sum in float32 (or float64), rounded once and written in place, so that the
-Parameter stays the same and autograd notices a merge between a forward and its backward pass. The
-layer has its own class meanwhile and costs what it cost before. Unmerging writes back what was
-kept.
+A merged weight is the sum in float32 (or float64), rounded once. The Parameter stays the same
+object and only exchanges its storage, which costs nothing, keeps the former one as it is, and lets
+autograd notice a merge between a forward and its backward pass. The layer has its own class
+meanwhile and costs what it cost before.
 """
 
 from collections import Counter
@@ -26,6 +26,7 @@ from lora_inject.layer import (
 )
 from lora_inject.record import (
     adapted_layers,
+    exchange,
     own_tensor,
     put_back_merged,
     require_awake,
@@ -43,14 +44,12 @@ class MergedWeight:
     Attributes:
         path: its path in the model.
         dtype: the dtype it was rounded to.
-        update: the norm of the update, scaling * B A.
-        lost: the norm of what rounding changed, relative to the update; 1 means that nothing of it
-            is left.
+        lost: the norm of what rounding to the weight's dtype changed, relative to the norm of the
+            update, scaling * B A; 0 where it is that of the sum, 1 where nothing of it is left.
     """
 
     path: str
     dtype: torch.dtype
-    update: float
     lost: float
 
 
@@ -67,10 +66,9 @@ class MergeReport:
 
     def _tables(self) -> Tables:
         rows = [
-            (w.path, str(w.dtype).removeprefix("torch."), f"{w.update:.3g}", f"{w.lost:.2%}")
-            for w in self.weights
+            (w.path, str(w.dtype).removeprefix("torch."), f"{w.lost:.2%}") for w in self.weights
         ]
-        columns = ("weight", "dtype", ">norm of the update", ">lost to rounding")
+        columns = ("weight", "dtype", ">lost to rounding")
         return Tables([Section(f"Merged {len(rows)} weights", columns, rows)])
 
     def __str__(self) -> str:
@@ -224,24 +222,28 @@ def _merge_weight(path: str, layer: nn.Module, name: str) -> MergedWeight:
     assert weight is not None
     exact = _exact_sum(layer, name, weight)
     rounded = exact.to(weight.dtype)
-    if not torch.isfinite(rounded.sum(dtype=torch.float64)):
+    # The sum is one quick pass; only where it is not finite every element is looked at.
+    if not rounded.sum(dtype=exact.dtype).isfinite() and not rounded.isfinite().all():
         raise UnsupportedLayerError(
             f"the merged {name} is not finite in {weight.dtype}.",
             path=path,
             remedy="Look for NaN and infinity in its adapter.",
         )
-    update = (exact - weight).norm().item()
-    lost = (rounded - exact).norm().item() if rounded.dtype != exact.dtype else 0.0
-    merged_weights(layer)[name] = weight.detach().clone()
-    weight.copy_(rounded)
-    return MergedWeight(path, weight.dtype, update, lost / update if update else 0.0)
+    lost = 0.0
+    if rounded.dtype != exact.dtype and (update := (exact - weight).norm().item()):
+        lost = (rounded - exact).norm().item() / update
+    merged_weights(layer)[name] = weight.detach()
+    exchange(weight, rounded.contiguous())
+    return MergedWeight(path, weight.dtype, lost)
 
 
 def _exact_sum(layer: nn.Module, name: str, weight: Tensor) -> Tensor:
     kind, pairs = pairs_of(layer, name)
     assert kind is not None
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    total = weight.to(dtype)
+    total: Tensor | None = None
     for spec, A, B, scaling in pairs:
-        total = total + scaling * kind.update(layer, weight, spec, A.to(dtype), B.to(dtype))
-    return total
+        update = kind.update(layer, weight, spec, A.to(dtype), B.to(dtype))
+        total = update.mul_(scaling) if total is None else total.add_(update, alpha=scaling)
+    assert total is not None
+    return total.add_(weight)

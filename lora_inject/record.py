@@ -210,13 +210,24 @@ class Record:
 def put_back_merged(layer: nn.Module) -> None:
     """Give the layer's merged weights their former values, bit for bit."""
     kept = merged_weights(layer)
-    with torch.no_grad():
-        for name, former in kept.items():
-            assert former is not None  # see check_restorable
-            weight = own_tensor(layer, name)
-            assert weight is not None
-            weight.copy_(former)
+    for name, former in kept.items():
+        weight = own_tensor(layer, name)
+        assert former is not None, "check_restorable has refused this"
+        assert weight is not None
+        exchange(weight, former)
     kept.clear()
+
+
+@torch.no_grad()
+def exchange(tensor: Tensor, value: Tensor) -> None:
+    """Make a value that of a tensor, by its storage, or by a copy where ``.to()`` came between.
+
+    Either way the version of the tensor counts up, so that autograd notices.
+    """
+    if (tensor.dtype, tensor.device) == (value.dtype, value.device):
+        tensor.set_(value)  # type: ignore[call-overload]
+    else:
+        tensor.copy_(value)
 
 
 def records_in(model: nn.Module) -> list[tuple[str, nn.Module, Record]]:

@@ -103,6 +103,11 @@ class View:
         self.places = walk(model)
         self.kinds = {place.module: find_kind(place.module) for place in self.places}
         self.by_path = {path: place.module for place in self.places for path in place.paths}
+        self.owners: dict[nn.Parameter, list[tuple[Place, str]]] = {}
+        for place in self.places:
+            for name, parameter in place.module._parameters.items():
+                if parameter is not None:
+                    self.owners.setdefault(parameter, []).append((place, name))
         self._heads: dict[nn.Module, str] | None = None
         self._matrices: list[Target] | None = None
 

@@ -160,14 +160,12 @@ class Draft:
         weight = site.module._parameters.get(name)
         if weight is None or len({spec.weight for spec in site.specs}) > 1:
             return []
-        tied = [
-            (place, other)
-            for place in self.view.places
-            for other, parameter in place.module._parameters.items()
-            if parameter is weight and (place.module, other) != (site.module, name)
+        return [
+            self._follower(site, place, other)
+            for place, other in self.view.owners[weight]
+            if (place.module, other) != (site.module, name)
             if place.module not in self.limits.excluded
         ]
-        return [self._follower(site, place, other) for place, other in tied]
 
     def _follower(self, site: Site, place: Place, name: str) -> Site:
         leader = site.specs[0]

@@ -129,7 +129,7 @@ class Kind(ABC):
         """Weight: what the layer reads in place of W: the sum in A's precision, rounded once."""
         total: Any = W
         for spec, A, B, scaling in pairs:
-            total = total + scaling * self.update(layer, W, spec, A, B)
+            total = torch.add(total, self.update(layer, W, spec, A, B), alpha=scaling)
         return total.to(W.dtype)
 
     def members(self, weights: tuple[str, ...]) -> dict[str, Any]:
