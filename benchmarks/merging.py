@@ -69,7 +69,7 @@ def merged_or_disabled(rounds: int) -> list[Result]:
 
     with torch.no_grad(), disabled(sleeping):
         layers = [plain, merged_layer[0], sleeping[0]]
-        floor, merged_time, disabled_time = _interleaved([calls(m) for m in layers], 4 * rounds)
+        floor, merged_time, disabled_time = _interleaved([calls(m) for m in layers], 20 * rounds)
     return [
         Result("asleep", f"a {name} layer beside nn.Linear, 16x768", f"{t / floor:.2f}x",
                "<= 1.02x", t / floor <= 1.02)
