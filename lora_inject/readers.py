@@ -89,4 +89,5 @@ def _loads_self(step: dis.Instruction) -> bool:
     """
     value = step.argval
     last = value[-1] if isinstance(value, tuple) and value else value
-    return step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and last == "self"
+    loads = "LOAD_FAST" in step.opname or "LOAD_DEREF" in step.opname
+    return loads and last == "self"
