@@ -20,6 +20,7 @@ from lora_inject.kinds.base import Kind, Pair, Spec, Way
 from lora_inject.settings import Settings
 
 _STATE = "_lora_inject_adapters"
+_COMPUTED = "_lora_inject_computed"
 DEFAULT_ADAPTER = "default"
 
 
@@ -124,13 +125,13 @@ class BranchLayer(LoRALayer):
             dropout = adapter.settings.dropout if self.training else 0.0
             scaling = adapter.settings.scaling
             for spec, A_name, B_name in adapter.pairs:
-                A, B = _in_place(spec, getattr(self, A_name), getattr(self, B_name))
+                A, B = _oriented(spec, getattr(self, A_name), getattr(self, B_name))
                 delta = adapter.kind.delta(self, x, y, A, B, dropout).to(y.dtype)
                 y = _add(y, delta, scaling, spec)
         return y
 
 
-def _in_place(spec: Spec, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+def _oriented(spec: Spec, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """A and B as the layer's kind wants them: those of a tied layer may stand the other way."""
     return (B.transpose(-2, -1), A.transpose(-2, -1)) if spec.swapped else (A, B)
 
@@ -145,13 +146,38 @@ def _add(y: Tensor, delta: Tensor, scaling: float, spec: Spec) -> Tensor:
 
 
 class WeightLayer(LoRALayer):
-    """An adapted layer that reads effective weights where its weights were."""
+    """An adapted layer that reads effective weights where its weights were.
+
+    A weight is computed when it is read, and once for each forward pass of the layer itself, which
+    may read it several times.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own forward."""
+        if torch.compiler.is_compiling():  # the compiler computes equal things once by itself
+            return super().forward(*args, **kwargs)
+        former = self.__dict__.get(_COMPUTED)
+        self.__dict__[_COMPUTED] = {}
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            if former is None:
+                self.__dict__.pop(_COMPUTED, None)
+            else:
+                self.__dict__[_COMPUTED] = former
 
     def _lora_effective(self, name: str) -> Any:
         """W + scaling * B A of the weight of this name, or the weight where nothing adapts it."""
+        computed = self.__dict__.get(_COMPUTED)
+        key = (name, torch.is_grad_enabled())
+        if computed is not None and key in computed:
+            return computed[key]
         kind, pairs = pairs_of(self, name)
         W = self._parameters[name]
-        return kind.effective(self, W, pairs) if kind and W is not None else W
+        value = kind.effective(self, W, pairs) if kind and W is not None else W
+        if computed is not None:
+            computed[key] = value
+        return value
 
 
 def pairs_of(module: nn.Module, weight: str) -> tuple[Kind | None, list[Pair]]:
@@ -163,7 +189,7 @@ def pairs_of(module: nn.Module, weight: str) -> tuple[Kind | None, list[Pair]]:
             if spec.weight == weight:
                 kind = adapter.kind
                 own = module.get_parameter(A_name), module.get_parameter(B_name)
-                A, B = _in_place(spec, *own)
+                A, B = _oriented(spec, *own)
                 pairs.append((spec, A, B, adapter.settings.scaling))
     return kind, pairs
 

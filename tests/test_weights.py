@@ -384,3 +384,25 @@ def test_an_adapted_weight_is_not_adapted_again():
     inject(layer, nn.LSTM, r=2)
     with pytest.raises(AlreadyAdaptedError):
         inject(layer, nn.LSTM, r=2)
+
+
+def test_a_weight_is_computed_once_for_each_forward_pass(monkeypatch):
+    layer, x = nn.MultiheadAttention(8, 2), torch.randn(3, 2, 8)
+    inject(layer, nn.MultiheadAttention, r=2)
+    randomize_adapters(layer, 0.5)
+    kind, computed = type(layer.lora_adapters[0].kind), []
+    update = kind.update
+
+    def counting(self, *arguments):
+        computed.append(arguments)
+        return update(self, *arguments)
+
+    monkeypatch.setattr(kind, "update", counting)
+    for passes in (1, 2):
+        layer(x, x, x)[0].sum().backward()  # no graph is kept from one pass to the next
+        assert len(computed) == passes
+    layer.in_proj_weight, layer.in_proj_weight  # noqa: B018 (outside of a pass, at each reading)
+    assert len(computed) == 4
+    with pytest.raises(AssertionError, match="does not match"):
+        layer(x, x, x[..., :4])
+    assert "_lora_inject_computed" not in vars(layer)
