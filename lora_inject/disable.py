@@ -4,12 +4,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lora_inject.errors import LoRAInjectError
 from lora_inject.layer import is_asleep, merged_weights, put_to_sleep
-from lora_inject.record import adapted_layers, own_tensor, records_in, require_own_record
+from lora_inject.record import (
+    adapted_layers,
+    exchange,
+    own_tensor,
+    records_in,
+    require_kept,
+    require_own_record,
+)
 
 
 @contextmanager
@@ -38,13 +44,10 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     if not layers:
         raise LoRAInjectError("the model has no adapters.", remedy="Call inject first.")
     for path, layer in layers.items():
-        if None in merged_weights(layer).values():
-            raise LoRAInjectError(
-                "its adapter was merged with keep=False, so that its weight is gone.", path=path
-            )
+        require_kept(path, layer)
     awake = [layer for layer in layers.values() if not is_asleep(layer)]
     folded = [
-        (weight, former, weight.detach().clone())
+        (weight, former, weight.detach())
         for layer in layers.values()
         for name, former in merged_weights(layer).items()
         if former is not None and (weight := own_tensor(layer, name)) is not None
@@ -53,22 +56,18 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     try:
         for layer in awake:
             put_to_sleep(layer, True)
-        _write((weight, former) for weight, former, _ in folded)
+        for weight, unmerged, _ in folded:
+            exchange(weight, unmerged)
         for owned, name, _, former in slots:
             owned[name] = former
         yield model
     finally:
         for owned, name, trained, _ in slots:
             owned[name] = trained
-        _write((weight, now) for weight, _, now in folded)
+        for weight, _, now in folded:
+            exchange(weight, now)
         for layer in awake:
             put_to_sleep(layer, False)
-
-
-@torch.no_grad()
-def _write(pairs: Iterator[tuple[Tensor, Tensor]]) -> None:
-    for weight, value in pairs:
-        weight.copy_(value)
 
 
 def _trained_slots(

@@ -30,6 +30,7 @@ from lora_inject.record import (
     own_tensor,
     put_back_merged,
     require_awake,
+    require_kept,
     require_own_record,
 )
 from lora_inject.tables import Section, Tables
@@ -148,12 +149,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     if not layers:
         raise LoRAInjectError("nothing in the model is merged.", remedy="Call merge first.")
     for path, layer in layers.items():
-        if None in merged_weights(layer).values():
-            raise LoRAInjectError(
-                "it was merged with keep=False, so that its weight is gone.",
-                path=path,
-                remedy="strip(model, merge=True) leaves it merged.",
-            )
+        require_kept(path, layer)
     for layer in layers.values():
         put_back_merged(layer)
         put_to_sleep(layer, False)

@@ -184,12 +184,8 @@ class Record:
                 raise LoRAInjectError(
                     "its adapter is disabled now.", path=path, remedy="Leave the with block first."
                 )
-            if values and None in merged_weights(layer).values():
-                raise LoRAInjectError(
-                    "its adapter was merged with keep=False, so that its weight is gone.",
-                    path=path,
-                    remedy="strip(model, merge=True) leaves it merged.",
-                )
+            if values:
+                require_kept(path, layer)
         if values:
             self.before.check_restorable()
 
@@ -207,6 +203,20 @@ class Record:
         self.before.restore()
 
 
+def require_kept(path: str, layer: nn.Module) -> None:
+    """Refuse a layer whose former weight is gone.
+
+    Raises:
+        LoRAInjectError: it was merged with ``keep=False``.
+    """
+    if None in merged_weights(layer).values():
+        raise LoRAInjectError(
+            "its adapter was merged with keep=False, so that its weight is gone.",
+            path=path,
+            remedy="strip(model, merge=True) leaves it merged.",
+        )
+
+
 def put_back_merged(layer: nn.Module) -> None:
     """Give the layer's merged weights their former values, bit for bit."""
     kept = merged_weights(layer)
@@ -220,14 +230,11 @@ def put_back_merged(layer: nn.Module) -> None:
 
 @torch.no_grad()
 def exchange(tensor: Tensor, value: Tensor) -> None:
-    """Make a value that of a tensor, by its storage, or by a copy where ``.to()`` came between.
+    """Make a value that of a tensor by its storage, cast where ``.to()`` came between.
 
-    Either way the version of the tensor counts up, so that autograd notices.
+    What the tensor held is not written to; its version counts up, so that autograd notices.
     """
-    if (tensor.dtype, tensor.device) == (value.dtype, value.device):
-        tensor.set_(value)  # type: ignore[call-overload]
-    else:
-        tensor.copy_(value)
+    tensor.set_(value.to(tensor.device, tensor.dtype))  # type: ignore[call-overload]
 
 
 def records_in(model: nn.Module) -> list[tuple[str, nn.Module, Record]]:

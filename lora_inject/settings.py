@@ -12,8 +12,6 @@ import torch
 from lora_inject.errors import ArgumentError
 
 BiasMode = Literal["none", "all", "lora_only"]
-
-
 How = Literal["auto", "weight"]
 Layout = Literal["out_in", "in_out"]
 Parts = tuple[tuple[str | None, int | None], ...]

@@ -95,7 +95,7 @@ class Draft:
                 else "only parameters of two or three dimensions can be adapted. Exclude it."
             )
         if is_adapted(target):
-            return None  # a conflict and not a refusal: which the plan raises
+            return None  # a conflict and not a refusal, which the plan raises
         way = self.way_of(target, kind, settings)
         return _refusal(module, kind, way, settings, self.adapter)
 

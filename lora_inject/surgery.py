@@ -280,11 +280,10 @@ def strip(model: nn.Module, merge: bool = False) -> nn.Module:
     records = records_in(model)
     if not records:
         warnings.warn("strip: the model has no adapters.", LoRAInjectWarning, stacklevel=2)
-    folded = all(merged_weights(layer) for layer in adapted_layers(model).values())
-    if merge and not folded:
-        fold(model, keep=False)
     for _, _, record in records:
         record.check_restorable(values=not merge)
+    if merge and not all(merged_weights(layer) for layer in adapted_layers(model).values()):
+        fold(model, keep=False)
     for _, holder, record in records:
         if merge:
             record.forget_values()

@@ -220,6 +220,15 @@ def test_strip_with_merge_leaves_plain_layers_that_compute_the_same(first):
     torch.testing.assert_close(model(x), output)
 
 
+def test_strip_with_merge_changes_nothing_when_it_is_refused():
+    model = adapted()
+    nn.utils.parametrize.register_parametrization(model.layers[0].q_proj, "bias", nn.Identity())
+    before = snapshot(model)
+    with pytest.raises(LoRAInjectError, match="ParametrizedLoRALinear"):
+        strip(model, merge=True)
+    assert changed_parts(before, snapshot(model)) == []
+
+
 def test_disabled_shows_the_base_model_with_its_biases_and_head():
     model, x = Net(), ids()
     base = copy.deepcopy(model).requires_grad_(False)

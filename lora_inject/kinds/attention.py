@@ -3,14 +3,14 @@
 The output projection is a child, ``out_proj``, and is a target of its own.
 """
 
-from torch import Tensor, nn
+from torch import nn
 
-from lora_inject.kinds.base import Kind, Spec, Way, linear_spec, overrides_forward
+from lora_inject.kinds.base import MatrixKind, Spec, Way, linear_spec, overrides_forward
 from lora_inject.readers import calls_super
 from lora_inject.settings import Settings
 
 
-class MultiheadAttentionKind(Kind):
+class MultiheadAttentionKind(MatrixKind):
     """Packed ``in_proj_weight`` (3E, E), or ``q/k/v_proj_weight`` where kdim or vdim differ."""
 
     name = "MultiheadAttention"
@@ -44,7 +44,3 @@ class MultiheadAttentionKind(Kind):
                 "nn.MultiheadAttention. Target its own layers or parameters."
             )
         return None
-
-    def update(self, layer: nn.Module, W: Tensor, spec: Spec, A: Tensor, B: Tensor) -> Tensor:
-        """``B A``."""
-        return B @ A

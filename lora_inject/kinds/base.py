@@ -156,6 +156,15 @@ class Kind(ABC):
         return value
 
 
+class MatrixKind(Kind):
+    """A kind whose weight is a matrix, or one for each expert, so that its update is ``B A``."""
+
+    def update(self, layer: nn.Module, W: Tensor, spec: Spec, A: Tensor, B: Tensor) -> Tensor:
+        """``B A``, the way round that the weight stands."""
+        BA = B @ A
+        return BA.transpose(-2, -1) if self.transposes else BA
+
+
 Pair = tuple[Spec, Tensor, Tensor, float]
 
 

@@ -2,7 +2,6 @@
 
 from torch import Tensor, nn
 
-from lora_inject.kinds.base import Spec
 from lora_inject.kinds.linear import LinearKind
 
 
@@ -22,7 +21,3 @@ class Conv1DKind(LinearKind):
         """The weight's shape as it is."""
         n_in, n_out = self.weight(module, "weight").shape
         return n_in, n_out
-
-    def update(self, layer: nn.Module, W: Tensor, spec: Spec, A: Tensor, B: Tensor) -> Tensor:
-        """``B A``, transposed."""
-        return super().update(layer, W, spec, A, B).t()

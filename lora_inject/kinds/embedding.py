@@ -5,12 +5,12 @@ from torch import Tensor, nn
 
 from lora_inject import initial
 from lora_inject.functional import embedding_delta
-from lora_inject.kinds.base import Kind, Spec, Way, linear_spec, overrides_forward
+from lora_inject.kinds.base import MatrixKind, Spec, Way, linear_spec, overrides_forward
 from lora_inject.readers import calls_super, reads_own_weight
 from lora_inject.settings import Settings
 
 
-class EmbeddingKind(Kind):
+class EmbeddingKind(MatrixKind):
     """``y = W[ids]`` with W of shape (rows, width); A is (r, rows), B is (width, r).
 
     The branch is added to what ``nn.Embedding.forward`` returns, so that subclasses that scale it
@@ -68,7 +68,3 @@ class EmbeddingKind(Kind):
             scale_grad_by_freq=layer.scale_grad_by_freq,
             sparse=layer.sparse,
         )
-
-    def update(self, layer: nn.Module, W: Tensor, spec: Spec, A: Tensor, B: Tensor) -> Tensor:
-        """``B A``, transposed."""
-        return (B @ A).t()

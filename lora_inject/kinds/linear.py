@@ -4,11 +4,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_inject.functional import linear_delta
-from lora_inject.kinds.base import Kind, Spec, Way, linear_spec
+from lora_inject.kinds.base import MatrixKind, Spec, Way, linear_spec
 from lora_inject.settings import Settings
 
 
-class LinearKind(Kind):
+class LinearKind(MatrixKind):
     """``y = W x + b`` with W of shape (out, in)."""
 
     name = "Linear"
@@ -45,9 +45,10 @@ class LinearKind(Kind):
 
     def update(self, layer: nn.Module, W: Tensor, spec: Spec, A: Tensor, B: Tensor) -> Tensor:
         """``B A``, in the rows of its part."""
-        rows = self.features(layer)[1]
-        BA = B @ A
-        return F.pad(BA, (0, 0, spec.start, rows - spec.start - spec.n_out)) if spec.part else BA
+        if spec.part:
+            after = self.features(layer)[1] - spec.start - spec.n_out
+            B = F.pad(B, (0, 0, spec.start, after))
+        return super().update(layer, W, spec, A, B)
 
     def merge_refusal(self, module: nn.Module, base: type[nn.Module], way: Way) -> str | None:
         """A subclass with its own forward may do more to W x than to the branch beside it."""

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject import initial
-from lora_inject.kinds.base import Kind, Pair, Spec, Way
+from lora_inject.kinds.base import Kind, MatrixKind, Pair, Spec, Way
 from lora_inject.settings import Settings
 
 
-class ParameterKind(Kind):
+class ParameterKind(MatrixKind):
     """One parameter of two or three dimensions, of whatever module; never found by module.
 
     Args:
@@ -55,11 +55,6 @@ class ParameterKind(Kind):
         """A kaiming-uniform over the features it reads, whatever the number of experts; B zero."""
         A = initial.kaiming_uniform(spec.A_shape, spec.n_in, generator)
         return A, initial.zeros(spec.B_shape)
-
-    def update(self, layer: nn.Module, W: Tensor, spec: Spec, A: Tensor, B: Tensor) -> Tensor:
-        """``B A`` of each expert, in the order of the weight."""
-        BA = B @ A
-        return BA.transpose(-2, -1) if self.transposes else BA
 
     def effective(self, layer: nn.Module, W: Tensor, pairs: list[Pair]) -> Any:
         """The sum; of a fused weight, expert by expert as they are asked for."""

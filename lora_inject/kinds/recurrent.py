@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_inject.kinds.base import Kind, Spec, Way, linear_spec
+from lora_inject.kinds.base import MatrixKind, Spec, Way, linear_spec
 from lora_inject.settings import Settings
 
 
-class RecurrentCellKind(Kind):
+class RecurrentCellKind(MatrixKind):
     """``nn.LSTMCell``, ``nn.GRUCell`` and ``nn.RNNCell``: ``weight_ih`` and ``weight_hh``."""
 
     name = "recurrent cell"
@@ -48,10 +48,6 @@ class RecurrentCellKind(Kind):
                 f"its {gone[0]} is normed, pruned or otherwise computed. Undo that or exclude it."
             )
         return None
-
-    def update(self, layer: nn.Module, W: Tensor, spec: Spec, A: Tensor, B: Tensor) -> Tensor:
-        """``B A``."""
-        return B @ A
 
 
 class RecurrentKind(RecurrentCellKind):
