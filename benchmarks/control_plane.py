@@ -10,6 +10,11 @@ from benchmarks.harness import Result, median, row, seconds
 from lora_inject import inject, plan, strip
 
 
+def _timing(name: str, workload: str, timings: list[float], limit: int) -> Result:
+    taken = median(timings)
+    return Result(name, workload, f"{taken:.3f} s", f"< {limit} s", taken < limit)
+
+
 @row("small-layers")
 def small_layers(rounds: int) -> list[Result]:
     model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(4000)))
@@ -19,11 +24,9 @@ def small_layers(rounds: int) -> list[Result]:
         stripped.append(seconds(lambda: strip(model)))
     workload = "{} 4,000 Linear(16, 16), r=8"
     return [
-        Result("inject", workload.format("inject into"), f"{median(injected):.2f} s", "< 1 s",
-               median(injected) < 1),
-        Result("strip", workload.format("strip"), f"{median(stripped):.2f} s", "< 1 s",
-               median(stripped) < 1),
-    ]  # fmt: skip
+        _timing("inject", workload.format("inject into"), injected, limit=1),
+        _timing("strip", workload.format("strip"), stripped, limit=1),
+    ]
 
 
 @row("llama-405b")
@@ -43,11 +46,9 @@ def llama_405b(rounds: int) -> list[Result]:
         strip(model)
     workload = "{} a Llama of 405 billion parameters on meta, 882 layers"
     return [
-        Result("plan", workload.format("plan for"), f"{median(planned):.3f} s", "< 2 s",
-               median(planned) < 2),
-        Result("inject", workload.format("inject into"), f"{median(injected):.3f} s", "< 2 s",
-               median(injected) < 2),
-    ]  # fmt: skip
+        _timing("plan", workload.format("plan for"), planned, limit=2),
+        _timing("inject", workload.format("inject into"), injected, limit=2),
+    ]
 
 
 @row("import")

@@ -20,11 +20,14 @@ def _ids(**extra):
     return {"input_ids": torch.randint(3, 60, (2, 7)), **extra}
 
 
+DECODER = {
+    "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+
+
 def llama():
-    config = tf.LlamaConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
+    config = tf.LlamaConfig(**DECODER)
     return tf.LlamaForCausalLM(config)
 
 
@@ -61,18 +64,15 @@ def vit():
 
 def mixtral(experts="eager"):
     config = tf.MixtralConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
-        experts_implementation=experts,
-    )  # fmt: skip
+        **DECODER, num_local_experts=4, num_experts_per_tok=2, experts_implementation=experts
+    )
     return tf.MixtralForCausalLM(config)
 
 
 def qwen3_moe(experts="eager"):
     config = tf.Qwen3MoeConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=24, moe_intermediate_size=12,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=4,
-        num_experts=4, num_experts_per_tok=2, experts_implementation=experts,
+        **DECODER, moe_intermediate_size=12, head_dim=4, num_experts=4, num_experts_per_tok=2,
+        experts_implementation=experts,
     )  # fmt: skip
     return tf.Qwen3MoeForCausalLM(config)
 
