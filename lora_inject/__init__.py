@@ -6,6 +6,8 @@ print(inject(model, targets=["q_proj", "v_proj"], r=4))
 strip(model)
 """
 
+from lora_inject.adapters import remove, use
+from lora_inject.combine import CombineReport, combine
 from lora_inject.disable import disabled
 from lora_inject.errors import (
     AlreadyAdaptedError,
@@ -22,11 +24,13 @@ from lora_inject.merge import MergeReport, merge, merged, unmerge
 from lora_inject.plan import Plan, plan
 from lora_inject.report import Report, report
 from lora_inject.roles import lora_parameters, param_groups
+from lora_inject.rows import per_row
 from lora_inject.surgery import inject, reset_lora_parameters, strip
 
 __all__ = [
     "AlreadyAdaptedError",
     "ArgumentError",
+    "CombineReport",
     "Kind",
     "LoRAInjectError",
     "LoRAInjectWarning",
@@ -37,6 +41,7 @@ __all__ = [
     "Report",
     "Spec",
     "UnsupportedLayerError",
+    "combine",
     "disabled",
     "freeze",
     "inject",
@@ -45,11 +50,14 @@ __all__ = [
     "merge",
     "merged",
     "param_groups",
+    "per_row",
     "plan",
     "register_kind",
+    "remove",
     "report",
     "reset_lora_parameters",
     "strip",
     "unmerge",
+    "use",
 ]
 __version__ = "0.1.0"

@@ -1,15 +1,17 @@
 """What trains and what stands still: bias modes, modules that train in full, running statistics."""
 
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Collection, Iterable, Sequence, Sized
 from typing import Any
 
 from torch import nn
 
-from lora_inject.errors import UnsupportedLayerError
+from lora_inject.errors import ArgumentError, UnsupportedLayerError
+from lora_inject.in_place import Place, own_tensor, places_of
 from lora_inject.record import (
     Before,
+    Mode,
+    Record,
     adapted_layers,
-    adapter_parameters,
     former_flags,
     gather,
     install,
@@ -51,25 +53,38 @@ def freeze(model: nn.Module, bias: BiasMode = "none", train_also: Any = ()) -> R
         The report of what trains now.
 
     Raises:
-        ArgumentError: an argument cannot be used.
+        ArgumentError: an argument cannot be used, or several adapters are in use, of which only one
+            could own what trains in place.
         NoMatchError: a ``train_also`` pattern selects nothing that can train.
         UnsupportedLayerError: an adapted layer is to train in full.
         LoRAInjectError: the model is part of one that was adapted as a whole.
     """
     bias = check_bias(bias)
     in_full = list(select_in_full(View(model), train_also).values())
-    layers = list(adapted_layers(model).values())
+    layers = adapted_layers(model).values()
     if {module for top in in_full for module in top.modules()} & set(layers):
         raise UnsupportedLayerError("train_also: an adapted layer cannot train in full.")
     require_own_record(model)
     require_awake(model)
 
     changes = Before()
-    changes.keep_flags(model.modules())
-    mark(model, layers, bias, in_full, changes, list(model.modules()))
-    if records_in(model):
-        record = gather(model, changes)
-        record.bias, record.train_also = bias, in_full
+    changes.keep(model.modules())
+    record = gather(model, changes)
+    used = [layer for _, layer, a in record.adapters if a.name in record.in_use]
+    tensors = in_place(model, used, bias, in_full)
+    if record.adapters and tensors and len(record.in_use) != 1:
+        raise ArgumentError(
+            f"{len(record.in_use)} adapters are in use, and what trains in place belongs to one.",
+            remedy='Name that one first: use(model, "default").',
+        )
+    for slot in record.all_slots():
+        slot.trains |= dict.fromkeys(slot.trains.keys() & record.in_use.keys(), False)
+    for name in record.in_use:
+        record.modes[name] = Mode(bias, in_full)
+        take(model, record, name, tensors)
+    mark(list(model.modules()), _adapters_in_use(record), tensors, in_full)
+    if record.adapters:
+        record.training = set(record.in_use)
         install(model, record)
     return report(model)
 
@@ -89,46 +104,79 @@ def select_in_full(view: View, train_also: Any) -> dict[str, nn.Module]:
     return view.trainable_modules("train_also", parse(train_also, "train_also"))
 
 
-def mark(
+def in_place(
     model: nn.Module,
     layers: Iterable[nn.Module],
     bias: BiasMode,
     train_also: Sequence[nn.Module],
-    changes: Before,
-    owners: Sequence[nn.Module],
-) -> None:
-    """Freeze what these owners hold, then let adapters, biases and ``train_also`` modules train.
+) -> dict[Place, bool]:
+    """What is to train in place, and whether it trains itself or only moves, as statistics do.
 
     Args:
-        model: the model, for the parameters that train.
-        layers: the adapted layers whose A, B and (in mode "lora_only") biases train.
+        model: the model.
+        layers: the layers whose biases mode "lora_only" names.
         bias: the bias mode.
         train_also: the modules that train in full.
-        changes: keeps the former value of everything that trains in place.
-        owners: the modules to freeze: all of them, but for those an earlier call has decided about.
     """
+    if bias == "none" and not train_also:
+        return {}
     layers, former = set(layers), former_flags(model)
+    waiting = {p for _, _, r in records_in(model) for s in r.all_slots() for p in s.waiting}
     in_full = {module for top in train_also for module in top.modules()}
-    in_place = [
-        (module, name, parameter)
+    found = {
+        (module, name): True
         for module in model.modules()
         for name, parameter in module._parameters.items()
         if parameter is not None and (parameter.is_floating_point() or parameter.is_complex())
+        if (module, name) not in waiting
         if module in in_full
         or (
             (bias == "all" or (bias == "lora_only" and module in layers))
             and is_bias(module, name)
             and former[module].get(name, False)
         )
-    ]
+    }
     statistics = [(module, name) for module in in_full for name in module._buffers]
-    for module, name in [*((m, n) for m, n, _ in in_place), *statistics]:
-        changes.keep_value(module, name)
+    return found | {place: False for place in statistics if place not in waiting}
 
-    A, B = adapter_parameters(layers)
-    trainable = A | B | {parameter for _, _, parameter in in_place}
+
+def take(model: nn.Module, record: Record, adapter: str, tensors: dict[Place, bool]) -> None:
+    """Make an adapter in use an owner of these tensors, which no other one in use owns."""
+    places = places_of(model) if tensors else {}
+    for (module, name), trains in tensors.items():
+        tensor = own_tensor(module, name)
+        slot = record.slot(places.get(id(tensor), [(module, name)]))
+        slot.own(adapter, trains, inside=True)
+
+
+def mark(
+    owners: Collection[nn.Module],
+    adapters: set[nn.Parameter],
+    tensors: dict[Place, bool],
+    train_also: Sequence[nn.Module],
+) -> None:
+    """Freeze what these owners hold, then let what is to train do so.
+
+    Args:
+        owners: the modules to freeze: all of them, but for those an earlier call has decided about.
+        adapters: the A and B that train.
+        tensors: what trains in place.
+        train_also: the modules that train in full.
+    """
+    own = {own_tensor(module, name) for (module, name), trains in tensors.items() if trains}
+    trainable = adapters | {p for p in own if isinstance(p, nn.Parameter)}
     set_trainable({p for m in owners for p in m.parameters(recurse=False)} - trainable, False)
     set_trainable(trainable, True)
+    in_full = {module for top in train_also for module in top.modules()}
     for module in {*owners, *in_full}:
         if has_statistics(module):
             hold(module, module not in in_full)
+
+
+def _adapters_in_use(record: Record) -> set[nn.Parameter]:
+    return {
+        layer.get_parameter(name)
+        for _, layer, adapter in record.adapters
+        if adapter.name in record.in_use
+        for name in adapter.parameters
+    }

@@ -10,32 +10,35 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def linear_delta(x_NI: Tensor, A_RI: Tensor, B_OR: Tensor, dropout: float) -> Tensor:
-    """``B A dropout(x)``, of shape (N, O) and in the dtype of x.
+def linear_down(x_NI: Tensor, A_RI: Tensor, dropout: float) -> Tensor:
+    """``A dropout(x)``, of shape (N, R) and in the dtype of x.
 
-    A and B are cast to x's dtype, never x to theirs: they are small, and a copy of x in another
-    dtype would be kept for the backward pass.
+    A is cast to x's dtype, never x to its: A is small, and a copy of x in another dtype would be
+    kept for the backward pass.
     """
     if dropout > 0:
         x_NI = F.dropout(x_NI, dropout)
-    return F.linear(F.linear(x_NI, A_RI.to(x_NI.dtype)), B_OR.to(x_NI.dtype))
+    return F.linear(x_NI, A_RI.to(x_NI.dtype))
 
 
-def embedding_delta(
+def linear_up(h_NR: Tensor, B_OR: Tensor) -> Tensor:
+    """``B h``, of shape (N, O) and in the dtype of h."""
+    return F.linear(h_NR, B_OR.to(h_NR.dtype))
+
+
+def embedding_down(
     ids_N: Tensor,
     A_RI: Tensor,
-    B_OR: Tensor,
     dropout: float,
     *,
     padding_idx: int | None = None,
-    scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """``B A dropout(onehot(ids))``, of shape (N, O), where I counts the embedding's rows.
+    """``A dropout(onehot(ids))``, of shape (N, R), where I counts the embedding's rows.
 
     Gradients follow the layer's options as if they came through the weight: none for
-    ``padding_idx``, divided by the frequency of each id, or a sparse tensor for A. Dropout acts on
-    the one-hot input: an id keeps its whole delta or loses it.
+    ``padding_idx``, or a sparse tensor for A. Dropout acts on the one-hot input: an id keeps its
+    whole delta or loses it.
     """
     if sparse:
         h_NR = _sparse_columns(A_RI, ids_N, padding_idx)
@@ -43,13 +46,14 @@ def embedding_delta(
         h_NR = F.embedding(ids_N, A_RI.t(), padding_idx=padding_idx)
     if dropout > 0:
         h_NR = h_NR * F.dropout(torch.ones_like(h_NR[..., :1]), dropout)
-    delta_NO = F.linear(h_NR, B_OR)
-    if scale_grad_by_freq:
-        # The same value with its gradient divided, so that it reaches both A and B divided.
-        frequency_N = torch.bincount(ids_N.flatten())[ids_N]
-        fixed_NO = delta_NO.detach()
-        delta_NO = fixed_NO + (delta_NO - fixed_NO) / frequency_N.unsqueeze(-1)
-    return delta_NO
+    return h_NR
+
+
+def divide_gradient_by_frequency(delta_NO: Tensor, ids_N: Tensor) -> Tensor:
+    """The same value with its gradient divided by how often each id occurs, as for the weight."""
+    frequency_N = torch.bincount(ids_N.flatten())[ids_N]
+    fixed_NO = delta_NO.detach()
+    return fixed_NO + (delta_NO - fixed_NO) / frequency_N.unsqueeze(-1)
 
 
 def _sparse_columns(A_RI: Tensor, ids_N: Tensor, padding_idx: int | None) -> Tensor:

@@ -10,29 +10,27 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lora_inject.adapter import LayerState, Term, adapters_of, is_merged, state_of
 from lora_inject.errors import ArgumentError, LoRAInjectError, UnsupportedLayerError
-from lora_inject.kinds.base import is_plain
-from lora_inject.layer import (
-    adapters_of,
-    base_class,
-    merged_weights,
-    pairs_of,
-    put_to_sleep,
-)
+from lora_inject.in_place import own_tensor
+from lora_inject.kinds.base import is_plain, own_class
+from lora_inject.layer import change, pairs_of
 from lora_inject.record import (
     adapted_layers,
     exchange,
-    own_tensor,
     put_back_merged,
-    require_awake,
+    records_in,
     require_kept,
+    require_no_block,
     require_own_record,
+    require_ready,
 )
+from lora_inject.settings import check_names
 from lora_inject.tables import Section, Tables
 
 Keep = Literal["device", "cpu", False]
@@ -79,8 +77,8 @@ class MergeReport:
         return self._tables().html()
 
 
-def merge(model: nn.Module, keep: Keep = "device") -> MergeReport:
-    """Fold the adapters into the weights, so that the model computes the same without them.
+def merge(model: nn.Module, adapters: Any = None, *, keep: Keep = "device") -> MergeReport:
+    """Fold adapters into the weights, so that the model computes the same without them.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8))
@@ -91,6 +89,8 @@ def merge(model: nn.Module, keep: Keep = "device") -> MergeReport:
 
     Args:
         model: an adapted model.
+        adapters: a name or several, of adapters in use; None for all of these. Those that are not
+            named go on running beside the merged weights, and can be merged later.
         keep: where the former weights are kept for ``unmerge``: on their "device", on the "cpu", or
             not at all (False), after which only ``strip(model, merge=True)`` is possible.
 
@@ -98,34 +98,55 @@ def merge(model: nn.Module, keep: Keep = "device") -> MergeReport:
         For each weight, how much of the update its dtype could not hold.
 
     Raises:
-        ArgumentError: ``keep`` is none of the three.
-        LoRAInjectError: the model has no adapters, or they are disabled or merged already.
+        ArgumentError: ``keep`` is none of the three, or an adapter is not in use.
+        LoRAInjectError: the model has no adapters to merge, or is inside a ``disabled`` block.
         UnsupportedLayerError: a weight is tied, quantized, parametrized or on the meta device, its
             layer is not affine, or the sum is not finite. Nothing has changed then.
     """
     if keep is not False and keep not in ("device", "cpu"):
         raise ArgumentError(f'keep must be "device", "cpu" or False, not {keep!r}.')
     require_own_record(model)
-    layers = adapted_layers(model)
-    if not layers:
-        raise LoRAInjectError("the model has no adapters to merge.", remedy="Call inject first.")
-    require_awake(model)
-    places = [(path, layer, name) for path, layer in layers.items() for name in _weights(layer)]
-    _check_mergeable(model, places)
-    merged: list[MergedWeight] = []
+    states = _states(model)
+    for path, (layer, _) in states.items():
+        require_no_block(path, layer)
+    names = _names_in_use(model, adapters)
+    todo = {
+        path: (layer, frozenset(a.name for a in state.adapters if a.name in names) - state.folded)
+        for path, (layer, state) in states.items()
+    }
+    todo = {path: pair for path, pair in todo.items() if pair[1]}
+    if not todo:
+        for path, (layer, _) in states.items():
+            require_ready(path, layer)
+        raise LoRAInjectError(
+            "the model has no adapters in use to merge.", remedy="Call inject or use first."
+        )
+    places = [
+        (path, layer, weight, new)
+        for path, (layer, new) in todo.items()
+        for weight in _weights(layer, new)
+    ]
+    _check_mergeable(model, [place[:3] for place in places])
+    merged, undo = [], []
     try:
-        for path, layer, name in places:
-            merged.append(_merge_weight(f"{path}.{name}".lstrip("."), layer, name))
+        for path, layer, weight, new in places:
+            tensor = own_tensor(layer, weight)
+            assert tensor is not None
+            undo.append((layer, weight, tensor, tensor.detach()))
+            merged.append(_merge_weight(f"{path}.{weight}".lstrip("."), layer, weight, new))
     except BaseException:
-        for layer in layers.values():
-            put_back_merged(layer)
+        for _, _, tensor, before in undo:
+            exchange(tensor, before)
         raise
-    for layer in layers.values():
-        put_to_sleep(layer, True)
-        kept = merged_weights(layer)
-        for name, former in kept.items():
-            if keep != "device":
-                kept[name] = former.cpu() if keep == "cpu" and former is not None else None
+    for layer, weight, _, before in undo:
+        state = state_of(layer)
+        assert state is not None
+        kept = before if keep == "device" else before.cpu() if keep == "cpu" else None
+        state.former.setdefault(weight, kept)
+    for layer, new in todo.values():
+        state = state_of(layer)
+        assert state is not None
+        change(layer, folded=state.folded | new)
     return MergeReport(tuple(merged))
 
 
@@ -145,19 +166,21 @@ def unmerge(model: nn.Module) -> nn.Module:
         LoRAInjectError: nothing is merged, or the former weights were not kept.
     """
     require_own_record(model)
-    layers = {path: m for path, m in adapted_layers(model).items() if merged_weights(m)}
+    layers = {path: m for path, m in adapted_layers(model).items() if is_merged(m)}
     if not layers:
         raise LoRAInjectError("nothing in the model is merged.", remedy="Call merge first.")
     for path, layer in layers.items():
+        require_no_block(path, layer)
         require_kept(path, layer)
     for layer in layers.values():
         put_back_merged(layer)
-        put_to_sleep(layer, False)
     return model
 
 
 @contextmanager
-def merged(model: nn.Module, keep: Literal["device", "cpu"] = "device") -> Iterator[MergeReport]:
+def merged(
+    model: nn.Module, adapters: Any = None, *, keep: Literal["device", "cpu"] = "device"
+) -> Iterator[MergeReport]:
     """Merge for the length of a ``with`` block, as for generating text.
 
     Example:
@@ -166,6 +189,7 @@ def merged(model: nn.Module, keep: Literal["device", "cpu"] = "device") -> Itera
 
     Args:
         model: an adapted model.
+        adapters: a name or several, of adapters in use; None for all of these.
         keep: where the former weights are kept meanwhile.
 
     Yields:
@@ -177,16 +201,37 @@ def merged(model: nn.Module, keep: Literal["device", "cpu"] = "device") -> Itera
     """
     if not keep:
         raise ArgumentError('keep must be "device" or "cpu" here: the block ends with unmerge.')
-    report = merge(model, keep)
+    report = merge(model, adapters, keep=keep)
     try:
         yield report
     finally:
         unmerge(model)
 
 
-def _weights(layer: nn.Module) -> list[str]:
-    """The names of the weights that the layer's adapters are for."""
-    return list(dict.fromkeys(spec.weight for a in adapters_of(layer) for spec in a.specs))
+def _states(model: nn.Module) -> dict[str, tuple[nn.Module, LayerState]]:
+    return {
+        path: (layer, state)
+        for path, layer in adapted_layers(model).items()
+        if (state := state_of(layer)) is not None
+    }
+
+
+def _names_in_use(model: nn.Module, adapters: Any) -> frozenset[str]:
+    """The names to merge, which must be in use: else the model would not compute the same."""
+    used = frozenset(name for _, _, record in records_in(model) for name in record.in_use)
+    wanted = used if adapters is None else frozenset(check_names(adapters, "adapters"))
+    for name in wanted - used:
+        raise ArgumentError(
+            f"adapters: {name!r} is not in use; in use: {sorted(used)}.",
+            remedy=f"Call use(model, {name!r}) first.",
+        )
+    return wanted
+
+
+def _weights(layer: nn.Module, names: frozenset[str]) -> list[str]:
+    """The names of the weights that these adapters of the layer are for."""
+    specs = [spec for a in adapters_of(layer) if a.name in names for spec in a.specs]
+    return list(dict.fromkeys(spec.weight for spec in specs))
 
 
 def _check_mergeable(model: nn.Module, places: list[tuple[str, nn.Module, str]]) -> None:
@@ -199,7 +244,7 @@ def _check_mergeable(model: nn.Module, places: list[tuple[str, nn.Module, str]])
     for path, layer, name in places:
         adapter = next(a for a in adapters_of(layer) if name in [s.weight for s in a.specs])
         weight = layer._parameters.get(name)
-        reason = adapter.kind.merge_refusal(layer, base_class(layer), adapter.way)
+        reason = adapter.kind.merge_refusal(layer, own_class(layer), adapter.way)
         if reason is None and (weight is None or not is_plain(weight)):
             reason = f"its {name} is quantized or parametrized, so that nothing can be added to it."
         elif reason is None and weight is not None and weight.is_meta:
@@ -213,10 +258,16 @@ def _check_mergeable(model: nn.Module, places: list[tuple[str, nn.Module, str]])
 
 
 @torch.no_grad()
-def _merge_weight(path: str, layer: nn.Module, name: str) -> MergedWeight:
-    weight = own_tensor(layer, name)
+def _merge_weight(path: str, layer: nn.Module, name: str, new: frozenset[str]) -> MergedWeight:
+    weight, state = own_tensor(layer, name), state_of(layer)
     assert weight is not None
-    exact = _exact_sum(layer, name, weight)
+    assert state is not None
+    # What is merged already is summed anew from the former weight, so that there is one rounding.
+    former = state.former.get(name)
+    start = weight if former is None else former.to(weight.device, weight.dtype)
+    exact = _exact_sum(
+        layer, name, start, state.terms(new if former is None else new | state.folded)
+    )
     rounded = exact.to(weight.dtype)
     # The sum is one quick pass; only where it is not finite every element is looked at.
     if not rounded.sum(dtype=exact.dtype).isfinite() and not rounded.isfinite().all():
@@ -226,15 +277,14 @@ def _merge_weight(path: str, layer: nn.Module, name: str) -> MergedWeight:
             remedy="Look for NaN and infinity in its adapter.",
         )
     lost = 0.0
-    if rounded.dtype != exact.dtype and (update := (exact - weight).norm().item()):
+    if rounded.dtype != exact.dtype and (update := (exact - start).norm().item()):
         lost = (rounded - exact).norm().item() / update
-    merged_weights(layer)[name] = weight.detach()
     exchange(weight, rounded.contiguous())
     return MergedWeight(path, weight.dtype, lost)
 
 
-def _exact_sum(layer: nn.Module, name: str, weight: Tensor) -> Tensor:
-    kind, pairs = pairs_of(layer, name)
+def _exact_sum(layer: nn.Module, name: str, weight: Tensor, terms: tuple[Term, ...]) -> Tensor:
+    kind, pairs = pairs_of(layer, terms, name)
     assert kind is not None
     dtype = torch.promote_types(weight.dtype, torch.float32)
     total: Tensor | None = None

@@ -1,6 +1,6 @@
 """What an injection would do: targets and kinds put together and checked, nothing changed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +15,8 @@ from lora_inject.errors import (
     NoMatchError,
     UnsupportedLayerError,
 )
-from lora_inject.freeze import is_given, select_in_full
-from lora_inject.layer import adapters_of
+from lora_inject.freeze import in_place, is_given, select_in_full
+from lora_inject.in_place import Place
 from lora_inject.record import records_in, require_awake, require_own_record
 from lora_inject.selection import (
     ALL_LINEAR,
@@ -129,7 +129,7 @@ def plan(
         ArgumentError: an argument cannot be used; the message starts with its name.
         NoMatchError: a pattern selects nothing, or nothing that can be adapted.
         UnsupportedLayerError: a selected layer cannot be adapted.
-        AlreadyAdaptedError: a selected layer already carries an adapter.
+        AlreadyAdaptedError: a selected layer already carries an adapter of this name.
     """
     _check_model(model)
     values = {"r": r, "alpha": alpha, "dropout": dropout, "how": how, "layout": layout}
@@ -153,7 +153,7 @@ def plan(
     _check_tree(view)
     require_own_record(model)
     require_awake(model)
-    _check_bias_mode(model, bias)
+    _check_bias_mode(model, adapter, bias)
     in_full = select_in_full(view, train_also)
     limits = Limits(
         excluded=view.subtrees("exclude", excluded),
@@ -162,9 +162,12 @@ def plan(
     )
     draft = Draft(view, adapter, settings, _parts_by_module(view, to_part), limits)
     choices, skips = choose(view, patterns, limits, draft.refusal)
-    _check_not_adapted(choices)
+    _check_not_adapted(choices, adapter)
     sites = _with_followers(draft, [draft.site(choice, dtype) for choice in choices])
     _check_parts_used(view, to_part, sites)
+    _check_in_place(
+        model, adapter, in_place(model, [s.module for s in sites], bias, [*in_full.values()])
+    )
     return Plan(model, sites, tuple(skips), in_full, adapter, bias, seed)
 
 
@@ -198,13 +201,27 @@ def _check_tree(view: View) -> None:
             raise UnsupportedLayerError(problem, path=place.path, remedy=remedy)
 
 
-def _check_bias_mode(model: nn.Module, bias: BiasMode) -> None:
-    earlier = records_in(model)
-    if earlier and earlier[0][2].bias != bias:
-        raise ArgumentError(
-            f"bias={bias!r}, but the model was injected with bias={earlier[0][2].bias!r}.",
-            remedy="Use the same mode, and freeze(model, bias=...) to change it.",
-        )
+def _check_bias_mode(model: nn.Module, adapter: str, bias: BiasMode) -> None:
+    for _, _, record in records_in(model):
+        mode = record.modes.get(adapter)
+        if mode is not None and mode.bias != bias:
+            raise ArgumentError(
+                f"bias={bias!r}, but {adapter!r} was injected with bias={mode.bias!r}.",
+                remedy="Use the same mode, and freeze(model, bias=...) to change it.",
+            )
+
+
+def _check_in_place(model: nn.Module, adapter: str, tensors: Collection[Place]) -> None:
+    """Refuse to train in place what another adapter in use has trained: one value at a time."""
+    for _, _, record in records_in(model):
+        for module, name in tensors:
+            slot = record.slots.get(module, {}).get(name)
+            if slot is not None and slot.inside not in (None, adapter):
+                raise ArgumentError(
+                    f"{adapter!r} is to train {slot.text}, which {slot.inside!r} has trained and "
+                    "which is in use.",
+                    remedy="Call use(model) first, which puts no adapter in use.",
+                )
 
 
 def _with_followers(draft: Draft, sites: Sequence[Site]) -> tuple[Site, ...]:
@@ -245,15 +262,13 @@ def _check_parts_used(view: View, to_part: Mapping[Pattern, Parts], sites: Seque
             raise NoMatchError(f"parts: {pattern.label!r} selects no layer that targets choose.")
 
 
-def _check_not_adapted(choices: Sequence[Choice]) -> None:
+def _check_not_adapted(choices: Sequence[Choice], adapter: str) -> None:
     for choice in choices:
-        layer = choice.target.module
-        if is_adapted(choice.target):
-            there = ", ".join(repr(a.name) for a in adapters_of(layer))
+        if is_adapted(choice.target, adapter):
             raise AlreadyAdaptedError(
-                f"it already carries the adapter {there}, and a layer holds one.",
+                f"it already carries the adapter {adapter!r}.",
                 path=choice.target.path,
-                remedy="strip the model first, or exclude the layer.",
+                remedy="Name the new one by adapter=, exclude the layer, or remove the old one.",
             )
 
 

@@ -11,6 +11,8 @@ from types import CodeType
 
 from torch import nn
 
+from lora_inject.kinds.base import own_class
+
 # What tells something about a weight without using its values.
 _FACTS = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_grad", "is_meta",
           "is_cuda", "is_quantized", "element_size", "_is_hf_initialized"}  # fmt: skip
@@ -37,7 +39,7 @@ def calls_super(module: nn.Module, base: type[nn.Module]) -> bool:
 
 
 def _classes_above(module: nn.Module, base: type[nn.Module]) -> tuple[type, ...]:
-    order = type(module).__mro__
+    order = own_class(module).__mro__
     return order[: order.index(base)]
 
 

@@ -6,33 +6,31 @@ modules by object and to parameters by their owner and name, so it follows deep 
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from lora_inject.adapter import Adapter, adapters_of, is_merged, state_of
 from lora_inject.errors import LoRAInjectError
-from lora_inject.kinds.base import is_distributed
-from lora_inject.layer import Adapter, adapters_of, detach, is_asleep, is_intact, merged_weights
+from lora_inject.in_place import Place, Slot, own_tensor
+from lora_inject.layer import change, detach, is_intact
 from lora_inject.settings import BiasMode
 from lora_inject.statistics import has_statistics, hold, is_held
 
-_T = TypeVar("_T")
 _RECORD = "_lora_inject_record"
 
 
 @dataclass
 class Before:
-    """What modules were before one call changed them: its undo, and its share of the record."""
+    """The flags that modules had before one call changed them."""
 
     training: dict[nn.Module, bool] = field(default_factory=dict)
     requires_grad: dict[nn.Module, dict[str, bool]] = field(default_factory=dict)
     held: dict[nn.Module, bool] = field(default_factory=dict)
-    values: dict[nn.Module, dict[str, Tensor | None]] = field(default_factory=dict)
 
-    def keep_flags(self, modules: Iterable[nn.Module]) -> None:
+    def keep(self, modules: Iterable[nn.Module]) -> None:
         """Keep each module's ``training``, its parameters' ``requires_grad``, and what is held."""
         for module in modules:
             self.training[module] = module.training
@@ -42,55 +40,8 @@ class Before:
             if has_statistics(module):
                 self.held[module] = is_held(module)
 
-    def keep_value(self, module: nn.Module, name: str) -> None:
-        """Keep a copy, in CPU memory, of a parameter or buffer that is going to change.
-
-        On the meta device there is no value yet; ``reset_lora_parameters`` asks again.
-        """
-        tensor = own_tensor(module, name)
-        if tensor is not None:
-            tensor = tensor.detach().to("meta" if tensor.is_meta else "cpu", copy=True)
-        self.values.setdefault(module, {})[name] = tensor
-
-    def keep_unknown_values(self) -> None:
-        """Keep what was on the meta device when it was to be kept, and has values now."""
-        for module, kept in self.values.items():
-            for name, value in kept.items():
-                if _is_unknown(value, own_tensor(module, name)):
-                    self.keep_value(module, name)
-
-    def check_restorable(self) -> None:
-        """Refuse before anything is changed where a former value cannot be put back.
-
-        Raises:
-            LoRAInjectError: a value is not known, or its place has another shape or is sharded now.
-        """
-        for module, kept in self.values.items():
-            for name, value in kept.items():
-                tensor = own_tensor(module, name)
-                what = f"the former value of {name} of a {type(module).__name__}"
-                if _is_unknown(value, tensor):
-                    raise LoRAInjectError(
-                        f"{what} is not known: the model was on the meta device when inject was "
-                        "called.",
-                        remedy="Load the base weights, call reset_lora_parameters, then train.",
-                    )
-                if tensor is not None and is_distributed(tensor):
-                    raise LoRAInjectError(
-                        f"{what} cannot be put back: the parameter is sharded (DTensor) now.",
-                        remedy="Gather the full model first, or strip before sharding.",
-                    )
-                if not isinstance(tensor, nn.Parameter) or value is None:
-                    continue
-                if tensor.shape != value.shape:
-                    raise LoRAInjectError(
-                        f"{what} has the shape {tuple(value.shape)}, and the parameter now "
-                        f"{tuple(tensor.shape)}.",
-                        remedy="Undo the resizing first.",
-                    )
-
     def restore(self) -> None:
-        """Put everything back; parameters keep their identity, values are cast to their dtype."""
+        """Put the flags back; the parameters are those that have the names now."""
         for module, training in self.training.items():
             module.training = training
         for module, flags in self.requires_grad.items():
@@ -100,68 +51,80 @@ class Before:
                     parameter.requires_grad_(flag)
         for module, held in self.held.items():
             hold(module, held)
-        with torch.no_grad():
-            for module, kept in self.values.items():
-                for name, value in kept.items():
-                    _put_back(module, name, value)
 
     def precede(self, older: "Before") -> None:
         """Take over what an earlier call kept; where both know a thing, the earlier is right."""
         self.training = self.training | older.training
         self.held = self.held | older.held
-        self.requires_grad = _merged(self.requires_grad, older.requires_grad)
-        self.values = _merged(self.values, older.values)
+        newer, known = self.requires_grad, older.requires_grad
+        self.requires_grad = {m: newer.get(m, {}) | known.get(m, {}) for m in {**newer, **known}}
 
 
-def _merged(
-    newer: dict[nn.Module, dict[str, _T]], older: dict[nn.Module, dict[str, _T]]
-) -> dict[nn.Module, dict[str, _T]]:
-    return {m: newer.get(m, {}) | older.get(m, {}) for m in {**newer, **older}}
+@dataclass
+class Mode:
+    """What trains with one adapter besides its A and B.
 
+    Attributes:
+        bias: the bias mode.
+        train_also: the modules that train in full, as they were selected.
+    """
 
-def _is_unknown(value: Tensor | None, tensor: Tensor | None) -> bool:
-    return value is not None and value.is_meta and tensor is not None and not tensor.is_meta
-
-
-def _put_back(module: nn.Module, name: str, value: Tensor | None) -> None:
-    tensor = own_tensor(module, name)
-    if isinstance(tensor, nn.Parameter):
-        if value is not None and not value.is_meta:
-            tensor.copy_(value)
-        tensor.grad = None
-    elif name in module._buffers:  # which may have come, gone or grown since
-        if value is None or value.is_meta:
-            module._buffers[name] = None if value is None else tensor
-        elif tensor is None or tensor.shape != value.shape:
-            module._buffers[name] = value if tensor is None else value.to(tensor.device)
-        else:
-            tensor.copy_(value)
+    bias: BiasMode = "none"
+    train_also: list[nn.Module] = field(default_factory=list)
 
 
 @dataclass
 class Record:
-    """Everything ``inject`` did to a model.
+    """Everything that was done to a model.
 
     Attributes:
-        adapters: each adapter with its layer, by the path of its target.
-        before: what the model was.
-        bias: the bias mode in force.
-        train_also: the modules that train in full, as they were selected.
+        adapters: each adapter on each layer with the path of its target.
+        before: the flags that the model had.
+        slots: what trains in place, by the owner and name of every place.
+        modes: the adapters' bias modes and ``train_also`` modules.
+        in_use: the names of the adapters in use, with their weights.
+        training: the names of the adapters that train.
         created: when, so that records of nested modules are undone in the right order.
     """
 
-    adapters: dict[str, tuple[nn.Module, Adapter]] = field(default_factory=dict)
+    adapters: list[tuple[str, nn.Module, Adapter]] = field(default_factory=list)
     before: Before = field(default_factory=Before)
-    bias: BiasMode = "none"
-    train_also: list[nn.Module] = field(default_factory=list)
+    slots: dict[nn.Module, dict[str, Slot]] = field(default_factory=dict)
+    modes: dict[str, Mode] = field(default_factory=dict)
+    in_use: dict[str, float] = field(default_factory=dict)
+    training: set[str] = field(default_factory=set)
     created: int = field(default_factory=time.time_ns)
+
+    @property
+    def layers(self) -> dict[nn.Module, None]:
+        """The adapted layers, each once, in the order in which they were adapted."""
+        return {layer: None for _, layer, _ in self.adapters}
 
     def adopt(self, older: "Record", path: str) -> None:
         """Take over an earlier record, of the same module or of a submodule at the path."""
         prefix = f"{path}." if path else ""
-        self.adapters |= {prefix + name: pair for name, pair in older.adapters.items()}
+        self.adapters += [(prefix + name, m, a) for name, m, a in older.adapters]
         self.before.precede(older.before)
-        self.train_also += older.train_also
+        for module, slots in older.slots.items():
+            self.slots[module] = {**self.slots.get(module, {}), **slots}
+        for name, mode in older.modes.items():
+            own = self.modes.setdefault(name, Mode(mode.bias))
+            own.train_also = [*mode.train_also, *own.train_also]
+        self.in_use = {**self.in_use, **older.in_use}
+        self.training = self.training | older.training
+
+    def all_slots(self) -> Iterator[Slot]:
+        """Every slot once."""
+        found = {slot: None for slots in self.slots.values() for slot in slots.values()}
+        return iter(found)
+
+    def slot(self, places: list[Place]) -> Slot:
+        """The slot of a tensor that is registered in these places; a new one if there is none."""
+        known = [s for m, name in places if (s := self.slots.get(m, {}).get(name)) is not None]
+        slot = known[0] if known else Slot(places)
+        for module, name in places:
+            self.slots[module] = {**self.slots.get(module, {}), name: slot}
+        return slot
 
     def check_restorable(self, values: bool = True) -> None:
         """Refuse before anything is changed.
@@ -173,34 +136,71 @@ class Record:
             LoRAInjectError: something else has changed a layer's class since, or a former value
                 cannot be put back.
         """
-        for path, (layer, _) in self.adapters.items():
-            if not is_intact(layer):
-                raise LoRAInjectError(
-                    f"its class is now {type(layer).__name__}, put there after inject.",
-                    path=path,
-                    remedy="Undo that first, or strip before it is done.",
-                )
-            if is_asleep(layer) and not merged_weights(layer):
-                raise LoRAInjectError(
-                    "its adapter is disabled now.", path=path, remedy="Leave the with block first."
-                )
+        for path, layer, _ in self.adapters:
+            require_intact(path, layer)
+            require_no_block(path, layer)
             if values:
                 require_kept(path, layer)
         if values:
-            self.before.check_restorable()
+            for slot in self.all_slots():
+                slot.check_restorable()
 
     def forget_values(self) -> None:
         """Give up the former values, so that restoring leaves what was merged and trained."""
-        self.before.values = {}
-        for layer, _ in self.adapters.values():
-            merged_weights(layer).clear()
+        for slot in self.all_slots():
+            if slot.inside is not None:
+                slot.keep_former()
+        for layer in self.layers:
+            change(layer, former={}, folded=frozenset())
 
     def restore(self) -> None:
         """Make the model what it was."""
-        for layer, adapter in self.adapters.values():
+        for _, layer, adapter in self.adapters:
             put_back_merged(layer)
             detach(layer, adapter)
+        for slot in self.all_slots():
+            for name in list(slot.trains):
+                slot.disown(name)
         self.before.restore()
+
+
+def require_intact(path: str, layer: nn.Module) -> None:
+    """Refuse a layer whose class something else has changed.
+
+    Raises:
+        LoRAInjectError: it has been swapped again.
+    """
+    if not is_intact(layer):
+        raise LoRAInjectError(
+            f"its class is now {type(layer).__name__}, put there after inject.",
+            path=path,
+            remedy="Undo that first, or strip before it is done.",
+        )
+
+
+def require_no_block(path: str, layer: nn.Module) -> None:
+    """Refuse a layer inside a ``with disabled(...)`` or ``with per_row(...)`` block.
+
+    Raises:
+        LoRAInjectError: it is.
+    """
+    state = state_of(layer)
+    if state is not None and (state.disabled or state.rows is not None):
+        block = "disabled" if state.disabled else "per_row"
+        raise LoRAInjectError(
+            f"it is inside a {block} block now.", path=path, remedy="Leave the with block first."
+        )
+
+
+def require_ready(path: str, layer: nn.Module) -> None:
+    """Refuse a layer that is merged, or inside a block that changes what runs.
+
+    Raises:
+        LoRAInjectError: it is.
+    """
+    require_no_block(path, layer)
+    if is_merged(layer):
+        raise LoRAInjectError("its adapter is merged now.", path=path, remedy="Call unmerge first.")
 
 
 def require_kept(path: str, layer: nn.Module) -> None:
@@ -209,7 +209,8 @@ def require_kept(path: str, layer: nn.Module) -> None:
     Raises:
         LoRAInjectError: it was merged with ``keep=False``.
     """
-    if None in merged_weights(layer).values():
+    state = state_of(layer)
+    if state is not None and None in state.former.values():
         raise LoRAInjectError(
             "its adapter was merged with keep=False, so that its weight is gone.",
             path=path,
@@ -218,14 +219,16 @@ def require_kept(path: str, layer: nn.Module) -> None:
 
 
 def put_back_merged(layer: nn.Module) -> None:
-    """Give the layer's merged weights their former values, bit for bit."""
-    kept = merged_weights(layer)
-    for name, former in kept.items():
+    """Give merged weights their former values, bit for bit, and let their adapters run."""
+    state = state_of(layer)
+    if state is None or not state.folded:
+        return
+    for name, former in state.former.items():
         weight = own_tensor(layer, name)
         assert former is not None, "check_restorable has refused this"
         assert weight is not None
         exchange(weight, former)
-    kept.clear()
+    change(layer, former={}, folded=frozenset())
 
 
 @torch.no_grad()
@@ -249,9 +252,8 @@ def records_in(model: nn.Module) -> list[tuple[str, nn.Module, Record]]:
 
 def gather(model: nn.Module, changes: Before) -> Record:
     """One record of everything that was done to the model, these changes being the last."""
-    records = records_in(model)
-    record = Record(before=changes, bias=records[0][2].bias if records else "none")
-    for path, _, older in records:
+    record = Record(before=changes)
+    for path, _, older in records_in(model):
         record.adopt(older, path)
     return record
 
@@ -259,7 +261,7 @@ def gather(model: nn.Module, changes: Before) -> Record:
 def former_flags(model: nn.Module) -> dict[nn.Module, dict[str, bool]]:
     """``requires_grad`` of every parameter, by owner and name, before any call changed it."""
     now = Before()
-    now.keep_flags(model.modules())
+    now.keep(model.modules())
     return gather(model, now).before.requires_grad
 
 
@@ -274,6 +276,13 @@ def reinstall(model: nn.Module, records: list[tuple[str, nn.Module, Record]]) ->
         uninstall(holder)
     for _, holder, record in records:
         holder.__dict__[_RECORD] = record
+
+
+def set_in_use(record: Record, weights: dict[str, float]) -> None:
+    """Let these of the record's adapters run, with their weights, and no others."""
+    record.in_use = {name: weight for name, weight in weights.items() if name in record.modes}
+    for layer in record.layers:
+        change(layer, in_use=record.in_use)
 
 
 def set_trainable(parameters: Iterable[nn.Parameter], trainable: bool) -> None:
@@ -303,7 +312,7 @@ def require_own_record(model: nn.Module) -> None:
     Raises:
         LoRAInjectError: the model has adapted layers of which none of its records knows.
     """
-    known = {layer for _, _, record in records_in(model) for layer, _ in record.adapters.values()}
+    known = {layer for _, _, record in records_in(model) for layer in record.layers}
     for path, layer in adapted_layers(model).items():
         if layer not in known:
             raise LoRAInjectError(
@@ -314,16 +323,13 @@ def require_own_record(model: nn.Module) -> None:
 
 
 def require_awake(model: nn.Module) -> None:
-    """Refuse a model whose adapters are merged or disabled.
+    """Refuse a model whose adapters are merged, or inside a block that changes what runs.
 
     Raises:
         LoRAInjectError: they are.
     """
     for path, layer in adapted_layers(model).items():
-        if is_asleep(layer):
-            state = "merged" if merged_weights(layer) else "disabled"
-            remedy = "Call unmerge first." if state == "merged" else "Leave the with block first."
-            raise LoRAInjectError(f"its adapter is {state} now.", path=path, remedy=remedy)
+        require_ready(path, layer)
 
 
 def adapter_parameters(
@@ -337,11 +343,3 @@ def adapter_parameters(
                 A.add(layer.get_parameter(A_name))
                 B.add(layer.get_parameter(B_name))
     return A, B
-
-
-def own_tensor(module: nn.Module, name: str) -> Tensor | None:
-    """A parameter or buffer of the module itself, or None."""
-    for owned in (module._parameters, module._buffers):
-        if name in owned:  # and no .get: scripted modules have other mappings
-            return owned[name]
-    return None

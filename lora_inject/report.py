@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_inject.layer import adapters_of
+from lora_inject.adapter import adapters_of, state_of
+from lora_inject.in_place import own_tensor
 from lora_inject.memory import (
     Bytes,
     can_train,
@@ -15,7 +16,7 @@ from lora_inject.memory import (
     optimizer_states,
     training_bytes,
 )
-from lora_inject.record import Record, adapted_layers, former_flags, own_tensor, records_in
+from lora_inject.record import Record, adapted_layers, former_flags, records_in
 from lora_inject.roles import ADAPTER_ROLES, ROLES, is_bias, roles
 from lora_inject.statistics import is_held
 from lora_inject.tables import Section, Tables, count, plural, size
@@ -31,6 +32,7 @@ class PatternRow:
         layers: how many layers it chose.
         ranks: the ranks there, ascending.
         parameters: elements of A and B.
+        weight: that with which the adapter is in use; None for one that is not.
     """
 
     pattern: str
@@ -38,11 +40,17 @@ class PatternRow:
     layers: int
     ranks: tuple[int, ...]
     parameters: int
+    weight: float | None = 1.0
 
     @property
     def rank_text(self) -> str:
         """The ranks for a table."""
         return ", ".join(map(str, self.ranks))
+
+    @property
+    def use_text(self) -> str:
+        """Whether it is in use, for a table."""
+        return "no" if self.weight is None else "yes" if self.weight == 1 else f"{self.weight:g}"
 
 
 @dataclass(frozen=True)
@@ -141,14 +149,7 @@ class Report:
         trains = Section(
             headline, ("trains", ">parameters"), [*parts, ("frozen", count(self.frozen))]
         )
-        chosen = Section(
-            "Adapted layers",
-            ("chosen by", "adapter", ">layers", ">r", ">parameters"),
-            [
-                (p.pattern, p.adapter, count(p.layers), p.rank_text, count(p.parameters))
-                for p in self.patterns
-            ],
-        )
+        chosen = _patterns_section(self.patterns)
         memory = _memory_section(self.memory)
         sections = [trains, *([chosen] if self.patterns else []), memory]
         if self.notes:
@@ -185,15 +186,20 @@ def report(model: nn.Module, optimizer: str = "adamw") -> Report:
     role_of = roles(model)
     trainable = [p for p in role_of if p.requires_grad]
     frozen = [p for p in role_of if not p.requires_grad]
-    base = [p for p, role in role_of.items() if role not in ADAPTER_ROLES and can_train(p)]
     records = [record for _, _, record in records_in(model)]
+    waiting = {own_tensor(*p) for r in records for s in r.all_slots() for p in s.waiting}
+    base = [
+        p
+        for p, role in role_of.items()
+        if role not in ADAPTER_ROLES and can_train(p) and p not in waiting
+    ]
     return Report(
         model=type(model).__name__,
         trainable=_elements(trainable),
         frozen=_elements(frozen),
         split={role: _elements(p for p in trainable if role_of[p] == role) for role in ROLES},
         patterns=_pattern_rows(adapted_layers(model).values()),
-        bias=records[0].bias if records else None,
+        bias=" + ".join(dict.fromkeys(m.bias for r in records for m in r.modes.values())) or None,
         memory=Memory(
             optimizer,
             trainable=training_bytes(trainable, states),
@@ -210,7 +216,9 @@ def _elements(parameters: Iterable[Tensor]) -> int:
 
 def _pattern_rows(layers: Iterable[nn.Module]) -> tuple[PatternRow, ...]:
     groups: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    in_use: dict[str, float] = {}
     for layer in layers:
+        in_use |= state.in_use if (state := state_of(layer)) else {}
         for adapter in adapters_of(layer):
             if adapter.follows:
                 continue  # it has no parameters of its own
@@ -223,6 +231,7 @@ def _pattern_rows(layers: Iterable[nn.Module]) -> tuple[PatternRow, ...]:
             layers=len(found),
             ranks=tuple(sorted({r for r, _ in found})),
             parameters=sum(n for _, n in found),
+            weight=in_use.get(name),
         )
         for (pattern, name), found in groups.items()
     )
@@ -232,7 +241,11 @@ def _notes(
     model: nn.Module, trainable: list[nn.Parameter], records: list[Record]
 ) -> tuple[str, ...]:
     notes = [] if trainable else ["No parameter trains."]
-    former = former_flags(model) if any(record.bias != "none" for record in records) else {}
+    former = (
+        former_flags(model)
+        if any(m.bias != "none" for r in records for m in r.modes.values())
+        else {}
+    )
     still = sum(
         not flag and is_bias(module, name)
         for module, flags in former.items()
@@ -248,6 +261,17 @@ def _notes(
             "training mode they normalise by the batch, as before."
         )
     return tuple(notes)
+
+
+def _patterns_section(patterns: tuple[PatternRow, ...]) -> Section:
+    """What each pattern adapted, and what of it is in use where that is not all."""
+    rows = [
+        (p.pattern, p.adapter, count(p.layers), p.rank_text, count(p.parameters), p.use_text)
+        for p in patterns
+    ]
+    columns = ("chosen by", "adapter", ">layers", ">r", ">parameters", "in use")
+    shown = len(columns) if any(p.weight != 1 for p in patterns) else len(columns) - 1
+    return Section("Adapted layers", columns[:shown], [row[:shown] for row in rows])
 
 
 def _memory_section(memory: Memory) -> Section:

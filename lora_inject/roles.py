@@ -37,7 +37,8 @@ def roles(model: nn.Module) -> dict[nn.Parameter, str]:
     in_full = {
         parameter
         for _, _, record in records_in(model)
-        for module in record.train_also
+        for mode in record.modes.values()
+        for module in mode.train_also
         for parameter in module.parameters()
     }
     biases = _biases(model)
@@ -110,7 +111,14 @@ def param_groups(
 
 
 def _biases(model: nn.Module) -> set[nn.Parameter]:
-    return {
+    waiting = [
+        module._parameters[name]
+        for _, _, record in records_in(model)
+        for slot in record.all_slots()
+        if slot.places[0][1] in slot.places[0][0]._parameters and is_bias(*slot.places[0])
+        for module, name in slot.waiting
+    ]
+    return {p for p in waiting if p is not None} | {
         parameter
         for module in model.modules()
         for name, parameter in module.named_parameters(recurse=False)

@@ -14,6 +14,7 @@ from lora_inject.errors import ArgumentError
 BiasMode = Literal["none", "all", "lora_only"]
 How = Literal["auto", "weight"]
 Layout = Literal["out_in", "in_out"]
+BASE = "base"
 Parts = tuple[tuple[str | None, int | None], ...]
 
 
@@ -189,7 +190,29 @@ def check_adapter(name: Any) -> str:
         raise ArgumentError(
             f"adapter must be a name of letters, digits and underscores, not {name!r}."
         )
+    if name == BASE:
+        raise ArgumentError(f"adapter must not be {BASE!r}, which is the model without adapters.")
     return name
+
+
+def check_names(names: Any, argument: str) -> tuple[str, ...]:
+    """Names of adapters: one, or several, each once."""
+    wanted = [names] if isinstance(names, str) else names
+    known = list(wanted) if isinstance(wanted, Iterable) else [None]
+    if not all(isinstance(name, str) for name in known):
+        raise ArgumentError(f"{argument} must be a name or several, not {names!r}.")
+    return tuple(dict.fromkeys(map(str, known)))
+
+
+def check_weights(weights: Any) -> dict[str, float]:
+    """Weights of adapters, finite numbers by name."""
+    if not isinstance(weights, Mapping):
+        raise ArgumentError(f'adapters must be a mapping such as {{"fr": 0.7}}, not {weights!r}.')
+    for name, weight in weights.items():
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not number or not math.isfinite(weight):
+            raise ArgumentError(f"the weight of {name!r} must be a finite number, not {weight!r}.")
+    return {name: float(weight) for name, weight in weights.items()}
 
 
 def check_layers(layers: Any) -> tuple[int, ...] | None:

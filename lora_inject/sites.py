@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from lora_inject.adapter import adapters_of, parameter_names
 from lora_inject.errors import ArgumentError, UnsupportedLayerError
 from lora_inject.kinds import Kind, Spec
 from lora_inject.kinds.base import Way, general_refusal, weight_refusal
 from lora_inject.kinds.parameter import ParameterKind, layout_of
-from lora_inject.layer import adapters_of, parameter_names
 from lora_inject.readers import is_read_by
 from lora_inject.selection import Choice, Limits, Target, View
 from lora_inject.settings import Parts, Settings
@@ -94,7 +94,7 @@ class Draft:
                 if target.tensor.dim() == 3
                 else "only parameters of two or three dimensions can be adapted. Exclude it."
             )
-        if is_adapted(target):
+        if is_adapted(target, self.adapter):
             return None  # a conflict and not a refusal, which the plan raises
         way = self.way_of(target, kind, settings)
         return _refusal(module, kind, way, settings, self.adapter)
@@ -202,6 +202,13 @@ def _refusal(
 ) -> str | None:
     if reason := kind.refusal(module, way):
         return reason
+    for other in adapters_of(module):
+        if other.way != way:
+            acts = {"branch": "beside its forward", "weight": "in its weight"}
+            return (
+                f"its adapter {other.name!r} acts {acts[other.way]}, and {adapter!r} would act "
+                f"{acts[way]}. Give both the same how=."
+            )
     if settings.parts and (way == "weight" or not kind.has_parts):
         return "parts= is for Linear layers in a branch. Leave it out for this one."
     try:
@@ -223,9 +230,10 @@ def _refusal(
     return next((reason for reason in reasons if reason), None)
 
 
-def is_adapted(target: Target) -> bool:
-    """Whether the target carries an adapter; of a parameter's owner another one may carry one."""
-    weights = {spec.weight for a in adapters_of(target.module) for spec in a.specs}
+def is_adapted(target: Target, adapter: str) -> bool:
+    """Whether the target carries this adapter; another parameter of its module may carry it too."""
+    own = [a for a in adapters_of(target.module) if a.name == adapter]
+    weights = {spec.weight for a in own for spec in a.specs}
     return bool(weights) if target.parameter is None else target.parameter in weights
 
 

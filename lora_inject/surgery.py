@@ -10,20 +10,24 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject import initial
+from lora_inject.adapter import Adapter, adapters_of, state_of
 from lora_inject.errors import LoRAInjectError, LoRAInjectWarning
-from lora_inject.freeze import mark
+from lora_inject.freeze import in_place, mark, take
 from lora_inject.kinds import Spec
-from lora_inject.layer import Adapter, adapters_of, attach, detach, merged_weights
+from lora_inject.layer import attach, detach
 from lora_inject.merge import merge as fold
 from lora_inject.plan import Plan, plan
 from lora_inject.record import (
     Before,
+    Mode,
+    Record,
     adapted_layers,
     gather,
     install,
     records_in,
     reinstall,
     require_own_record,
+    set_in_use,
     uninstall,
 )
 from lora_inject.report import Report, report
@@ -104,7 +108,7 @@ def inject(
         ArgumentError: an argument cannot be used; the message starts with its name.
         NoMatchError: a pattern selects nothing, or nothing that can be adapted.
         UnsupportedLayerError: a selected layer cannot be adapted.
-        AlreadyAdaptedError: a selected layer already carries an adapter.
+        AlreadyAdaptedError: a selected layer already carries an adapter of this name.
     """
     wanted = plan(
         model,
@@ -133,30 +137,48 @@ def _apply(wanted: Plan) -> Report:
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     seed = initial.draw_seed() if wanted.seed is None else wanted.seed
 
-    changes = Before()
-    changes.keep_flags(model.modules())
-    attached: dict[str, tuple[nn.Module, Adapter]] = {}
+    changes, attached = Before(), dict[str, tuple[nn.Module, Adapter]]()
+    changes.keep(model.modules())
+    record = gather(model, copy(changes))
+    owned = {slot: set(slot.trains) for slot in record.all_slots()}
     try:
         for site in wanted.sites:
             shared = attached[site.follows] if site.follows else None
             attached[site.path] = _adapt(site, wanted.adapter, seed, shared)
-        new_modules = list(wanted.train_also.values())
-        layers = [layer for layer, _ in attached.values()]
-        mark(model, layers, wanted.bias, new_modules, changes, undecided)
-        record = gather(model, copy(changes))
-        record.adapters |= attached
-        record.train_also += new_modules
-        record.bias = wanted.bias
+        _enter(record, wanted, attached, undecided)
         install(model, record)
         return _with_notes(report(model), wanted)
     except BaseException:
         for layer, adapter in reversed(attached.values()):
             detach(layer, adapter)
+        for slot in record.all_slots():
+            if wanted.adapter not in owned.get(slot, ()):
+                slot.disown(wanted.adapter)
         changes.restore()
         for parameter, gradient in gradients:
             parameter.grad = gradient
+        for _, _, former in earlier:
+            set_in_use(former, former.in_use)
         reinstall(model, earlier)
         raise
+
+
+def _enter(
+    record: Record,
+    wanted: Plan,
+    attached: dict[str, tuple[nn.Module, Adapter]],
+    undecided: list[nn.Module],
+) -> None:
+    """Write a new adapter into the record, put it in use beside the others, and let it train."""
+    name, in_full = wanted.adapter, list(wanted.train_also.values())
+    tensors = in_place(wanted.model, [m for m, _ in attached.values()], wanted.bias, in_full)
+    take(wanted.model, record, name, tensors)
+    parameters = {m.get_parameter(n) for m, a in attached.values() for n in a.parameters}
+    mark(undecided, parameters, tensors, in_full)
+    record.adapters += [(path, *pair) for path, pair in attached.items()]
+    record.modes.setdefault(name, Mode(wanted.bias)).train_also += in_full
+    record.training = record.training | {name}
+    set_in_use(record, {name: 1.0, **record.in_use})
 
 
 def _with_notes(shown: Report, wanted: Plan) -> Report:
@@ -245,7 +267,8 @@ def reset_lora_parameters(model: nn.Module) -> None:
             for parameter, value in zip((A, B), _starting_values(adapter, spec), strict=True):
                 parameter.copy_(value)
     for _, _, record in records_in(model):
-        record.before.keep_unknown_values()
+        for slot in record.all_slots():
+            slot.keep_unknown()
 
 
 def strip(model: nn.Module, merge: bool = False) -> nn.Module:
@@ -266,8 +289,8 @@ def strip(model: nn.Module, merge: bool = False) -> nn.Module:
 
     Args:
         model: the model that ``inject`` was called on, a copy of it, or a wrapper that holds it.
-        merge: leave plain layers with the adapters folded in, and what was trained in place as it
-            is; only classes, flags and statistics come back then.
+        merge: leave plain layers with the adapters in use folded in, and what they trained in place
+            as it is; only classes, flags and statistics come back then.
 
     Returns:
         The same object. On a model without adapters nothing is changed and a
@@ -282,7 +305,7 @@ def strip(model: nn.Module, merge: bool = False) -> nn.Module:
         warnings.warn("strip: the model has no adapters.", LoRAInjectWarning, stacklevel=2)
     for _, _, record in records:
         record.check_restorable(values=not merge)
-    if merge and not all(merged_weights(layer) for layer in adapted_layers(model).values()):
+    if merge and any(s.running for m in model.modules() if (s := state_of(m))):
         fold(model, keep=False)
     for _, holder, record in records:
         if merge:

@@ -19,7 +19,7 @@ from lora_inject import (
     register_kind,
     strip,
 )
-from lora_inject.functional import linear_delta
+from lora_inject.functional import linear_down, linear_up
 from lora_inject.kinds import find_kind
 
 
@@ -96,10 +96,10 @@ def test_values_and_gradients_equal_those_of_the_merged_weight(case):
     r=st.integers(1, 4),
     leading=st.lists(st.integers(0, 3), max_size=3),
 )
-def test_linear_delta_for_any_shape(n_in, n_out, r, leading):
+def test_linear_down_and_up_for_any_shape(n_in, n_out, r, leading):
     x = torch.randn(*leading, n_in, dtype=torch.float64)
     A, B = torch.randn(r, n_in).double(), torch.randn(n_out, r).double()
-    delta = linear_delta(x, A, B, 0.0)
+    delta = linear_up(linear_down(x, A, 0.0), B)
     assert delta.shape == (*leading, n_out)
     torch.testing.assert_close(delta, x @ (B @ A).T)
 
@@ -331,8 +331,11 @@ class ScaleKind(Kind):
         n_out, n_in = module.weight.shape
         return (Spec("weight", n_in, n_out, (settings.r, n_in), (n_out, settings.r)),)
 
-    def delta(self, layer, x, y, A, B, dropout):
-        return B @ (A @ x)
+    def down(self, layer, x, y, A, dropout):
+        return A @ x
+
+    def up(self, layer, x, h, B):
+        return B @ h
 
 
 class LeftMatrix(nn.Module):

@@ -55,7 +55,7 @@ def test_html_and_dict(gpt2_small):
     assert plain["memory"]["ratio"] == shown.memory.ratio
     assert plain["patterns"] == [
         {"pattern": "c_attn", "adapter": "default", "layers": 12, "ranks": [4],
-         "parameters": 147_456},
+         "parameters": 147_456, "weight": 1.0},
     ]  # fmt: skip
 
 

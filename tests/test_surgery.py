@@ -300,12 +300,12 @@ def test_an_error_in_the_middle_leaves_the_model_as_it_was(monkeypatch, fails_at
 
 
 def test_an_error_while_freezing_leaves_the_model_as_it_was(monkeypatch):
-    def failing(self, module, name):
+    def failing(self):
         raise MemoryError("no")
 
     model = Net()
     before = snapshot(model)
-    monkeypatch.setattr("lora_inject.record.Before.keep_value", failing)
+    monkeypatch.setattr("lora_inject.in_place.Slot.keep_former", failing)
     with pytest.raises(MemoryError):
         inject(model, "q_proj", train_also="head")
     assert changed_parts(before, snapshot(model)) == []

@@ -44,8 +44,11 @@ def register_kind(kind: Kind) -> None:
         ...     def specs(self, module, settings):
         ...         return (Spec("weight", 4, 6, (settings.r, 4), (6, settings.r)),)
         ...
-        ...     def delta(self, layer, x, y, A, B, dropout):
-        ...         return x @ A.T @ B.T
+        ...     def down(self, layer, x, y, A, dropout):
+        ...         return x @ A.T
+        ...
+        ...     def up(self, layer, x, h, B):
+        ...         return h @ B.T
         >>> register_kind(PatchKind())  # doctest: +SKIP
 
     Args:

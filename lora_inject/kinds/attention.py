@@ -5,7 +5,7 @@ The output projection is a child, ``out_proj``, and is a target of its own.
 
 from torch import nn
 
-from lora_inject.kinds.base import MatrixKind, Spec, Way, linear_spec, overrides_forward
+from lora_inject.kinds.base import MatrixKind, Spec, Way, linear_spec, overrides_forward, own_class
 from lora_inject.readers import calls_super
 from lora_inject.settings import Settings
 
@@ -40,7 +40,7 @@ class MultiheadAttentionKind(MatrixKind):
             module, nn.MultiheadAttention
         ):
             return (
-                f"{type(module).__name__} has a forward that does not call that of "
+                f"{own_class(module).__name__} has a forward that does not call that of "
                 "nn.MultiheadAttention. Target its own layers or parameters."
             )
         return None

@@ -12,6 +12,7 @@ from lora_inject import initial
 from lora_inject.settings import Settings
 
 Way = Literal["branch", "weight"]
+STATE = "_lora_inject_adapters"  # what an adapted module keeps of its adapters, in its __dict__
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,16 @@ class Spec:
         return "" if self.weight == "weight" else f"{self.weight}_"
 
     @property
+    def place(self) -> tuple[str, str, int, int]:
+        """What of the layer it adapts: pairs of one place add up."""
+        return (self.weight, self.part, self.start, self.n_out if self.part else 0)
+
+    @property
+    def rank(self) -> int:
+        """The rank r, of each group and each expert."""
+        return self.B_shape[2 if self.experts else 1]
+
+    @property
     def elements(self) -> int:
         """How many parameters A and B have."""
         return math.prod(self.A_shape) + math.prod(self.B_shape)
@@ -58,14 +69,16 @@ class Kind(ABC):
     """One kind of layer, and how an adapter acts on it; stateless.
 
     There are two ways. Branch: the layer's own forward runs, and ``scaling * B A x`` is added to
-    what it returns; a kind says ``delta``. Weight: where the layer reads its weight sees
-    ``W + scaling * B A``; a kind says ``update``.
+    what it returns; a kind says ``down``, which makes h of x and A, and ``up``, which makes the
+    delta of h and B. Weight: where the layer reads its weight it sees ``W + scaling * B A``; a kind
+    says ``update``, which a branch needs for merging too.
 
     Attributes:
         name: what reports call the kind.
         linear_like: whether ``"all-linear"`` selects it.
         has_parts: whether ``specs`` heeds ``settings.parts``.
         transposes: whether the weight is (in, out), so that its update is B A transposed.
+        rank_dim: the dimension of h that counts the rank; the first one counts the rows of a batch.
         below: a class whose forward the branch is added to directly, so that a subclass that
             scales or shifts what ``super().forward`` returns does the same to the adapter. None
             adds it to what the layer as a whole returns.
@@ -75,6 +88,7 @@ class Kind(ABC):
     linear_like: ClassVar[bool] = False
     has_parts: ClassVar[bool] = False
     transposes: bool = False
+    rank_dim: ClassVar[int] = -1
     below: ClassVar[type[nn.Module] | None] = None
 
     @abstractmethod
@@ -103,23 +117,42 @@ class Kind(ABC):
         """
         return None
 
-    def delta(
-        self, layer: nn.Module, x: Tensor, y: Tensor, A: Tensor, B: Tensor, dropout: float
-    ) -> Tensor:
-        """Branch: what the adapter adds to the layer's output, before scaling.
+    def down(self, layer: nn.Module, x: Tensor, y: Tensor, A: Tensor, dropout: float) -> Tensor:
+        """Branch: ``h = A dropout(x)``.
 
         Args:
             layer: the adapted layer, for its options.
             x: the layer's first input.
             y: what the layer computed without the adapter.
             A: the parameter A.
-            B: the parameter B.
             dropout: the probability in force: the adapter's in training mode, else 0.
 
         Returns:
-            A tensor of the shape of y, or of its part.
+            A tensor whose dimension ``rank_dim`` counts the rank.
         """
         raise NotImplementedError(f"{self.name} layers are adapted in their weight")
+
+    def up(self, layer: nn.Module, x: Tensor, h: Tensor, B: Tensor) -> Tensor:
+        """Branch: ``B h``, what the adapter adds to the layer's output, before scaling.
+
+        Args:
+            layer: the adapted layer, for its options.
+            x: the layer's first input.
+            h: what ``down`` returned.
+            B: the parameter B.
+
+        Returns:
+            A tensor of the shape of the layer's output, or of its part.
+        """
+        raise NotImplementedError(f"{self.name} layers are adapted in their weight")
+
+    def to_matrices(self, layer: nn.Module, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """A as (..., r, in) and B as (..., out, r), of which ``B A`` is the update."""
+        return A, B
+
+    def from_matrices(self, layer: nn.Module, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """The way back from ``to_matrices``, for any rank."""
+        return A, B
 
     def update(self, layer: nn.Module, W: Tensor, spec: Spec, A: Tensor, B: Tensor) -> Tensor:
         """Weight: what the adapter adds to the weight W, in W's shape, before scaling."""
@@ -173,9 +206,15 @@ def linear_spec(weight: str, n_in: int, n_out: int, r: int) -> Spec:
     return Spec(weight, n_in, n_out, (r, n_in), (n_out, r))
 
 
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module has without its adapters."""
+    state = module.__dict__.get(STATE)
+    return type(module) if state is None else state.base
+
+
 def overrides_forward(module: nn.Module, known: type[nn.Module]) -> bool:
     """Whether the module's class has a forward other than that of the class we know."""
-    return getattr(type(module), "forward", None) is not known.forward
+    return getattr(own_class(module), "forward", None) is not known.forward
 
 
 def _effective_property(name: str) -> property:

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from lora_inject.kinds.base import own_class
 from lora_inject.kinds.linear import LinearKind
 
 
@@ -13,7 +14,7 @@ class Conv1DKind(LinearKind):
 
     def matches(self, module: nn.Module) -> bool:
         """A class named ``Conv1D`` (torch's is ``Conv1d``) with a two-dimensional weight."""
-        named = any(base.__name__ == "Conv1D" for base in type(module).__mro__)
+        named = any(base.__name__ == "Conv1D" for base in own_class(module).__mro__)
         weight = module._parameters.get("weight") if named else None
         return isinstance(weight, Tensor) and weight.dim() == 2
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lora_inject import initial
-from lora_inject.kinds.base import Kind, Spec, Way
+from lora_inject.kinds.base import Kind, Spec, Way, own_class
 from lora_inject.settings import Settings
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -29,6 +29,7 @@ class ConvKind(Kind):
     """``nn.Conv1d``, ``nn.Conv2d`` and ``nn.Conv3d``."""
 
     name = "Conv"
+    rank_dim = 1  # of a batch: without one there are no rows either
     known: tuple[type[nn.Module], ...] = _KNOWN
 
     def matches(self, module: nn.Module) -> bool:
@@ -37,16 +38,16 @@ class ConvKind(Kind):
 
     def way(self, module: nn.Module) -> Way:
         """A subclass with a forward of its own may pad or standardize: only its weight is safe."""
-        cls = type(module)
+        cls = own_class(module)
         same = [k for k in self.known if isinstance(module, k) and cls.forward is k.forward]
         known = bool(same) and _convolves_as(cls, same[0])
         return "branch" if known else "weight"
 
     def refusal(self, module: nn.Module, way: Way) -> str | None:
         """A forward that writes to its weight would write to the sum, which is gone afterwards."""
-        code = getattr(type(module).forward, "__code__", None)
+        code = getattr(own_class(module).forward, "__code__", None)
         if way == "weight" and code is not None and {"weight", "data"} <= set(code.co_names):
-            return f"the forward of {type(module).__name__} writes to its weight. Exclude it."
+            return f"the forward of {own_class(module).__name__} writes to its weight. Exclude it."
         return None
 
     def specs(self, module: nn.Module, settings: Settings) -> tuple[Spec, ...]:
@@ -57,20 +58,35 @@ class ConvKind(Kind):
         A_shape = (r * module.groups, n_in // module.groups, *kernel)
         return (Spec("weight", n_in, n_out, A_shape, (n_out, r, *ones)),)
 
-    def delta(
-        self, layer: nn.Module, x: Tensor, y: Tensor, A: Tensor, B: Tensor, dropout: float
-    ) -> Tensor:
-        """``B * (A * dropout(x))``, * being the convolution of the layer and the 1x1 one."""
+    def down(self, layer: nn.Module, x: Tensor, y: Tensor, A: Tensor, dropout: float) -> Tensor:
+        """``A * dropout(x)``, * being the convolution of the layer."""
         assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        h = layer._conv_forward(_drop(x, dropout), A.to(x.dtype), None)
-        return _pointwise(h, B, layer.groups)
+        h: Tensor = layer._conv_forward(_drop(x, dropout), A.to(x.dtype), None)
+        return h
 
-    def update(self, layer: nn.Module, W: Tensor, spec: Spec, A: Tensor, B: Tensor) -> Tensor:
-        """Of each group: B A, with A's kernel as its columns."""
+    def up(self, layer: nn.Module, x: Tensor, h: Tensor, B: Tensor) -> Tensor:
+        """``B * h``, * being the 1x1 convolution."""
+        assert isinstance(layer, _ConvNd)
+        delta: Tensor = _CONVOLVE[B.dim() - 2](h, B.to(h.dtype), groups=layer.groups)
+        return delta
+
+    def to_matrices(self, layer: nn.Module, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """One pair for each group, with A's kernel in its columns."""
         assert isinstance(layer, _ConvNd)
         g, r = layer.groups, B.shape[1]
-        A_grI = A.reshape(g, r, -1)
-        B_gOr = B.reshape(g, -1, r)
+        return A.reshape(g, r, -1), B.reshape(g, -1, r)
+
+    def from_matrices(self, layer: nn.Module, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """The kernel again, and B 1x1."""
+        assert isinstance(layer, _ConvNd)
+        kernel, ones = layer.kernel_size, (1,) * len(layer.kernel_size)
+        per_group = layer.in_channels // layer.groups
+        shape = (layer.groups * A.shape[-2], per_group, *kernel)
+        return A.reshape(shape), B.reshape(layer.out_channels, A.shape[-2], *ones)
+
+    def update(self, layer: nn.Module, W: Tensor, spec: Spec, A: Tensor, B: Tensor) -> Tensor:
+        """Of each group: B A."""
+        A_grI, B_gOr = self.to_matrices(layer, A, B)
         return (B_gOr @ A_grI).reshape(W.shape)
 
 
@@ -93,9 +109,7 @@ class ConvTransposeKind(ConvKind):
         A = initial.kaiming_uniform(spec.A_shape, fan_in, generator)
         return A, initial.zeros(spec.B_shape)
 
-    def delta(
-        self, layer: nn.Module, x: Tensor, y: Tensor, A: Tensor, B: Tensor, dropout: float
-    ) -> Tensor:
+    def down(self, layer: nn.Module, x: Tensor, y: Tensor, A: Tensor, dropout: float) -> Tensor:
         """The same; the size of y decides the output padding, as ``output_size`` may have."""
         assert isinstance(layer, _ConvTransposeNd)
         n, options = len(layer.kernel_size), cast(Any, layer)
@@ -107,19 +121,34 @@ class ConvTransposeKind(ConvKind):
             y_size - ((x_size - 1) * stride - 2 * pad + dilation * (kernel - 1) + 1)
             for y_size, x_size, stride, pad, dilation, kernel in geometry
         ]
-        h = _TRANSPOSED[n](
+        h: Tensor = _TRANSPOSED[n](
             _drop(x, dropout), A.to(x.dtype), None, options.stride, options.padding, padding,
             options.groups, options.dilation,
         )  # fmt: skip
-        return _pointwise(h, B, layer.groups)
+        return h
 
-    def update(self, layer: nn.Module, W: Tensor, spec: Spec, A: Tensor, B: Tensor) -> Tensor:
-        """Of each group: the sum over r of A (in, r, *k) and B (out, r)."""
-        assert isinstance(layer, _ConvTransposeNd)
+    def to_matrices(self, layer: nn.Module, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """One pair for each group; A's columns are its channels and kernel."""
+        assert isinstance(layer, _ConvNd)
         g, r = layer.groups, B.shape[1]
         A_gIrk = A.reshape(g, -1, r, math.prod(layer.kernel_size))
-        B_gOr = B.reshape(g, -1, r)
-        return torch.einsum("girk,gor->giok", A_gIrk, B_gOr).reshape(W.shape)
+        return A_gIrk.transpose(1, 2).reshape(g, r, -1), B.reshape(g, -1, r)
+
+    def from_matrices(self, layer: nn.Module, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """The kernel again, and B 1x1."""
+        assert isinstance(layer, _ConvNd)
+        g, r, kernel = layer.groups, A.shape[-2], layer.kernel_size
+        A_gIrk = A.reshape(g, r, -1, math.prod(kernel)).transpose(1, 2)
+        ones = (1,) * len(kernel)
+        return A_gIrk.reshape(-1, r, *kernel), B.reshape(layer.out_channels, r, *ones)
+
+    def update(self, layer: nn.Module, W: Tensor, spec: Spec, A: Tensor, B: Tensor) -> Tensor:
+        """Of each group: B A, with the channels of W the other way round."""
+        assert isinstance(layer, _ConvNd)
+        A_grI, B_gOr = self.to_matrices(layer, A, B)
+        groups, n_out, _ = B_gOr.shape
+        update_gOIk = (B_gOr @ A_grI).reshape(groups, n_out, -1, math.prod(layer.kernel_size))
+        return update_gOIk.transpose(1, 2).reshape(W.shape)
 
 
 def _convolves_as(cls: type[nn.Module], known: type[nn.Module]) -> bool:
@@ -128,9 +157,3 @@ def _convolves_as(cls: type[nn.Module], known: type[nn.Module]) -> bool:
 
 def _drop(x: Tensor, dropout: float) -> Tensor:
     return F.dropout(x, dropout) if dropout > 0 else x
-
-
-def _pointwise(h: Tensor, B: Tensor, groups: int) -> Tensor:
-    convolution = _CONVOLVE[B.dim() - 2]
-    result: Tensor = convolution(h, B.to(h.dtype), groups=groups)
-    return result

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject import initial
-from lora_inject.functional import embedding_delta
-from lora_inject.kinds.base import MatrixKind, Spec, Way, linear_spec, overrides_forward
+from lora_inject.functional import divide_gradient_by_frequency, embedding_down, linear_up
+from lora_inject.kinds.base import MatrixKind, Spec, Way, linear_spec, overrides_forward, own_class
 from lora_inject.readers import calls_super, reads_own_weight
 from lora_inject.settings import Settings
 
@@ -44,7 +44,7 @@ class EmbeddingKind(MatrixKind):
             bypasses = reads_own_weight(module, nn.Embedding)
             if bypasses or not calls_super(module, nn.Embedding):
                 return (
-                    f"{type(module).__name__} has a forward that does not always call that of "
+                    f"{own_class(module).__name__} has a forward that does not always call that of "
                     'nn.Embedding, where the adapter is added. Use how="weight", which computes '
                     "the whole table."
                 )
@@ -54,17 +54,13 @@ class EmbeddingKind(MatrixKind):
         """A zero, B normal, as in loralib: an id that training never saw keeps a delta of zero."""
         return initial.zeros(spec.A_shape), initial.normal(spec.B_shape, generator)
 
-    def delta(
-        self, layer: nn.Module, x: Tensor, y: Tensor, A: Tensor, B: Tensor, dropout: float
-    ) -> Tensor:
-        """``B A[:, ids]`` with the gradient options of the layer."""
+    def down(self, layer: nn.Module, x: Tensor, y: Tensor, A: Tensor, dropout: float) -> Tensor:
+        """``A[:, ids]`` with the gradient options of the layer."""
         assert isinstance(layer, nn.Embedding)
-        return embedding_delta(
-            x,
-            A,
-            B,
-            dropout,
-            padding_idx=layer.padding_idx,
-            scale_grad_by_freq=layer.scale_grad_by_freq,
-            sparse=layer.sparse,
-        )
+        return embedding_down(x, A, dropout, padding_idx=layer.padding_idx, sparse=layer.sparse)
+
+    def up(self, layer: nn.Module, x: Tensor, h: Tensor, B: Tensor) -> Tensor:
+        """``B h``."""
+        assert isinstance(layer, nn.Embedding)
+        delta = linear_up(h, B)
+        return divide_gradient_by_frequency(delta, x) if layer.scale_grad_by_freq else delta

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_inject.functional import linear_delta
+from lora_inject.functional import linear_down, linear_up
 from lora_inject.kinds.base import MatrixKind, Spec, Way, linear_spec
 from lora_inject.settings import Settings
 
@@ -37,11 +37,13 @@ class LinearKind(MatrixKind):
             start += size
         return tuple(specs)
 
-    def delta(
-        self, layer: nn.Module, x: Tensor, y: Tensor, A: Tensor, B: Tensor, dropout: float
-    ) -> Tensor:
-        """``B A dropout(x)``."""
-        return linear_delta(x, A, B, dropout)
+    def down(self, layer: nn.Module, x: Tensor, y: Tensor, A: Tensor, dropout: float) -> Tensor:
+        """``A dropout(x)``."""
+        return linear_down(x, A, dropout)
+
+    def up(self, layer: nn.Module, x: Tensor, h: Tensor, B: Tensor) -> Tensor:
+        """``B h``."""
+        return linear_up(h, B)
 
     def update(self, layer: nn.Module, W: Tensor, spec: Spec, A: Tensor, B: Tensor) -> Tensor:
         """``B A``, in the rows of its part."""

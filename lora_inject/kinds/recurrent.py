@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_inject.kinds.base import MatrixKind, Spec, Way, linear_spec
+from lora_inject.kinds.base import MatrixKind, Spec, Way, linear_spec, own_class
 from lora_inject.settings import Settings
 
 
@@ -37,10 +37,10 @@ class RecurrentCellKind(MatrixKind):
 
     def refusal(self, module: nn.Module, way: Way) -> str | None:
         """Every matrix must be a parameter, and the forward torch's."""
-        if not any(type(module).forward is known.forward for known in _KNOWN):
+        if not any(own_class(module).forward is known.forward for known in _KNOWN):
             return (
-                f"{type(module).__name__} has a forward of its own, which may read its weights in "
-                "another way. Target its parameters."
+                f"{own_class(module).__name__} has a forward of its own, which may read its "
+                "weights in another way. Target its parameters."
             )
         gone = [name for name in self.weight_names(module) if module._parameters.get(name) is None]
         if gone:

@@ -1,0 +1,187 @@
+"""Several adapters in one model: which of them are in use, and taking one out."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from lora_inject.errors import ArgumentError, LoRAInjectError
+from lora_inject.in_place import Slot, show
+from lora_inject.layer import detach
+from lora_inject.record import (
+    Record,
+    records_in,
+    require_intact,
+    require_own_record,
+    require_ready,
+    set_in_use,
+    set_trainable,
+    uninstall,
+)
+from lora_inject.settings import check_names, check_weights
+from lora_inject.statistics import has_statistics, hold
+
+
+def use(model: nn.Module, *adapters: Any, train: Any = None) -> nn.Module:
+    """Choose the adapters that run: one, several that add up, weighted ones, or none.
+
+    Biases and ``train_also`` modules that an adapter trained are swapped in with it. Layers on
+    which none of the chosen adapters stands have their own classes and cost what they cost before.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4))
+        >>> _ = inject(model, nn.Linear, r=2, adapter="fr")
+        >>> _ = inject(model, nn.Linear, r=4, adapter="de")
+        >>> _ = use(model, "fr")  # only this one
+        >>> _ = use(model, "fr", "de")  # the sum
+        >>> _ = use(model, {"fr": 0.7, "de": 0.3})  # a weighted sum, computed at run time
+        >>> _ = use(model)  # none: the base model
+
+    Args:
+        model: an adapted model.
+        adapters: names, or one mapping of names to finite weights.
+        train: the names of those that train, in use or not; None for those in use. All other
+            adapters are frozen.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ArgumentError: an adapter is not known, or two own the same bias or ``train_also`` module,
+            which cannot be added up, or one that owns some has a weight other than 1.
+        LoRAInjectError: the model has no adapters, they are merged, or it is inside a block that
+            decides what runs. Nothing has changed then.
+    """
+    one_mapping = len(adapters) == 1 and isinstance(adapters[0], Mapping)
+    given = adapters[0] if one_mapping else dict.fromkeys(check_names(adapters, "adapters"), 1.0)
+    wanted = check_weights(given)
+    records = [record for _, _, record in records_in(model)]
+    if not records:
+        require_own_record(model)
+        raise LoRAInjectError("the model has no adapters.", remedy="Call inject first.")
+    training = set(wanted if train is None else check_names(train, "train"))
+    known = {name for record in records for name in record.modes}
+    for name in (*wanted, *training):
+        if name not in known:
+            raise ArgumentError(f"there is no adapter {name!r}; known: {sorted(known)}.")
+    for record in records:
+        for path, layer, _ in record.adapters:
+            require_ready(path, layer)
+    slots = {s: _owner(s, wanted) for record in records for s in record.all_slots()}
+
+    show(model, slots)
+    for record in records:
+        set_in_use(record, wanted)
+        record.training = training & record.modes.keys()
+        set_training(record)
+    return model
+
+
+def remove(model: nn.Module, adapters: Any) -> nn.Module:
+    """Take adapters out, exactly: what is left is as if they had never been there.
+
+    The base's own tensors get back the values from before, for biases and modules that only these
+    adapters trained. With the last adapter everything comes back that ``strip`` brings back.
+
+    Example:
+        >>> remove(model, "fr")  # doctest: +SKIP
+
+    Args:
+        model: an adapted model.
+        adapters: a name or several.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ArgumentError: an adapter is not known.
+        LoRAInjectError: they are merged, the model is inside a block that decides what runs, or a
+            former value cannot be put back. Nothing has changed then.
+    """
+    names = check_names(adapters, "adapters")
+    require_own_record(model)
+    records = records_in(model)
+    known = {name for _, _, record in records for name in record.modes}
+    for name in names:
+        if name not in known:
+            raise ArgumentError(f"there is no adapter {name!r}; known: {sorted(known)}.")
+    for _, _, record in records:
+        for path, layer, _ in record.adapters:
+            require_intact(path, layer)
+            require_ready(path, layer)
+        for slot in record.all_slots():
+            if slot.trains.keys() & set(names):
+                slot.check_restorable()
+
+    for _, holder, record in records:
+        if record.modes.keys() <= set(names):
+            record.restore()
+            uninstall(holder)
+        elif record.modes.keys() & set(names):
+            _remove(record, set(names))
+    return model
+
+
+def _remove(record: Record, names: set[str]) -> None:
+    """Take some of a record's adapters out; others are left."""
+    for _, layer, adapter in record.adapters:
+        if adapter.name in names:
+            detach(layer, adapter)
+    for slot in record.all_slots():
+        for name in names & slot.trains.keys():
+            slot.disown(name)
+    record.adapters = [item for item in record.adapters if item[2].name not in names]
+    record.training = record.training - names
+    gone = [m for n in names & record.modes.keys() for m in record.modes.pop(n).train_also]
+    for module in {m for top in gone for m in top.modules()}:
+        if has_statistics(module):
+            hold(module)
+    set_in_use(record, record.in_use)
+    set_training(record)
+
+
+def set_training(record: Record) -> None:
+    """Let the record's training adapters train, with what they own, and freeze the others."""
+    for _, layer, adapter in record.adapters:
+        trains = adapter.name in record.training
+        for name in adapter.parameters:
+            parameter = layer._parameters[name]
+            if parameter is not None and parameter.requires_grad != trains:
+                set_trainable([parameter], trains)
+    for slot in record.all_slots():
+        owners = {
+            slot.tensor(n): trains and n in record.training for n, trains in slot.trains.items()
+        }
+        for tensor in (slot.current, *owners):
+            if isinstance(tensor, nn.Parameter):
+                set_trainable([tensor], owners.get(tensor, False))
+    moving = {
+        module
+        for name in record.training & record.in_use.keys() & record.modes.keys()
+        for top in record.modes[name].train_also
+        for module in top.modules()
+    }
+    for mode in record.modes.values():
+        for module in {m for top in mode.train_also for m in top.modules()}:
+            if has_statistics(module):
+                hold(module, module not in moving)
+
+
+def _owner(slot: Slot, wanted: Mapping[str, float]) -> str | None:
+    """The adapter in use whose tensor is to stand in the slot.
+
+    Raises:
+        ArgumentError: there are two, or it is to count with a weight.
+    """
+    owners = [name for name in wanted if name in slot.trains]
+    if len(owners) > 1:
+        raise ArgumentError(
+            f"{owners[0]!r} and {owners[1]!r} both trained {slot.text}, which cannot be added up.",
+            remedy="Use one of them at a time.",
+        )
+    if owners and wanted[owners[0]] != 1.0:
+        raise ArgumentError(
+            f"{owners[0]!r} trained {slot.text}, which cannot count with a weight.",
+            remedy="Use it with a weight of 1.",
+        )
+    return owners[0] if owners else None

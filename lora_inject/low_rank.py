@@ -1,0 +1,40 @@
+"""Products ``B A`` of low rank, worked with without making them.
+
+A is (..., r, in) and B is (..., out, r); leading dimensions are groups or experts.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def side_by_side(
+    As: Sequence[Tensor], Bs: Sequence[Tensor], factors: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """The sum of ``factor * B A`` as one pair of the summed rank."""
+    scaled = [A * factor for A, factor in zip(As, factors, strict=True)]
+    return torch.cat(scaled, -2), torch.cat(list(Bs), -1)
+
+
+def truncated(A: Tensor, B: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """The best approximation of ``B A`` by rank r, in its Frobenius norm; B holds the values.
+
+    The product is never made: with ``B = Q R`` and ``A^T = P S`` its singular values are those of
+    the small ``R S^T``. Where the shapes allow less than r, the rest is zero.
+    """
+    Q_B, R_B = torch.linalg.qr(B)
+    Q_A, R_A = torch.linalg.qr(A.transpose(-2, -1))
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.transpose(-2, -1), full_matrices=False)
+    rank = min(r, S.shape[-1])
+    new_B = (Q_B @ U[..., :rank]) * S[..., None, :rank]
+    new_A = Vh[..., :rank, :] @ Q_A.transpose(-2, -1)
+    return F.pad(new_A, (0, 0, 0, r - rank)), F.pad(new_B, (0, r - rank))
+
+
+def product_norm(A: Tensor, B: Tensor) -> float:
+    """The Frobenius norm of ``B A`` in float64, without making the product."""
+    R_B = torch.linalg.qr(B.double(), mode="r").R
+    R_A = torch.linalg.qr(A.double().transpose(-2, -1), mode="r").R
+    return float((R_B @ R_A.transpose(-2, -1)).norm())
