@@ -4,7 +4,7 @@ import argparse
 
 from rich.progress import track
 
-from benchmarks import control_plane, merging  # noqa: F401 (they register their rows)
+from benchmarks import adapters, control_plane, merging  # noqa: F401 (they register their rows)
 from benchmarks.harness import REGISTRY, write
 
 

@@ -56,6 +56,15 @@ def median(values: list[float]) -> float:
     return statistics.median(values)
 
 
+def interleaved(actions: list[Callable[[], object]], rounds: int) -> list[float]:
+    """The median time of each action; taking turns spreads the machine's moods over all of them."""
+    timings: list[list[float]] = [[] for _ in actions]
+    for _ in range(rounds):
+        for action, timing in zip(actions, timings, strict=True):
+            timing.append(seconds(action))
+    return [median(timing) for timing in timings]
+
+
 def machine() -> str:
     """The machine in words, for the head of the results."""
     return (

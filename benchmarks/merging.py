@@ -6,17 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from benchmarks.harness import Result, median, row, seconds
+from benchmarks.harness import Result, interleaved, row
 from lora_inject import disabled, inject, merge, unmerge
-
-
-def _interleaved(actions: list[Callable[[], object]], rounds: int) -> list[float]:
-    """The median time of each action; taking turns spreads the machine's moods over all of them."""
-    timings: list[list[float]] = [[] for _ in actions]
-    for _ in range(rounds):
-        for action, timing in zip(actions, timings, strict=True):
-            timing.append(seconds(action))
-    return [median(timing) for timing in timings]
 
 
 @row("merge")
@@ -39,7 +30,7 @@ def merge_and_unmerge(rounds: int) -> list[Result]:
         merge(ours)
         unmerge(ours)
 
-    our_time, their_time = _interleaved([our_cycle, their_cycle], rounds)
+    our_time, their_time = interleaved([our_cycle, their_cycle], rounds)
     altered = [
         100 * (now != base[0].weight).float().mean().item()
         for now in (ours[0].weight, theirs.base_model.model[0].base_layer.weight)
@@ -60,16 +51,12 @@ def merged_or_disabled(rounds: int) -> list[Result]:
     merge(merged_layer)
     x = torch.randn(16, 768)
 
-    def calls(layer: nn.Module) -> Callable[[], None]:
-        def action() -> None:
-            for _ in range(200):
-                layer(x)
-
-        return action
+    def calls(layer: nn.Module) -> Callable[[], object]:
+        return lambda: [layer(x) for _ in range(200)]
 
     with torch.no_grad(), disabled(sleeping):
         layers = [plain, merged_layer[0], sleeping[0]]
-        floor, merged_time, disabled_time = _interleaved([calls(m) for m in layers], 20 * rounds)
+        floor, merged_time, disabled_time = interleaved([calls(m) for m in layers], 20 * rounds)
     return [
         Result("asleep", f"a {name} layer beside nn.Linear, 16x768", f"{t / floor:.2f}x",
                "<= 1.02x", t / floor <= 1.02)

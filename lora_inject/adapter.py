@@ -1,5 +1,6 @@
 """What is known of the adapters on one layer: each of them, and which of them run now."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -54,6 +55,7 @@ class Adapter:
         seed: the seed of the call that made it.
         follows: the path of the tied target whose A and B it shares, or "".
         pairs: each pair's spec with the names of its A and B.
+        parameters: the names of all of its parameters.
         terms: what it adds when it is in use with a weight of 1.
     """
 
@@ -67,11 +69,14 @@ class Adapter:
     seed: int
     follows: str = ""
     pairs: tuple[tuple[Spec, str, str], ...] = field(init=False)
+    parameters: tuple[str, ...] = field(init=False)
     terms: tuple[Term, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         pairs = tuple((spec, *parameter_names(spec, self.name)) for spec in self.specs)
         object.__setattr__(self, "pairs", pairs)
+        names = tuple(name for _, *names in pairs for name in names)
+        object.__setattr__(self, "parameters", names)
         object.__setattr__(self, "terms", self.weighted_terms(1.0))
 
     def weighted_terms(self, weight: float) -> tuple[Term, ...]:
@@ -81,11 +86,6 @@ class Adapter:
             Term(self.kind, spec, A, B, s.scaling * weight, s.dropout, self.name)
             for spec, A, B in self.pairs
         )
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """The names of all of its parameters."""
-        return tuple(name for _, *names in self.pairs for name in names)
 
 
 @dataclass(eq=False)
@@ -112,17 +112,24 @@ class LayerState:
     rows: Any = None
     running: tuple[Term, ...] = ()
 
-    def update_running(self) -> None:
-        """Work out what runs now; layers call it far more often than it changes."""
-        asleep = self.disabled or self.rows is not None
-        self.running = () if asleep else self.terms(self.in_use.keys() - self.folded)
+    @property
+    def is_plain(self) -> bool:
+        """Whether what is in use decides what runs, and nothing else."""
+        return not (self.disabled or self.folded or self.rows is not None)
 
-    def terms(self, names: Any) -> tuple[Term, ...]:
-        """What the adapters of these names add, with the weights that they are in use with."""
+    def update_running(self) -> None:
+        """Work out what runs now; layers ask for it far more often than it changes."""
+        asleep = self.disabled or self.rows is not None
+        self.running = () if asleep else self.terms(self.adapters, without=self.folded)
+
+    def terms(
+        self, adapters: Iterable[Adapter], without: frozenset[str] = frozenset()
+    ) -> tuple[Term, ...]:
+        """What those of the adapters that are in use add, with their weights."""
         terms: tuple[Term, ...] = ()
-        for adapter in self.adapters:
-            if adapter.name in names:
-                weight = self.in_use.get(adapter.name, 1.0)
+        for adapter in adapters:
+            weight = self.in_use.get(adapter.name)
+            if weight is not None and adapter.name not in without:
                 terms += adapter.terms if weight == 1.0 else adapter.weighted_terms(weight)
         return terms
 

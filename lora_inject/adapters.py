@@ -65,8 +65,7 @@ def use(model: nn.Module, *adapters: Any, train: Any = None) -> nn.Module:
         if name not in known:
             raise ArgumentError(f"there is no adapter {name!r}; known: {sorted(known)}.")
     for record in records:
-        for path, layer, _ in record.adapters:
-            require_ready(path, layer)
+        record.require_ready()
     slots = {s: _owner(s, wanted) for record in records for s in record.all_slots()}
 
     show(model, slots)
@@ -143,11 +142,13 @@ def _remove(record: Record, names: set[str]) -> None:
 def set_training(record: Record) -> None:
     """Let the record's training adapters train, with what they own, and freeze the others."""
     for _, layer, adapter in record.adapters:
-        trains = adapter.name in record.training
+        trains, own = adapter.name in record.training, layer._parameters
         for name in adapter.parameters:
-            parameter = layer._parameters[name]
-            if parameter is not None and parameter.requires_grad != trains:
-                set_trainable([parameter], trains)
+            parameter = own[name]
+            if parameter is not None and parameter.requires_grad is not trains:
+                parameter.requires_grad = trains
+                if not trains:
+                    parameter.grad = None
     for slot in record.all_slots():
         owners = {
             slot.tensor(n): trains and n in record.training for n, trains in slot.trains.items()

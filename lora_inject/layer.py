@@ -163,8 +163,9 @@ _classes: dict[tuple[Any, ...], type[LoRALayer]] = {}
 def lora_class(base: type[nn.Module], adapters: tuple[Adapter, ...]) -> type[LoRALayer]:
     """The subclass of a module class for such adapters; the same one at every call."""
     kind, way = adapters[0].kind, adapters[0].way
-    shown = {(type(a.kind), spec.weight) for a in adapters for spec in a.specs}
-    key = (base, type(kind)) if way == "branch" else (base, frozenset(shown))
+    key: tuple[Any, ...] = (base, type(kind))
+    if way == "weight":
+        key = (base, frozenset((type(a.kind), s.weight) for a in adapters for s in a.specs))
     if key not in _classes:
         name = f"LoRA{base.__name__}"
         body: dict[str, Any] = {"__module__": __name__, "__qualname__": name}
@@ -229,11 +230,12 @@ def detach(module: nn.Module, adapter: Adapter) -> None:
 
 def change(module: nn.Module, **fields: Any) -> None:
     """Change what is known of an adapted module, and give it the class that follows from it."""
-    state = module.__dict__[STATE]
-    for name, value in fields.items():
-        setattr(state, name, value)
+    state: LayerState = module.__dict__[STATE]
+    state.__dict__.update(fields)
     state.update_running()
-    module.__class__ = _class_for(state)
+    wanted = _class_for(state)
+    if type(module) is not wanted:
+        module.__class__ = wanted
 
 
 def is_intact(module: nn.Module) -> bool:

@@ -265,9 +265,9 @@ def _merge_weight(path: str, layer: nn.Module, name: str, new: frozenset[str]) -
     # What is merged already is summed anew from the former weight, so that there is one rounding.
     former = state.former.get(name)
     start = weight if former is None else former.to(weight.device, weight.dtype)
-    exact = _exact_sum(
-        layer, name, start, state.terms(new if former is None else new | state.folded)
-    )
+    names = new if former is None else new | state.folded
+    terms = state.terms(a for a in state.adapters if a.name in names)
+    exact = _exact_sum(layer, name, start, terms)
     rounded = exact.to(weight.dtype)
     # The sum is one quick pass; only where it is not finite every element is looked at.
     if not rounded.sum(dtype=exact.dtype).isfinite() and not rounded.isfinite().all():

@@ -113,6 +113,16 @@ class Record:
         self.in_use = {**self.in_use, **older.in_use}
         self.training = self.training | older.training
 
+    def require_ready(self) -> None:
+        """Refuse a record with merged layers, or inside a block that changes what runs.
+
+        Raises:
+            LoRAInjectError: it is.
+        """
+        paths = {layer: path for path, layer, _ in self.adapters}
+        for layer, path in paths.items():
+            require_ready(path, layer)
+
     def all_slots(self) -> Iterator[Slot]:
         """Every slot once."""
         found = {slot: None for slots in self.slots.values() for slot in slots.values()}
@@ -198,6 +208,9 @@ def require_ready(path: str, layer: nn.Module) -> None:
     Raises:
         LoRAInjectError: it is.
     """
+    state = state_of(layer)
+    if state is None or state.is_plain:
+        return
     require_no_block(path, layer)
     if is_merged(layer):
         raise LoRAInjectError("its adapter is merged now.", path=path, remedy="Call unmerge first.")
@@ -242,12 +255,22 @@ def exchange(tensor: Tensor, value: Tensor) -> None:
 
 def records_in(model: nn.Module) -> list[tuple[str, nn.Module, Record]]:
     """(path, module, record) of every record in the model, the newest first."""
-    found = [
-        (path, module, module.__dict__[_RECORD])
-        for path, module in model.named_modules()
-        if _RECORD in module.__dict__
-    ]
+    holders = {m: m.__dict__[_RECORD] for m in _all_modules(model) if _RECORD in m.__dict__}
+    if holders.keys() <= {model}:  # the usual case, without the cost of every path
+        return [("", m, record) for m, record in holders.items()]
+    found = [(path, m, holders[m]) for path, m in model.named_modules() if m in holders]
     return sorted(found, key=lambda item: -item[2].created)
+
+
+def _all_modules(model: nn.Module) -> set[nn.Module]:
+    """``model.modules()`` in no order, without its cost: switching adapters asks for it."""
+    found, open_ends = {model}, [model]
+    while open_ends:
+        children = open_ends.pop()._modules.values()
+        new = [m for m in children if m is not None and m not in found]
+        found.update(new)
+        open_ends += new
+    return found
 
 
 def gather(model: nn.Module, changes: Before) -> Record:
