@@ -12,11 +12,13 @@ from lora_inject.disable import disabled
 from lora_inject.errors import (
     AlreadyAdaptedError,
     ArgumentError,
+    FormatError,
     LoRAInjectError,
     LoRAInjectWarning,
     NoMatchError,
     UnsupportedLayerError,
 )
+from lora_inject.files import load, save
 from lora_inject.freeze import freeze, mark_only_lora_as_trainable
 from lora_inject.kinds import Kind, Spec, register_kind
 from lora_inject.layer import LoRALayer
@@ -25,12 +27,14 @@ from lora_inject.plan import Plan, plan
 from lora_inject.report import Report, report
 from lora_inject.roles import lora_parameters, param_groups
 from lora_inject.rows import per_row
+from lora_inject.state import load_lora_state_dict, lora_state_dict
 from lora_inject.surgery import inject, reset_lora_parameters, strip
 
 __all__ = [
     "AlreadyAdaptedError",
     "ArgumentError",
     "CombineReport",
+    "FormatError",
     "Kind",
     "LoRAInjectError",
     "LoRAInjectWarning",
@@ -45,7 +49,10 @@ __all__ = [
     "disabled",
     "freeze",
     "inject",
+    "load",
+    "load_lora_state_dict",
     "lora_parameters",
+    "lora_state_dict",
     "mark_only_lora_as_trainable",
     "merge",
     "merged",
@@ -56,6 +63,7 @@ __all__ = [
     "remove",
     "report",
     "reset_lora_parameters",
+    "save",
     "strip",
     "unmerge",
     "use",

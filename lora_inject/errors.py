@@ -37,5 +37,9 @@ class AlreadyAdaptedError(LoRAInjectError):
     """A selected layer already carries an adapter."""
 
 
+class FormatError(LoRAInjectError):
+    """A file cannot be read or written, or does not fit the model; nothing has changed."""
+
+
 class LoRAInjectWarning(UserWarning):
     """Something that is not an error but that the user should know."""

@@ -140,13 +140,19 @@ def in_place(
     return found | {place: False for place in statistics if place not in waiting}
 
 
-def take(model: nn.Module, record: Record, adapter: str, tensors: dict[Place, bool]) -> None:
-    """Make an adapter in use an owner of these tensors, which no other one in use owns."""
+def take(
+    model: nn.Module,
+    record: Record,
+    adapter: str,
+    tensors: dict[Place, bool],
+    inside: bool = True,
+) -> None:
+    """Make an adapter an owner of these tensors; one in use stands inside, and is the only one."""
     places = places_of(model) if tensors else {}
     for (module, name), trains in tensors.items():
         tensor = own_tensor(module, name)
         slot = record.slot(places.get(id(tensor), [(module, name)]))
-        slot.own(adapter, trains, inside=True)
+        slot.own(adapter, trains, inside)
 
 
 def mark(

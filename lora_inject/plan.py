@@ -42,6 +42,7 @@ class Plan:
         sites: the layers to adapt, in registration order.
         skipped: what was selected and is left alone, with reasons.
         train_also: the modules that will train in full, by path.
+        in_place: what trains in place, and whether it trains itself or only moves.
         adapter: the adapter's name.
         bias: the bias mode.
         seed: the seed of the starting values; None draws one.
@@ -51,6 +52,7 @@ class Plan:
     sites: tuple[Site, ...]
     skipped: tuple[Skip, ...]
     train_also: dict[str, nn.Module] = field(repr=False)
+    in_place: dict[Place, bool] = field(repr=False)
     adapter: str
     bias: BiasMode
     seed: int | None
@@ -165,10 +167,9 @@ def plan(
     _check_not_adapted(choices, adapter)
     sites = _with_followers(draft, [draft.site(choice, dtype) for choice in choices])
     _check_parts_used(view, to_part, sites)
-    _check_in_place(
-        model, adapter, in_place(model, [s.module for s in sites], bias, [*in_full.values()])
-    )
-    return Plan(model, sites, tuple(skips), in_full, adapter, bias, seed)
+    tensors = in_place(model, [s.module for s in sites], bias, [*in_full.values()])
+    _check_in_place(model, adapter, tensors)
+    return Plan(model, sites, tuple(skips), in_full, tensors, adapter, bias, seed)
 
 
 def _check_model(model: Any) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from lora_inject import initial
 from lora_inject.adapter import Adapter, adapters_of, state_of
 from lora_inject.errors import LoRAInjectError, LoRAInjectWarning
-from lora_inject.freeze import in_place, mark, take
+from lora_inject.freeze import mark, take
+from lora_inject.in_place import Place
 from lora_inject.kinds import Spec
 from lora_inject.layer import attach, detach
 from lora_inject.merge import merge as fold
@@ -28,6 +29,7 @@ from lora_inject.record import (
     reinstall,
     require_own_record,
     set_in_use,
+    set_trainable,
     uninstall,
 )
 from lora_inject.report import Report, report
@@ -127,10 +129,27 @@ def inject(
         layout=layout,
         parts=parts,
     )
-    return _apply(wanted)
+    apply(wanted)
+    return _with_notes(report(model), wanted)
 
 
-def _apply(wanted: Plan) -> Report:
+Values = Mapping[tuple[str, str], tuple[Tensor, Tensor]]
+
+
+def apply(
+    wanted: Plan,
+    values: Values | None = None,
+    tensors: Mapping[Place, Tensor] | None = None,
+    use: bool = True,
+) -> None:
+    """Carry out a plan, all of it or nothing.
+
+    Args:
+        wanted: the plan.
+        values: A and B by path and prefix of each pair; None for starting values.
+        tensors: values of what trains in place.
+        use: whether the adapter joins those in use and trains; else it waits for ``use``.
+    """
     model, earlier = wanted.model, records_in(wanted.model)
     decided = {module for _, _, record in earlier for module in record.before.training}
     undecided = [module for module in model.modules() if module not in decided]
@@ -144,10 +163,10 @@ def _apply(wanted: Plan) -> Report:
     try:
         for site in wanted.sites:
             shared = attached[site.follows] if site.follows else None
-            attached[site.path] = _adapt(site, wanted.adapter, seed, shared)
-        _enter(record, wanted, attached, undecided)
+            attached[site.path] = _adapt(site, wanted.adapter, seed, shared, values)
+        _enter(record, wanted, attached, undecided, use)
+        _fill_slots(record, wanted.adapter, tensors or {})
         install(model, record)
-        return _with_notes(report(model), wanted)
     except BaseException:
         for layer, adapter in reversed(attached.values()):
             detach(layer, adapter)
@@ -168,17 +187,29 @@ def _enter(
     wanted: Plan,
     attached: dict[str, tuple[nn.Module, Adapter]],
     undecided: list[nn.Module],
+    use: bool,
 ) -> None:
-    """Write a new adapter into the record, put it in use beside the others, and let it train."""
+    """Write a new adapter into the record; put it in use beside the others, and let it train."""
     name, in_full = wanted.adapter, list(wanted.train_also.values())
-    tensors = in_place(wanted.model, [m for m, _ in attached.values()], wanted.bias, in_full)
-    take(wanted.model, record, name, tensors)
+    take(wanted.model, record, name, wanted.in_place, inside=use)
     parameters = {m.get_parameter(n) for m, a in attached.values() for n in a.parameters}
-    mark(undecided, parameters, tensors, in_full)
     record.adapters += [(path, *pair) for path, pair in attached.items()]
     record.modes.setdefault(name, Mode(wanted.bias)).train_also += in_full
-    record.training = record.training | {name}
-    set_in_use(record, {name: 1.0, **record.in_use})
+    if use:
+        mark(undecided, parameters, wanted.in_place, in_full)
+        record.training = record.training | {name}
+        set_in_use(record, {name: 1.0, **record.in_use})
+    else:
+        set_trainable(parameters, False)
+        set_in_use(record, record.in_use)
+
+
+@torch.no_grad()
+def _fill_slots(record: Record, adapter: str, tensors: Mapping[Place, Tensor]) -> None:
+    for (module, name), value in tensors.items():
+        tensor = record.slots[module][name].tensor(adapter)
+        assert tensor is not None
+        tensor.copy_(value)
 
 
 def _with_notes(shown: Report, wanted: Plan) -> Report:
@@ -198,13 +229,17 @@ def _with_notes(shown: Report, wanted: Plan) -> Report:
             f", such as {site.path or 'the model itself'}: {site.parameters:,} against "
             f"{site.base_elements:,}. Use a smaller r, or train it in full (train_also)."
         )
-        warnings.warn(text, LoRAInjectWarning, stacklevel=4)
+        warnings.warn(text, LoRAInjectWarning, stacklevel=3)
         notes.append(text)
     return replace(shown, notes=(*shown.notes, *notes))
 
 
 def _adapt(
-    site: Site, name: str, seed: int, shared: tuple[nn.Module, Adapter] | None
+    site: Site,
+    name: str,
+    seed: int,
+    shared: tuple[nn.Module, Adapter] | None,
+    given: Values | None,
 ) -> tuple[nn.Module, Adapter]:
     adapter = Adapter(
         name, site.settings, site.kind, site.way, site.specs, site.pattern, site.path, seed,
@@ -220,7 +255,9 @@ def _adapt(
     with torch.inference_mode(False):
         values = []
         for spec in site.specs:
-            if device.type == "meta":
+            if given is not None:
+                A, B = given[site.path, spec.prefix]
+            elif device.type == "meta":
                 A, B = (torch.empty(s, device=device) for s in (spec.A_shape, spec.B_shape))
             else:
                 A, B = _starting_values(adapter, spec)

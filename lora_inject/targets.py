@@ -8,7 +8,7 @@ import difflib
 import fnmatch
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import regex
@@ -113,6 +113,8 @@ def parse(
 
 
 def _pattern(item: Any, argument: str, value: Any, keywords: Mapping[str, Predicate]) -> Pattern:
+    if isinstance(item, Pattern):
+        return replace(item, settings=value)
     if isinstance(item, str):
         if item in keywords:
             return Pattern(item, keywords[item], settings=value)

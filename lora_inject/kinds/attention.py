@@ -5,7 +5,15 @@ The output projection is a child, ``out_proj``, and is a target of its own.
 
 from torch import nn
 
-from lora_inject.kinds.base import MatrixKind, Spec, Way, linear_spec, overrides_forward, own_class
+from lora_inject.kinds.base import (
+    Form,
+    MatrixKind,
+    Spec,
+    Way,
+    linear_spec,
+    overrides_forward,
+    own_class,
+)
 from lora_inject.readers import calls_super
 from lora_inject.settings import Settings
 
@@ -33,6 +41,10 @@ class MultiheadAttentionKind(MatrixKind):
             for name, weight in weights.items()
             if weight is not None
         )
+
+    def form(self, layer: nn.Module) -> Form:
+        """PEFT has the packed projections alone."""
+        return "linear" if layer._parameters.get("in_proj_weight") is not None else "other"
 
     def refusal(self, module: nn.Module, way: Way) -> str | None:
         """A subclass with a forward of its own may not read these weights."""

@@ -12,6 +12,8 @@ from lora_inject import initial
 from lora_inject.settings import Settings
 
 Way = Literal["branch", "weight"]
+# What adapter files call A and B: see ``formats.data``. "other" is what only we have.
+Form = Literal["linear", "embedding", "conv", "experts", "other"]
 STATE = "_lora_inject_adapters"  # what an adapted module keeps of its adapters, in its __dict__
 
 
@@ -145,6 +147,10 @@ class Kind(ABC):
             A tensor of the shape of the layer's output, or of its part.
         """
         raise NotImplementedError(f"{self.name} layers are adapted in their weight")
+
+    def form(self, layer: nn.Module) -> Form:
+        """What adapter files call the layer's A and B."""
+        return "other"
 
     def to_matrices(self, layer: nn.Module, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """A as (..., r, in) and B as (..., out, r), of which ``B A`` is the update."""

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lora_inject import initial
-from lora_inject.kinds.base import Kind, Spec, Way, own_class
+from lora_inject.kinds.base import Form, Kind, Spec, Way, own_class
 from lora_inject.settings import Settings
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -57,6 +57,12 @@ class ConvKind(Kind):
         n_in, n_out, r = module.in_channels, module.out_channels, settings.r
         A_shape = (r * module.groups, n_in // module.groups, *kernel)
         return (Spec("weight", n_in, n_out, A_shape, (n_out, r, *ones)),)
+
+    def form(self, layer: nn.Module) -> Form:
+        """PEFT forgets dilation and padding modes."""
+        assert isinstance(layer, _ConvNd)
+        plain = set(layer.dilation) == {1} and layer.padding_mode == "zeros"
+        return "conv" if plain else "other"
 
     def down(self, layer: nn.Module, x: Tensor, y: Tensor, A: Tensor, dropout: float) -> Tensor:
         """``A * dropout(x)``, * being the convolution of the layer."""
@@ -102,6 +108,10 @@ class ConvTransposeKind(ConvKind):
         kernel, ones = module.kernel_size, (1,) * len(module.kernel_size)
         n_in, n_out, r = module.in_channels, module.out_channels, settings.r
         return (Spec("weight", n_in, n_out, (n_in, r, *kernel), (n_out, r, *ones)),)
+
+    def form(self, layer: nn.Module) -> Form:
+        """No other library has them."""
+        return "other"
 
     def initial(self, spec: Spec, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """A kaiming-uniform over the channels and the kernel that A reads, B zero."""

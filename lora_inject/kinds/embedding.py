@@ -5,7 +5,15 @@ from torch import Tensor, nn
 
 from lora_inject import initial
 from lora_inject.functional import divide_gradient_by_frequency, embedding_down, linear_up
-from lora_inject.kinds.base import MatrixKind, Spec, Way, linear_spec, overrides_forward, own_class
+from lora_inject.kinds.base import (
+    Form,
+    MatrixKind,
+    Spec,
+    Way,
+    linear_spec,
+    overrides_forward,
+    own_class,
+)
 from lora_inject.readers import calls_super, reads_own_weight
 from lora_inject.settings import Settings
 
@@ -53,6 +61,10 @@ class EmbeddingKind(MatrixKind):
     def initial(self, spec: Spec, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """A zero, B normal, as in loralib: an id that training never saw keeps a delta of zero."""
         return initial.zeros(spec.A_shape), initial.normal(spec.B_shape, generator)
+
+    def form(self, layer: nn.Module) -> Form:
+        """As PEFT has it."""
+        return "embedding"
 
     def down(self, layer: nn.Module, x: Tensor, y: Tensor, A: Tensor, dropout: float) -> Tensor:
         """``A[:, ids]`` with the gradient options of the layer."""

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_inject.functional import linear_down, linear_up
-from lora_inject.kinds.base import MatrixKind, Spec, Way, linear_spec
+from lora_inject.kinds.base import Form, MatrixKind, Spec, Way, linear_spec
 from lora_inject.settings import Settings
 
 
@@ -18,6 +18,10 @@ class LinearKind(MatrixKind):
     def matches(self, module: nn.Module) -> bool:
         """Instances of ``nn.Linear``, quantized subclasses with a forward of their own included."""
         return isinstance(module, nn.Linear)
+
+    def form(self, layer: nn.Module) -> Form:
+        """As PEFT has it."""
+        return "linear"
 
     def features(self, module: nn.Module) -> tuple[int, int]:
         """From the attributes: the weight of a quantized layer is packed and has another shape."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject import initial
-from lora_inject.kinds.base import Kind, MatrixKind, Pair, Spec, Way
+from lora_inject.kinds.base import Form, Kind, MatrixKind, Pair, Spec, Way
 from lora_inject.settings import Settings
 
 
@@ -36,6 +36,10 @@ class ParameterKind(MatrixKind):
     def way(self, module: nn.Module) -> Way:
         """There is nothing to call."""
         return "weight"
+
+    def form(self, layer: nn.Module) -> Form:
+        """As PEFT has it for what it calls target parameters."""
+        return "experts"
 
     def refusal(self, module: nn.Module, way: Way) -> str | None:
         """A sparse gradient cannot pass a computed weight."""

@@ -1,0 +1,49 @@
+"""Which base model an adapter was made for: a few values of each adapted weight.
+
+An adapter on another base computes nonsense without an error. A fingerprint is a shape, a dtype and
+a few values at fixed places, so that it costs nothing to take and says at which layer bases differ.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SAMPLES = 8
+
+
+def fingerprint(weight: Tensor) -> dict[str, Any] | None:
+    """Shape, dtype and sampled values of a weight; None where its values cannot be read.
+
+    Quantized weights have other values on every machine, and those on meta have none.
+    """
+    if not weight.is_floating_point() or weight.is_meta or weight.dtype.itemsize < 2:
+        return None
+    flat = weight.detach().reshape(-1)
+    places = torch.linspace(0, flat.numel() - 1, SAMPLES, dtype=torch.float64).long()
+    return {
+        "shape": list(weight.shape),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "values": flat[places.to(flat.device)].double().cpu().tolist(),
+    }
+
+
+def differs(saved: Mapping[str, Any], weight: Tensor) -> bool:
+    """Whether a weight is not the one of which a fingerprint was taken.
+
+    Bases of several dtypes are compared in the coarser one, to which the finer is rounded: a model
+    that is loaded in bfloat16 is the same base.
+    """
+    now = fingerprint(weight)
+    if now is None:
+        return False
+    if list(saved.get("shape", [])) != now["shape"]:
+        return True
+    coarser = [getattr(torch, str(side.get("dtype")), None) for side in (saved, now)]
+    values = [torch.tensor(side.get("values", []), dtype=torch.float64) for side in (saved, now)]
+    if not all(isinstance(dtype, torch.dtype) for dtype in coarser):
+        return True
+    for dtype in coarser:
+        values = [value.to(dtype).double() for value in values]
+    return not torch.equal(*values)

@@ -1,0 +1,116 @@
+"""An adapter apart from any model and any format: what every reader makes and every writer takes.
+
+The form of a pair says what its A and B look like, which some formats put into the key:
+
+    linear     A (r, in), B (out, r); also the packed projections of attention
+    embedding  A (r, rows), B (width, r)
+    conv       A (groups r, in/groups, *kernel), B (out, r, 1..)
+    experts    A (E, r, in), B (E, out, r); without E, a matrix that is a parameter of its own
+    other      whatever a kind of layer makes of them that no other library has
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from lora_inject.errors import FormatError
+from lora_inject.kinds.base import Form
+
+
+@dataclass(frozen=True)
+class PairData:
+    """One pair A, B.
+
+    Attributes:
+        path: the module's path in the model that it is for.
+        A: the matrix A, in the shape that its form says.
+        B: the matrix B.
+        alpha: the delta is scaled by alpha / rank; None where the file does not say.
+        form: what A and B look like.
+        weight: the parameter of the module that it adapts; "" where the file does not say.
+        part: the name of the part of a fused projection, or "".
+        span: first output feature of the part and how many all parts have, (0, 0) without one.
+        dropout: dropout of the adapter's input in training.
+        layout: "in_out" for a weight whose last two dimensions stand so, where that is known.
+        in_attention: whether it is the ``out_proj`` of an ``nn.MultiheadAttention``.
+    """
+
+    path: str
+    A: Tensor
+    B: Tensor
+    alpha: float | None
+    form: Form = "linear"
+    weight: str = "weight"
+    part: str = ""
+    span: tuple[int, int] = (0, 0)
+    dropout: float = 0.0
+    layout: str = ""
+    in_attention: bool = False
+
+    @property
+    def rank(self) -> int:
+        """The rank r, of each group and each expert."""
+        return int(self.B.shape[2 if self.B.dim() == 3 and self.form == "experts" else 1])
+
+    @property
+    def scaling(self) -> float:
+        """The factor of B A.
+
+        Raises:
+            FormatError: the file does not say it.
+        """
+        if self.alpha is None:
+            raise FormatError(
+                f"the file does not say alpha, and so not the scaling of {self.name}.",
+                remedy="Say it: alpha=16.",
+            )
+        return self.alpha / self.rank
+
+    @property
+    def name(self) -> str:
+        """Its path with the parameter, for messages."""
+        plain = self.weight in ("", "weight")
+        return f"{self.path}{'' if plain else '.' + self.weight}" + (
+            f" ({self.part})" if self.part else ""
+        )
+
+
+@dataclass(frozen=True)
+class AdapterData:
+    """One adapter: its pairs, and whatever else it trained.
+
+    Attributes:
+        pairs: A and B of every layer.
+        tensors: biases and ``train_also`` values, by the name that they have in the base model.
+        bias: the bias mode; "" where the file does not say.
+        train_also: paths of the modules that trained in full.
+        targets: what chose the layers, for people; a reader of files may not know it.
+        base: the fingerprint of the base model, empty where there is none.
+        base_name: where the base model came from, or "".
+        model_class: the class of the base model, or "".
+        task: PEFT's word for what the base model does, or "".
+        modules: the paths of all modules of the model, for writers that name layers by pattern;
+            None where no model is at hand.
+        facts: what a format knows beyond this and a reader may want to show.
+    """
+
+    pairs: tuple[PairData, ...]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    bias: str = "none"
+    train_also: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+    base: Mapping[str, Any] = field(default_factory=dict)
+    base_name: str = ""
+    model_class: str = ""
+    task: str = ""
+    modules: tuple[str, ...] | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def elements(self) -> int:
+        """How many numbers the adapter holds."""
+        pairs = sum(p.A.numel() + p.B.numel() for p in self.pairs)
+        return pairs + sum(math.prod(t.shape) for t in self.tensors.values())

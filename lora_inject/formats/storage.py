@@ -1,0 +1,160 @@
+"""Files on disk: tensors read without running anything, and written so that a crash loses nothing.
+
+Every problem with a file is one ``FormatError`` that names it.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lora_inject.errors import FormatError
+
+MOST_TENSORS = 200_000  # far above any adapter; a header of millions is an attack
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, on the CPU, and its metadata.
+
+    Raises:
+        FormatError: there is no such file, or it is no safetensors file that is whole.
+    """
+    require_file(path)
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            names = list(file.keys())
+            if len(names) > MOST_TENSORS:
+                raise FormatError(f"{path} holds {len(names):,} tensors, which is no adapter.")
+            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
+    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, FormatError):
+            raise
+        raise FormatError(f"{path} is no whole safetensors file: {error}.") from error
+
+
+def read_pickled(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by ``torch.save``; nothing that could run code is unpickled.
+
+    Raises:
+        FormatError: there is no such file, or it holds anything but a dict of tensors.
+    """
+    require_file(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle's errors are of any type
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FormatError(
+            f"{path} is no file of tensors alone: {reason}",
+            remedy="It was not unpickled: doing so could run code.",
+        ) from error
+    if not isinstance(state, Mapping) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
+    ):
+        raise FormatError(f"{path} does not hold a dict of tensors.")
+    return dict(state)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        FormatError: there is no such file, or it holds something else.
+    """
+    require_file(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise FormatError(f"{path} is no JSON file: {error}.") from error
+    if not isinstance(value, dict):
+        raise FormatError(f"{path} does not hold a JSON object.")
+    return value
+
+
+def require_file(path: Path) -> None:
+    """Refuse a path that is no file.
+
+    Raises:
+        FormatError: it is a directory, or not there.
+    """
+    if path.is_dir():
+        raise FormatError(f"{path} is a directory, and a file is needed.")
+    if not path.is_file():
+        raise FormatError(f"there is no file {path}.")
+
+
+@contextmanager
+def replaced_together(*targets: Path) -> Iterator[list[Path]]:
+    """Write files that belong together: all of them replace the former ones, or none does.
+
+    They are written beside their places under other names, and take them when the block has ended
+    well. Where that fails half-way, the former ones are put back.
+
+    Yields:
+        The paths to write to.
+
+    Raises:
+        FormatError: the directory cannot be made or written to.
+    """
+    made: list[Path] = []
+    try:
+        for target in targets:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.is_dir():
+                raise FormatError(f"{target} is a directory.")
+            handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+            os.close(handle)
+            made.append(Path(name))
+        yield made
+        _take_places(made, targets)
+    except OSError as error:
+        raise FormatError(f"{targets[0].parent} cannot be written to: {error}.") from error
+    finally:
+        for path in made:
+            path.unlink(missing_ok=True)
+
+
+def _take_places(made: list[Path], targets: tuple[Path, ...]) -> None:
+    for path in made:
+        path.chmod(0o666 & ~_umask())  # mkstemp's are private
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    former: list[tuple[Path, Path]] = []
+    try:
+        for target in targets:
+            if target.exists():
+                kept = target.with_name(f".{target.name}.former")
+                os.replace(target, kept)
+                former.append((kept, target))
+        for path, target in zip(made, targets, strict=True):
+            os.replace(path, target)
+    except BaseException:
+        for kept, target in former:
+            os.replace(kept, target)
+        raise
+    for kept, _ in former:
+        kept.unlink()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """A safetensors file of contiguous copies on the CPU."""
+    whole = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    safetensors.torch.save_file(whole, path, metadata=metadata)
+
+
+def write_json(value: Mapping[str, Any], path: Path) -> None:
+    """A JSON object, indented."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

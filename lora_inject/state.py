@@ -1,0 +1,376 @@
+"""Between a model and an adapter's data: what is saved of it, and how it is put in place.
+
+Everything is found through the record, never by searching names, so that nothing of an adapter can
+be left out. Paths are those of the bare model: what wrappers put in front is left out.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_inject.adapter import Adapter
+from lora_inject.errors import ArgumentError, FormatError, LoRAInjectError
+from lora_inject.fingerprint import fingerprint
+from lora_inject.formats.data import AdapterData, PairData
+from lora_inject.formats.peft import told_layout
+from lora_inject.in_place import Slot
+from lora_inject.kinds.base import Spec
+from lora_inject.kinds.parameter import ParameterKind
+from lora_inject.record import Record, records_in, require_own_record, require_ready
+from lora_inject.settings import BiasMode, check_adapter
+
+# Wrappers of a whole model or of a block, which put their own name into every path below them.
+_WRAPPERS = {
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+}
+_PREFIXES = ("base_model.model.", "_orig_mod.", "_fsdp_wrapped_module.", "module.")
+_INFIXES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def lora_state_dict(
+    model: nn.Module, bias: BiasMode | None = None, *, adapter: str | None = None
+) -> dict[str, Tensor]:
+    """What an adapter is, in loralib's keys: A, B, and the biases and modules it trained.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4))
+        >>> _ = inject(model, "0", r=2, bias="lora_only")
+        >>> list(lora_state_dict(model))
+        ['0.lora_A', '0.lora_B', '0.bias']
+
+    Args:
+        model: an adapted model, or a wrapper that holds it.
+        bias: the bias mode to save; it must be the one that the adapter was trained with, which
+            None stands for.
+        adapter: the adapter's name; None for the only one there is, or the only one in use.
+
+    Returns:
+        The tensors themselves, detached, by names without the adapter's.
+
+    Raises:
+        ArgumentError: the adapter is not known or not unique, or another bias mode would lose what
+            was trained.
+        LoRAInjectError: the model has no adapters, is merged or inside a block.
+    """
+    stored = Stored(model, adapter)
+    if bias is not None:
+        stored.check_bias(bias)
+    return {key: tensor.detach() for key, tensor in stored.tensors().items()}
+
+
+def load_lora_state_dict(
+    model: nn.Module, state: Mapping[str, Tensor], *, adapter: str | None = None
+) -> nn.Module:
+    """Fill an adapter that is in the model with values, all of them or none.
+
+    Parameters stay the same objects, so that an optimizer and a compiled model stay valid. A
+    smaller rank is padded with zeros; the scaling stays the model's.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4))
+        >>> _ = inject(model, "0", r=2)
+        >>> _ = load_lora_state_dict(model, lora_state_dict(model))
+
+    Args:
+        model: an adapted model, or a wrapper that holds it.
+        state: what ``lora_state_dict`` returned; prefixes of wrappers are understood.
+        adapter: the adapter's name; None for the only one there is, or the only one in use.
+
+    Returns:
+        The same model.
+
+    Raises:
+        FormatError: keys are missing, unexpected or of another shape, or values are not finite.
+        ArgumentError: the adapter is not known or not unique.
+        LoRAInjectError: the model has no adapters, is merged or inside a block.
+    """
+    Stored(model, adapter).fill(state, {})
+    return model
+
+
+@dataclass(frozen=True)
+class Held:
+    """One pair of an adapter where it stands."""
+
+    path: str
+    record: Record
+    layer: nn.Module
+    adapter: Adapter
+    spec: Spec
+    A: str
+    B: str
+
+    @property
+    def key(self) -> str:
+        """The start of loralib's keys for it: the path and the prefix of what is not a weight."""
+        return f"{self.path}.{self.spec.prefix}".lstrip(".")
+
+    @property
+    def values(self) -> tuple[Tensor, Tensor]:
+        """A and B."""
+        return self.layer.get_parameter(self.A), self.layer.get_parameter(self.B)
+
+
+class Stored:
+    """One adapter of a model as what is saved of it.
+
+    Args:
+        model: an adapted model, or a wrapper that holds it.
+        adapter: its name; None for the only one, or the only one in use.
+    """
+
+    def __init__(self, model: nn.Module, adapter: str | None) -> None:
+        require_own_record(model)
+        self.model = model
+        self.records = [record for _, _, record in records_in(model)]
+        if not self.records:
+            raise LoRAInjectError("the model has no adapters.", remedy="Call inject first.")
+        self.name = adapter_name(self.records, adapter)
+        self.paths = bare_paths(model)
+        for record in self.records:
+            for path, layer, _ in record.adapters:
+                require_ready(path, layer)
+        self.pairs = [
+            Held(self.paths[layer], record, layer, own, spec, A, B)
+            for record in self.records
+            for _, layer, own in record.adapters
+            if own.name == self.name
+            for spec, A, B in own.pairs
+        ]
+
+    @property
+    def bias(self) -> BiasMode:
+        """The bias mode that the adapter was trained with."""
+        modes = [r.modes[self.name].bias for r in self.records if self.name in r.modes]
+        return modes[0]
+
+    @property
+    def slots(self) -> dict[str, Slot]:
+        """What it trained in place, by the name in the bare model."""
+        found: dict[str, Slot] = {}
+        for record in self.records:
+            for slot in record.all_slots():
+                module, name = slot.places[0]
+                saved = name not in module._non_persistent_buffers_set
+                if self.name in slot.trains and saved and slot.tensor(self.name) is not None:
+                    found[f"{self.paths[module]}.{name}".lstrip(".")] = slot
+        return found
+
+    def check_bias(self, bias: Any) -> None:
+        """Refuse a bias mode other than the one it was trained with."""
+        if bias != self.bias:
+            lost = sorted(self.slots)
+            would = f"{len(lost)} trained tensors, such as {lost[0]}, would be lost" if lost else (
+                "no bias was trained"
+            )  # fmt: skip
+            raise ArgumentError(
+                f"bias={bias!r}, but {self.name!r} was trained with bias={self.bias!r}: {would}.",
+                remedy="Leave bias out to save what was trained.",
+            )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the adapter by its key; a tied pair once, where it leads."""
+        tensors: dict[str, Tensor] = {}
+        for held in self.pairs:
+            if not held.adapter.follows:
+                A, B = held.values
+                tensors |= {f"{held.key}lora_A": A, f"{held.key}lora_B": B}
+        for key, slot in self.slots.items():
+            tensor = slot.tensor(self.name)
+            assert tensor is not None
+            tensors[key] = tensor
+        for key, tensor in tensors.items():
+            if tensor.is_meta:
+                raise LoRAInjectError(f"{key} is on the meta device and has no values.")
+        return tensors
+
+    def data(self) -> AdapterData:
+        """The adapter apart from the model."""
+        self.tensors()
+        modes = [r.modes[self.name] for r in self.records if self.name in r.modes]
+        config = getattr(bare(self.model), "config", None)
+        name = getattr(config, "_name_or_path", "") or getattr(self.model, "name_or_path", "")
+        kind = type(bare(self.model)).__name__
+        weights = {
+            f"{held.path}.{held.spec.weight}".lstrip("."): held.adapter.kind.weight(
+                held.layer, held.spec.weight
+            )
+            for held in self.pairs
+        }
+        prints = {key: fingerprint(weight) for key, weight in weights.items()}
+        return AdapterData(
+            pairs=tuple(self._pair(held) for held in self.pairs),
+            tensors={key: slot.tensor(self.name).detach() for key, slot in self.slots.items()},  # type: ignore[union-attr]
+            bias=self.bias,
+            train_also=tuple(self.paths[m] for mode in modes for m in mode.train_also),
+            targets=tuple(dict.fromkeys(held.adapter.pattern for held in self.pairs)),
+            base={key: value for key, value in prints.items() if value is not None},
+            base_name=name if isinstance(name, str) else "",
+            model_class=kind,
+            task="CAUSAL_LM" if kind.endswith(("ForCausalLM", "LMHeadModel")) else "",
+            modules=tuple(path for path in self.paths.values() if path),
+        )
+
+    def _pair(self, held: Held) -> PairData:
+        spec, settings, kind = held.spec, held.adapter.settings, held.adapter.kind
+        A, B = (tensor.detach() for tensor in held.values)
+        if spec.swapped:
+            A, B = B.transpose(-2, -1), A.transpose(-2, -1)
+        layout = "in_out" if kind.transposes else ""
+        if isinstance(kind, ParameterKind):
+            layout = told_layout(held.layer, kind.weight(held.layer, spec.weight))
+            if layout != kind.layout:  # the same update, written as others read it
+                A, B = B.transpose(-2, -1), A.transpose(-2, -1)
+        parent = held.path.rpartition(".")[0]
+        above = next((m for m, path in self.paths.items() if path == parent), None)
+        return PairData(
+            path=held.path,
+            A=A,
+            B=B,
+            alpha=settings.alpha if spec.rank == settings.r else settings.scaling * spec.rank,
+            form=kind.form(held.layer),
+            weight=spec.weight,
+            part=spec.part,
+            span=(spec.start, cast(Any, kind).features(held.layer)[1]) if spec.part else (0, 0),
+            dropout=settings.dropout,
+            layout=layout,
+            in_attention=isinstance(above, nn.MultiheadAttention) and above.out_proj is held.layer,
+        )
+
+    def fill(self, state: Mapping[str, Tensor], scalings: Mapping[str, float]) -> None:
+        """Copy values into the adapter's tensors, all or none.
+
+        Args:
+            state: the values by loralib's keys.
+            scalings: of pairs whose values were made for another scaling than the model's, by key.
+
+        Raises:
+            FormatError: something is missing, unexpected, of another shape or not finite.
+        """
+        own = self.tensors()
+        given = {bare_key(key, own): value for key, value in state.items()}
+        ready = dict(given)
+        for held in self.pairs:
+            keys = f"{held.key}lora_A", f"{held.key}lora_B"
+            if not held.adapter.follows and all(key in given for key in keys):
+                scaling = scalings.get(held.key, held.adapter.settings.scaling)
+                A, B = self._fitted(held, given[keys[0]], given[keys[1]], scaling)
+                ready |= {keys[0]: A, keys[1]: B}
+        _require_equal_keys(own, ready)
+        with torch.no_grad():
+            for key, tensor in own.items():
+                tensor.copy_(ready[key])
+
+    def _fitted(self, held: Held, A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+        """Values of a smaller rank padded with zeros, and of another scaling with it in B."""
+        if scaling != held.adapter.settings.scaling:
+            B = (B.double() * (scaling / held.adapter.settings.scaling)).to(B.dtype)
+        spec = held.spec
+        same = tuple(A.shape) == spec.A_shape and tuple(B.shape) == spec.B_shape
+        kind, rank_dim = held.adapter.kind, 2 if spec.experts else 1
+        if same or B.dim() != len(spec.B_shape) or not 0 < B.shape[rank_dim] < spec.rank:
+            return A, B
+        try:
+            A_m, B_m = kind.to_matrices(held.layer, A, B)
+        except RuntimeError:  # of shapes that are no smaller rank of this layer's
+            return A, B
+        extra = spec.rank - B.shape[rank_dim]
+        A_m, B_m = F.pad(A_m, (0, 0, 0, extra)), F.pad(B_m, (0, extra))
+        if A_m.numel() != held.values[0].numel():
+            return A, B
+        return kind.from_matrices(held.layer, A_m, B_m)
+
+
+def _require_equal_keys(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Refuse values that are not exactly those wanted.
+
+    Raises:
+        FormatError: they are not, with counts and examples of each problem.
+    """
+    shapes = [key for key in own if key in given and own[key].shape != given[key].shape]
+    problems = [
+        ("missing", [key for key in own if key not in given]),
+        ("unexpected", [key for key in given if key not in own]),
+        (
+            "of another shape",
+            [f"{key} {tuple(given[key].shape)}, not {tuple(own[key].shape)}" for key in shapes],
+        ),
+    ]
+    if not any(keys for _, keys in problems):
+        broken = [key for key in own if not torch.isfinite(given[key]).all()]
+        problems = [("not finite", broken)]
+    texts = [
+        f"{len(keys):,} {what} ({', '.join(key[:200] for key in keys[:3])}"
+        + (", ...)" if keys[3:] else ")")
+        for what, keys in problems
+        if keys
+    ]
+    if texts:
+        raise FormatError(
+            f"the values do not fit the adapter: {'; '.join(texts)}.",
+            remedy="Nothing was copied.",
+        )
+
+
+def adapter_name(records: list[Record], adapter: str | None) -> str:
+    """The adapter that is meant: that of the name, the only one, or the only one in use.
+
+    Raises:
+        ArgumentError: there is none of this name, or None could mean several.
+    """
+    known = sorted({name for record in records for name in record.modes})
+    if adapter is not None:
+        if check_adapter(adapter) not in known:
+            raise ArgumentError(f"there is no adapter {adapter!r}; known: {known}.")
+        return adapter
+    used = sorted({name for record in records for name in record.in_use})
+    for names in (known, used):
+        if len(names) == 1:
+            return names[0]
+    raise ArgumentError(f"there are several adapters, {known}.", remedy="Name one by adapter=.")
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model inside of wrappers."""
+    while (name := _WRAPPERS.get(type(model).__name__)) in model._modules:
+        inside = model._modules[str(name)]
+        if inside is None:
+            break
+        model = inside
+    return model
+
+
+def bare_paths(model: nn.Module) -> dict[nn.Module, str]:
+    """The first path of every module, without the names that wrappers put in."""
+    paths: dict[nn.Module, str] = {}
+    shown: dict[str, tuple[str, str | None]] = {}  # path without wrappers, name of what is wrapped
+    for path, module in model.named_modules(remove_duplicate=False):
+        parent, _, name = path.rpartition(".")
+        above, inside = shown[parent] if path else ("", "")
+        own = above if name == inside else f"{above}.{name}".lstrip(".")
+        shown[path] = own, _WRAPPERS.get(type(module).__name__)
+        paths.setdefault(module, own)
+    return paths
+
+
+def bare_key(key: str, known: Any) -> str:
+    """A key without the names of wrappers, if only so it is one of those known."""
+    if key in known:
+        return key
+    candidate = key
+    for infix in _INFIXES:
+        candidate = candidate.replace(infix, "")
+    while candidate not in known:
+        prefix = next((p for p in _PREFIXES if candidate.startswith(p)), None)
+        if prefix is None:
+            return key
+        candidate = candidate.removeprefix(prefix)
+    return candidate
