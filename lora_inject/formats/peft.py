@@ -447,7 +447,7 @@ def _tensors(pairs: Iterable[PairData]) -> dict[str, Tensor]:
 
 
 def _over_all_channels(pair: PairData) -> Tensor:
-    """A of a grouped convolution as PEFT has it: for all channels, here zero outside of its group."""
+    """A of a grouped convolution as PEFT has it: for all channels, zero outside of its group."""
     groups = _config_rank(pair) // pair.rank
     if groups == 1:
         return pair.A

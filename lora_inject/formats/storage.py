@@ -5,6 +5,7 @@ Every problem with a file is one ``FormatError`` that names it.
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -131,7 +132,8 @@ def _take_places(made: list[Path], targets: tuple[Path, ...]) -> None:
         for target in targets:
             if target.exists():
                 kept = target.with_name(f".{target.name}.former")
-                os.replace(target, kept)
+                kept.unlink(missing_ok=True)
+                shutil.copy2(target, kept)  # the place itself is never empty
                 former.append((kept, target))
         for path, target in zip(made, targets, strict=True):
             os.replace(path, target)
@@ -140,7 +142,7 @@ def _take_places(made: list[Path], targets: tuple[Path, ...]) -> None:
             os.replace(kept, target)
         raise
     for kept, _ in former:
-        kept.unlink()
+        kept.unlink(missing_ok=True)
 
 
 def _umask() -> int:
