@@ -18,6 +18,7 @@ from lora_inject.errors import (
     NoMatchError,
     UnsupportedLayerError,
 )
+from lora_inject.extract import ExtractReport, extract
 from lora_inject.files import load, save
 from lora_inject.freeze import freeze, mark_only_lora_as_trainable
 from lora_inject.kinds import Kind, Spec, register_kind
@@ -34,6 +35,7 @@ __all__ = [
     "AlreadyAdaptedError",
     "ArgumentError",
     "CombineReport",
+    "ExtractReport",
     "FormatError",
     "Kind",
     "LoRAInjectError",
@@ -47,6 +49,7 @@ __all__ = [
     "UnsupportedLayerError",
     "combine",
     "disabled",
+    "extract",
     "freeze",
     "inject",
     "load",

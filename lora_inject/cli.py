@@ -1,4 +1,4 @@
-"""The command line: ``lora-inject plan MODEL`` and ``lora-inject demo``."""
+"""The command line: ``lora-inject plan``, ``inspect``, ``convert`` and ``demo``."""
 
 import argparse
 import importlib
@@ -11,7 +11,9 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from lora_inject.convert import convert, inspect
 from lora_inject.errors import ArgumentError, LoRAInjectError
+from lora_inject.formats import FORMATS
 from lora_inject.memory import OPTIMIZER_STATES
 from lora_inject.plan import plan
 from lora_inject.report import report
@@ -67,6 +69,29 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--optimizer", default="adamw", help=", ".join(OPTIMIZER_STATES))
     show.add_argument("--json", action="store_true", help="print the report as JSON")
 
+    look = commands.add_parser(
+        "inspect",
+        help="show what is in an adapter file",
+        description="Show config, ranks, dtypes, norms and sizes of an adapter file.",
+    )
+    look.set_defaults(run=_inspect)
+    look.add_argument("path", metavar="PATH", type=Path, help="a file or directory")
+    look.add_argument("--json", action="store_true", help="print it as JSON")
+    change = commands.add_parser(
+        "convert",
+        help="write an adapter file in another format",
+        description="Write an adapter file in another format, with the same values.",
+    )
+    change.set_defaults(run=_convert)
+    change.add_argument("source", metavar="SRC", type=Path)
+    change.add_argument("target", metavar="DST", type=Path)
+    change.add_argument("--to", required=True, choices=list(FORMATS))
+    change.add_argument("--alpha", type=float, help="for files that do not say it (loralib)")
+    change.add_argument("--portable", action="store_true", help="one rank, scalings folded into B")
+    for command in (look, change):
+        command.add_argument("--format", choices=list(FORMATS), help="default: found out")
+        command.add_argument("--model", help="what it is for, as in plan; kohya's names need it")
+
     demo = commands.add_parser(
         "demo",
         help="fine-tune a pretrained model on rated words, then strip it",
@@ -98,6 +123,21 @@ def _plan(options: argparse.Namespace) -> None:
         print(json.dumps(counted.to_dict(), indent=2))
     else:
         print(f"{shown}\n\n{counted}")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    model = load_model(options.model) if options.model else None
+    shown = inspect(options.path, format=options.format, model=model)
+    print(json.dumps(shown.to_dict(), indent=2) if options.json else shown)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    model = load_model(options.model) if options.model else None
+    convert(
+        options.source, options.target, options.to, format=options.format, model=model,
+        alpha=options.alpha, portable=options.portable,
+    )  # fmt: skip
+    print(inspect(options.target, model=model))
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -246,10 +246,7 @@ def _prefix(pair: PairData) -> str:
 
 
 def _turned(pair: PairData, module: nn.Module) -> PairData:
-    """The pair with the parameter that it is for, and as that weight stands in the module."""
-    if not pair.weight:
-        attention = isinstance(module, nn.MultiheadAttention)
-        pair = replace(pair, weight="in_proj_weight" if attention else "weight")
+    """The pair as the weight that it is for stands in the module."""
     if pair.alpha is not None and pair.alpha < 0:
         pair = replace(pair, alpha=-pair.alpha, B=-pair.B)
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups > 1:
@@ -320,7 +317,7 @@ def _targets(wanted: _Wanted) -> dict[Pattern, dict[str, Any]]:
     label = ", ".join(wanted.data.targets) or "loaded"
     groups: dict[tuple[Any, ...], set[str]] = {}
     for f in wanted.pairs:
-        r, alpha = f.pair.rank, f.pair.scaling * f.pair.rank
+        r, alpha = f.pair.rank, f.pair.known_alpha
         layout = f.pair.layout if f.pair.form == "experts" and f.pair.A.dim() == 3 else None
         groups.setdefault((r, alpha, f.pair.dropout, layout), set()).add(f.target)
     return {

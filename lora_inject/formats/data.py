@@ -30,7 +30,7 @@ class PairData:
         B: the matrix B.
         alpha: the delta is scaled by alpha / rank; None where the file does not say.
         form: what A and B look like.
-        weight: the parameter of the module that it adapts; "" where the file does not say.
+        weight: the parameter of the module that it adapts; "" where only the model can tell.
         part: the name of the part of a fused projection, or "".
         span: first output feature of the part and how many all parts have, (0, 0) without one.
         dropout: dropout of the adapter's input in training.
@@ -50,14 +50,21 @@ class PairData:
     layout: str = ""
     in_attention: bool = False
 
+    def __post_init__(self) -> None:
+        dims = self.A.dim(), self.B.dim()
+        if dims[0] != dims[1] or dims[0] < 2:
+            raise FormatError(f"A and B of {self.name} have {dims[0]} and {dims[1]} dimensions.")
+        if not (self.A.is_floating_point() and self.B.is_floating_point()):
+            raise FormatError(f"A and B of {self.name} are {self.A.dtype} and {self.B.dtype}.")
+
     @property
     def rank(self) -> int:
         """The rank r, of each group and each expert."""
         return int(self.B.shape[2 if self.B.dim() == 3 and self.form == "experts" else 1])
 
     @property
-    def scaling(self) -> float:
-        """The factor of B A.
+    def known_alpha(self) -> float:
+        """Alpha.
 
         Raises:
             FormatError: the file does not say it.
@@ -67,7 +74,12 @@ class PairData:
                 f"the file does not say alpha, and so not the scaling of {self.name}.",
                 remedy="Say it: alpha=16.",
             )
-        return self.alpha / self.rank
+        return self.alpha
+
+    @property
+    def scaling(self) -> float:
+        """The factor of B A."""
+        return self.known_alpha / self.rank
 
     @property
     def name(self) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lora_inject.errors import ArgumentError, FormatError
+from lora_inject.errors import FormatError
 from lora_inject.formats.data import AdapterData, PairData
 from lora_inject.formats.peft import whole_layers
 from lora_inject.formats.storage import read_tensors, replaced_together, write_tensors
@@ -42,19 +42,13 @@ def read(path: Path, model: nn.Module | None = None, alpha: float | None = None)
 
     Args:
         path: the file.
-        model: the model that it is for, without which its names cannot be told.
+        model: the model that it is for; without one its names stay flattened.
         alpha: for layers without one in the file; None takes the rank, as the scripts do.
 
     Raises:
-        ArgumentError: there is no model.
         FormatError: the file is not there or not whole, or a name is not, or not uniquely, one of
             the model's.
     """
-    if model is None:
-        raise ArgumentError(
-            "model: the names in a file of kohya's can be told by their model alone.",
-            remedy="Give it: --model CONFIG.",
-        )
     tensors, metadata = read_tensors(path)
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -62,7 +56,7 @@ def read(path: Path, model: nn.Module | None = None, alpha: float | None = None)
         if suffix not in _SUFFIXES:
             raise FormatError(f"{path}: the tensor {key} is of no kind that is supported.")
         layers.setdefault(name, {})[_SUFFIXES[suffix]] = tensor
-    names = _names(model)
+    names = {name: [name] for name in layers} if model is None else _names(model)
     pairs, unknown = [], []
     for name, own in layers.items():
         found = names.get(name, [])
@@ -79,7 +73,8 @@ def read(path: Path, model: nn.Module | None = None, alpha: float | None = None)
             f"{path}: {len(unknown):,} names are no modules of this {type(model).__name__}: "
             f"{', '.join(unknown[:3])}{', ...' if unknown[3:] else ''}."
         )
-    return AdapterData(tuple(pairs), facts={"format": "kohya", "config": metadata})
+    facts = {"format": "kohya", "config": metadata, "flattened": model is None}
+    return AdapterData(tuple(pairs), facts=facts)
 
 
 def write(data: AdapterData, path: Path) -> None:
@@ -129,12 +124,11 @@ def _names(model: nn.Module) -> dict[str, list[str]]:
 
 def _pair(path: str, own: dict[str, Tensor], alpha: float | None) -> PairData:
     A, B = own["A"], own["B"]
-    if A.dim() != B.dim() or A.dim() < 2:
-        raise FormatError(f"{path}: lora_down and lora_up have {A.dim()} and {B.dim()} dimensions.")
     form: Form = "conv" if A.dim() > 2 else "linear"
     value = own.get("alpha")
     if value is not None and value.numel() != 1:
         raise FormatError(f"{path}: alpha must be one number, not {tuple(value.shape)}.")
     if value is not None and value.item() != 0:  # the scripts read 0 as none
         alpha = value.item()
-    return PairData(path, A, B, float(B.shape[1]) if alpha is None else alpha, form)
+    rank = B.shape[1] if B.dim() > 1 else 1
+    return PairData(path, A, B, float(rank) if alpha is None else alpha, form)

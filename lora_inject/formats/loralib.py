@@ -54,10 +54,6 @@ def read(path: Path, model: nn.Module | None = None, alpha: float | None = None)
         if half.keys() != {"A", "B"}:
             raise FormatError(f"{path}: {owner} has only one of lora_A and lora_B.")
         A, B = half["A"], half["B"]
-        if A.dim() != B.dim() or not 2 <= A.dim() <= 5:
-            raise FormatError(
-                f"{path}: A and B of {owner} have {A.dim()} and {B.dim()} dimensions."
-            )
         module = modules.get(owner)
         form: Form = "embedding" if isinstance(module, nn.Embedding) else "linear"
         form = "conv" if A.dim() > 2 and not prefix else form

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import regex
 import torch
@@ -29,10 +29,12 @@ from lora_inject.formats.storage import (
     write_tensors,
 )
 from lora_inject.kinds.base import Form
+from lora_inject.settings import BiasMode
 from lora_inject.targets import REGEX_SECONDS
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+OUT_PROJ = ".base_layer.out_proj"  # of nn.MultiheadAttention, inside of PEFT's layer for it
 METADATA = "lora_inject"
 
 # Keys of the config that change nothing about what the tensors mean.
@@ -108,9 +110,14 @@ def from_tensors(
     found, others = _pairs(tensors, path)
     scalings = _Scalings(config, alpha, path / CONFIG)
     nested = _nested_parameters(config, found, model)
+    weights = dict.fromkeys((k.removesuffix(OUT_PROJ) for k in found if k.endswith(OUT_PROJ)),
+                            "in_proj_weight")  # fmt: skip
+    if model is None:  # which parameter it is of several is then open
+        owners = [name.rpartition(".")[0] for name in config.get("target_parameters") or ()]
+        weights |= {k: "" for k in found if any(_unwrapped(k).endswith(own) for own in owners)}
     pairs: list[PairData] = []
     for key, (form, A, B) in found.items():
-        pairs += _pair(key, form, A, B, scalings, nested, own.get("parts", {}), path)
+        pairs += _pair(key, form, A, B, scalings, nested, weights, own.get("parts", {}), path)
     dropouts = own.get("dropout", {})
     dropout = float(config.get("lora_dropout") or 0.0)
     return AdapterData(
@@ -198,11 +205,17 @@ def _check_config(config: Mapping[str, Any], path: Path) -> None:
             "...).",
         )
     for key in ("modules_to_save", "target_parameters"):
-        value = config.get(key)
-        if value is not None and not (
-            isinstance(value, list) and all(isinstance(item, str) for item in value)
-        ):
-            raise FormatError(f"{path}: {key} must be a list of names, not {value!r}.")
+        if not (config.get(key) is None or _is_names(config[key])):
+            raise FormatError(f"{path}: {key} must be a list of names, not {config[key]!r}.")
+    dropout, bias = config.get("lora_dropout") or 0.0, config.get("bias") or "none"
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise FormatError(f"{path}: lora_dropout must be a number in [0, 1), not {dropout!r}.")
+    if bias not in get_args(BiasMode):
+        raise FormatError(f"{path}: bias must be one of {get_args(BiasMode)}, not {bias!r}.")
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _own_metadata(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
@@ -214,13 +227,18 @@ def _own_metadata(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
         raise FormatError(f"{path / TENSORS}: its metadata is no JSON: {error}.") from error
     if not isinstance(own, dict):
         raise FormatError(f"{path / TENSORS}: its metadata is not a JSON object.")
+    dropouts = own.get("dropout", {})
+    wrong = [key for key in ("targets", "train_also") if not _is_names(own.get(key, []))]
+    wrong += [key for key in ("base", "parts", "dropout") if not isinstance(own.get(key, {}), dict)]
+    if wrong or not all(isinstance(p, int | float) and 0 <= p < 1 for p in dropouts.values()):
+        raise FormatError(f"{path / TENSORS}: its metadata cannot be read: {wrong or dropouts}.")
     return own
 
 
 def _names(target_modules: Any) -> tuple[str, ...]:
     if isinstance(target_modules, str):
         return (target_modules,)
-    return tuple(target_modules or ())
+    return tuple(map(str, target_modules)) if isinstance(target_modules, list) else ()
 
 
 Found = dict[str, tuple[Form, Tensor, Tensor]]
@@ -267,8 +285,8 @@ class _Scalings:
             raise FormatError(f"{self.path}: {key} must be an object, not {value!r}.")
         return value
 
-    def of(self, path: str, A_rank: int) -> float:
-        """The scaling of a layer, whose A has this many rows in a layer of one group."""
+    def alpha_of(self, path: str, A_rank: int) -> float:
+        """The alpha of a layer, to be divided by what the config calls its rank."""
         r, alpha = self._find(self.ranks, path, self.r), self._find(self.alphas, path, self.alpha)
         if isinstance(alpha, bool) or not isinstance(alpha, int | float):
             raise FormatError(f"{self.path}: the alpha of {path} is {alpha!r}, which is no number.")
@@ -278,14 +296,14 @@ class _Scalings:
             raise FormatError(
                 f"{self.path} gives {path} the rank {r!r}, and its tensors have {A_rank}."
             )
-        return float(alpha / (math.sqrt(A_rank) if self.rslora else A_rank))
+        return alpha * math.sqrt(A_rank) if self.rslora else float(alpha)
 
     def _find(self, patterns: Mapping[str, Any], path: str, default: Any) -> Any:
         for pattern, value in patterns.items():
             try:
                 if regex.match(rf"(.*\.)?({pattern})$", path, timeout=REGEX_SECONDS):
                     return value
-            except (regex.error, TimeoutError) as error:
+            except (regex.error, TimeoutError, RecursionError) as error:
                 raise FormatError(
                     f"{self.path}: the pattern {pattern[:80]!r} cannot be used: {error}."
                 ) from error
@@ -331,6 +349,7 @@ def _pair(
     B: Tensor,
     scalings: _Scalings,
     nested: Mapping[str, tuple[nn.Module, str, str]],
+    weights: Mapping[str, str],
     parts: Mapping[str, Any],
     path: Path,
 ) -> list[PairData]:
@@ -344,14 +363,15 @@ def _pair(
         if W.dim() == 3:
             A = A.reshape(experts, -1, A.shape[-1])
             B = B.reshape(B.shape[0], -1, experts).permute(2, 0, 1)
-        scaling = scalings.of(f"{name}.{weight}", A.shape[-2])
-        return [PairData(name, A, B, scaling * A.shape[-2], "experts", weight, layout=layout)]
-    name = key.replace(".base_layer.", ".")
-    if name != key and name.endswith(".out_proj"):
+        alpha = scalings.alpha_of(f"{name}.{weight}", A.shape[-2])
+        return [PairData(name, A, B, alpha, "experts", weight, layout=layout)]
+    name, in_attention = key.replace(".base_layer.", "."), key.endswith(OUT_PROJ)
+    if in_attention:
         B = B * _TIMES
-    if A.dim() < 2 or B.dim() != A.dim():
-        raise FormatError(f"{path}: A and B of {name} have {A.dim()} and {B.dim()} dimensions.")
-    data = PairData(name, A, B, scalings.of(name, A.shape[0]) * B.shape[1], form, weight="")
+    PairData(name, A, B, None)  # checked before its shapes are read
+    groups = max(1, A.shape[0] // B.shape[1])  # of a convolution: its rank counts all of them
+    alpha = scalings.alpha_of(name, A.shape[0]) / groups
+    data = PairData(name, A, B, alpha, form, weights.get(key, "weight"), in_attention=in_attention)
     return [data] if name not in parts else list(_divided(data, parts[name], path))
 
 
@@ -432,7 +452,7 @@ def _tensors(pairs: Iterable[PairData]) -> dict[str, Tensor]:
             continue
         path = pair.path
         if pair.in_attention:
-            path = f"{path.removesuffix('.out_proj')}.base_layer.out_proj"
+            path = path.removesuffix(".out_proj") + OUT_PROJ
         keys[tensor_key(pair.form, path, "A")] = _over_all_channels(pair)
         keys[tensor_key(pair.form, path, "B")] = pair.B / (_TIMES if pair.in_attention else 1)
     for path, own in experts.items():
@@ -464,7 +484,7 @@ def _base_key(name: str, pairs: Iterable[PairData]) -> str:
     for pair in pairs:
         if pair.in_attention and owner == pair.path:
             head = owner.removesuffix(".out_proj")
-            return f"{PREFIX}{head}.base_layer.out_proj.base_layer.{tensor}"
+            return f"{PREFIX}{head}{OUT_PROJ}.base_layer.{tensor}"
     adapted = {pair.path: pair for pair in pairs}
     nested = sum(p.path == owner for p in pairs) if owner in adapted else 0
     return f"{PREFIX}{owner}.{'base_layer.' * nested}{tensor}"

@@ -1,6 +1,7 @@
 """Files on disk: tensors read without running anything, and written so that a crash loses nothing.
 
-Every problem with a file is one ``FormatError`` that names it.
+Every problem with a file is one ``FormatError`` that names it. safetensors is imported where it is
+used, so that importing the library does not pay for it.
 """
 
 import json
@@ -12,8 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -28,6 +27,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         FormatError: there is no such file, or it is no safetensors file that is whole.
     """
+    import safetensors
+
     require_file(path)
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
@@ -153,6 +154,8 @@ def _umask() -> int:
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """A safetensors file of contiguous copies on the CPU."""
+    import safetensors.torch
+
     whole = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     safetensors.torch.save_file(whole, path, metadata=metadata)
 

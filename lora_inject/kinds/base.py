@@ -175,6 +175,10 @@ class Kind(ABC):
         """Weight: what the adapted class gets in order to show effective weights."""
         return {name: _effective_property(name) for name in weights}
 
+    def to_matrix(self, layer: nn.Module, update: Tensor) -> Tensor:
+        """What ``update`` returned, as the product ``B A`` of ``to_matrices``."""
+        return update
+
     def initial(self, spec: Spec, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Starting values, float32 on the CPU: A kaiming-uniform, B zero (LoRA section 4.1)."""
         fan_in = math.prod(spec.A_shape[1:])
@@ -202,6 +206,10 @@ class MatrixKind(Kind):
         """``B A``, the way round that the weight stands."""
         BA = B @ A
         return BA.transpose(-2, -1) if self.transposes else BA
+
+    def to_matrix(self, layer: nn.Module, update: Tensor) -> Tensor:
+        """The way round that ``B A`` stands."""
+        return update.transpose(-2, -1) if self.transposes else update
 
 
 Pair = tuple[Spec, Tensor, Tensor, float]

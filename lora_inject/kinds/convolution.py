@@ -95,6 +95,11 @@ class ConvKind(Kind):
         A_grI, B_gOr = self.to_matrices(layer, A, B)
         return (B_gOr @ A_grI).reshape(W.shape)
 
+    def to_matrix(self, layer: nn.Module, update: Tensor) -> Tensor:
+        """One matrix for each group."""
+        assert isinstance(layer, _ConvNd)
+        return update.reshape(layer.groups, layer.out_channels // layer.groups, -1)
+
 
 class ConvTransposeKind(ConvKind):
     """``nn.ConvTranspose1d``, ``nn.ConvTranspose2d`` and ``nn.ConvTranspose3d``."""
@@ -159,6 +164,13 @@ class ConvTransposeKind(ConvKind):
         groups, n_out, _ = B_gOr.shape
         update_gOIk = (B_gOr @ A_grI).reshape(groups, n_out, -1, math.prod(layer.kernel_size))
         return update_gOIk.transpose(1, 2).reshape(W.shape)
+
+    def to_matrix(self, layer: nn.Module, update: Tensor) -> Tensor:
+        """One matrix for each group."""
+        assert isinstance(layer, _ConvNd)
+        n_out, size = layer.out_channels // layer.groups, math.prod(layer.kernel_size)
+        update_gIOk = update.reshape(layer.groups, -1, n_out, size)
+        return update_gIOk.transpose(1, 2).reshape(layer.groups, n_out, -1)
 
 
 def _convolves_as(cls: type[nn.Module], known: type[nn.Module]) -> bool:

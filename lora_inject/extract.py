@@ -1,0 +1,194 @@
+"""A LoRA out of a full fine-tune: the difference of two models, truncated to a low rank."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_inject.errors import ArgumentError
+from lora_inject.in_place import own_tensor
+from lora_inject.plan import plan
+from lora_inject.selection import ALL_LINEAR
+from lora_inject.sites import Site
+from lora_inject.surgery import apply
+from lora_inject.tables import Section, Tables
+
+OVERSAMPLING, ITERATIONS = 10, 4  # of the randomized decomposition: within 1 % of the exact one
+
+
+@dataclass(frozen=True)
+class ExtractedWeight:
+    """One weight of which the difference was extracted.
+
+    Attributes:
+        path: its path.
+        r: the rank.
+        lost: the norm of what the rank could not hold, relative to that of the difference; 0 where
+            the models do not differ.
+    """
+
+    path: str
+    r: int
+    lost: float
+
+
+@dataclass(frozen=True)
+class ExtractReport:
+    """What ``extract`` found, weight by weight; ``print`` shows it as a table.
+
+    Attributes:
+        weights: the extracted weights.
+        others: names of parameters and buffers that differ too, and that the adapter does not hold.
+    """
+
+    weights: tuple[ExtractedWeight, ...]
+    others: tuple[str, ...]
+
+    @property
+    def worst(self) -> float:
+        """The largest relative error."""
+        return max(weight.lost for weight in self.weights)
+
+    def _tables(self) -> Tables:
+        rows = [(weight.path, str(weight.r), f"{weight.lost:.2%}") for weight in self.weights]
+        sections = [Section(f"Extracted {len(rows)} weights", ("weight", ">r", ">lost"), rows)]
+        if self.others:
+            title = f"Differ too and are not in the adapter: {len(self.others)}"
+            sections.append(Section(title, ("",), [(name,) for name in self.others]))
+        return Tables(sections)
+
+    def __str__(self) -> str:
+        return self._tables().text()
+
+    def _repr_html_(self) -> str:
+        return self._tables().html()
+
+
+def extract(
+    base: nn.Module,
+    tuned: nn.Module,
+    targets: Any = ALL_LINEAR,
+    r: int = 8,
+    *,
+    exclude: Any = (),
+    layers: Any = None,
+    dtype: torch.dtype | str | None = None,
+    adapter: str = "default",
+) -> ExtractReport:
+    """Adapt a base model so that it computes what a full fine-tune of it does, as near as r allows.
+
+    Of each weight's difference A and B are the truncated singular value decomposition, randomized
+    (``torch.svd_lowrank``; arXiv 0909.4061) and the same at every call.
+
+    Example:
+        >>> base = nn.Sequential(nn.Linear(8, 8))
+        >>> tuned = nn.Sequential(nn.Linear(8, 8))
+        >>> _ = tuned.load_state_dict(base.state_dict())
+        >>> with torch.no_grad():
+        ...     _ = tuned[0].weight.add_(torch.outer(torch.ones(8), torch.arange(8.0)))
+        >>> round(extract(base, tuned, "0", r=1).worst, 4)
+        0.0
+
+    Args:
+        base: the model from before; it gets the adapter, in place.
+        tuned: the fine-tuned model, of the same layers; it is not changed.
+        targets: the layers to extract, as in ``inject``.
+        r: the rank.
+        exclude: layers to leave out.
+        layers: block indices to keep.
+        dtype: of A and B, as in ``inject``.
+        adapter: the adapter's name.
+
+    Returns:
+        How much of each difference the rank could not hold, and what else differs.
+
+    Raises:
+        ArgumentError: an argument cannot be used, or a weight of the base is not, or not in its
+            shape, in ``tuned``.
+        NoMatchError: a pattern selects nothing.
+        UnsupportedLayerError: a selected layer cannot be adapted.
+    """
+    drawn = plan(
+        base, targets, r=r, exclude=exclude, layers=layers, dtype=dtype, seed=0, adapter=adapter
+    )
+    leaders = [site for site in drawn.sites if not site.follows]
+    pairs = [(site, _tuned_weights(site, tuned)) for site in leaders]
+    values, found = {}, []
+    for site, weights in pairs:
+        for spec in site.specs:
+            W = site.kind.weight(site.module, spec.weight)
+            A, B, lost = _extracted(site, W, weights[spec.weight], r)
+            values[site.path, spec.prefix] = A, B
+            found.append(
+                ExtractedWeight(f"{_module_path(site)}.{spec.weight}".lstrip("."), r, lost)
+            )
+    others = tuple(_others(base, tuned, {weight.path for weight in found}))
+    apply(drawn, values)
+    return ExtractReport(tuple(found), others)
+
+
+def _tuned_weights(site: Site, tuned: nn.Module) -> dict[str, Tensor]:
+    """The weights of a site in the fine-tuned model.
+
+    Raises:
+        ArgumentError: one is not there, has another shape, or is packed.
+    """
+    try:
+        module = tuned.get_submodule(_module_path(site))
+    except AttributeError as error:
+        raise ArgumentError("tuned: it has no such module.", path=site.path) from error
+    weights = {}
+    for spec in site.specs:
+        own, other = site.kind.weight(site.module, spec.weight), own_tensor(module, spec.weight)
+        if other is None or other.shape != own.shape or not other.is_floating_point():
+            shape = None if other is None else tuple(other.shape)
+            raise ArgumentError(
+                f"tuned: its {spec.weight} has the shape {shape}, not {tuple(own.shape)}.",
+                path=site.path,
+            )
+        if not own.is_floating_point() or own.is_meta or other.is_meta:
+            raise ArgumentError(
+                f"base: its {spec.weight} has no values to compare.", path=site.path
+            )
+        weights[spec.weight] = other
+    return weights
+
+
+def _module_path(site: Site) -> str:
+    """The path of the site's module: that of a parameter ends in its own name."""
+    suffix = f".{site.specs[0].weight}"
+    own = site.kind.name == "parameter" and f".{site.path}".endswith(suffix)
+    return f".{site.path}".removesuffix(suffix)[1:] if own else site.path
+
+
+@torch.no_grad()
+def _extracted(site: Site, W: Tensor, tuned: Tensor, r: int) -> tuple[Tensor, Tensor, float]:
+    dtype = torch.promote_types(W.dtype, torch.float32)
+    difference = site.kind.to_matrix(site.module, tuned.to(W.device, dtype) - W.to(dtype))
+    rank = min(r, *difference.shape[-2:])
+    q = min(rank + OVERSAMPLING, *difference.shape[-2:])
+    with torch.random.fork_rng(devices=[W.device] if W.is_cuda else []):
+        torch.manual_seed(0)
+        U, S, V = torch.svd_lowrank(difference, q, ITERATIONS)
+    root = S[..., :rank].sqrt()
+    B = U[..., :rank] * root.unsqueeze(-2)
+    A = (V[..., :rank] * root.unsqueeze(-2)).transpose(-2, -1)
+    norm = difference.norm().item()
+    lost = (difference - B @ A).norm().item() / norm if norm else 0.0
+    A = nn.functional.pad(A, (0, 0, 0, r - rank))
+    B = nn.functional.pad(B, (0, r - rank))
+    return *site.kind.from_matrices(site.module, A, B), lost
+
+
+def _others(base: nn.Module, tuned: nn.Module, extracted: set[str]) -> Iterable[str]:
+    """Names of tensors that differ and are not extracted."""
+    state = tuned.state_dict()
+    for name, tensor in base.state_dict().items():
+        other = state.get(name)
+        same = other is not None and other.shape == tensor.shape
+        if name not in extracted and not (
+            same and torch.equal(tensor, other.to(tensor.device, tensor.dtype))  # type: ignore[union-attr]
+        ):
+            yield name
