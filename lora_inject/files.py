@@ -21,7 +21,7 @@ from lora_inject.plan import Plan, plan
 from lora_inject.record import records_in
 from lora_inject.selection import View
 from lora_inject.settings import check_adapter, check_bias
-from lora_inject.state import Stored, bare_key, bare_paths
+from lora_inject.state import Stored, bare_key, bare_paths, not_finite
 from lora_inject.surgery import apply
 from lora_inject.targets import Pattern, Predicate
 
@@ -159,7 +159,8 @@ class _Wanted:
             if module is None:
                 unknown.append(pair.path)
             else:
-                pair = _turned(replace(pair, path=path), module)
+                pair = pair if path == pair.path else replace(pair, path=path)
+                pair = _turned(pair, module)
                 self.pairs.append(_Fitted(pair, module, real[module], _prefix(pair)))
         self.tensors: dict[str, Tensor] = {}
         for name, tensor in data.tensors.items():
@@ -372,11 +373,15 @@ def _check_shapes(
             if (spec := wanted.get(key)) is not None
             and (tuple(A.shape), tuple(B.shape)) != (spec.A_shape, spec.B_shape)
         ),
-        "not finite": (
-            names[key] for key, pair in given.items() if not all(t.isfinite().all() for t in pair)
-        ),
+        "not finite": (names[key[:2]] for key in not_finite(_halves(given))),
     }
     _raise_problems("the file's A and B do not fit the model", problems)
+
+
+def _halves(
+    pairs: Mapping[tuple[str, str], tuple[Tensor, Tensor]],
+) -> dict[tuple[str, str, str], Tensor]:
+    return {(*key, x): t for key, pair in pairs.items() for x, t in zip("AB", pair, strict=True)}
 
 
 def _check_tensors(
@@ -395,7 +400,7 @@ def _check_tensors(
                 for p, value in given.items()
                 if (tensor := own[p]) is not None and tensor.shape != value.shape
             ),
-            "not finite": (names[p] for p, value in given.items() if not value.isfinite().all()),
+            "not finite": (names[place] for place in not_finite(given)),
         },
     )
 

@@ -305,8 +305,7 @@ def _require_equal_keys(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) 
         ),
     ]
     if not any(keys for _, keys in problems):
-        broken = [key for key in own if not torch.isfinite(given[key]).all()]
-        problems = [("not finite", broken)]
+        problems = [("not finite", not_finite(given))]
     texts = [
         f"{len(keys):,} {what} ({', '.join(key[:200] for key in keys[:3])}"
         + (", ...)" if keys[3:] else ")")
@@ -318,6 +317,17 @@ def _require_equal_keys(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) 
             f"the values do not fit the adapter: {'; '.join(texts)}.",
             remedy="Nothing was copied.",
         )
+
+
+def not_finite(tensors: Mapping[Any, Tensor]) -> list[Any]:
+    """The keys of those that hold NaN or infinity."""
+    floating = {key: t for key, t in tensors.items() if t.is_floating_point()}
+    if not floating:
+        return []
+    # One norm of each, all in one call; only where it is not finite every element is looked at.
+    norms = torch._foreach_norm(list(floating.values()))
+    doubtful = [key for key, norm in zip(floating, norms, strict=True) if not norm.isfinite()]
+    return [key for key in doubtful if not floating[key].isfinite().all()]
 
 
 def adapter_name(records: list[Record], adapter: str | None) -> str:

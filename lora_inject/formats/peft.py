@@ -120,8 +120,10 @@ def from_tensors(
         pairs += _pair(key, form, A, B, scalings, nested, weights, own.get("parts", {}), path)
     dropouts = own.get("dropout", {})
     dropout = float(config.get("lora_dropout") or 0.0)
+    if dropout or dropouts:
+        pairs = [replace(p, dropout=dropouts.get(p.path, dropout)) for p in pairs]
     return AdapterData(
-        pairs=tuple(replace(p, dropout=dropouts.get(p.path, dropout)) for p in pairs),
+        pairs=tuple(pairs),
         tensors=others,
         bias=config.get("bias") or "none",
         train_also=tuple(own.get("train_also") or config.get("modules_to_save") or ()),
