@@ -1,5 +1,6 @@
 """The command line: what it prints, and one-line errors with exit code 2."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -8,7 +9,9 @@ import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig
 
+from lora_inject import inject, save
 from lora_inject.cli import main
+from lora_inject.formats.storage import read_tensors
 
 
 def small_model():
@@ -93,3 +96,66 @@ def test_as_a_module_and_what_importing_costs():
     )
     assert "plan" in shown.stdout
     assert "demo" in shown.stdout
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    model = small_model()
+    inject(model, ["0", "1"], r=2, alpha=3)
+    save(model, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_inspect(adapter, capsys):
+    assert main(["inspect", str(adapter)]) == 0
+    out = capsys.readouterr().out
+    for part in ("PEFT", "fingerprint of the base", "linear", "float32", "norm of s B A"):
+        assert part in out
+    assert main(["inspect", str(adapter), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [(pair["name"], pair["rank"], pair["alpha"]) for pair in shown["pairs"]] == [
+        ("0", 2, 3), ("1", 2, 3),
+    ]  # fmt: skip
+    assert shown["elements"] == 2 * (4 + 4) + 2 * (4 + 2)
+    assert shown["pairs"][0]["norm"] == 0.0
+
+
+def test_convert_there_and_back(adapter, capsys, tmp_path):
+    own = f"{__name__}:small_model"
+    steps = [
+        ("adapter", "a.pt", ["--to", "loralib"]),
+        ("a.pt", "b", ["--to", "diffusers", "--alpha", "3"]),
+        ("b", "c.safetensors", ["--to", "kohya"]),
+        ("c.safetensors", "d", ["--to", "peft", "--model", own]),
+    ]
+    for source, target, options in steps:
+        assert main(["convert", str(tmp_path / source), str(tmp_path / target), *options]) == 0
+    first, last = (read_tensors(tmp_path / d / "adapter_model.safetensors")[0]
+                   for d in ("adapter", "d"))  # fmt: skip
+    assert first.keys() == last.keys()
+    assert all(torch.equal(first[key], last[key]) for key in first)
+    config = json.loads((tmp_path / "d" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (2, 3)
+    assert "PEFT" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "nowhere"], "no file or directory nowhere"),
+        (["convert", "{}", "x", "--to", "zip"], "invalid choice"),
+        (["convert", "{}/k.safetensors", "{}/x", "--to", "peft"], "--model CONFIG"),
+        (["convert", "{}/l.pt", "{}/x", "--to", "peft"], "alpha=16"),
+    ],
+)
+def test_file_commands_fail_in_one_line(arguments, message, capsys, tmp_path):
+    model = small_model()
+    inject(model, "0", r=2)
+    save(model, tmp_path / "k.safetensors", format="kohya")
+    save(model, tmp_path / "l.pt", format="loralib")
+    with contextlib.suppress(SystemExit):
+        assert main([argument.format(tmp_path) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+    assert not (tmp_path / "x").exists()

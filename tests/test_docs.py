@@ -27,7 +27,8 @@ def snippets(language):
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_snippets_of_the_readme_run_in_order():
+def test_the_snippets_of_the_readme_run_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # they save files
     first, *rest = snippets("python")
     model = nn.ModuleDict({"q_proj": nn.Linear(4, 4), "v_proj": nn.Linear(4, 4)})
     exec(first, {"model": model})
