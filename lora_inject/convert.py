@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from lora_inject.errors import ArgumentError, FormatError
-from lora_inject.formats import FORMATS, find_format, peft
+from lora_inject.formats import FORMATS, find_format
 from lora_inject.formats.data import AdapterData, PairData
+from lora_inject.formats.pairs import as_portable
 from lora_inject.low_rank import product_norm
 from lora_inject.tables import Section, Tables, count, size
 
@@ -59,7 +60,7 @@ def convert(
     if model is not None:
         modules = tuple(path for path, _ in model.named_modules() if path)
         data = replace(data, modules=modules, model_class=type(model).__name__)
-    FORMATS[to].write(peft.portable(data) if portable else data, target)
+    FORMATS[to].write(as_portable(data) if portable else data, target)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Save an adapter to disk and load it into a model, in any format; strict, and all or nothing."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -10,18 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.errors import ArgumentError, FormatError
-from lora_inject.fingerprint import differs
-from lora_inject.formats import FORMATS, find_format, peft
-from lora_inject.formats.data import AdapterData, PairData
+from lora_inject.fit import Fitted
+from lora_inject.formats import FORMATS, find_format
+from lora_inject.formats.data import PairData
+from lora_inject.formats.pairs import as_portable
 from lora_inject.freeze import in_place, select_in_full
 from lora_inject.in_place import Place, own_tensor
-from lora_inject.kinds import find_kind
-from lora_inject.kinds.parameter import layout_of
 from lora_inject.plan import Plan, plan
 from lora_inject.record import records_in
 from lora_inject.selection import View
 from lora_inject.settings import check_adapter, check_bias
-from lora_inject.state import Stored, bare_key, bare_paths, not_finite
+from lora_inject.state import Stored, bare_paths, not_finite, raise_problems
 from lora_inject.surgery import apply
 from lora_inject.targets import Pattern, Predicate
 
@@ -59,7 +58,7 @@ def save(
     if format not in FORMATS:
         raise ArgumentError(f"format must be one of {list(FORMATS)}, not {format!r}.")
     data = Stored(model, adapter).data()
-    FORMATS[format].write(peft.portable(data) if portable else data, Path(fspath(path)))
+    FORMATS[format].write(as_portable(data) if portable else data, Path(fspath(path)))
 
 
 def load(
@@ -106,7 +105,7 @@ def load(
     data = find_format(file, format).read(file, model, alpha)
     if not data.pairs:
         raise FormatError(f"{file} holds no A and B.")
-    wanted = _Wanted(model, data)
+    wanted = Fitted(model, data)
     if not other_base:
         wanted.check_base()
     if any(adapter in record.modes for _, _, record in records_in(model)):
@@ -119,176 +118,8 @@ def load(
     return model
 
 
-@dataclass(frozen=True)
-class _Fitted:
-    """A pair of the file with the module that it is for, turned as that needs it."""
-
-    pair: PairData
-    module: nn.Module
-    real: str  # the module's path in the model as it is, wrappers included
-    prefix: str
-
-    @property
-    def key(self) -> str:
-        """The start of loralib's keys for it."""
-        return f"{self.pair.path}.{self.prefix}".lstrip(".")
-
-    @property
-    def target(self) -> str:
-        """What ``inject`` is to be told to get it."""
-        plain = self.pair.weight == "weight" or find_kind(self.module) is not None
-        return self.real if plain else f"{self.real}.{self.pair.weight}".lstrip(".")
-
-
-class _Wanted:
-    """A file's adapter laid out over a model; made without changing the model.
-
-    Raises:
-        FormatError: a module of the file is not in the model.
-    """
-
-    def __init__(self, model: nn.Module, data: AdapterData) -> None:
-        self.model, self.data = model, data
-        self.modules = {path: module for module, path in reversed(bare_paths(model).items())}
-        real = {module: path for path, module in reversed(list(model.named_modules()))}
-        self.pairs: list[_Fitted] = []
-        unknown = []
-        for pair in data.pairs:
-            path = bare_key(pair.path, self.modules)
-            module = self.modules.get(path)
-            if module is None:
-                unknown.append(pair.path)
-            else:
-                pair = pair if path == pair.path else replace(pair, path=path)
-                pair = _turned(pair, module)
-                self.pairs.append(_Fitted(pair, module, real[module], _prefix(pair)))
-        self.tensors: dict[str, Tensor] = {}
-        for name, tensor in data.tensors.items():
-            owner, _, last = name.rpartition(".")
-            path = bare_key(owner, self.modules)
-            module = self.modules.get(path)
-            if module is None or own_tensor(module, last) is None:
-                unknown.append(name)
-            else:
-                self.tensors[f"{path}.{last}".lstrip(".")] = tensor
-        if unknown:
-            shown = ", ".join(name[:200] for name in unknown[:3])
-            raise FormatError(
-                f"{len(unknown):,} of the file's layers and tensors are not in this "
-                f"{type(model).__name__}: {shown}{', ...' if unknown[3:] else ''}.",
-                remedy="Nothing was loaded. Is it for another model?",
-            )
-        order = {module: i for i, module in enumerate(real)}
-        self.pairs.sort(key=lambda fitted: -order[fitted.module])  # files sort by name
-        self._drop_tied()
-
-    @property
-    def pairs_by_key(self) -> dict[str, Tensor]:
-        """A and B by loralib's keys."""
-        halves = [(f.key, f.pair.A, f.pair.B) for f in self.pairs]
-        return {f"{key}lora_{x}": t for key, A, B in halves for x, t in (("A", A), ("B", B))}
-
-    @property
-    def scalings(self) -> dict[str, float]:
-        """The scaling that each pair was made for, where the file says it."""
-        return {f.key: f.pair.scaling for f in self.pairs if f.pair.alpha is not None}
-
-    def places(self) -> dict[Place, Tensor]:
-        """The other tensors by owner and name."""
-        split = {key: key.rpartition(".") for key in self.tensors}
-        return {(self.modules[o], n): self.tensors[key] for key, (o, _, n) in split.items()}
-
-    def check_base(self) -> None:
-        """Refuse a model that is not the base of the adapter.
-
-        Raises:
-            FormatError: adapted weights differ, by path.
-        """
-        wrong = []
-        for key, saved in self.data.base.items():
-            owner, _, name = key.rpartition(".")
-            module = self.modules.get(bare_key(owner, self.modules))
-            weight = None if module is None else own_tensor(module, name)
-            if isinstance(saved, Mapping) and weight is not None and differs(saved, weight):
-                wrong.append(key)
-        if wrong:
-            raise FormatError(
-                f"{len(wrong):,} of {len(self.data.base):,} adapted weights are not those that the "
-                f"adapter was made for: {', '.join(wrong[:3])}{', ...' if wrong[3:] else ''}.",
-                remedy="Load the right base model, or say other_base=True.",
-            )
-
-    def _drop_tied(self) -> None:
-        """Keep one pair of those that a tied weight has in files, where they agree.
-
-        Raises:
-            FormatError: they do not.
-        """
-        first: dict[int, _Fitted] = {}
-        kept = []
-        for fitted in self.pairs:
-            W = fitted.module._parameters.get(fitted.pair.weight)
-            leader = None if W is None or fitted.pair.part else first.setdefault(id(W), fitted)
-            if leader is None or leader is fitted or leader.module is fitted.module:
-                kept.append(fitted)
-            elif not _same_update(leader.pair, fitted.pair):
-                raise FormatError(
-                    f"{fitted.pair.path} and {leader.pair.path} are tied in this model and have "
-                    "different adapters in the file.",
-                    remedy="Untie them before loading.",
-                )
-        self.pairs = kept
-
-
-def _prefix(pair: PairData) -> str:
-    if pair.part:
-        return f"{pair.part}_"
-    return "" if pair.weight == "weight" else f"{pair.weight}_"
-
-
-def _turned(pair: PairData, module: nn.Module) -> PairData:
-    """The pair as the weight that it is for stands in the module."""
-    if pair.alpha is not None and pair.alpha < 0:
-        pair = replace(pair, alpha=-pair.alpha, B=-pair.B)
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups > 1:
-        return _of_groups(pair, module.groups, module.in_channels)
-    W = module._parameters.get(pair.weight)
-    own = layout_of(module, W) if W is not None and pair.form == "experts" else None
-    if own is not None and pair.layout and own != pair.layout:
-        return replace(pair, A=pair.B.transpose(-2, -1), B=pair.A.transpose(-2, -1), layout=own)
-    return pair
-
-
-def _of_groups(pair: PairData, groups: int, channels: int) -> PairData:
-    """A pair of a grouped convolution, whose A may be for all channels, as PEFT has it.
-
-    Raises:
-        FormatError: A mixes channels of several groups, which no grouped weight can do.
-    """
-    if pair.A.dim() < 3 or pair.A.shape[1] != channels or pair.A.shape[0] % groups:
-        return pair
-    blocks = pair.A.reshape(groups, -1, groups, channels // groups, *pair.A.shape[2:])
-    own = torch.stack([blocks[g, :, g] for g in range(groups)])
-    if own.count_nonzero() != blocks.count_nonzero():
-        raise FormatError(
-            "its adapter mixes channels of several groups, which a grouped convolution cannot.",
-            path=pair.path,
-        )
-    return replace(pair, A=own.flatten(0, 1))
-
-
-def _same_update(one: PairData, other: PairData) -> bool:
-    """Whether two pairs are one, the same way round or the other."""
-    if one.scaling != other.scaling:
-        return False
-    turned = other.B.transpose(-2, -1), other.A.transpose(-2, -1)
-    return any(
-        torch.equal(one.A, A) and torch.equal(one.B, B) for A, B in ((other.A, other.B), turned)
-    )
-
-
 def _inject(
-    model: nn.Module, wanted: _Wanted, adapter: str, dtype: torch.dtype | str | None
+    model: nn.Module, wanted: Fitted, adapter: str, dtype: torch.dtype | str | None
 ) -> None:
     """Put the file's adapter into the model as a new one."""
     drawn = plan(
@@ -313,7 +144,7 @@ def _inject(
     apply(complete, values, places, use=not used)
 
 
-def _targets(wanted: _Wanted) -> dict[Pattern, dict[str, Any]]:
+def _targets(wanted: Fitted) -> dict[Pattern, dict[str, Any]]:
     """Patterns that select the file's layers by their paths, with their settings."""
     label = ", ".join(wanted.data.targets) or "loaded"
     groups: dict[tuple[Any, ...], set[str]] = {}
@@ -333,7 +164,7 @@ def _within(paths: set[str]) -> Predicate:
     return lambda path, _: path in paths
 
 
-def _parts(wanted: _Wanted) -> dict[Pattern, tuple[tuple[str | None, int], ...]]:
+def _parts(wanted: Fitted) -> dict[Pattern, tuple[tuple[str | None, int], ...]]:
     """The parts of fused projections, with what lies between them."""
     layers: dict[str, list[PairData]] = {}
     for f in wanted.pairs:
@@ -375,7 +206,7 @@ def _check_shapes(
         ),
         "not finite": (names[key[:2]] for key in not_finite(_halves(given))),
     }
-    _raise_problems("the file's A and B do not fit the model", problems)
+    raise_problems("the file's A and B do not fit the model", problems)
 
 
 def _halves(
@@ -391,7 +222,7 @@ def _check_tensors(
     own = {place: own_tensor(*place) for place in {*trained, *given}}
     names = {place: f"{paths[place[0]]}.{place[1]}".lstrip(".") for place in own}
     saved = [p for p in trained if p[1] not in p[0]._non_persistent_buffers_set]
-    _raise_problems(
+    raise_problems(
         "what was trained in place does not fit the model",
         {
             "missing": (names[p] for p in saved if p not in given and own[p] is not None),
@@ -403,15 +234,3 @@ def _check_tensors(
             "not finite": (names[place] for place in not_finite(given)),
         },
     )
-
-
-def _raise_problems(what: str, problems: Mapping[str, Iterable[str]]) -> None:
-    lists = {problem: list(names) for problem, names in problems.items()}
-    texts = [
-        f"{len(names):,} {problem} ({', '.join(n[:200] for n in names[:3])}"
-        + (", ...)" if names[3:] else ")")
-        for problem, names in lists.items()
-        if names
-    ]
-    if texts:
-        raise FormatError(f"{what}: {'; '.join(texts)}.", remedy="Nothing was loaded.")

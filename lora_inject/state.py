@@ -4,7 +4,7 @@ Everything is found through the record, never by searching names, so that nothin
 be left out. Paths are those of the bare model: what wrappers put in front is left out.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from lora_inject.adapter import Adapter
 from lora_inject.errors import ArgumentError, FormatError, LoRAInjectError
 from lora_inject.fingerprint import fingerprint
 from lora_inject.formats.data import AdapterData, PairData
-from lora_inject.formats.peft import told_layout
+from lora_inject.formats.pairs import told_layout
 from lora_inject.in_place import Slot
 from lora_inject.kinds.base import Spec
 from lora_inject.kinds.parameter import ParameterKind
@@ -296,27 +296,34 @@ def _require_equal_keys(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) 
         FormatError: they are not, with counts and examples of each problem.
     """
     shapes = [key for key in own if key in given and own[key].shape != given[key].shape]
-    problems = [
-        ("missing", [key for key in own if key not in given]),
-        ("unexpected", [key for key in given if key not in own]),
-        (
-            "of another shape",
-            [f"{key} {tuple(given[key].shape)}, not {tuple(own[key].shape)}" for key in shapes],
-        ),
-    ]
-    if not any(keys for _, keys in problems):
-        problems = [("not finite", not_finite(given))]
+    raise_problems(
+        "the values do not fit the adapter",
+        {
+            "missing": [key for key in own if key not in given],
+            "unexpected": [key for key in given if key not in own],
+            "of another shape": [
+                f"{key} {tuple(given[key].shape)}, not {tuple(own[key].shape)}" for key in shapes
+            ],
+            "not finite": not_finite(given),
+        },
+    )
+
+
+def raise_problems(what: str, problems: Mapping[str, Iterable[str]]) -> None:
+    """One error for everything that is wrong with values, with counts and examples.
+
+    Raises:
+        FormatError: there is a problem.
+    """
+    lists = {problem: list(names) for problem, names in problems.items()}
     texts = [
-        f"{len(keys):,} {what} ({', '.join(key[:200] for key in keys[:3])}"
-        + (", ...)" if keys[3:] else ")")
-        for what, keys in problems
-        if keys
+        f"{len(names):,} {problem} ({', '.join(name[:200] for name in names[:3])}"
+        + (", ...)" if names[3:] else ")")
+        for problem, names in lists.items()
+        if names
     ]
     if texts:
-        raise FormatError(
-            f"the values do not fit the adapter: {'; '.join(texts)}.",
-            remedy="Nothing was copied.",
-        )
+        raise FormatError(f"{what}: {'; '.join(texts)}.", remedy="Nothing was loaded.")
 
 
 def not_finite(tensors: Mapping[Any, Tensor]) -> list[Any]:

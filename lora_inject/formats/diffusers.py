@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from lora_inject.errors import FormatError
 from lora_inject.formats import peft
 from lora_inject.formats.data import AdapterData
+from lora_inject.formats.peft_config import METADATA as OWN_METADATA
+from lora_inject.formats.peft_config import escaped
 from lora_inject.formats.storage import read_tensors, replaced_together, write_tensors
 
 TENSORS = "pytorch_lora_weights.safetensors"
@@ -48,8 +50,8 @@ def read(path: Path, model: nn.Module | None = None, alpha: float | None = None)
         ranks = {_owner(key): t.shape[1] for key, t in own.items() if ".lora_B" in key}
         given = {_owner(key): float(value) for key, value in alphas.items()}
         scale = {name: given.get(name, r if alpha is None else alpha) for name, r in ranks.items()}
-        patterns = {f"^{peft.escaped(name)}": value for name, value in ranks.items()}
-        scales = {f"^{peft.escaped(name)}": value for name, value in scale.items()}
+        patterns = {f"^{escaped(name)}": value for name, value in ranks.items()}
+        scales = {f"^{escaped(name)}": value for name, value in scale.items()}
         config = {"peft_type": "LORA", "r": 0, "lora_alpha": 1, "rank_pattern": patterns,
                   "alpha_pattern": scales}  # fmt: skip
     return peft.from_tensors(config, own, metadata, path, model, alpha)
@@ -66,7 +68,7 @@ def write(data: AdapterData, path: Path) -> None:
     config, tensors, own = peft.to_tensors(data)
     keys = {f"{prefix}{key.removeprefix(peft.PREFIX)}": value for key, value in tensors.items()}
     shown = {f"{prefix}{key}": value for key, value in config.items()}
-    metadata = {"format": "pt", METADATA: json.dumps(shown, sort_keys=True), peft.METADATA: own}
+    metadata = {"format": "pt", METADATA: json.dumps(shown, sort_keys=True), OWN_METADATA: own}
     with replaced_together(path / TENSORS) as (file,):
         write_tensors(keys, file, metadata)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_inject.errors import FormatError
 from lora_inject.formats.data import AdapterData, PairData
-from lora_inject.formats.peft import whole_layers
+from lora_inject.formats.pairs import whole_layers
 from lora_inject.formats.storage import read_tensors, replaced_together, write_tensors
 from lora_inject.kinds.base import Form
 
