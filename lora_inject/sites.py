@@ -70,13 +70,23 @@ class Site:
 
 @dataclass(frozen=True)
 class Draft:
-    """What turns a selected target into a site, or says why it cannot be one."""
+    """What turns a selected target into a site, or says why it cannot be one.
+
+    Attributes:
+        view: the model.
+        adapter: the adapter's name.
+        settings: those of each pattern.
+        parts: the parts of fused projections.
+        limits: what is not to be adapted.
+        read: for layers that were asked about, whether something reads their weight uncalled.
+    """
 
     view: View
     adapter: str
     settings: Mapping[Pattern, Settings]
     parts: Mapping[nn.Module, Parts]
     limits: Limits
+    read: dict[nn.Module, bool] = field(default_factory=dict)
 
     def refusal(self, target: Target, pattern: Pattern) -> str | None:
         """Why the target cannot be adapted, with the remedy; None where it can."""
@@ -117,7 +127,9 @@ class Draft:
         """Branch, or weight where the user asks for it or something reads the weight uncalled."""
         if settings.how == "weight" or kind.way(target.module) == "weight":
             return "weight"
-        return "weight" if self._is_read(target) else "branch"
+        if target.module not in self.read:
+            self.read[target.module] = self._is_read(target)
+        return "weight" if self.read[target.module] else "branch"
 
     def _is_read(self, target: Target) -> bool:
         """Whether a module above the target reads its weight."""

@@ -332,8 +332,9 @@ def not_finite(tensors: Mapping[Any, Tensor]) -> list[Any]:
     if not floating:
         return []
     # One norm of each, all in one call; only where it is not finite every element is looked at.
-    norms = torch._foreach_norm(list(floating.values()))
-    doubtful = [key for key, norm in zip(floating, norms, strict=True) if not norm.isfinite()]
+    norms = torch.stack([norm.float().cpu() for norm in torch._foreach_norm([*floating.values()])])
+    fine = norms.isfinite().tolist()
+    doubtful = [key for key, is_fine in zip(floating, fine, strict=True) if not is_fine]
     return [key for key in doubtful if not floating[key].isfinite().all()]
 
 
