@@ -125,6 +125,13 @@ def _inject(
     drawn = plan(
         model, _targets(wanted), adapter=adapter, dtype=dtype, seed=0, parts=_parts(wanted) or None
     )
+    for site in drawn.sites:
+        if site.kind.weight(site.module, site.specs[0].weight).is_meta:
+            raise FormatError(
+                "it is on the meta device, where nothing can be loaded.",
+                path=site.path,
+                remedy='Call model.to_empty(device="cpu") and load the base weights first.',
+            )
     own = {site.path: site for site in drawn.sites if not site.follows}
     values = {(f.target, f.prefix): (f.pair.A, f.pair.B) for f in wanted.pairs}
     shapes = {(path, spec.prefix): spec for path, site in own.items() for spec in site.specs}

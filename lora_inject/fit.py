@@ -12,7 +12,7 @@ from lora_inject.formats.data import AdapterData, PairData
 from lora_inject.in_place import Place, own_tensor
 from lora_inject.kinds import find_kind
 from lora_inject.kinds.parameter import layout_of
-from lora_inject.state import bare_key, bare_paths
+from lora_inject.state import bare_key, bare_modules
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Fitted:
 
     def __init__(self, model: nn.Module, data: AdapterData) -> None:
         self.model, self.data = model, data
-        self.modules = {path: module for module, path in reversed(bare_paths(model).items())}
+        self.modules = bare_modules(model)
         real = {module: path for path, module in reversed(list(model.named_modules()))}
         self.pairs: list[FittedPair] = []
         unknown = []

@@ -134,7 +134,7 @@ class Stored:
         if not self.records:
             raise LoRAInjectError("the model has no adapters.", remedy="Call inject first.")
         self.name = adapter_name(self.records, adapter)
-        self.paths = bare_paths(model)
+        self.modules, self.paths = bare_modules(model), bare_paths(model)
         for record in self.records:
             for path, layer, _ in record.adapters:
                 require_ready(path, layer)
@@ -229,8 +229,7 @@ class Stored:
             layout = told_layout(held.layer, kind.weight(held.layer, spec.weight))
             if layout != kind.layout:  # the same update, written as others read it
                 A, B = B.transpose(-2, -1), A.transpose(-2, -1)
-        parent = held.path.rpartition(".")[0]
-        above = next((m for m, path in self.paths.items() if path == parent), None)
+        above = self.modules.get(held.path.rpartition(".")[0])
         return PairData(
             path=held.path,
             A=A,
@@ -366,16 +365,24 @@ def bare(model: nn.Module) -> nn.Module:
     return model
 
 
-def bare_paths(model: nn.Module) -> dict[nn.Module, str]:
-    """The first path of every module, without the names that wrappers put in."""
-    paths: dict[nn.Module, str] = {}
+def bare_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module by every path that it has, without the names that wrappers put in."""
+    modules: dict[str, nn.Module] = {}
     shown: dict[str, tuple[str, str | None]] = {}  # path without wrappers, name of what is wrapped
     for path, module in model.named_modules(remove_duplicate=False):
         parent, _, name = path.rpartition(".")
         above, inside = shown[parent] if path else ("", "")
         own = above if name == inside else f"{above}.{name}".lstrip(".")
         shown[path] = own, _WRAPPERS.get(type(module).__name__)
-        paths.setdefault(module, own)
+        modules[own] = module  # of a wrapper and what it wraps, the latter
+    return modules
+
+
+def bare_paths(model: nn.Module) -> dict[nn.Module, str]:
+    """The first path of every module, without the names that wrappers put in."""
+    paths: dict[nn.Module, str] = {}
+    for path, module in bare_modules(model).items():
+        paths.setdefault(module, path)
     return paths
 
 

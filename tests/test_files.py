@@ -12,6 +12,7 @@ from lora_inject import (
     ArgumentError,
     FormatError,
     LoRAInjectError,
+    LoRALayer,
     disabled,
     inject,
     load,
@@ -555,6 +556,18 @@ def test_files_of_two_saves_are_noticed(tmp_path):
     config.write_text(json.dumps({**text, "lora_alpha": 30}))
     with pytest.raises(FormatError, match="not of one save"):
         load(bare(), tmp_path)
+
+
+def test_the_meta_device_can_hold_nothing(tmp_path):
+    save(trained(), tmp_path)
+    with torch.device("meta"):
+        model = Net()
+    with pytest.raises(FormatError, match=r"layers.0.q_proj: it is on the meta device.*to_empty"):
+        load(model, tmp_path)
+    assert not any(isinstance(module, LoRALayer) for module in model.modules())
+    inject(model, "q_proj", r=2)
+    with pytest.raises(LoRAInjectError, match="on the meta device"):
+        save(model, tmp_path)
 
 
 def test_arguments():
