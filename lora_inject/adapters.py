@@ -126,9 +126,7 @@ def _remove(record: Record, names: set[str]) -> None:
     for _, layer, adapter in record.adapters:
         if adapter.name in names:
             detach(layer, adapter)
-    for slot in record.all_slots():
-        for name in names & slot.trains.keys():
-            slot.disown(name)
+    record.disown(names)
     record.adapters = [item for item in record.adapters if item[2].name not in names]
     record.training = record.training - names
     gone = [m for n in names & record.modes.keys() for m in record.modes.pop(n).train_also]

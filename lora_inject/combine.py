@@ -131,7 +131,7 @@ def combine(
         for path, layer, _ in record.adapters:
             require_ready(path, layer)
 
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # tensors made in it could never train
         made = {id(record): _combined(record, weights, name, rule) for record in records}
     attached: list[_Made] = []
     try:
@@ -283,6 +283,11 @@ def _combine_layer(
         A, B, off = _combine_pair(path, layer, terms, rule)
         pairs.append((A, B))
         offs.append(off)
+    prefixes = [terms[0][0].spec.prefix for terms in parts.values()]
+    if len(set(prefixes)) < len(prefixes):
+        raise UnsupportedLayerError(
+            "its adapters have parts of one name in different places.", path=path
+        )
     r = max(A.shape[-2] for A, _ in pairs)
     shaped = [
         _shaped(first.kind, layer, terms[0][0], A, B, r)
@@ -306,6 +311,10 @@ def _combine_pair(
     As, Bs = [], []
     for term, _ in terms:
         own = oriented(term.spec, layer.get_parameter(term.A), layer.get_parameter(term.B))
+        if any(tensor.is_meta or not tensor.isfinite().all() for tensor in own):
+            raise UnsupportedLayerError(
+                f"the A or B of {term.adapter!r} has no finite values.", path=path
+            )
         A, B = term.kind.to_matrices(layer, *own)
         As.append(A.to(torch.promote_types(A.dtype, torch.float32)))
         Bs.append(B.to(torch.promote_types(B.dtype, torch.float32)))

@@ -12,6 +12,7 @@ from lora_inject.formats import FORMATS, find_format
 from lora_inject.formats.data import AdapterData, PairData
 from lora_inject.formats.pairs import as_portable
 from lora_inject.low_rank import product_norm
+from lora_inject.settings import check_alpha
 from lora_inject.tables import Section, Tables, count, size
 
 
@@ -44,6 +45,7 @@ def convert(
         ArgumentError: a format is not known, or the model is needed.
         FormatError: the source cannot be read, or the target has no word for something in it.
     """
+    alpha = None if alpha is None else check_alpha(alpha, "alpha")
     if to not in FORMATS:
         raise ArgumentError(f"to must be one of {list(FORMATS)}, not {to!r}.")
     data: AdapterData = find_format(source, format).read(source, model, alpha)

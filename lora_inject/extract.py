@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lora_inject.errors import ArgumentError
 from lora_inject.in_place import own_tensor
+from lora_inject.layer import LoRALayer
 from lora_inject.plan import plan
 from lora_inject.selection import ALL_LINEAR
 from lora_inject.sites import Site
@@ -110,21 +111,28 @@ def extract(
         NoMatchError: a pattern selects nothing.
         UnsupportedLayerError: a selected layer cannot be adapted.
     """
+    for name, model in (("base", base), ("tuned", tuned)):
+        if any(isinstance(module, LoRALayer) for module in model.modules()):
+            raise ArgumentError(
+                f"{name}: it has adapters in use, which would be taken for its weights.",
+                remedy="Call use(model) or strip(model) first.",
+            )
     drawn = plan(
         base, targets, r=r, exclude=exclude, layers=layers, dtype=dtype, seed=0, adapter=adapter
     )
     leaders = [site for site in drawn.sites if not site.follows]
     pairs = [(site, _tuned_weights(site, tuned)) for site in leaders]
-    values, found = {}, []
+    values, found, held = {}, [], set[int]()
     for site, weights in pairs:
         for spec in site.specs:
             W = site.kind.weight(site.module, spec.weight)
             A, B, lost = _extracted(site, W, weights[spec.weight], r)
+            held.add(id(W))
             values[site.path, spec.prefix] = A, B
             found.append(
                 ExtractedWeight(f"{_module_path(site)}.{spec.weight}".lstrip("."), r, lost)
             )
-    others = tuple(_others(base, tuned, {weight.path for weight in found}))
+    others = tuple(_others(base, tuned, {weight.path for weight in found}, held))
     apply(drawn, values)
     return ExtractReport(tuple(found), others)
 
@@ -169,24 +177,35 @@ def _extracted(site: Site, W: Tensor, tuned: Tensor, r: int) -> tuple[Tensor, Te
     difference = site.kind.to_matrix(site.module, tuned.to(W.device, dtype) - W.to(dtype))
     rank = min(r, *difference.shape[-2:])
     q = min(rank + OVERSAMPLING, *difference.shape[-2:])
-    with torch.random.fork_rng(devices=[W.device] if W.is_cuda else []):
+    if not difference.isfinite().all():
+        raise ArgumentError("the difference of the models is not finite.", path=site.path)
+    with torch.random.fork_rng():
         torch.manual_seed(0)
         U, S, V = torch.svd_lowrank(difference, q, ITERATIONS)
     root = S[..., :rank].sqrt()
     B = U[..., :rank] * root.unsqueeze(-2)
     A = (V[..., :rank] * root.unsqueeze(-2)).transpose(-2, -1)
+    A, B = A.to(site.dtype), B.to(site.dtype)
     norm = difference.norm().item()
-    lost = (difference - B @ A).norm().item() / norm if norm else 0.0
+    lost = (difference - B.to(dtype) @ A.to(dtype)).norm().item() / norm if norm else 0.0
     A = nn.functional.pad(A, (0, 0, 0, r - rank))
     B = nn.functional.pad(B, (0, r - rank))
     return *site.kind.from_matrices(site.module, A, B), lost
 
 
-def _others(base: nn.Module, tuned: nn.Module, extracted: set[str]) -> Iterable[str]:
-    """Names of tensors that differ and are not extracted."""
-    state = tuned.state_dict()
-    for name, tensor in base.state_dict().items():
+def _others(
+    base: nn.Module, tuned: nn.Module, extracted: set[str], held: set[int]
+) -> Iterable[str]:
+    """Names of tensors that differ and are not extracted, under any name of theirs."""
+    state, own = tuned.state_dict(), base.state_dict(keep_vars=True)
+    by_id = {id(own[name]): name for name in extracted if name in own}
+    for name, tensor in own.items():
         other = state.get(name)
+        if id(tensor) in held:  # tied to what is extracted: it should be so in tuned too
+            leader = state.get(by_id.get(id(tensor), name))
+            if other is None or leader is None or not torch.equal(other, leader):
+                yield name
+            continue
         same = other is not None and other.shape == tensor.shape
         if name not in extracted and not (
             same and torch.equal(tensor, other.to(tensor.device, tensor.dtype))  # type: ignore[union-attr]

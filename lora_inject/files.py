@@ -14,13 +14,13 @@ from lora_inject.fit import Fitted
 from lora_inject.formats import FORMATS, find_format
 from lora_inject.formats.data import PairData
 from lora_inject.formats.pairs import as_portable
-from lora_inject.freeze import in_place, select_in_full
+from lora_inject.freeze import in_place
 from lora_inject.in_place import Place, own_tensor
+from lora_inject.paths import bare_paths
 from lora_inject.plan import Plan, plan
 from lora_inject.record import records_in
-from lora_inject.selection import View
-from lora_inject.settings import check_adapter, check_bias
-from lora_inject.state import Stored, bare_paths, not_finite, raise_problems
+from lora_inject.settings import check_adapter, check_alpha, check_bias
+from lora_inject.state import Stored, not_finite, raise_problems
 from lora_inject.surgery import apply
 from lora_inject.targets import Pattern, Predicate
 
@@ -55,10 +55,10 @@ def save(
             written to. Nothing has been written then.
         LoRAInjectError: the model has no adapters, is merged or inside a block.
     """
-    if format not in FORMATS:
+    if not isinstance(format, str) or format not in FORMATS:
         raise ArgumentError(f"format must be one of {list(FORMATS)}, not {format!r}.")
-    data = Stored(model, adapter).data()
-    FORMATS[format].write(as_portable(data) if portable else data, Path(fspath(path)))
+    data, file = Stored(model, adapter).data(), _path(path)
+    FORMATS[format].write(as_portable(data) if portable else data, file)
 
 
 def load(
@@ -101,7 +101,10 @@ def load(
         LoRAInjectError: the model is merged or inside a block.
     """
     adapter = check_adapter(adapter)
-    file = Path(fspath(path))
+    file = _path(path)
+    alpha = None if alpha is None else check_alpha(alpha, "alpha")
+    for _, _, record in records_in(model):
+        record.require_ready()
     data = find_format(file, format).read(file, model, alpha)
     if not data.pairs:
         raise FormatError(f"{file} holds no A and B.")
@@ -118,13 +121,24 @@ def load(
     return model
 
 
+def _path(path: Any) -> Path:
+    try:
+        return Path(fspath(path))
+    except TypeError as error:
+        raise ArgumentError(f"path must be a path, not {path!r}.") from error
+
+
 def _inject(
     model: nn.Module, wanted: Fitted, adapter: str, dtype: torch.dtype | str | None
 ) -> None:
     """Put the file's adapter into the model as a new one."""
+    wanted.require_tied()
+    elsewhere = wanted.elsewhere()
+    outside = [Pattern("elsewhere", _within(elsewhere), by_name=True)] if elsewhere else ()
     drawn = plan(
-        model, _targets(wanted), adapter=adapter, dtype=dtype, seed=0, parts=_parts(wanted) or None
-    )
+        model, _targets(wanted), adapter=adapter, dtype=dtype, seed=0, exclude=outside,
+        parts=_parts(wanted) or None,
+    )  # fmt: skip
     for site in drawn.sites:
         if site.kind.weight(site.module, site.specs[0].weight).is_meta:
             raise FormatError(
@@ -133,15 +147,18 @@ def _inject(
                 remedy='Call model.to_empty(device="cpu") and load the base weights first.',
             )
     own = {site.path: site for site in drawn.sites if not site.follows}
-    values = {(f.target, f.prefix): (f.pair.A, f.pair.B) for f in wanted.pairs}
+    dtypes = {path: site.dtype for path, site in own.items()}
+    values = {}
+    for f in wanted.pairs:
+        to = dtypes.get(f.target, f.pair.A.dtype)
+        values[f.target, f.prefix] = f.pair.A.to(to), f.pair.B.to(to)
     shapes = {(path, spec.prefix): spec for path, site in own.items() for spec in site.specs}
     _check_shapes(shapes, values)
-    in_full = {}
-    if wanted.data.train_also:
-        in_full = select_in_full(View(model), list(wanted.data.train_also))
     places, layers = wanted.places(), [site.module for site in drawn.sites]
+    in_full = _in_full(model, wanted, places)
     guess = "lora_only" if {module for module, _ in places} <= set(layers) else "all"
-    bias = check_bias(wanted.data.bias or (guess if places else "none"))
+    all_biases = all(name.endswith("bias") for _, name in places)
+    bias = check_bias(wanted.data.bias or (guess if places and all_biases else "none"))
     expected = bias if wanted.data.bias else "none"
     trained = in_place(model, layers, expected, [*in_full.values()])
     _check_tensors(model, trained, places)
@@ -149,6 +166,22 @@ def _inject(
     complete: Plan = replace(drawn, bias=bias, train_also=in_full, in_place=trained)
     used = any(record.in_use for _, _, record in records_in(model))
     apply(complete, values, places, use=not used)
+
+
+def _in_full(
+    model: nn.Module, wanted: Fitted, places: Mapping[Place, Tensor]
+) -> dict[str, nn.Module]:
+    """The modules of the file that train in full, by path."""
+    paths, data = bare_paths(model), wanted.data
+    if not data.bias:  # a file that says no more than its tensors
+        owners = {module for module, name in places if not name.endswith("bias")}
+        return {path: module for module, path in paths.items() if module in owners}
+    own = data.facts.get("train_also")
+    return {
+        path: module
+        for module, path in paths.items()
+        if (path in own if own is not None else path.endswith(data.train_also))
+    }
 
 
 def _targets(wanted: Fitted) -> dict[Pattern, dict[str, Any]]:
@@ -238,6 +271,9 @@ def _check_tensors(
                 for p, value in given.items()
                 if (tensor := own[p]) is not None and tensor.shape != value.shape
             ),
-            "not finite": (names[place] for place in not_finite(given)),
+            "not finite in this model": (
+                names[place]
+                for place in not_finite({p: v.to(own[p].dtype) for p, v in given.items()})  # type: ignore[union-attr]
+            ),
         },
     )

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from lora_inject.errors import FormatError
 from lora_inject.fingerprint import differs
 from lora_inject.formats.data import AdapterData, PairData
-from lora_inject.in_place import Place, own_tensor
+from lora_inject.in_place import Place, own_tensor, places_of
 from lora_inject.kinds import find_kind
 from lora_inject.kinds.parameter import layout_of
-from lora_inject.state import bare_key, bare_modules
+from lora_inject.paths import bare_key, bare_modules
+from lora_inject.state import same_product
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,11 @@ class FittedPair:
     @property
     def target(self) -> str:
         """What ``inject`` is to be told to get it."""
-        plain = self.pair.weight == "weight" or find_kind(self.module) is not None
-        return self.real if plain else f"{self.real}.{self.pair.weight}".lstrip(".")
+        return (
+            self.real
+            if find_kind(self.module) is not None
+            else f"{self.real}.{self.pair.weight}".lstrip(".")
+        )
 
 
 class Fitted:
@@ -70,9 +74,10 @@ class Fitted:
             owner, _, last = name.rpartition(".")
             path = bare_key(owner, self.modules)
             module = self.modules.get(path)
-            if module is None or own_tensor(module, last) is None:
+            value = None if module is None else own_tensor(module, last)
+            if value is None:
                 unknown.append(name)
-            else:
+            elif not _is_the_bases(name, tensor, value, data):
                 self.tensors[f"{path}.{last}".lstrip(".")] = tensor
         if unknown:
             shown = ", ".join(name[:200] for name in unknown[:3])
@@ -88,13 +93,41 @@ class Fitted:
     @property
     def pairs_by_key(self) -> dict[str, Tensor]:
         """A and B by loralib's keys."""
-        halves = [(f.key, f.pair.A, f.pair.B) for f in self.pairs]
+        halves = [(f.key, f.pair.A, f.pair.B) for f in self.all_pairs]
         return {f"{key}lora_{x}": t for key, A, B in halves for x, t in (("A", A), ("B", B))}
 
     @property
     def scalings(self) -> dict[str, float]:
         """The scaling that each pair was made for, where the file says it."""
-        return {f.key: f.pair.scaling for f in self.pairs if f.pair.alpha is not None}
+        return {f.key: f.pair.scaling for f in self.all_pairs if f.pair.alpha is not None}
+
+    def elsewhere(self) -> set[str]:
+        """The paths where an adapted weight is registered too, and which the file does not name."""
+        named = {fitted.module for fitted in self.all_pairs}
+        ids = {id(f.module._parameters.get(f.pair.weight)) for f in self.all_pairs} - {id(None)}
+        return {
+            path
+            for path, module in self.model.named_modules(remove_duplicate=False)
+            if module not in named and ids & {id(p) for p in module._parameters.values()}
+        }
+
+    def require_tied(self) -> None:
+        """Refuse values for some places of a tied tensor alone, or different ones.
+
+        Raises:
+            FormatError: there are such.
+        """
+        given = self.places()
+        for tied in places_of(self.model).values():
+            values = [given[place] for place in tied if place in given]
+            if values and (len(values) < len(tied) or not all(
+                torch.equal(values[0], value) for value in values[1:]
+            )):  # fmt: skip
+                raise FormatError(
+                    f"{tied[0][1]} is tied in this model, and the file has values of its own for "
+                    f"one of its {len(tied)} places.",
+                    remedy="Untie it before loading.",
+                )
 
     def places(self) -> dict[Place, Tensor]:
         """The other tensors by owner and name."""
@@ -111,7 +144,10 @@ class Fitted:
         for key, saved in self.data.base.items():
             owner, _, name = key.rpartition(".")
             module = self.modules.get(bare_key(owner, self.modules))
-            weight = None if module is None else own_tensor(module, name)
+            kind = None if module is None else find_kind(module)
+            weight = None
+            if module is not None:
+                weight = kind.weight(module, name) if kind else own_tensor(module, name)
             if isinstance(saved, Mapping) and weight is not None and differs(saved, weight):
                 wrong.append(key)
         if wrong:
@@ -129,6 +165,7 @@ class Fitted:
         """
         first: dict[int, FittedPair] = {}
         kept = []
+        self.all_pairs = self.pairs
         for fitted in self.pairs:
             W = fitted.module._parameters.get(fitted.pair.weight)
             leader = None if W is None or fitted.pair.part else first.setdefault(id(W), fitted)
@@ -141,6 +178,28 @@ class Fitted:
                     remedy="Untie them before loading.",
                 )
         self.pairs = kept
+
+
+def _is_the_bases(name: str, tensor: Tensor, value: Tensor, data: AdapterData) -> bool:
+    """Whether a tensor of the file only repeats the base, as PEFT saves adapted embeddings.
+
+    Raises:
+        FormatError: it is the weight of an adapted layer, and another one.
+    """
+    owner = name.rpartition(".")[0]
+    inside = any(
+        f"{owner}.".startswith(f"{top}.") or owner.endswith(top) for top in data.train_also
+    )
+    same = tensor.shape == value.shape and torch.equal(tensor.to(value), value.detach())
+    if same and not inside and not name.endswith("bias"):
+        return True
+    if not same and name in data.facts.get("base_weights", ()):
+        raise FormatError(
+            f"the file holds the weight of the adapted layer {owner}, and it is not that of this "
+            "model.",
+            remedy="Load the right base, resized as it was.",
+        )
+    return False
 
 
 def _prefix(pair: PairData) -> str:
@@ -182,9 +241,6 @@ def _of_groups(pair: PairData, groups: int, channels: int) -> PairData:
 
 def _same_update(one: PairData, other: PairData) -> bool:
     """Whether two pairs are one, the same way round or the other."""
-    if one.scaling != other.scaling:
-        return False
-    turned = other.B.transpose(-2, -1), other.A.transpose(-2, -1)
-    return any(
-        torch.equal(one.A, A) and torch.equal(one.B, B) for A, B in ((other.A, other.B), turned)
-    )
+    A, B = other.A, other.B * (other.scaling / one.scaling)
+    turned = B.transpose(-2, -1), A.transpose(-2, -1)
+    return any(same_product((one.A, one.B), pair) for pair in ((A, B), turned))

@@ -18,6 +18,7 @@ from lora_inject.record import (
     records_in,
     require_awake,
     require_own_record,
+    require_same_use,
     set_trainable,
 )
 from lora_inject.report import Report, report
@@ -66,15 +67,17 @@ def freeze(model: nn.Module, bias: BiasMode = "none", train_also: Any = ()) -> R
         raise UnsupportedLayerError("train_also: an adapted layer cannot train in full.")
     require_own_record(model)
     require_awake(model)
+    require_same_use(model)
 
     changes = Before()
     changes.keep(model.modules())
     record = gather(model, changes)
     used = [layer for _, layer, a in record.adapters if a.name in record.in_use]
     tensors = in_place(model, used, bias, in_full)
-    if record.adapters and tensors and len(record.in_use) != 1:
+    if record.adapters and tensors and list(record.in_use.values()) != [1.0]:
         raise ArgumentError(
-            f"{len(record.in_use)} adapters are in use, and what trains in place belongs to one.",
+            f"{len(record.in_use)} adapters are in use, and what trains in place belongs to one, "
+            "with a weight of 1.",
             remedy='Name that one first: use(model, "default").',
         )
     for slot in record.all_slots():

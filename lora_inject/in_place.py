@@ -2,7 +2,7 @@
 
 Biases and ``train_also`` modules belong to the adapter that trains them. The first one trains the
 base's own tensor, whose former value is kept; every further one gets a tensor of its own. What is
-not in use waits on the same module, under a name like ``lora_fr_bias_kept``, so that it is moved,
+not in use waits on the same module, under a name like ``lora_2_fr_bias_kept``, so that it is moved,
 cast, copied and saved with the model; swapping exchanges the objects, so that a graph that was made
 with one stays valid.
 """
@@ -29,7 +29,8 @@ def own_tensor(module: nn.Module, name: str) -> Tensor | None:
 
 def waiting_name(name: str, adapter: str) -> str:
     """The name under which an adapter's tensor waits while it is not in its place."""
-    return f"lora_{adapter}_{name}_kept"  # no name that a bias would have
+    # With the length no two adapters share one; and no bias would be called so.
+    return f"lora_{len(adapter)}_{adapter}_{name}_kept"
 
 
 def places_of(model: nn.Module) -> dict[int, list[Place]]:
@@ -44,13 +45,25 @@ def places_of(model: nn.Module) -> dict[int, list[Place]]:
 
 
 def show(model: nn.Module, wanted: "dict[Slot, str | None]") -> None:
-    """Put an adapter's tensor, or the former value, into each slot, wherever it is tied now."""
+    """Put an adapter's tensor, or the former value, into each slot, wherever it is tied now.
+
+    Raises:
+        LoRAInjectError: a tensor has no place any more, or no value; nothing has changed then.
+    """
     moving = {slot: name for slot, name in wanted.items() if slot.inside != name}
+    for slot in moving:
+        slot.check_restorable()
     places = places_of(model) if moving else {}
-    for slot, name in moving.items():
-        found = places.get(id(slot.current), [])
-        slot.places += [place for place in found if place not in slot.places]
-        slot.show(name)
+    former = {slot: slot.inside for slot in moving}
+    try:
+        for slot, name in moving.items():
+            others = [p for p in places.get(id(slot.current), []) if p != slot.places[0]]
+            slot.places = [slot.places[0], *others]
+            slot.show(name)
+    except BaseException:
+        for slot, name in former.items():
+            slot.show(name)
+        raise
 
 
 @dataclass(eq=False)
@@ -64,6 +77,7 @@ class Slot:
         original: the adapter that trains the base's own tensor; None while that holds the former
             value.
         inside: the adapter whose tensor stands in the place; None for the former value.
+        is_parameter: whether it is a parameter, which cannot come and go as a buffer may.
     """
 
     places: list[Place]
@@ -72,7 +86,10 @@ class Slot:
     original: str | None = None
     inside: str | None = None
 
+    is_parameter: bool = field(init=False)
+
     def __post_init__(self) -> None:
+        self.is_parameter = isinstance(self.current, nn.Parameter)
         self.keep_former()
 
     @property
@@ -105,8 +122,14 @@ class Slot:
 
     def keep_unknown(self) -> None:
         """Keep the former value if it was on the meta device and has come into being since."""
-        if self._is_unknown():
-            self.keep_former()
+        if not self._is_unknown():
+            return
+        self.keep_former()
+        for adapter in self.trains:
+            tensor = self.tensor(adapter)
+            if adapter != self.inside and tensor is not None and self.former is not None:
+                with torch.no_grad():
+                    tensor.copy_(self.former)
 
     def tensor(self, adapter: str) -> Tensor | None:
         """An adapter's tensor, wherever it is."""
@@ -170,6 +193,11 @@ class Slot:
         """
         tensor = self.current
         what = f"the former value of {self.text}"
+        if self.is_parameter and tensor is None:
+            raise LoRAInjectError(
+                f"{what} has no place any more: it is no parameter of its module now.",
+                remedy="Undo what replaced it (a parametrization, say) first.",
+            )
         if self._is_unknown():
             raise LoRAInjectError(
                 f"{what} is not known: the model was on the meta device when inject was called.",
@@ -196,12 +224,13 @@ class Slot:
 
     def _stand_in(self) -> Tensor | None:
         """A new tensor with the former value, like the one in the place."""
-        like = self.current
-        if self.former is None or like is None:
+        if self.former is None:
             return None
-        value = self.former.to(like.device, like.dtype, copy=True)
-        is_parameter = isinstance(like, nn.Parameter)
-        return nn.Parameter(value, requires_grad=False) if is_parameter else value
+        like = self.former if self.current is None else self.current
+        with torch.inference_mode(False):  # where it could never train
+            value = self.former.to(like.device, like.dtype, copy=True)
+            is_parameter = isinstance(like, nn.Parameter)
+            return nn.Parameter(value, requires_grad=False) if is_parameter else value
 
     def _fetch(self, adapter: str | None) -> Tensor | None:
         if adapter is None and self.original is not None:
@@ -226,13 +255,14 @@ class Slot:
 
     @torch.no_grad()
     def _restore_former(self) -> None:
-        """Write the former value into the base's own tensor, which no adapter owns any more."""
+        """Write the former value into the base's own tensor; nobody owns it, so it is frozen."""
         module, name = self.places[0]
         key = name if self.inside is None else waiting_name(name, BASE)
         tensor, value = own_tensor(module, key), self.former
         if isinstance(tensor, nn.Parameter):
             if value is not None and not value.is_meta:
                 tensor.copy_(value)
+            tensor.requires_grad_(False)
             tensor.grad = None
         elif key in module._buffers:  # which may have come, gone or grown since
             if value is None or value.is_meta:

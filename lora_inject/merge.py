@@ -111,8 +111,7 @@ def merge(model: nn.Module, adapters: Any = None, *, keep: Keep = "device") -> M
         require_no_block(path, layer)
     names = _names_in_use(model, adapters)
     todo = {
-        path: (layer, frozenset(a.name for a in state.adapters if a.name in names) - state.folded)
-        for path, (layer, state) in states.items()
+        path: (layer, frozenset(_running(state) & names)) for path, (layer, state) in states.items()
     }
     todo = {path: pair for path, pair in todo.items() if pair[1]}
     if not todo:
@@ -214,6 +213,11 @@ def _states(model: nn.Module) -> dict[str, tuple[nn.Module, LayerState]]:
         for path, layer in adapted_layers(model).items()
         if (state := state_of(layer)) is not None
     }
+
+
+def _running(state: LayerState) -> set[str]:
+    """The adapters of a layer that are in use and not merged yet."""
+    return {a.name for a in state.adapters if a.name in state.in_use} - state.folded
 
 
 def _names_in_use(model: nn.Module, adapters: Any) -> frozenset[str]:

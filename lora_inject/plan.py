@@ -9,6 +9,7 @@ from torch import nn
 
 from lora_inject import settings as check
 from lora_inject import targets as grammar
+from lora_inject.adapter import adapters_of
 from lora_inject.errors import (
     AlreadyAdaptedError,
     ArgumentError,
@@ -17,7 +18,7 @@ from lora_inject.errors import (
 )
 from lora_inject.freeze import in_place, is_given, select_in_full
 from lora_inject.in_place import Place
-from lora_inject.record import records_in, require_awake, require_own_record
+from lora_inject.record import records_in, require_awake, require_own_record, require_same_use
 from lora_inject.selection import (
     ALL_LINEAR,
     Choice,
@@ -155,7 +156,8 @@ def plan(
     _check_tree(view)
     require_own_record(model)
     require_awake(model)
-    _check_bias_mode(model, adapter, bias)
+    require_same_use(model)
+    _check_extension(model, adapter, bias)
     in_full = select_in_full(view, train_also)
     limits = Limits(
         excluded=view.subtrees("exclude", excluded),
@@ -165,6 +167,7 @@ def plan(
     draft = Draft(view, adapter, settings, _parts_by_module(view, to_part), limits)
     choices, skips = choose(view, patterns, limits, draft.refusal)
     _check_not_adapted(choices, adapter)
+    _check_in_full(model, choices, in_full)
     sites = _with_followers(draft, [draft.site(choice, dtype) for choice in choices])
     _check_parts_used(view, to_part, sites)
     tensors = in_place(model, [s.module for s in sites], bias, [*in_full.values()])
@@ -202,9 +205,15 @@ def _check_tree(view: View) -> None:
             raise UnsupportedLayerError(problem, path=place.path, remedy=remedy)
 
 
-def _check_bias_mode(model: nn.Module, adapter: str, bias: BiasMode) -> None:
+def _check_extension(model: nn.Module, adapter: str, bias: BiasMode) -> None:
+    """Refuse to extend an adapter that is not in use as it is, or in another bias mode."""
     for _, _, record in records_in(model):
         mode = record.modes.get(adapter)
+        if mode is not None and record.in_use.get(adapter) != 1.0:
+            raise ArgumentError(
+                f"adapter: {adapter!r} is there already and not in use with a weight of 1.",
+                remedy=f"Call use(model, {adapter!r}) first to add layers to it.",
+            )
         if mode is not None and mode.bias != bias:
             raise ArgumentError(
                 f"bias={bias!r}, but {adapter!r} was injected with bias={mode.bias!r}.",
@@ -261,6 +270,34 @@ def _check_parts_used(view: View, to_part: Mapping[Pattern, Parts], sites: Seque
     for pattern in to_part:
         if not any(place.module in chosen for place in view.modules_of("parts", pattern)):
             raise NoMatchError(f"parts: {pattern.label!r} selects no layer that targets choose.")
+
+
+def _check_in_full(
+    model: nn.Module, choices: Sequence[Choice], in_full: Mapping[str, nn.Module]
+) -> None:
+    """Refuse to adapt what another adapter trains in full, and the other way round."""
+    trained = {
+        module: name
+        for _, _, record in records_in(model)
+        for name, mode in record.modes.items()
+        for top in mode.train_also
+        for module in top.modules()
+    }
+    for choice in choices:
+        if (name := trained.get(choice.target.module)) is not None:
+            raise UnsupportedLayerError(
+                f"the adapter {name!r} trains it in full.",
+                path=choice.target.path,
+                remedy="Exclude it.",
+            )
+    for path, top in in_full.items():
+        for module in top.modules():
+            if own := adapters_of(module):
+                raise UnsupportedLayerError(
+                    f"train_also: the adapter {own[0].name!r} stands on a layer in it.",
+                    path=path,
+                    remedy="Take it out of train_also.",
+                )
 
 
 def _check_not_adapted(choices: Sequence[Choice], adapter: str) -> None:

@@ -20,6 +20,7 @@ from lora_inject.settings import BiasMode
 from lora_inject.statistics import has_statistics, hold, is_held
 
 _RECORD = "_lora_inject_record"
+_TRAINED = "_lora_inject_trained"  # marks modules of which something trains in place
 
 
 @dataclass
@@ -134,7 +135,22 @@ class Record:
         slot = known[0] if known else Slot(places)
         for module, name in places:
             self.slots[module] = {**self.slots.get(module, {}), name: slot}
+            module.__dict__[_TRAINED] = True
         return slot
+
+    def disown(self, adapters: Iterable[str]) -> None:
+        """Take away what these adapters trained in place."""
+        for slot in self.all_slots():
+            for name in slot.trains.keys() & set(adapters):
+                slot.disown(name)
+        self.forget_unowned_slots()
+
+    def forget_unowned_slots(self) -> None:
+        """Drop the slots that no adapter owns any more."""
+        owned = {m: {n: s for n, s in own.items() if s.trains} for m, own in self.slots.items()}
+        for module in [module for module, own in owned.items() if not own]:
+            module.__dict__.pop(_TRAINED, None)
+        self.slots = {module: own for module, own in owned.items() if own}
 
     def check_restorable(self, values: bool = True) -> None:
         """Refuse before anything is changed.
@@ -168,9 +184,7 @@ class Record:
         for _, layer, adapter in self.adapters:
             put_back_merged(layer)
             detach(layer, adapter)
-        for slot in self.all_slots():
-            for name in list(slot.trains):
-                slot.disown(name)
+        self.disown(self.modes)
         self.before.restore()
 
 
@@ -335,13 +349,32 @@ def require_own_record(model: nn.Module) -> None:
     Raises:
         LoRAInjectError: the model has adapted layers of which none of its records knows.
     """
-    known = {layer for _, _, record in records_in(model) for layer in record.layers}
-    for path, layer in adapted_layers(model).items():
+    records = [record for _, _, record in records_in(model)]
+    known = {layer for record in records for layer in (*record.layers, *record.slots)}
+    touched = {
+        path: m for path, m in model.named_modules() if adapters_of(m) or _TRAINED in vars(m)
+    }
+    for path, layer in touched.items():
         if layer not in known:
             raise LoRAInjectError(
                 "it was adapted as part of a larger model.",
                 path=path,
                 remedy="Call this on the model that inject was called on.",
+            )
+
+
+def require_same_use(model: nn.Module) -> None:
+    """Refuse parts of a model that were adapted on their own and use one adapter differently.
+
+    Raises:
+        LoRAInjectError: they do, so that they cannot become one.
+    """
+    records = [record for _, _, record in records_in(model)]
+    for name in {name for record in records for name in record.modes}:
+        if len({record.in_use.get(name) for record in records if name in record.modes}) > 1:
+            raise LoRAInjectError(
+                f"parts of the model use the adapter {name!r} with different weights.",
+                remedy="Call use on the whole model first.",
             )
 
 

@@ -24,7 +24,9 @@ def per_row(model: nn.Module, adapters: Iterable[str | None]) -> Iterator[nn.Mod
     """Give every row of a batch an adapter of its own, whatever is in use outside of the block.
 
     The first dimension of every adapted layer's input counts the rows. Works in training too:
-    adapters learn from their rows if they train (``use(model, "fr", "de")`` before the block).
+    adapters learn from their rows if they train (``use(model, "fr", "de")`` before the block). With
+    activation checkpointing the backward pass has to run inside of the block too, since it computes
+    the layers once more.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4))
@@ -126,7 +128,6 @@ class _Group:
             dtype=torch.float64,
         )
         self.masks: dict[Any, Tensor] = {}
-        self.stacked: tuple[Any, tuple[Tensor, Tensor]] = (None, (self.chosen, self.chosen))
 
     def add(self, layer: nn.Module, x: Tensor, y: Tensor, require_rows: Any) -> Tensor:
         A, B = self.stack(layer)
@@ -135,17 +136,7 @@ class _Group:
         return add(y, self.kind.up(layer, x, h * self.mask(h, B), B), self.scaling, self.spec)
 
     def stack(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
-        """A and B of all adapters; computed anew only where one has changed or needs a gradient."""
-        own: Any = layer._parameters
-        tensors = [own[name] for t in self.terms for name in (t.A, t.B)]
-        if torch.is_grad_enabled() or any(tensor.is_inference() for tensor in tensors):
-            return self._stack(layer)
-        key = [(id(tensor), tensor._version) for tensor in tensors]
-        if self.stacked[0] != key:
-            self.stacked = key, self._stack(layer)
-        return self.stacked[1]
-
-    def _stack(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
+        """A and B of all adapters."""
         own: Any = layer._parameters
         pairs = [oriented(t.spec, own[t.A], own[t.B]) for t in self.terms]
         matrices = [self.kind.to_matrices(layer, A, B) for A, B in pairs]
@@ -156,12 +147,13 @@ class _Group:
         """For each row, 1 (or a relative scaling) at the ranks of its adapter, else 0."""
         key = (h.device, h.dtype, h.dim())
         if key not in self.masks:
-            ranks = torch.tensor([t.spec.rank for t in self.terms])
-            mask = self.chosen.repeat_interleave(ranks, dim=1)
-            mask = mask.repeat(1, h.shape[self.kind.rank_dim] // mask.shape[1])  # for each group
-            shape = [1] * h.dim()
-            shape[0], shape[self.kind.rank_dim] = mask.shape
-            self.masks[key] = mask.reshape(shape).to(h.device, h.dtype)
+            with torch.inference_mode(False):  # a later call may need it for a gradient
+                ranks = torch.tensor([t.spec.rank for t in self.terms])
+                mask = self.chosen.repeat_interleave(ranks, dim=1)
+                mask = mask.repeat(1, h.shape[self.kind.rank_dim] // mask.shape[1])  # each group
+                shape = [1] * h.dim()
+                shape[0], shape[self.kind.rank_dim] = mask.shape
+                self.masks[key] = mask.reshape(shape).to(h.device, h.dtype)
         return self.masks[key]
 
 

@@ -209,8 +209,7 @@ def check_weights(weights: Any) -> dict[str, float]:
     if not isinstance(weights, Mapping):
         raise ArgumentError(f'adapters must be a mapping such as {{"fr": 0.7}}, not {weights!r}.')
     for name, weight in weights.items():
-        number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not number or not math.isfinite(weight):
+        if not _is_number(weight) or not abs(weight) < 1e30:
             raise ArgumentError(f"the weight of {name!r} must be a finite number, not {weight!r}.")
     return {name: float(weight) for name, weight in weights.items()}
 

@@ -20,19 +20,11 @@ from lora_inject.formats.pairs import told_layout
 from lora_inject.in_place import Slot
 from lora_inject.kinds.base import Spec
 from lora_inject.kinds.parameter import ParameterKind
+from lora_inject.layer import oriented
+from lora_inject.low_rank import product_norm
+from lora_inject.paths import bare, bare_key, bare_modules, bare_paths
 from lora_inject.record import Record, records_in, require_own_record, require_ready
 from lora_inject.settings import BiasMode, check_adapter
-
-# Wrappers of a whole model or of a block, which put their own name into every path below them.
-_WRAPPERS = {
-    "DistributedDataParallel": "module",
-    "DataParallel": "module",
-    "OptimizedModule": "_orig_mod",
-    "FullyShardedDataParallel": "_fsdp_wrapped_module",
-    "CheckpointWrapper": "_checkpoint_wrapped_module",
-}
-_PREFIXES = ("base_model.model.", "_orig_mod.", "_fsdp_wrapped_module.", "module.")
-_INFIXES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 def lora_state_dict(
@@ -63,7 +55,7 @@ def lora_state_dict(
     stored = Stored(model, adapter)
     if bias is not None:
         stored.check_bias(bias)
-    return {key: tensor.detach() for key, tensor in stored.tensors().items()}
+    return {key: tensor.detach() for key, tensor in {**stored.tensors(), **stored.tied()}.items()}
 
 
 def load_lora_state_dict(
@@ -92,6 +84,8 @@ def load_lora_state_dict(
         ArgumentError: the adapter is not known or not unique.
         LoRAInjectError: the model has no adapters, is merged or inside a block.
     """
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+        raise ArgumentError(f"state must be a mapping of names to tensors, not {type(state)}.")
     Stored(model, adapter).fill(state, {})
     return model
 
@@ -135,9 +129,15 @@ class Stored:
             raise LoRAInjectError("the model has no adapters.", remedy="Call inject first.")
         self.name = adapter_name(self.records, adapter)
         self.modules, self.paths = bare_modules(model), bare_paths(model)
+        self.real_prefixes = [name for name in ("module", "base_model") if name in self.modules]
         for record in self.records:
             for path, layer, _ in record.adapters:
                 require_ready(path, layer)
+        for path, layer in ((p, m) for r in self.records for p, m, _ in r.adapters):
+            if layer not in self.paths:
+                raise LoRAInjectError(
+                    "it is no longer part of the model.", path=path, remedy="Put it back."
+                )
         self.pairs = [
             Held(self.paths[layer], record, layer, own, spec, A, B)
             for record in self.records
@@ -158,10 +158,10 @@ class Stored:
         found: dict[str, Slot] = {}
         for record in self.records:
             for slot in record.all_slots():
-                module, name = slot.places[0]
-                saved = name not in module._non_persistent_buffers_set
-                if self.name in slot.trains and saved and slot.tensor(self.name) is not None:
-                    found[f"{self.paths[module]}.{name}".lstrip(".")] = slot
+                for module, name in slot.places:
+                    saved = name not in module._non_persistent_buffers_set
+                    if self.name in slot.trains and saved and slot.tensor(self.name) is not None:
+                        found[f"{self.paths[module]}.{name}".lstrip(".")] = slot
         return found
 
     def check_bias(self, bias: Any) -> None:
@@ -192,6 +192,15 @@ class Stored:
                 raise LoRAInjectError(f"{key} is on the meta device and has no values.")
         return tensors
 
+    def tied(self) -> dict[str, Tensor]:
+        """The pairs of places that share the pair of another, as they stand there."""
+        found: dict[str, Tensor] = {}
+        for held in self.pairs:
+            if held.adapter.follows:
+                A, B = oriented(held.spec, *held.values)
+                found |= {f"{held.key}lora_A": A, f"{held.key}lora_B": B}
+        return found
+
     def data(self) -> AdapterData:
         """The adapter apart from the model."""
         self.tensors()
@@ -207,7 +216,7 @@ class Stored:
         }
         prints = {key: fingerprint(weight) for key, weight in weights.items()}
         return AdapterData(
-            pairs=tuple(self._pair(held) for held in self.pairs),
+            pairs=tuple(self._pair(held) for held in self._in_order()),
             tensors={key: slot.tensor(self.name).detach() for key, slot in self.slots.items()},  # type: ignore[union-attr]
             bias=self.bias,
             train_also=tuple(self.paths[m] for mode in modes for m in mode.train_also),
@@ -217,13 +226,36 @@ class Stored:
             model_class=kind,
             task="CAUSAL_LM" if kind.endswith(("ForCausalLM", "LMHeadModel")) else "",
             modules=tuple(path for path in self.paths.values() if path),
+            facts={"refused": self._in_several_places()},
+        )
+
+    def _in_order(self) -> list[Held]:
+        """The pairs, those of one module in the order of its parameters."""
+        first: dict[str, int] = {}
+        for i, held in enumerate(self.pairs):
+            first.setdefault(held.path, i)
+
+        def position(held: Held) -> tuple[int, int]:
+            names = list(held.layer._parameters)
+            weight = held.spec.weight
+            return first[held.path], names.index(weight) if weight in names else 0
+
+        return sorted(self.pairs, key=position)
+
+    def _in_several_places(self) -> dict[str, str]:
+        """What other libraries would take apart: shared layers, and tied tensors that train."""
+        shared = {held.path for held in self.pairs
+                  if sum(module is held.layer for module in self.modules.values()) > 1}  # fmt: skip
+        tied = {name for name, slot in self.slots.items() if len(slot.places) > 1}
+        why = "stands at several paths of the model, of which it would adapt one alone"
+        return dict.fromkeys(shared, why) | dict.fromkeys(
+            tied, "is tied to another, from which it would be untied"
         )
 
     def _pair(self, held: Held) -> PairData:
         spec, settings, kind = held.spec, held.adapter.settings, held.adapter.kind
         A, B = (tensor.detach() for tensor in held.values)
-        if spec.swapped:
-            A, B = B.transpose(-2, -1), A.transpose(-2, -1)
+        A, B = oriented(spec, A, B)
         layout = "in_out" if kind.transposes else ""
         if isinstance(kind, ParameterKind):
             layout = told_layout(held.layer, kind.weight(held.layer, spec.weight))
@@ -254,19 +286,58 @@ class Stored:
         Raises:
             FormatError: something is missing, unexpected, of another shape or not finite.
         """
-        own = self.tensors()
-        given = {bare_key(key, own): value for key, value in state.items()}
+        own, tied = self.tensors(), self.tied()
+        known = own.keys() | tied.keys()
+        given: dict[str, Tensor] = {}
+        for key, value in state.items():
+            # A prefix that is the name of a real module here is none of a wrapper's.
+            real = any(key.startswith(f"{path}.") for path in self.real_prefixes)
+            name = key if real else bare_key(key, known)
+            if name in given:
+                raise FormatError(f"two of the keys mean {name}.", remedy="Nothing was loaded.")
+            given[name] = value
+        shared = {key: given.pop(key) for key in tied if key in given}
         ready = dict(given)
         for held in self.pairs:
             keys = f"{held.key}lora_A", f"{held.key}lora_B"
-            if not held.adapter.follows and all(key in given for key in keys):
+            usable = all(is_usable(given.get(key)) for key in keys)
+            if not held.adapter.follows and usable:
                 scaling = scalings.get(held.key, held.adapter.settings.scaling)
                 A, B = self._fitted(held, given[keys[0]], given[keys[1]], scaling)
                 ready |= {keys[0]: A, keys[1]: B}
         _require_equal_keys(own, ready)
+        cast = {key: ready[key].to(dtype=tensor.dtype) for key, tensor in own.items()}
+        raise_problems(
+            f"the values do not fit {next(iter(own.values())).dtype}",
+            {"too large": not_finite(cast)},
+        )
+        self._require_agreement(cast, shared, scalings)
         with torch.no_grad():
             for key, tensor in own.items():
-                tensor.copy_(ready[key])
+                tensor.copy_(cast[key])
+
+    def _require_agreement(
+        self,
+        own: Mapping[str, Tensor],
+        shared: Mapping[str, Tensor],
+        scalings: Mapping[str, float],
+    ) -> None:
+        """Refuse values of a tied place that are not those of the place whose pair it shares."""
+        for held in self.pairs:
+            keys = f"{held.key}lora_A", f"{held.key}lora_B"
+            if held.adapter.follows and all(key in shared for key in keys):
+                leader = next(h for h in self.pairs if not h.adapter.follows
+                              and h.values[0] is held.values[0])  # fmt: skip
+                values = (own[f"{leader.key}lora_A"], own[f"{leader.key}lora_B"])
+                own_scaling = held.adapter.settings.scaling
+                factor = scalings.get(held.key, own_scaling) / own_scaling
+                mine = shared[keys[0]], shared[keys[1]] * factor
+                if not same_product(oriented(held.spec, *values), mine):
+                    raise FormatError(
+                        f"{held.path} and {leader.path} are tied in this model and have different "
+                        "adapters here.",
+                        remedy="Nothing was loaded.",
+                    )
 
     def _fitted(self, held: Held, A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
         """Values of a smaller rank padded with zeros, and of another scaling with it in B."""
@@ -294,6 +365,8 @@ def _require_equal_keys(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) 
     Raises:
         FormatError: they are not, with counts and examples of each problem.
     """
+    wrong = [key for key, value in given.items() if not is_usable(value, own.get(key))]
+    raise_problems("some values cannot be used", {"no plain tensors": wrong})
     shapes = [key for key in own if key in given and own[key].shape != given[key].shape]
     raise_problems(
         "the values do not fit the adapter",
@@ -306,6 +379,14 @@ def _require_equal_keys(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) 
             "not finite": not_finite(given),
         },
     )
+
+
+def same_product(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
+    """Whether two pairs A, B of matrices have one product, whatever their ranks."""
+    if one[0].shape[-1] != other[0].shape[-1] or one[1].shape[-2] != other[1].shape[-2]:
+        return False
+    A, B = torch.cat([one[0], other[0]], -2), torch.cat([one[1], -other[1]], -1)
+    return product_norm(A, B) <= 1e-6 * product_norm(*one)
 
 
 def raise_problems(what: str, problems: Mapping[str, Iterable[str]]) -> None:
@@ -323,6 +404,16 @@ def raise_problems(what: str, problems: Mapping[str, Iterable[str]]) -> None:
     ]
     if texts:
         raise FormatError(f"{what}: {'; '.join(texts)}.", remedy="Nothing was loaded.")
+
+
+def is_usable(value: Any, like: Tensor | None = None) -> bool:
+    """Whether a value is an ordinary tensor with numbers of the kind that a place wants."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+        return False
+    if value.is_complex() or value.is_quantized:
+        return False
+    floating = value.is_floating_point() and value.dtype.itemsize > 1
+    return floating if like is None or like.is_floating_point() else True
 
 
 def not_finite(tensors: Mapping[Any, Tensor]) -> list[Any]:
@@ -353,49 +444,3 @@ def adapter_name(records: list[Record], adapter: str | None) -> str:
         if len(names) == 1:
             return names[0]
     raise ArgumentError(f"there are several adapters, {known}.", remedy="Name one by adapter=.")
-
-
-def bare(model: nn.Module) -> nn.Module:
-    """The model inside of wrappers."""
-    while (name := _WRAPPERS.get(type(model).__name__)) in model._modules:
-        inside = model._modules[str(name)]
-        if inside is None:
-            break
-        model = inside
-    return model
-
-
-def bare_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module by every path that it has, without the names that wrappers put in."""
-    modules: dict[str, nn.Module] = {}
-    shown: dict[str, tuple[str, str | None]] = {}  # path without wrappers, name of what is wrapped
-    for path, module in model.named_modules(remove_duplicate=False):
-        parent, _, name = path.rpartition(".")
-        above, inside = shown[parent] if path else ("", "")
-        own = above if name == inside else f"{above}.{name}".lstrip(".")
-        shown[path] = own, _WRAPPERS.get(type(module).__name__)
-        modules[own] = module  # of a wrapper and what it wraps, the latter
-    return modules
-
-
-def bare_paths(model: nn.Module) -> dict[nn.Module, str]:
-    """The first path of every module, without the names that wrappers put in."""
-    paths: dict[nn.Module, str] = {}
-    for path, module in bare_modules(model).items():
-        paths.setdefault(module, path)
-    return paths
-
-
-def bare_key(key: str, known: Any) -> str:
-    """A key without the names of wrappers, if only so it is one of those known."""
-    if key in known:
-        return key
-    candidate = key
-    for infix in _INFIXES:
-        candidate = candidate.replace(infix, "")
-    while candidate not in known:
-        prefix = next((p for p in _PREFIXES if candidate.startswith(p)), None)
-        if prefix is None:
-            return key
-        candidate = candidate.removeprefix(prefix)
-    return candidate

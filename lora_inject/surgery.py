@@ -1,7 +1,7 @@
 """Inject and strip: a plan becomes adapted layers, all of them or none, and they come out again."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -129,8 +129,12 @@ def inject(
         layout=layout,
         parts=parts,
     )
-    apply(wanted)
-    return _with_notes(report(model), wanted)
+    undo = apply(wanted)
+    try:
+        return _with_notes(report(model), wanted)
+    except BaseException:
+        undo()
+        raise
 
 
 Values = Mapping[tuple[str, str], tuple[Tensor, Tensor]]
@@ -141,7 +145,7 @@ def apply(
     values: Values | None = None,
     tensors: Mapping[Place, Tensor] | None = None,
     use: bool = True,
-) -> None:
+) -> Callable[[], None]:
     """Carry out a plan, all of it or nothing.
 
     Args:
@@ -149,6 +153,9 @@ def apply(
         values: A and B by path and prefix of each pair; None for starting values.
         tensors: values of what trains in place.
         use: whether the adapter joins those in use and trains; else it waits for ``use``.
+
+    Returns:
+        What makes the model what it was before this call, until something else changes it.
     """
     model, earlier = wanted.model, records_in(wanted.model)
     decided = {module for _, _, record in earlier for module in record.before.training}
@@ -160,6 +167,21 @@ def apply(
     changes.keep(model.modules())
     record = gather(model, copy(changes))
     owned = {slot: set(slot.trains) for slot in record.all_slots()}
+
+    def undo() -> None:
+        for layer, adapter in reversed(attached.values()):
+            detach(layer, adapter)
+        for slot in record.all_slots():
+            if wanted.adapter not in owned.get(slot, ()):
+                slot.disown(wanted.adapter)
+        record.forget_unowned_slots()
+        changes.restore()
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        for _, _, former in earlier:
+            set_in_use(former, former.in_use)
+        reinstall(model, earlier)
+
     try:
         for site in wanted.sites:
             shared = attached[site.follows] if site.follows else None
@@ -168,18 +190,9 @@ def apply(
         _fill_slots(record, wanted.adapter, tensors or {})
         install(model, record)
     except BaseException:
-        for layer, adapter in reversed(attached.values()):
-            detach(layer, adapter)
-        for slot in record.all_slots():
-            if wanted.adapter not in owned.get(slot, ()):
-                slot.disown(wanted.adapter)
-        changes.restore()
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        for _, _, former in earlier:
-            set_in_use(former, former.in_use)
-        reinstall(model, earlier)
+        undo()
         raise
+    return undo
 
 
 def _enter(

@@ -13,6 +13,7 @@ from lora_inject import (
     LoRAInjectError,
     LoRALayer,
     UnsupportedLayerError,
+    combine,
     disabled,
     freeze,
     inject,
@@ -22,11 +23,13 @@ from lora_inject import (
     param_groups,
     remove,
     report,
+    reset_lora_parameters,
     strip,
     unmerge,
     use,
 )
 from lora_inject.adapter import adapters_of
+from lora_inject.in_place import Slot
 from tests.helpers import Net, changed_parts, ids, snapshot, train_steps, trainable_names
 
 
@@ -506,3 +509,144 @@ def test_adapters_of_nested_calls_are_one():
     assert not torch.equal(model(x), only)
     remove(model, ["fr", "de"])
     assert changed_parts(before, snapshot(model)) == []
+
+
+def test_lora_and_training_in_full_do_not_meet():
+    """What one adapter trains in full is swapped, so that another's update of it would be lost."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    inject(model, "0", r=1, adapter="a", train_also="1")
+    use(model)
+    with pytest.raises(UnsupportedLayerError, match="1: the adapter 'a' trains it in full"):
+        inject(model, "1", r=1, adapter="b")
+    other = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    inject(other, "0", r=1, adapter="a")
+    with pytest.raises(UnsupportedLayerError, match="0: train_also: the adapter 'a' stands on"):
+        inject(other, "1", r=1, adapter="b", train_also="0")
+
+
+def test_names_that_could_collide():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias, self.x_bias = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": Two()})
+    before = snapshot(model)
+    for i, name in enumerate(["fr", "fr_x", "x_fr"]):
+        inject(model, "a", r=1, adapter=name, bias="all")
+        with torch.no_grad():
+            model["b"].bias.fill_(i + 10)
+            model["b"].x_bias.fill_(i + 20)
+        use(model)
+    for i, name in enumerate(["fr", "fr_x", "x_fr"]):
+        use(model, name)
+        assert (model["b"].bias[0].item(), model["b"].x_bias[0].item()) == (i + 10, i + 20)
+    strip(model)
+    assert changed_parts(before, snapshot(model)) == []
+
+
+def test_a_part_of_which_something_trains_is_no_model_of_its_own():
+    model = nn.ModuleDict({"block": nn.Sequential(nn.Linear(3, 3)), "out": nn.Linear(3, 3)})
+    before = snapshot(model)
+    inject(model, "out", r=1, adapter="a", bias="all")
+    with pytest.raises(LoRAInjectError, match="part of a larger model"):
+        inject(model["block"], "0", r=1, adapter="b", bias="all")
+    strip(model)
+    assert changed_parts(before, snapshot(model)) == []
+    inject(model["block"], "0", r=1)  # and it is one again
+    strip(model["block"])
+
+
+def test_an_adapter_that_is_not_in_use_is_not_extended():
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(3)))
+    inject(model, "0", r=1, adapter="fr")
+    for weights in ((), ({"fr": 0.5},)):
+        use(model, *weights)
+        with pytest.raises(ArgumentError, match="not in use with a weight of 1"):
+            inject(model, "1", r=1, adapter="fr")
+    use(model, "fr")
+    inject(model, "1", r=1, adapter="fr")
+    strip(model)
+    parts = nn.ModuleList([nn.Sequential(nn.Linear(3, 3)) for _ in range(3)])
+    for part in parts[:2]:
+        inject(part, "0", r=1, adapter="fr")
+    use(parts[0])
+    with pytest.raises(LoRAInjectError, match="with different weights"):
+        inject(parts, "2.0", r=1, adapter="de")
+    use(parts, "fr")
+    inject(parts, "2.0", r=1, adapter="de")
+
+
+def test_a_former_value_is_that_from_before_its_owner():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    inject(model, "0", r=1, adapter="a", bias="all")
+    use(model)
+    inject(model, "1", r=1, adapter="k")
+    use(model)
+    remove(model, "a")
+    with torch.no_grad():
+        model[0].bias.fill_(7)
+    inject(model, "0", r=1, adapter="c", bias="all")
+    use(model)
+    assert model[0].bias[0].item() == 7
+
+
+def test_tensors_made_on_meta_are_filled_when_values_come():
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+
+    base = build()
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    for name in ("a", "b"):
+        inject(model, "0", r=1, adapter=name, bias="all")
+        use(model)
+    model.to_empty(device="cpu")
+    with pytest.raises(LoRAInjectError, match="reset_lora_parameters"):
+        use(model, "a")
+    model.load_state_dict(base.state_dict(), strict=False)
+    reset_lora_parameters(model)
+    for name in ("a", "b"):
+        use(model, name)
+        assert torch.equal(model[1].bias, base[1].bias)
+
+
+def test_a_failing_swap_is_undone(monkeypatch):
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(3)))
+    inject(model, "0", r=1, bias="all")
+    before = snapshot(model)
+    show = Slot.show
+
+    def failing(slot, adapter):
+        if adapter is None and slot.places[0][0] is model[2]:
+            raise MemoryError
+        show(slot, adapter)
+
+    monkeypatch.setattr(Slot, "show", failing)
+    with pytest.raises(MemoryError):
+        use(model)
+    assert changed_parts(before, snapshot(model)) == []
+
+
+def test_parametrized_after_inject_is_noticed():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    inject(model, "0", r=1, train_also="1")
+    nn.utils.parametrizations.weight_norm(model[1])
+    for call in (strip, use):
+        with pytest.raises(LoRAInjectError, match=r"weight of a .*has no place any more"):
+            call(model)
+
+
+def test_swapping_inside_inference_mode_leaves_tensors_that_can_train():
+    model = nn.Sequential(nn.Linear(3, 3))
+    inject(model, "0", r=1, adapter="a", bias="all")
+    with torch.inference_mode():
+        use(model)
+    inject(model, "0", r=1, adapter="c")
+    use(model, "c")
+    with torch.inference_mode():
+        combine(model, {"c": 1.0}, "d")
+    use(model, "d")
+    assert model[0].lora_A_d.requires_grad

@@ -262,3 +262,18 @@ def test_low_rank_products_against_dense_ones():
     new_A, new_B = truncated(A, B, 6)  # more than the product has
     assert (new_A.shape, new_B.shape) == ((3, 6, 9), (3, 5, 6))
     torch.testing.assert_close(new_B @ new_A, B @ A)
+
+
+def test_what_has_no_value_or_two_places_is_refused():
+    model = nn.ModuleList([nn.Linear(4, 12)])
+    inject(model, "0", r=1, adapter="a", parts={"0": (("q", 4), (None, 8))})
+    inject(model, "0", r=1, adapter="b", parts={"0": ((None, 4), ("q", 4), (None, 4))})
+    with pytest.raises(LoRAInjectError, match="parts of one name in different places"):
+        combine(model, {"a": 1.0, "b": 1.0}, "ab")
+    with torch.no_grad():
+        model[0].q_lora_A_a.fill_(float("nan"))
+    for how in ("cat", "svd"):
+        with pytest.raises(LoRAInjectError, match="'a' has no finite values"):
+            combine(model, {"a": 1.0}, "ab", how)
+    with pytest.raises(ArgumentError, match="finite number"):
+        combine(model, {"b": 10**400}, "ab")

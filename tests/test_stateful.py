@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from hypothesis import assume, settings
+from hypothesis import Phase, assume, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import nn
@@ -493,4 +493,6 @@ class Adapters(RuleBasedStateMachine):
 
 
 TestAdapters = Adapters.TestCase
-TestAdapters.settings = settings(max_examples=150, stateful_step_count=25, deadline=None)
+TestAdapters.settings = settings(
+    max_examples=150, stateful_step_count=25, deadline=None, phases=[Phase.generate]
+)

@@ -22,11 +22,15 @@ def find_format(path: Path, name: str | None = None) -> Any:
         FormatError: there is no such file, or nothing tells its format.
     """
     if name is not None:
-        if name not in FORMATS:
+        if not isinstance(name, str) or name not in FORMATS:
             raise ArgumentError(f"format must be one of {list(FORMATS)}, not {name!r}.")
         return FORMATS[name]
-    if not path.exists():
-        raise FormatError(f"there is no file or directory {path}.")
+    try:
+        there = path.exists()
+    except (OSError, ValueError):  # names that no file system takes
+        there = False
+    if not there:
+        raise FormatError(f"there is no file or directory {str(path)[:200]}.")
     for format in FORMATS.values():
         if format.looks_like(path):
             return format

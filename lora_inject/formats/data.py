@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lora_inject.errors import FormatError
@@ -54,8 +55,10 @@ class PairData:
         dims = self.A.dim(), self.B.dim()
         if dims[0] != dims[1] or dims[0] < 2:
             raise FormatError(f"A and B of {self.name} have {dims[0]} and {dims[1]} dimensions.")
-        if not (self.A.is_floating_point() and self.B.is_floating_point()):
-            raise FormatError(f"A and B of {self.name} are {self.A.dtype} and {self.B.dtype}.")
+        for tensor in (self.A, self.B):
+            plain = tensor.layout == torch.strided and not tensor.is_meta
+            if not plain or not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+                raise FormatError(f"A and B of {self.name} are no plain tensors: {tensor.dtype}.")
 
     @property
     def rank(self) -> int:
@@ -120,6 +123,12 @@ class AdapterData:
     task: str = ""
     modules: tuple[str, ...] | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, tensor in self.tensors.items():
+            plain = tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_complex())
+            if not plain or (tensor.is_floating_point() and tensor.dtype.itemsize < 2):
+                raise FormatError(f"{name} is no plain tensor: {tensor.dtype}, {tensor.layout}.")
 
     @property
     def elements(self) -> int:

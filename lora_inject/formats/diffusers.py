@@ -16,6 +16,7 @@ from lora_inject.formats.data import AdapterData
 from lora_inject.formats.peft_config import METADATA as OWN_METADATA
 from lora_inject.formats.peft_config import escaped
 from lora_inject.formats.storage import read_tensors, replaced_together, write_tensors
+from lora_inject.paths import bare_modules
 
 TENSORS = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
@@ -40,7 +41,7 @@ def read(path: Path, model: nn.Module | None = None, alpha: float | None = None)
         FormatError: the file is not there or not whole, or holds other components only.
     """
     tensors, metadata = read_tensors(path / TENSORS if path.is_dir() else path)
-    component = _component_in(tensors, model, path)
+    component = _component_in(tensors, metadata, model, path)
     own = {
         key.removeprefix(component): t for key, t in tensors.items() if key.startswith(component)
     }
@@ -77,10 +78,17 @@ def _owner(key: str) -> str:
     return key.removesuffix(".alpha").partition(".lora_")[0]
 
 
-def _component_in(tensors: dict[str, Tensor], model: nn.Module | None, path: Path) -> str:
+def _component_in(
+    tensors: dict[str, Tensor], metadata: dict[str, str], model: nn.Module | None, path: Path
+) -> str:
     """The prefix of the component to read: the model's, or the only one in the file."""
-    there = [c for c in _ALL_COMPONENTS if any(key.startswith(f"{c}.") for key in tensors)]
-    modules = set() if model is None else {name for name, _ in model.named_modules()}
+    config = metadata.get(METADATA, "")
+    there = [
+        c
+        for c in _ALL_COMPONENTS
+        if any(key.startswith(f"{c}.") for key in tensors) and (not config or f'"{c}.' in config)
+    ]
+    modules = set() if model is None else set(bare_modules(model))
     fitting = [c for c in there if any(_owner(key.removeprefix(f"{c}.")) in modules
                                        for key in tensors)]  # fmt: skip
     if model is not None and any(_owner(key) in modules for key in tensors):

@@ -15,6 +15,7 @@ from lora_inject.formats.data import AdapterData, PairData
 from lora_inject.formats.pairs import whole_layers
 from lora_inject.formats.storage import read_tensors, replaced_together, write_tensors
 from lora_inject.kinds.base import Form
+from lora_inject.paths import bare_modules
 
 # What stands before a module's name, by the class of the model; the scripts know these.
 PREFIXES = {
@@ -116,7 +117,7 @@ def write(data: AdapterData, path: Path) -> None:
 def _names(model: nn.Module) -> dict[str, list[str]]:
     """Every module's path by each flattened name that it can have."""
     names: dict[str, list[str]] = {}
-    for path, _ in model.named_modules():
+    for path in bare_modules(model):
         for prefix in _ALL_PREFIXES if path else ():
             names.setdefault(module_key(prefix, path), []).append(path)
     return names

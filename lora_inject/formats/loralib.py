@@ -14,6 +14,7 @@ from lora_inject.errors import FormatError
 from lora_inject.formats.data import AdapterData, PairData
 from lora_inject.formats.storage import read_pickled, replaced_together
 from lora_inject.kinds.base import Form
+from lora_inject.paths import bare_modules
 
 _KEY = regex.compile(r"(?:(.+)\.)?(?:(\w+?)_)?lora_([AB])")
 
@@ -49,7 +50,7 @@ def read(path: Path, model: nn.Module | None = None, alpha: float | None = None)
         else:
             halves.setdefault((match[1] or "", match[2] or ""), {})[match[3]] = tensor
     pairs = []
-    modules = {} if model is None else dict(model.named_modules())
+    modules = {} if model is None else bare_modules(model)
     for (owner, prefix), half in halves.items():
         if half.keys() != {"A", "B"}:
             raise FormatError(f"{path}: {owner} has only one of lora_A and lora_B.")

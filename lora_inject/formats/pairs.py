@@ -30,7 +30,12 @@ def _padded(pair: PairData, r: int) -> PairData:
     groups = config_rank(pair) // pair.rank
     if r % groups:
         raise FormatError(f"{pair.name}: rank {r} does not divide into its {groups} groups.")
-    extra, B = r // groups - pair.rank, (pair.B.double() * pair.scaling).to(pair.B.dtype)
+    extra, B = r // groups - pair.rank, pair.B
+    if pair.scaling != 1.0:  # in float32, since 16 bits might not hold the product
+        dtype = torch.promote_types(B.dtype, torch.float32)
+        B = (B.double() * pair.scaling).to(dtype)
+        if not B.isfinite().all():
+            raise FormatError(f"{pair.name}: B times its scaling of {pair.scaling:g} is too large.")
     if pair.form == "experts":
         A, B = F.pad(pair.A, (0, 0, 0, extra)), F.pad(B, (0, extra))
     else:
@@ -46,6 +51,11 @@ def whole_layers(pairs: Iterable[PairData]) -> list[PairData]:
     groups: dict[tuple[str, str], list[PairData]] = {}
     for pair in pairs:
         groups.setdefault((pair.path, pair.weight), []).append(pair)
+    for own in groups.values():
+        if len(own) > 1 and not all(pair.part for pair in own):
+            raise FormatError(
+                f"{own[0].name} is adapted as a whole and in parts, which other formats cannot say."
+            )
     return [_joined(own) if own[0].part else own[0] for own in groups.values()]
 
 

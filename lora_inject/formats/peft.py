@@ -43,6 +43,7 @@ from lora_inject.formats.storage import (
     write_tensors,
 )
 from lora_inject.kinds.base import Form
+from lora_inject.paths import bare_modules
 
 PREFIX = "base_model.model."
 OUT_PROJ = ".base_layer.out_proj"  # of nn.MultiheadAttention, inside of PEFT's layer for it
@@ -109,6 +110,8 @@ def from_tensors(
     if model is None:  # which parameter it is of several is then open
         owners = [name.rpartition(".")[0] for name in config.get("target_parameters") or ()]
         weights |= {k: "" for k in found if any(_unwrapped(k).endswith(own) for own in owners)}
+    for key in own.get("padding", ()):  # halves of attention that were never adapted
+        found.pop(key, None)
     pairs: list[PairData] = []
     for key, (form, A, B) in found.items():
         pairs += _pair(key, form, A, B, scalings, nested, weights, own.get("parts", {}), path)
@@ -125,7 +128,12 @@ def from_tensors(
         base=own.get("base", {}),
         base_name=config.get("base_model_name_or_path") or "",
         task=config.get("task_type") or "",
-        facts={"format": "PEFT", "config": config},
+        facts={
+            "format": "PEFT",
+            "config": config,
+            "base_weights": [_base_name(k) for k in tensors if k.endswith(".base_layer.weight")],
+            **({"train_also": own["train_also"]} if "train_also" in own else {}),
+        },
     )
 
 
@@ -153,10 +161,19 @@ def to_tensors(data: AdapterData) -> tuple[dict[str, Any], dict[str, Tensor], st
                 f"{pair.name} is of a kind that PEFT has no adapter for, or computes otherwise.",
                 remedy="torch.save(lora_state_dict(model), ...) keeps it for load_lora_state_dict.",
             )
+    for name, why in data.facts.get("refused", {}).items():
+        raise FormatError(f"{name} {why}.", remedy='Save it as "loralib".')
+    for pair in data.pairs:
+        known = pair.form == "experts" or pair.weight in ("weight", "in_proj_weight")
+        if not known or not pair.path:
+            raise FormatError(f"{pair.name or 'the model itself'} is nothing that PEFT can adapt.")
     whole = with_whole_attention(whole_layers(data.pairs))
     tensors, config = _tensors(whole), to_config(data, whole)
     tensors |= {_base_key(name, whole): tensor for name, tensor in data.tensors.items()}
-    return config, tensors, json.dumps(to_metadata(data, config))
+    own = {(pair.path, pair.weight) for pair in data.pairs}
+    padding = [p.path.removesuffix(".out_proj") + OUT_PROJ if p.in_attention else p.path
+               for p in whole if (p.path, p.weight) not in own]  # fmt: skip
+    return config, tensors, json.dumps({**to_metadata(data, config), "padding": padding})
 
 
 Found = dict[str, tuple[Form, Tensor, Tensor]]
@@ -171,7 +188,8 @@ def _pairs(tensors: Mapping[str, Tensor], path: Path) -> tuple[Found, dict[str, 
         if match is None:
             if ".lora_" in key:
                 raise FormatError(f"{path}: the tensor {key} is of no kind that is supported.")
-            others[key.removeprefix(PREFIX).replace(".base_layer.", ".")] = tensor
+            if ".original_module." not in key:
+                others[_base_name(key)] = tensor
             continue
         form: Form = "embedding" if match[2] else "conv" if tensor.dim() > 2 else "linear"
         halves.setdefault(match[1], {})[match[3]] = (form, tensor)
@@ -179,6 +197,12 @@ def _pairs(tensors: Mapping[str, Tensor], path: Path) -> tuple[Found, dict[str, 
         if half.keys() != {"A", "B"}:
             raise FormatError(f"{path}: {name} has only {' and '.join(half)} of lora_A and lora_B.")
     return {n: (half["A"][0], half["A"][1], half["B"][1]) for n, half in halves.items()}, others
+
+
+def _base_name(key: str) -> str:
+    """The name of a base tensor, without what PEFT's wrappers put in."""
+    name = regex.sub(r"(\.base_layer)+\.", ".", key.removeprefix(PREFIX))
+    return str(regex.sub(r"\.modules_to_save\.(default\.)?", ".", name))
 
 
 def _nested_parameters(
@@ -192,7 +216,7 @@ def _nested_parameters(
     wanted, paths = tuple(config.get("target_parameters") or ()), list(found)
     if not wanted or model is None:
         return {}
-    modules, result = dict(model.named_modules()), {}
+    modules, result = bare_modules(model), {}
     for path in {_unwrapped(name) for name in paths}:
         module = modules.get(path)
         if module is None:
@@ -226,7 +250,8 @@ def _pair(
 ) -> list[PairData]:
     if key in nested:
         module, name, weight = nested[key]
-        W = module.get_parameter(weight)
+        W = module._parameters[weight]
+        assert W is not None
         experts = W.shape[0] if W.dim() == 3 else 1
         if A.shape[0] % experts or B.shape[-1] != A.shape[0]:
             raise FormatError(f"{path}: {key} does not divide into {experts} experts.")

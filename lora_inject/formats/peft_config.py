@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -78,7 +79,7 @@ def own_metadata(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     if not isinstance(own, dict):
         raise FormatError(f"{path / TENSORS}: its metadata is not a JSON object.")
     dropouts = own.get("dropout", {})
-    wrong = [key for key in ("targets", "train_also") if not _is_names(own.get(key, []))]
+    wrong = [key for key in ("targets", "train_also", "padding") if not _is_names(own.get(key, []))]
     wrong += [key for key in ("base", "parts", "dropout") if not isinstance(own.get(key, {}), dict)]
     if wrong or not all(isinstance(p, int | float) and 0 <= p < 1 for p in dropouts.values()):
         raise FormatError(f"{path / TENSORS}: its metadata cannot be read: {wrong or dropouts}.")
@@ -156,10 +157,10 @@ def to_config(data: AdapterData, pairs: list[PairData]) -> dict[str, Any]:
         "r": r,
         "lora_alpha": alpha,
         "lora_dropout": 0.0 if parameters else max(dropouts),
-        "bias": data.bias,
+        "bias": data.bias or _guessed_bias(data),
         "target_modules": target_names([p.path for p in modules], data.modules),
         "target_parameters": [_target(p) for p in parameters] or None,
-        "modules_to_save": list(data.train_also) or None,
+        "modules_to_save": _modules_to_save(data) or None,
         "rank_pattern": _pattern({k: v for k, v in ranks.items() if v != r}, ranks),
         "alpha_pattern": _pattern({k: v for k, v in alphas.items() if v != alpha}, alphas),
         "fan_in_fan_out": bool(transposed) and all(transposed),
@@ -168,6 +169,31 @@ def to_config(data: AdapterData, pairs: list[PairData]) -> dict[str, Any]:
         "init_lora_weights": True,
         "inference_mode": True,
     }
+
+
+def _guessed_bias(data: AdapterData) -> str:
+    """The bias mode of tensors of which a file says nothing else.
+
+    Raises:
+        FormatError: they are not the biases of adapted layers.
+    """
+    layers = {f"{pair.path}.bias" for pair in data.pairs}
+    if not data.tensors.keys() <= layers:
+        raise FormatError("what was trained besides A and B cannot be told without a model.")
+    return "lora_only" if data.tensors else "none"
+
+
+def _modules_to_save(data: AdapterData) -> list[str]:
+    """The modules that trained in full, without those inside of others.
+
+    Raises:
+        FormatError: PEFT, which goes by the ends of names, would save another module too.
+    """
+    tops = [p for p in data.train_also if not any(p.startswith(f"{q}.") for q in data.train_also)]
+    for path in data.modules or ():
+        if path not in tops and path.endswith(tuple(tops)):
+            raise FormatError(f"PEFT would take {path} for one of {tops}, which trained in full.")
+    return tops
 
 
 def _target(pair: PairData) -> str:
@@ -198,7 +224,7 @@ def target_names(paths: list[str], modules: Iterable[str] | None) -> list[str] |
 
 def escaped(path: str) -> str:
     """A path as an expression that matches it alone."""
-    return path.replace(".", r"\.")
+    return re.escape(path)
 
 
 def _pattern(values: Mapping[str, Any], of_all: Mapping[str, Any]) -> dict[str, Any]:

@@ -116,7 +116,9 @@ def replaced_together(*targets: Path) -> Iterator[list[Path]]:
             made.append(Path(name))
         yield made
         _take_places(made, targets)
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if isinstance(error, FormatError):
+            raise
         raise FormatError(f"{targets[0].parent} cannot be written to: {error}.") from error
     finally:
         for path in made:
@@ -132,8 +134,9 @@ def _take_places(made: list[Path], targets: tuple[Path, ...]) -> None:
     try:
         for target in targets:
             if target.exists():
-                kept = target.with_name(f".{target.name}.former")
-                kept.unlink(missing_ok=True)
+                handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+                os.close(handle)
+                kept = Path(name)
                 shutil.copy2(target, kept)  # the place itself is never empty
                 former.append((kept, target))
         for path, target in zip(made, targets, strict=True):
