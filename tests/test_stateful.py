@@ -63,13 +63,12 @@ injections = st.fixed_dictionaries({
 
 
 class Net(nn.Module):
-    """A shared Linear, an Embedding tied to an output layer, a convolution, a BatchNorm head."""
+    """A Linear that is called twice, an Embedding tied to an output layer, a convolution, a BatchNorm head."""
 
     def __init__(self):
         super().__init__()
         self.embed = nn.Embedding(7, 4)
         self.q = nn.Linear(4, 4)
-        self.again = self.q
         self.k = nn.Linear(4, 4, bias=False)
         self.conv = nn.Conv1d(4, 4, 3, padding=1)
         self.out = nn.Linear(4, 7, bias=False)
@@ -80,7 +79,7 @@ class Net(nn.Module):
         x = self.embed(ids)
         x = torch.tanh(self.q(x)) + self.k(x)
         # Contiguous: how torch multiplies others depends on requires_grad, in the last bit.
-        x = x + self.again(self.conv(x.mT.contiguous()).mT.contiguous())
+        x = x + self.q(self.conv(x.mT.contiguous()).mT.contiguous())
         return torch.cat([self.out(x).mean(1), self.head(x.mean(1))], -1)
 
 
