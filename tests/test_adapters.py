@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from helpers import Net, changed_parts, ids, snapshot, train_steps, trainable_names
 from torch import nn
 
 from lora_inject import (
@@ -30,7 +31,6 @@ from lora_inject import (
 )
 from lora_inject.adapter import adapters_of
 from lora_inject.in_place import Slot
-from tests.helpers import Net, changed_parts, ids, snapshot, train_steps, trainable_names
 
 
 def randomize(model, *names):

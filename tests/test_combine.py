@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
+from helpers import PEFT_WARNS, Net, changed_parts, snapshot
+from test_adapters import randomize
 from torch import nn
 
 from lora_inject import ArgumentError, LoRAInjectError, combine, inject, merged, report, strip, use
 from lora_inject.adapter import adapters_of
 from lora_inject.low_rank import product_norm, truncated
-from tests.helpers import PEFT_WARNS, Net, changed_parts, snapshot
-from tests.test_adapters import randomize
 
 WEIGHTS = {"a": 0.7, "b": -0.4}
 LAYERS = {

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
+from helpers import Net, changed_parts, ids, randomize_adapters, snapshot
+from test_peft_files import Experts, Nested
 from torch import nn
 
 from lora_inject import ArgumentError, NoMatchError, extract, inject, merged, strip
-from tests.helpers import Net, changed_parts, ids, randomize_adapters, snapshot
-from tests.test_peft_files import Experts, Nested
 
 LAYERS = {
     "linear": lambda: nn.Linear(6, 5),

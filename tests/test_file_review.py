@@ -6,6 +6,10 @@ import json
 import pytest
 import torch
 import transformers as tf
+from families import DECODER
+from helpers import PEFT_WARNS, ids, randomize_adapters
+from test_files import bare, trained
+from test_peft_files import Nested, peft_loads
 from torch import nn
 
 from lora_inject import (
@@ -22,10 +26,6 @@ from lora_inject import (
     strip,
 )
 from lora_inject.convert import convert
-from tests.families import DECODER
-from tests.helpers import PEFT_WARNS, ids, randomize_adapters
-from tests.test_files import bare, trained
-from tests.test_peft_files import Nested, peft_loads
 
 
 class Tied(nn.Module):

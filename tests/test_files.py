@@ -6,6 +6,18 @@ import json
 import pytest
 import torch
 import transformers as tf
+from families import DECODER, FAMILIES
+from helpers import (
+    PEFT_WARNS,
+    Net,
+    changed_parts,
+    ids,
+    randomize_adapters,
+    snapshot,
+    train_steps,
+)
+from test_adapters import randomize
+from test_peft_files import Nested
 from torch import nn
 
 from lora_inject import (
@@ -25,18 +37,6 @@ from lora_inject import (
     strip,
     use,
 )
-from tests.families import DECODER, FAMILIES
-from tests.helpers import (
-    PEFT_WARNS,
-    Net,
-    changed_parts,
-    ids,
-    randomize_adapters,
-    snapshot,
-    train_steps,
-)
-from tests.test_adapters import randomize
-from tests.test_peft_files import Nested
 
 SAFE = "adapter_model.safetensors"
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import changed_parts, snapshot
+from test_files import SAFE, bare, trained
 
 from lora_inject import FormatError, load, lora_state_dict, save
 from lora_inject.formats.storage import read_tensors, write_tensors
-from tests.helpers import changed_parts, snapshot
-from tests.test_files import SAFE, bare, trained
 
 CONFIG = "adapter_config.json"
 RAN = []
@@ -267,7 +267,7 @@ import os, sys
 from pathlib import Path
 import safetensors.torch
 from lora_inject import save
-from tests.test_files import trained
+from test_files import trained
 
 def dying(tensors, path, metadata):
     Path(path).write_bytes(b"half")
@@ -284,7 +284,7 @@ def test_a_killed_save_leaves_the_former_files(tmp_path):
     model = trained()
     save(model, tmp_path)
     command = [sys.executable, "-c", DYING, str(tmp_path)]
-    ended = subprocess.run(command, cwd=Path(__file__).parents[1], timeout=120, check=False)
+    ended = subprocess.run(command, cwd=Path(__file__).parent, timeout=120, check=False)
     assert ended.returncode == -9
     expected, loaded = lora_state_dict(model), lora_state_dict(load(bare(), tmp_path))
     assert all(torch.equal(loaded[key], expected[key]) for key in expected)

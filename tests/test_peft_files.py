@@ -7,6 +7,8 @@ import warnings
 import pytest
 import torch
 import transformers as tf
+from families import DECODER, FAMILIES, mixtral
+from helpers import PEFT_WARNS, changed_parts, randomize_adapters, snapshot
 from torch import nn
 
 from lora_inject import (
@@ -19,8 +21,6 @@ from lora_inject import (
     strip,
 )
 from lora_inject.formats import peft as peft_format
-from tests.families import DECODER, FAMILIES, mixtral
-from tests.helpers import PEFT_WARNS, changed_parts, randomize_adapters, snapshot
 
 pytestmark = PEFT_WARNS
 

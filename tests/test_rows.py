@@ -4,6 +4,9 @@ import copy
 
 import pytest
 import torch
+from families import FAMILIES
+from helpers import Net, changed_parts, ids, snapshot
+from test_adapters import randomize
 from torch import nn
 
 from lora_inject import (
@@ -21,9 +24,6 @@ from lora_inject import (
     unmerge,
     use,
 )
-from tests.families import FAMILIES
-from tests.helpers import Net, changed_parts, ids, snapshot
-from tests.test_adapters import randomize
 
 ROWS = ["fr", None, "de", "fr", "es"]
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from helpers import changed_parts, snapshot
 from hypothesis import Phase, assume, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -36,7 +37,6 @@ from lora_inject import (
     unmerge,
     use,
 )
-from tests.helpers import changed_parts, snapshot
 
 NAMES = ["default", "fr", "fr_x", "A"]
 TARGETS = ["q", "k", "conv", "embed", "out"]
@@ -63,7 +63,7 @@ injections = st.fixed_dictionaries({
 
 
 class Net(nn.Module):
-    """A Linear that is called twice, an Embedding tied to an output layer, a convolution, a BatchNorm head."""
+    """A Linear called twice, an Embedding tied to a layer, a convolution, a BatchNorm head."""
 
     def __init__(self):
         super().__init__()
