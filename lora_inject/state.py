@@ -4,6 +4,7 @@ Everything is found through the record, never by searching names, so that nothin
 be left out. Paths are those of the bare model: what wrappers put in front is left out.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -244,8 +245,8 @@ class Stored:
 
     def _in_several_places(self) -> dict[str, str]:
         """What other libraries would take apart: shared layers, and tied tensors that train."""
-        shared = {held.path for held in self.pairs
-                  if sum(module is held.layer for module in self.modules.values()) > 1}  # fmt: skip
+        paths = Counter(self.modules.values())
+        shared = {held.path for held in self.pairs if paths[held.layer] > 1}
         tied = {name for name, slot in self.slots.items() if len(slot.places) > 1}
         why = "stands at several paths of the model, of which it would adapt one alone"
         return dict.fromkeys(shared, why) | dict.fromkeys(
