@@ -181,7 +181,11 @@ def _extracted(site: Site, W: Tensor, tuned: Tensor, r: int) -> tuple[Tensor, Te
         raise ArgumentError("the difference of the models is not finite.", path=site.path)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        U, S, V = torch.svd_lowrank(difference, q, ITERATIONS)
+        try:
+            U, S, V = torch.svd_lowrank(difference, q, ITERATIONS)
+        except torch.linalg.LinAlgError as error:
+            problem = "the difference of the models is too large to decompose."
+            raise ArgumentError(problem, path=site.path) from error
     root = S[..., :rank].sqrt()
     B = U[..., :rank] * root.unsqueeze(-2)
     A = (V[..., :rank] * root.unsqueeze(-2)).transpose(-2, -1)

@@ -190,13 +190,14 @@ def test_portable_files_of_16_bits_lose_nothing(alpha, dtype, tmp_path):
 @PEFT_WARNS
 @pytest.mark.parametrize("half", ["a.b", "a.b.out_proj"])
 @pytest.mark.parametrize("bias", ["none", "lora_only"])
-def test_one_half_of_an_attention(half, bias, tmp_path):
+@pytest.mark.parametrize("portable", [False, True])
+def test_one_half_of_an_attention(half, bias, portable, tmp_path):
     base, x = Nested(nn.MultiheadAttention(4, 2)).eval(), (torch.randn(3, 2, 4),) * 3
     model = copy.deepcopy(base)
-    inject(model, half, r=2, bias=bias)
+    inject(model, half, r=2, alpha=3, bias=bias)
     randomize_adapters(model)
     expected = model(*x)
-    save(model, tmp_path)
+    save(model, tmp_path, portable=portable)
     torch.testing.assert_close(peft_loads(base, tmp_path)(*x), expected, atol=1e-6, rtol=1e-5)
     for other in (copy.deepcopy(base), model):
         torch.testing.assert_close(load(other, tmp_path)(*x), expected)
@@ -306,6 +307,10 @@ def test_extract_sees_adapters_and_ties():
     with torch.no_grad():
         tuned[0].weight.fill_(float("inf"))
     with pytest.raises(ArgumentError, match="not finite"):
+        extract(base, tuned, "0", r=2)
+    with torch.no_grad():
+        tuned[0].weight.copy_(torch.randn(4, 4) * 1e38)
+    with pytest.raises(ArgumentError, match="too large"):
         extract(base, tuned, "0", r=2)
     half, other = (nn.Sequential(nn.Linear(32, 32)).bfloat16() for _ in range(2))
     assert extract(half, other, "0", r=32, dtype="base").worst > 1e-4  # bfloat16 loses as much
