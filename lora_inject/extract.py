@@ -183,7 +183,7 @@ def _extracted(site: Site, W: Tensor, tuned: Tensor, r: int) -> tuple[Tensor, Te
         torch.manual_seed(0)
         try:
             U, S, V = torch.svd_lowrank(difference, q, ITERATIONS)
-        except torch.linalg.LinAlgError as error:
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             problem = "the difference of the models is too large to decompose."
             raise ArgumentError(problem, path=site.path) from error
     root = S[..., :rank].sqrt()
