@@ -12,6 +12,7 @@ from lora_inject.record import (
     Record,
     records_in,
     require_intact,
+    require_known,
     require_own_record,
     require_ready,
     set_in_use,
@@ -60,10 +61,8 @@ def use(model: nn.Module, *adapters: Any, train: Any = None) -> nn.Module:
         require_own_record(model)
         raise LoRAInjectError("the model has no adapters.", remedy="Call inject first.")
     training = set(wanted if train is None else check_names(train, "train"))
-    known = {name for record in records for name in record.modes}
-    for name in (*wanted, *training):
-        if name not in known:
-            raise ArgumentError(f"there is no adapter {name!r}; known: {sorted(known)}.")
+    require_known(records, wanted, "adapters")
+    require_known(records, training, "train")
     for record in records:
         record.require_ready()
     slots = {s: _owner(s, wanted) for record in records for s in record.all_slots()}
@@ -100,10 +99,7 @@ def remove(model: nn.Module, adapters: Any) -> nn.Module:
     names = check_names(adapters, "adapters")
     require_own_record(model)
     records = records_in(model)
-    known = {name for _, _, record in records for name in record.modes}
-    for name in names:
-        if name not in known:
-            raise ArgumentError(f"there is no adapter {name!r}; known: {sorted(known)}.")
+    require_known((record for _, _, record in records), names, "adapters")
     for _, _, record in records:
         for path, layer, _ in record.adapters:
             require_intact(path, layer)
@@ -129,10 +125,10 @@ def _remove(record: Record, names: set[str]) -> None:
     record.disown(names)
     record.adapters = [item for item in record.adapters if item[2].name not in names]
     record.training = record.training - names
-    gone = [m for n in names & record.modes.keys() for m in record.modes.pop(n).train_also]
-    for module in {m for top in gone for m in top.modules()}:
-        if has_statistics(module):
-            hold(module)
+    for name in names & record.modes.keys():
+        for module in record.modes.pop(name).in_full:
+            if has_statistics(module):
+                hold(module)
     set_in_use(record, record.in_use)
     set_training(record)
 
@@ -140,13 +136,9 @@ def _remove(record: Record, names: set[str]) -> None:
 def set_training(record: Record) -> None:
     """Let the record's training adapters train, with what they own, and freeze the others."""
     for _, layer, adapter in record.adapters:
-        trains, own = adapter.name in record.training, layer._parameters
-        for name in adapter.parameters:
-            parameter = own[name]
-            if parameter is not None and parameter.requires_grad is not trains:
-                parameter.requires_grad = trains
-                if not trains:
-                    parameter.grad = None
+        own: Any = layer._parameters
+        parameters = [own[name] for name in adapter.parameters]
+        set_trainable(parameters, adapter.name in record.training)
     for slot in record.all_slots():
         owners = {
             slot.tensor(n): trains and n in record.training for n, trains in slot.trains.items()
@@ -154,14 +146,12 @@ def set_training(record: Record) -> None:
         for tensor in (slot.current, *owners):
             if isinstance(tensor, nn.Parameter):
                 set_trainable([tensor], owners.get(tensor, False))
-    moving = {
-        module
-        for name in record.training & record.in_use.keys() & record.modes.keys()
-        for top in record.modes[name].train_also
-        for module in top.modules()
-    }
-    for mode in record.modes.values():
-        for module in {m for top in mode.train_also for m in top.modules()}:
+    modes = record.modes
+    moving = set[nn.Module]().union(
+        *(modes[n].in_full for n in record.training & record.in_use.keys() & modes.keys())
+    )
+    for mode in modes.values():
+        for module in mode.in_full:
             if has_statistics(module):
                 hold(module, module not in moving)
 

@@ -27,8 +27,8 @@ from lora_inject.adapter import Adapter, Term
 from lora_inject.errors import ArgumentError, UnsupportedLayerError
 from lora_inject.kinds.base import Kind, Spec
 from lora_inject.layer import attach, detach, oriented
-from lora_inject.low_rank import product_norm, side_by_side, truncated
-from lora_inject.record import Mode, Record, records_in, require_own_record, require_ready
+from lora_inject.low_rank import difference_norm, product_norm, side_by_side, truncated
+from lora_inject.record import Mode, Record, records_in, require_known, require_own_record
 from lora_inject.settings import (
     Settings,
     check_adapter,
@@ -40,6 +40,7 @@ from lora_inject.settings import (
 from lora_inject.tables import Section, Tables
 
 How = Literal["cat", "svd", "linear", "ties", "dare"]
+_AB = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,7 @@ def combine(
     _check_names(records, weights, name)
     rule = _Rule(how, *_check_options(how, r, density, seed), name)
     for record in records:
-        for path, layer, _ in record.adapters:
-            require_ready(path, layer)
+        record.require_ready()
 
     with torch.inference_mode(False), torch.no_grad():  # tensors made in it could never train
         made = {id(record): _combined(record, weights, name, rule) for record in records}
@@ -162,13 +162,14 @@ class _Rule:
     name: str
 
     def __call__(
-        self, path: str, As: list[Tensor], Bs: list[Tensor], factors: list[float]
-    ) -> tuple[Tensor, Tensor]:
+        self, path: str, As: list[Tensor], Bs: list[Tensor], factors: list[float], exact: _AB
+    ) -> _AB:
+        """The pair for matrices that count with these factors; ``exact`` is their weighted sum."""
         if self.how == "cat":
-            return side_by_side(As, Bs, factors)
+            return exact
         if self.how == "svd":
             r = max(A.shape[-2] for A in As) if self.r is None else self.r
-            return truncated(*side_by_side(As, Bs, factors), r)
+            return truncated(*exact, r)
         if len({A.shape for A in As}) > 1:
             raise ArgumentError(
                 f"how={self.how!r} needs equal ranks, not {[A.shape[-2] for A in As]}.",
@@ -319,11 +320,10 @@ def _combine_pair(
         As.append(A.to(torch.promote_types(A.dtype, torch.float32)))
         Bs.append(B.to(torch.promote_types(B.dtype, torch.float32)))
     factors = [factor for _, factor in terms]
-    A, B = rule(path, As, Bs, factors)
-    exact_A, exact_B = side_by_side(As, Bs, factors)
-    both = torch.cat([A, exact_A], -2), torch.cat([B, -exact_B], -1)
-    norm = product_norm(exact_A, exact_B)
-    return A, B, product_norm(*both) / norm if norm else 0.0
+    exact = side_by_side([(A * f, B) for A, B, f in zip(As, Bs, factors, strict=True)])
+    made = rule(path, As, Bs, factors, exact)
+    norm = product_norm(*exact)
+    return *made, difference_norm(exact, made) / norm if norm else 0.0
 
 
 def _shaped(
@@ -340,13 +340,10 @@ def _shaped(
 
 
 def _check_names(records: list[Record], weights: Mapping[str, float], name: str) -> None:
-    known = {other for record in records for other in record.modes}
-    for other in weights:
-        if other not in known:
-            raise ArgumentError(f"adapters: there is no adapter {other!r}; known: {sorted(known)}.")
+    require_known(records, weights, "adapters")
     if not weights:
         raise ArgumentError('adapters must name at least one adapter: {"fr": 0.7, "de": 0.3}.')
-    if name in known:
+    if any(name in record.modes for record in records):
         raise ArgumentError(f"name: there is an adapter {name!r} already.")
     for slot in (slot for record in records for slot in record.all_slots()):
         for other in weights.keys() & slot.trains.keys():

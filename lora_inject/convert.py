@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_inject.errors import ArgumentError, FormatError
-from lora_inject.formats import FORMATS, find_format
+from lora_inject.errors import ArgumentError
+from lora_inject.formats import find_format, named_format, read_adapter
 from lora_inject.formats.data import AdapterData, PairData
 from lora_inject.formats.pairs import as_portable
 from lora_inject.low_rank import product_norm
-from lora_inject.settings import check_alpha
 from lora_inject.tables import Section, Tables, count, size
 
 
@@ -45,12 +44,8 @@ def convert(
         ArgumentError: a format is not known, or the model is needed.
         FormatError: the source cannot be read, or the target has no word for something in it.
     """
-    alpha = None if alpha is None else check_alpha(alpha, "alpha")
-    if to not in FORMATS:
-        raise ArgumentError(f"to must be one of {list(FORMATS)}, not {to!r}.")
-    data: AdapterData = find_format(source, format).read(source, model, alpha)
-    if not data.pairs:
-        raise FormatError(f"{source} holds no A and B.")
+    writer = named_format(to, "to")
+    data = read_adapter(source, format, model, alpha)
     if data.facts.get("flattened") or not all(pair.weight for pair in data.pairs):
         raise ArgumentError(
             f"{source}: which layers it is for can be told by its model alone.",
@@ -62,7 +57,7 @@ def convert(
     if model is not None:
         modules = tuple(path for path, _ in model.named_modules() if path)
         data = replace(data, modules=modules, model_class=type(model).__name__)
-    FORMATS[to].write(as_portable(data) if portable else data, target)
+    writer.write(as_portable(data) if portable else data, target)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Save an adapter to disk and load it into a model, in any format; strict, and all or nothing."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -11,16 +11,17 @@ from torch import Tensor, nn
 
 from lora_inject.errors import ArgumentError, FormatError
 from lora_inject.fit import Fitted
-from lora_inject.formats import FORMATS, find_format
+from lora_inject.formats import named_format, read_adapter
 from lora_inject.formats.data import PairData
 from lora_inject.formats.pairs import as_portable
 from lora_inject.freeze import in_place
 from lora_inject.in_place import Place, own_tensor
-from lora_inject.paths import bare_paths
+from lora_inject.kinds.base import name_prefix
+from lora_inject.paths import first_paths
 from lora_inject.plan import Plan, plan
 from lora_inject.record import records_in
-from lora_inject.settings import check_adapter, check_alpha, check_bias
-from lora_inject.state import Stored, not_finite, raise_problems
+from lora_inject.settings import check_adapter, check_bias
+from lora_inject.state import Stored, require_fit
 from lora_inject.surgery import apply
 from lora_inject.targets import Pattern, Predicate
 
@@ -55,10 +56,9 @@ def save(
             written to. Nothing has been written then.
         LoRAInjectError: the model has no adapters, is merged or inside a block.
     """
-    if not isinstance(format, str) or format not in FORMATS:
-        raise ArgumentError(f"format must be one of {list(FORMATS)}, not {format!r}.")
+    writer = named_format(format, "format")
     data, file = Stored(model, adapter).data(), _path(path)
-    FORMATS[format].write(as_portable(data) if portable else data, file)
+    writer.write(as_portable(data) if portable else data, file)
 
 
 def load(
@@ -102,22 +102,21 @@ def load(
     """
     adapter = check_adapter(adapter)
     file = _path(path)
-    alpha = None if alpha is None else check_alpha(alpha, "alpha")
-    for _, _, record in records_in(model):
+    records = [record for _, _, record in records_in(model)]
+    for record in records:
         record.require_ready()
-    data = find_format(file, format).read(file, model, alpha)
-    if not data.pairs:
-        raise FormatError(f"{file} holds no A and B.")
+    data = read_adapter(file, format, model, alpha)
     wanted = Fitted(model, data)
     if not other_base:
         wanted.check_base()
-    if any(adapter in record.modes for _, _, record in records_in(model)):
+    if any(adapter in record.modes for record in records):
         stored = Stored(model, adapter)
         if data.bias:
             stored.check_bias(check_bias(data.bias))
         stored.fill({**wanted.tensors, **wanted.pairs_by_key}, wanted.scalings)
         return model
-    _inject(model, wanted, adapter, dtype)
+    used = any(record.in_use for record in records)
+    _inject(model, wanted, adapter, dtype, use=not used)
     return model
 
 
@@ -129,7 +128,7 @@ def _path(path: Any) -> Path:
 
 
 def _inject(
-    model: nn.Module, wanted: Fitted, adapter: str, dtype: torch.dtype | str | None
+    model: nn.Module, wanted: Fitted, adapter: str, dtype: torch.dtype | str | None, use: bool
 ) -> None:
     """Put the file's adapter into the model as a new one."""
     wanted.require_tied()
@@ -147,32 +146,39 @@ def _inject(
                 remedy='Call model.to_empty(device="cpu") and load the base weights first.',
             )
     own = {site.path: site for site in drawn.sites if not site.follows}
-    dtypes = {path: site.dtype for path, site in own.items()}
-    values = {}
+    values: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
     for f in wanted.pairs:
-        to = dtypes.get(f.target, f.pair.A.dtype)
-        values[f.target, f.prefix] = f.pair.A.to(to), f.pair.B.to(to)
-    shapes = {(path, spec.prefix): spec for path, site in own.items() for spec in site.specs}
-    _check_shapes(shapes, values)
+        to = own[f.target].dtype if f.target in own else f.pair.A.dtype
+        prefix = name_prefix(f.pair.weight, f.pair.part)
+        values[f.target, prefix] = f.pair.A.to(to), f.pair.B.to(to)
+    shapes = {
+        f"{path}.{spec.prefix}lora_{x}": shape
+        for path, site in own.items()
+        for spec in site.specs
+        for x, shape in (("A", spec.A_shape), ("B", spec.B_shape))
+    }
+    given = {
+        f"{path}.{prefix}lora_{x}": tensor
+        for (path, prefix), pair in values.items()
+        for x, tensor in zip("AB", pair, strict=True)
+    }
+    require_fit("the file's A and B do not fit the model", shapes, given)
     places, layers = wanted.places(), [site.module for site in drawn.sites]
-    in_full = _in_full(model, wanted, places)
+    in_full = _in_full(wanted, places)
     guess = "lora_only" if {module for module, _ in places} <= set(layers) else "all"
     all_biases = all(name.endswith("bias") for _, name in places)
     bias = check_bias(wanted.data.bias or (guess if places and all_biases else "none"))
     expected = bias if wanted.data.bias else "none"
     trained = in_place(model, layers, expected, [*in_full.values()])
-    _check_tensors(model, trained, places)
+    _check_tensors(wanted, trained, places)
     trained = dict.fromkeys(places, True) | trained
     complete: Plan = replace(drawn, bias=bias, train_also=in_full, in_place=trained)
-    used = any(record.in_use for _, _, record in records_in(model))
-    apply(complete, values, places, use=not used)
+    apply(complete, values, places, use=use)
 
 
-def _in_full(
-    model: nn.Module, wanted: Fitted, places: Mapping[Place, Tensor]
-) -> dict[str, nn.Module]:
+def _in_full(wanted: Fitted, places: Mapping[Place, Tensor]) -> dict[str, nn.Module]:
     """The modules of the file that train in full, by path."""
-    paths, data = bare_paths(model), wanted.data
+    paths, data = first_paths(wanted.modules), wanted.data
     if not data.bias:  # a file that says no more than its tensors
         owners = {module for module, name in places if not name.endswith("bias")}
         return {path: module for module, path in paths.items() if module in owners}
@@ -225,55 +231,18 @@ def _parts(wanted: Fitted) -> dict[Pattern, tuple[tuple[str | None, int], ...]]:
     return found
 
 
-def _check_shapes(
-    wanted: Mapping[tuple[str, str], Any], given: Mapping[tuple[str, str], tuple[Tensor, Tensor]]
-) -> None:
-    """Refuse pairs that are not exactly those of the planned layers.
-
-    Raises:
-        FormatError: they are not, or hold values that are not finite.
-    """
-    names = {key: f"{key[0]} {key[1]}".rstrip("_ ") for key in {*wanted, *given}}
-    problems: dict[str, Iterable[str]] = {
-        "missing": (names[key] for key in wanted if key not in given),
-        "unexpected": (names[key] for key in given if key not in wanted),
-        "of another shape": (
-            f"{names[key]} {tuple(A.shape)} and {tuple(B.shape)}, not {spec.A_shape} and "
-            f"{spec.B_shape}"
-            for key, (A, B) in given.items()
-            if (spec := wanted.get(key)) is not None
-            and (tuple(A.shape), tuple(B.shape)) != (spec.A_shape, spec.B_shape)
-        ),
-        "not finite": (names[key[:2]] for key in not_finite(_halves(given))),
-    }
-    raise_problems("the file's A and B do not fit the model", problems)
-
-
-def _halves(
-    pairs: Mapping[tuple[str, str], tuple[Tensor, Tensor]],
-) -> dict[tuple[str, str, str], Tensor]:
-    return {(*key, x): t for key, pair in pairs.items() for x, t in zip("AB", pair, strict=True)}
-
-
 def _check_tensors(
-    model: nn.Module, trained: Mapping[Place, bool], given: Mapping[Place, Tensor]
+    wanted: Fitted, trained: Mapping[Place, bool], given: Mapping[Place, Tensor]
 ) -> None:
-    paths = bare_paths(model)
-    own = {place: own_tensor(*place) for place in {*trained, *given}}
-    names = {place: f"{paths[place[0]]}.{place[1]}".lstrip(".") for place in own}
-    saved = [p for p in trained if p[1] not in p[0]._non_persistent_buffers_set]
-    raise_problems(
-        "what was trained in place does not fit the model",
-        {
-            "missing": (names[p] for p in saved if p not in given and own[p] is not None),
-            "of another shape": (
-                f"{names[p]} {tuple(value.shape)}, not {tuple(tensor.shape)}"
-                for p, value in given.items()
-                if (tensor := own[p]) is not None and tensor.shape != value.shape
-            ),
-            "not finite in this model": (
-                names[place]
-                for place in not_finite({p: v.to(own[p].dtype) for p, v in given.items()})  # type: ignore[union-attr]
-            ),
-        },
-    )
+    """Refuse values that are not those of what trains in place, in the dtypes that it has."""
+    paths, shapes, values = first_paths(wanted.modules), {}, {}
+    for place in {*trained, *given}:
+        module, name = place
+        tensor, key = own_tensor(module, name), f"{paths[module]}.{name}".lstrip(".")
+        if tensor is not None and (
+            place in given or name not in module._non_persistent_buffers_set
+        ):
+            shapes[key] = tuple(tensor.shape)
+        if tensor is not None and place in given:
+            values[key] = given[place].to(tensor.dtype)
+    require_fit("what was trained in place does not fit the model", shapes, values)

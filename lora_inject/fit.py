@@ -12,8 +12,8 @@ from lora_inject.formats.data import AdapterData, PairData
 from lora_inject.in_place import Place, own_tensor, places_of
 from lora_inject.kinds import find_kind
 from lora_inject.kinds.parameter import layout_of
+from lora_inject.low_rank import same_product
 from lora_inject.paths import bare_key, bare_modules
-from lora_inject.state import same_product
 
 
 @dataclass(frozen=True)
@@ -24,27 +24,18 @@ class FittedPair:
         pair: the pair, with the module's path in the bare model.
         module: the module.
         real: the module's path in the model as it is, wrappers included.
-        prefix: what stands before ``lora_A`` in the names of its parameters.
     """
 
     pair: PairData
     module: nn.Module
     real: str
-    prefix: str
-
-    @property
-    def key(self) -> str:
-        """The start of loralib's keys for it."""
-        return f"{self.pair.path}.{self.prefix}".lstrip(".")
 
     @property
     def target(self) -> str:
         """What ``inject`` is to be told to get it."""
-        return (
-            self.real
-            if find_kind(self.module) is not None
-            else f"{self.real}.{self.pair.weight}".lstrip(".")
-        )
+        if find_kind(self.module) is not None:
+            return self.real
+        return f"{self.real}.{self.pair.weight}".lstrip(".")
 
 
 class Fitted:
@@ -58,7 +49,7 @@ class Fitted:
         self.model, self.data = model, data
         self.modules = bare_modules(model)
         real = {module: path for path, module in reversed(list(model.named_modules()))}
-        self.pairs: list[FittedPair] = []
+        self.all_pairs: list[FittedPair] = []
         unknown = []
         for pair in data.pairs:
             path = bare_key(pair.path, self.modules)
@@ -67,8 +58,7 @@ class Fitted:
                 unknown.append(pair.path)
             else:
                 pair = pair if path == pair.path else replace(pair, path=path)
-                pair = _turned(pair, module)
-                self.pairs.append(FittedPair(pair, module, real[module], _prefix(pair)))
+                self.all_pairs.append(FittedPair(_turned(pair, module), module, real[module]))
         self.tensors: dict[str, Tensor] = {}
         for name, tensor in data.tensors.items():
             owner, _, last = name.rpartition(".")
@@ -87,19 +77,19 @@ class Fitted:
                 remedy="Nothing was loaded. Is it for another model?",
             )
         order = {module: i for i, module in enumerate(real)}
-        self.pairs.sort(key=lambda fitted: -order[fitted.module])  # files sort by name
-        self._drop_tied()
+        self.all_pairs.sort(key=lambda fitted: -order[fitted.module])  # files sort by name
+        self.pairs = self._without_tied()
 
     @property
     def pairs_by_key(self) -> dict[str, Tensor]:
         """A and B by loralib's keys."""
-        halves = [(f.key, f.pair.A, f.pair.B) for f in self.all_pairs]
+        halves = [(f.pair.key, f.pair.A, f.pair.B) for f in self.all_pairs]
         return {f"{key}lora_{x}": t for key, A, B in halves for x, t in (("A", A), ("B", B))}
 
     @property
     def scalings(self) -> dict[str, float]:
         """The scaling that each pair was made for, where the file says it."""
-        return {f.key: f.pair.scaling for f in self.all_pairs if f.pair.alpha is not None}
+        return {f.pair.key: f.pair.scaling for f in self.all_pairs if f.pair.alpha is not None}
 
     def elsewhere(self) -> set[str]:
         """The paths where an adapted weight is registered too, and which the file does not name."""
@@ -118,7 +108,7 @@ class Fitted:
             FormatError: there are such.
         """
         given = self.places()
-        for tied in places_of(self.model).values():
+        for tied in places_of(self.model).values() if given else ():
             values = [given[place] for place in tied if place in given]
             if values and (len(values) < len(tied) or not all(
                 torch.equal(values[0], value) for value in values[1:]
@@ -157,16 +147,15 @@ class Fitted:
                 remedy="Load the right base model, or say other_base=True.",
             )
 
-    def _drop_tied(self) -> None:
-        """Keep one pair of those that a tied weight has in files, where they agree.
+    def _without_tied(self) -> list[FittedPair]:
+        """One pair of those that a tied weight has in files, where they agree.
 
         Raises:
             FormatError: they do not.
         """
         first: dict[int, FittedPair] = {}
         kept = []
-        self.all_pairs = self.pairs
-        for fitted in self.pairs:
+        for fitted in self.all_pairs:
             W = fitted.module._parameters.get(fitted.pair.weight)
             leader = None if W is None or fitted.pair.part else first.setdefault(id(W), fitted)
             if leader is None or leader is fitted or leader.module is fitted.module:
@@ -177,7 +166,7 @@ class Fitted:
                     "different adapters in the file.",
                     remedy="Untie them before loading.",
                 )
-        self.pairs = kept
+        return kept
 
 
 def _is_the_bases(name: str, tensor: Tensor, value: Tensor, data: AdapterData) -> bool:
@@ -200,12 +189,6 @@ def _is_the_bases(name: str, tensor: Tensor, value: Tensor, data: AdapterData) -
             remedy="Load the right base, resized as it was.",
         )
     return False
-
-
-def _prefix(pair: PairData) -> str:
-    if pair.part:
-        return f"{pair.part}_"
-    return "" if pair.weight == "weight" else f"{pair.weight}_"
 
 
 def _turned(pair: PairData, module: nn.Module) -> PairData:

@@ -85,7 +85,6 @@ class Slot:
     trains: dict[str, bool] = field(default_factory=dict)
     original: str | None = None
     inside: str | None = None
-
     is_parameter: bool = field(init=False)
 
     def __post_init__(self) -> None:

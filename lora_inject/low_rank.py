@@ -10,12 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def side_by_side(
-    As: Sequence[Tensor], Bs: Sequence[Tensor], factors: Sequence[float]
-) -> tuple[Tensor, Tensor]:
-    """The sum of ``factor * B A`` as one pair of the summed rank."""
-    scaled = [A * factor for A, factor in zip(As, factors, strict=True)]
-    return torch.cat(scaled, -2), torch.cat(list(Bs), -1)
+def side_by_side(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The sum of all ``B A`` as one pair of the summed rank."""
+    return torch.cat([A for A, _ in pairs], -2), torch.cat([B for _, B in pairs], -1)
 
 
 def truncated(A: Tensor, B: Tensor, r: int) -> tuple[Tensor, Tensor]:
@@ -38,3 +35,15 @@ def product_norm(A: Tensor, B: Tensor) -> float:
     R_B = torch.linalg.qr(B.double(), mode="r").R
     R_A = torch.linalg.qr(A.double().transpose(-2, -1), mode="r").R
     return float((R_B @ R_A.transpose(-2, -1)).norm())
+
+
+def difference_norm(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
+    """The Frobenius norm of the difference of two products of pairs A, B of any ranks."""
+    return product_norm(*side_by_side([one, (other[0], -other[1])]))
+
+
+def same_product(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
+    """Whether two pairs A, B of matrices have one product, whatever their ranks."""
+    if one[0].shape[-1] != other[0].shape[-1] or one[1].shape[-2] != other[1].shape[-2]:
+        return False
+    return difference_norm(one, other) <= 1e-6 * product_norm(*one)

@@ -111,9 +111,10 @@ def merge(model: nn.Module, adapters: Any = None, *, keep: Keep = "device") -> M
         require_no_block(path, layer)
     names = _names_in_use(model, adapters)
     todo = {
-        path: (layer, frozenset(_running(state) & names)) for path, (layer, state) in states.items()
+        path: (layer, state, new)
+        for path, (layer, state) in states.items()
+        if (new := frozenset(_running(state) & names))
     }
-    todo = {path: pair for path, pair in todo.items() if pair[1]}
     if not todo:
         for path, (layer, _) in states.items():
             require_ready(path, layer)
@@ -122,7 +123,7 @@ def merge(model: nn.Module, adapters: Any = None, *, keep: Keep = "device") -> M
         )
     places = [
         (path, layer, weight, new)
-        for path, (layer, new) in todo.items()
+        for path, (layer, _, new) in todo.items()
         for weight in _weights(layer, new)
     ]
     _check_mergeable(model, [place[:3] for place in places])
@@ -137,14 +138,11 @@ def merge(model: nn.Module, adapters: Any = None, *, keep: Keep = "device") -> M
         for _, _, tensor, before in undo:
             exchange(tensor, before)
         raise
+    former = {layer: state.former for layer, state, _ in todo.values()}
     for layer, weight, _, before in undo:
-        state = state_of(layer)
-        assert state is not None
         kept = before if keep == "device" else before.cpu() if keep == "cpu" else None
-        state.former.setdefault(weight, kept)
-    for layer, new in todo.values():
-        state = state_of(layer)
-        assert state is not None
+        former[layer].setdefault(weight, kept)
+    for layer, state, new in todo.values():
         change(layer, folded=state.folded | new)
     return MergeReport(tuple(merged))
 

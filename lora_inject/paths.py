@@ -1,6 +1,6 @@
 """Names of modules without those that wrappers put in: what a file calls them."""
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 
 from torch import nn
 
@@ -39,10 +39,10 @@ def bare_modules(model: nn.Module) -> dict[str, nn.Module]:
     return modules
 
 
-def bare_paths(model: nn.Module) -> dict[nn.Module, str]:
-    """The first path of every module, without the names that wrappers put in."""
+def first_paths(modules: Mapping[str, nn.Module]) -> dict[nn.Module, str]:
+    """The first path of every module."""
     paths: dict[nn.Module, str] = {}
-    for path, module in bare_modules(model).items():
+    for path, module in modules.items():
         paths.setdefault(module, path)
     return paths
 

@@ -280,8 +280,7 @@ def _check_in_full(
         module: name
         for _, _, record in records_in(model)
         for name, mode in record.modes.items()
-        for top in mode.train_also
-        for module in top.modules()
+        for module in mode.in_full
     }
     for choice in choices:
         if (name := trained.get(choice.target.module)) is not None:

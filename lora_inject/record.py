@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.adapter import Adapter, adapters_of, is_merged, state_of
-from lora_inject.errors import LoRAInjectError
+from lora_inject.errors import ArgumentError, LoRAInjectError
 from lora_inject.in_place import Place, Slot, own_tensor
 from lora_inject.layer import change, detach, is_intact
 from lora_inject.settings import BiasMode
@@ -72,6 +72,11 @@ class Mode:
 
     bias: BiasMode = "none"
     train_also: list[nn.Module] = field(default_factory=list)
+
+    @property
+    def in_full(self) -> set[nn.Module]:
+        """The ``train_also`` modules with everything inside of them."""
+        return {module for top in self.train_also for module in top.modules()}
 
 
 @dataclass
@@ -328,7 +333,8 @@ def set_trainable(parameters: Iterable[nn.Parameter], trainable: bool) -> None:
     A stale gradient costs memory, and an optimizer would go on updating the parameter by it.
     """
     for parameter in parameters:
-        parameter.requires_grad_(trainable)
+        if parameter.requires_grad is not trainable:
+            parameter.requires_grad = trainable
         if not trainable:
             parameter.grad = None
 
@@ -360,6 +366,20 @@ def require_own_record(model: nn.Module) -> None:
                 "it was adapted as part of a larger model.",
                 path=path,
                 remedy="Call this on the model that inject was called on.",
+            )
+
+
+def require_known(records: Iterable[Record], names: Iterable[str], argument: str) -> None:
+    """Refuse names of adapters that are not there.
+
+    Raises:
+        ArgumentError: one is not; the message starts with the argument's name.
+    """
+    known = {name for record in records for name in record.modes}
+    for name in names:
+        if name not in known:
+            raise ArgumentError(
+                f"{argument}: there is no adapter {name!r}; known: {sorted(known)}."
             )
 
 

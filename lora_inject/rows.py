@@ -16,7 +16,8 @@ from lora_inject.adapter import Adapter, Term, adapters_of, state_of
 from lora_inject.errors import ArgumentError, LoRAInjectError, UnsupportedLayerError
 from lora_inject.in_place import show
 from lora_inject.layer import add, change, oriented
-from lora_inject.record import records_in, require_own_record, require_ready
+from lora_inject.low_rank import side_by_side
+from lora_inject.record import records_in, require_known, require_own_record, require_ready
 
 
 @contextmanager
@@ -53,9 +54,7 @@ def per_row(model: nn.Module, adapters: Iterable[str | None]) -> Iterator[nn.Mod
     wanted = frozenset(name for name in names if name is not None)
     require_own_record(model)
     records = [record for _, _, record in records_in(model)]
-    known = {name for record in records for name in record.modes}
-    for name in wanted - known:
-        raise ArgumentError(f"adapters: there is no adapter {name!r}; known: {sorted(known)}.")
+    require_known(records, wanted, "adapters")
     paths = {layer: path for record in records for path, layer, _ in record.adapters}
     _check_layers(paths, wanted)
     slots = {slot: slot.inside for record in records for slot in record.all_slots()}
@@ -133,17 +132,16 @@ class _Group:
         A, B = self.stack(layer)
         h = self.kind.down(layer, x, y, A, self.dropout if layer.training else 0.0)
         require_rows(h, 2 if self.kind.rank_dim < 0 else A.dim())
-        return add(y, self.kind.up(layer, x, h * self.mask(h, B), B), self.scaling, self.spec)
+        return add(y, self.kind.up(layer, x, h * self.mask(h), B), self.scaling, self.spec)
 
     def stack(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
         """A and B of all adapters."""
         own: Any = layer._parameters
         pairs = [oriented(t.spec, own[t.A], own[t.B]) for t in self.terms]
         matrices = [self.kind.to_matrices(layer, A, B) for A, B in pairs]
-        A, B = torch.cat([A for A, _ in matrices], -2), torch.cat([B for _, B in matrices], -1)
-        return self.kind.from_matrices(layer, A, B)
+        return self.kind.from_matrices(layer, *side_by_side(matrices))
 
-    def mask(self, h: Tensor, B: Tensor) -> Tensor:
+    def mask(self, h: Tensor) -> Tensor:
         """For each row, 1 (or a relative scaling) at the ranks of its adapter, else 0."""
         key = (h.device, h.dtype, h.dim())
         if key not in self.masks:

@@ -4,6 +4,7 @@ Everything is found through the record, never by searching names, so that nothin
 be left out. Paths are those of the bare model: what wrappers put in front is left out.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,15 +17,15 @@ from torch.nn import functional as F
 from lora_inject.adapter import Adapter
 from lora_inject.errors import ArgumentError, FormatError, LoRAInjectError
 from lora_inject.fingerprint import fingerprint
-from lora_inject.formats.data import AdapterData, PairData
+from lora_inject.formats.data import AdapterData, PairData, is_usable
 from lora_inject.formats.pairs import told_layout
 from lora_inject.in_place import Slot
 from lora_inject.kinds.base import Spec
 from lora_inject.kinds.parameter import ParameterKind
 from lora_inject.layer import oriented
-from lora_inject.low_rank import product_norm
-from lora_inject.paths import bare, bare_key, bare_modules, bare_paths
-from lora_inject.record import Record, records_in, require_own_record, require_ready
+from lora_inject.low_rank import same_product
+from lora_inject.paths import bare, bare_key, bare_modules, first_paths
+from lora_inject.record import Record, records_in, require_known, require_own_record
 from lora_inject.settings import BiasMode, check_adapter
 
 
@@ -129,11 +130,11 @@ class Stored:
         if not self.records:
             raise LoRAInjectError("the model has no adapters.", remedy="Call inject first.")
         self.name = adapter_name(self.records, adapter)
-        self.modules, self.paths = bare_modules(model), bare_paths(model)
+        self.modules = bare_modules(model)
+        self.paths = first_paths(self.modules)
         self.real_prefixes = [name for name in ("module", "base_model") if name in self.modules]
         for record in self.records:
-            for path, layer, _ in record.adapters:
-                require_ready(path, layer)
+            record.require_ready()
         for path, layer in ((p, m) for r in self.records for p, m, _ in r.adapters):
             if layer not in self.paths:
                 raise LoRAInjectError(
@@ -153,7 +154,7 @@ class Stored:
         modes = [r.modes[self.name].bias for r in self.records if self.name in r.modes]
         return modes[0]
 
-    @property
+    @functools.cached_property
     def slots(self) -> dict[str, Slot]:
         """What it trained in place, by the name in the bare model."""
         found: dict[str, Slot] = {}
@@ -301,12 +302,15 @@ class Stored:
         ready = dict(given)
         for held in self.pairs:
             keys = f"{held.key}lora_A", f"{held.key}lora_B"
-            usable = all(is_usable(given.get(key)) for key in keys)
+            usable = all(_is_for(given.get(key), None) for key in keys)
             if not held.adapter.follows and usable:
                 scaling = scalings.get(held.key, held.adapter.settings.scaling)
                 A, B = self._fitted(held, given[keys[0]], given[keys[1]], scaling)
                 ready |= {keys[0]: A, keys[1]: B}
-        _require_equal_keys(own, ready)
+        wrong = [key for key, value in ready.items() if not _is_for(value, own.get(key))]
+        raise_problems("some values cannot be used", {"no plain tensors": wrong})
+        shapes = {key: tuple(tensor.shape) for key, tensor in own.items()}
+        require_fit("the values do not fit the adapter", shapes, ready)
         cast = {key: ready[key].to(dtype=tensor.dtype) for key, tensor in own.items()}
         raise_problems(
             f"the values do not fit {next(iter(own.values())).dtype}",
@@ -360,34 +364,28 @@ class Stored:
         return kind.from_matrices(held.layer, A_m, B_m)
 
 
-def _require_equal_keys(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    """Refuse values that are not exactly those wanted.
+def require_fit(
+    what: str, wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, Tensor]
+) -> None:
+    """Refuse values that are not exactly those wanted, by name and shape, or not finite.
 
     Raises:
         FormatError: they are not, with counts and examples of each problem.
     """
-    wrong = [key for key, value in given.items() if not is_usable(value, own.get(key))]
-    raise_problems("some values cannot be used", {"no plain tensors": wrong})
-    shapes = [key for key in own if key in given and own[key].shape != given[key].shape]
+    shapes = {key: tuple(value.shape) for key, value in given.items()}
     raise_problems(
-        "the values do not fit the adapter",
+        what,
         {
-            "missing": [key for key in own if key not in given],
-            "unexpected": [key for key in given if key not in own],
+            "missing": [key for key in wanted if key not in given],
+            "unexpected": [key for key in given if key not in wanted],
             "of another shape": [
-                f"{key} {tuple(given[key].shape)}, not {tuple(own[key].shape)}" for key in shapes
+                f"{key} {shapes[key]}, not {shape}"
+                for key, shape in wanted.items()
+                if key in given and shapes[key] != shape
             ],
             "not finite": not_finite(given),
         },
     )
-
-
-def same_product(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
-    """Whether two pairs A, B of matrices have one product, whatever their ranks."""
-    if one[0].shape[-1] != other[0].shape[-1] or one[1].shape[-2] != other[1].shape[-2]:
-        return False
-    A, B = torch.cat([one[0], other[0]], -2), torch.cat([one[1], -other[1]], -1)
-    return product_norm(A, B) <= 1e-6 * product_norm(*one)
 
 
 def raise_problems(what: str, problems: Mapping[str, Iterable[str]]) -> None:
@@ -407,14 +405,10 @@ def raise_problems(what: str, problems: Mapping[str, Iterable[str]]) -> None:
         raise FormatError(f"{what}: {'; '.join(texts)}.", remedy="Nothing was loaded.")
 
 
-def is_usable(value: Any, like: Tensor | None = None) -> bool:
-    """Whether a value is an ordinary tensor with numbers of the kind that a place wants."""
-    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
-        return False
-    if value.is_complex() or value.is_quantized:
-        return False
-    floating = value.is_floating_point() and value.dtype.itemsize > 1
-    return floating if like is None or like.is_floating_point() else True
+def _is_for(value: Any, place: Tensor | None) -> bool:
+    """Whether a value is a tensor with numbers of the kind that a place wants, A and B floating."""
+    floating = place is None or place.is_floating_point()
+    return isinstance(value, Tensor) and is_usable(value, floating)
 
 
 def not_finite(tensors: Mapping[Any, Tensor]) -> list[Any]:
@@ -435,11 +429,10 @@ def adapter_name(records: list[Record], adapter: str | None) -> str:
     Raises:
         ArgumentError: there is none of this name, or None could mean several.
     """
-    known = sorted({name for record in records for name in record.modes})
     if adapter is not None:
-        if check_adapter(adapter) not in known:
-            raise ArgumentError(f"there is no adapter {adapter!r}; known: {known}.")
+        require_known(records, [check_adapter(adapter)], "adapter")
         return adapter
+    known = sorted({name for record in records for name in record.modes})
     used = sorted({name for record in records for name in record.in_use})
     for names in (known, used):
         if len(names) == 1:

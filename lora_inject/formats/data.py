@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 from lora_inject.errors import FormatError
-from lora_inject.kinds.base import Form
+from lora_inject.kinds.base import Form, name_prefix
+
+
+def is_usable(tensor: Tensor, floating: bool) -> bool:
+    """Whether it is an ordinary tensor with values, of 16 bits or more where they are floating."""
+    if tensor.layout != torch.strided or tensor.is_meta:
+        return False
+    if tensor.is_complex() or tensor.is_quantized:
+        return False
+    return not floating or (tensor.is_floating_point() and tensor.dtype.itemsize > 1)
 
 
 @dataclass(frozen=True)
@@ -56,8 +65,7 @@ class PairData:
         if dims[0] != dims[1] or dims[0] < 2:
             raise FormatError(f"A and B of {self.name} have {dims[0]} and {dims[1]} dimensions.")
         for tensor in (self.A, self.B):
-            plain = tensor.layout == torch.strided and not tensor.is_meta
-            if not plain or not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+            if not is_usable(tensor, floating=True):
                 raise FormatError(f"A and B of {self.name} are no plain tensors: {tensor.dtype}.")
 
     @property
@@ -83,6 +91,11 @@ class PairData:
     def scaling(self) -> float:
         """The factor of B A."""
         return self.known_alpha / self.rank
+
+    @property
+    def key(self) -> str:
+        """The start of loralib's keys for it."""
+        return f"{self.path}.{name_prefix(self.weight, self.part)}".lstrip(".")
 
     @property
     def name(self) -> str:
@@ -126,8 +139,7 @@ class AdapterData:
 
     def __post_init__(self) -> None:
         for name, tensor in self.tensors.items():
-            plain = tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_complex())
-            if not plain or (tensor.is_floating_point() and tensor.dtype.itemsize < 2):
+            if not is_usable(tensor, floating=tensor.is_floating_point()):
                 raise FormatError(f"{name} is no plain tensor: {tensor.dtype}, {tensor.layout}.")
 
     @property

@@ -5,6 +5,7 @@ nothing, as ``save_lora_adapter`` has it; PEFT's config stands in the metadata o
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,7 @@ from lora_inject.errors import FormatError
 from lora_inject.formats import peft
 from lora_inject.formats.data import AdapterData
 from lora_inject.formats.peft_config import METADATA as OWN_METADATA
-from lora_inject.formats.peft_config import escaped
-from lora_inject.formats.storage import read_tensors, replaced_together, write_tensors
+from lora_inject.formats.storage import parse_json, read_tensors, replaced_together, write_tensors
 from lora_inject.paths import bare_modules
 
 TENSORS = "pytorch_lora_weights.safetensors"
@@ -51,8 +51,8 @@ def read(path: Path, model: nn.Module | None = None, alpha: float | None = None)
         ranks = {_owner(key): t.shape[1] for key, t in own.items() if ".lora_B" in key}
         given = {_owner(key): float(value) for key, value in alphas.items()}
         scale = {name: given.get(name, r if alpha is None else alpha) for name, r in ranks.items()}
-        patterns = {f"^{escaped(name)}": value for name, value in ranks.items()}
-        scales = {f"^{escaped(name)}": value for name, value in scale.items()}
+        patterns = {f"^{re.escape(name)}": value for name, value in ranks.items()}
+        scales = {f"^{re.escape(name)}": value for name, value in scale.items()}
         config = {"peft_type": "LORA", "r": 0, "lora_alpha": 1, "rank_pattern": patterns,
                   "alpha_pattern": scales}  # fmt: skip
     return peft.from_tensors(config, own, metadata, path, model, alpha)
@@ -103,11 +103,5 @@ def _config(metadata: dict[str, str], component: str, path: Path) -> dict[str, A
     """PEFT's config of the component."""
     if METADATA not in metadata:
         return {}
-    try:
-        config = json.loads(metadata[METADATA])
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: its metadata is no JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise FormatError(f"{path}: its metadata is not a JSON object.")
-    own = {k.removeprefix(component): v for k, v in config.items() if k.startswith(component)}
-    return own
+    config = parse_json(metadata[METADATA], f"the metadata of {path}")
+    return {k.removeprefix(component): v for k, v in config.items() if k.startswith(component)}

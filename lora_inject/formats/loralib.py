@@ -19,12 +19,6 @@ from lora_inject.paths import bare_modules
 _KEY = regex.compile(r"(?:(.+)\.)?(?:(\w+?)_)?lora_([AB])")
 
 
-def pair_key(pair: PairData, letter: str) -> str:
-    """The key of A or B: what is not a layer's weight has its own name before it."""
-    prefix = pair.part or ("" if pair.weight in ("", "weight") else pair.weight)
-    return f"{pair.path}.{prefix}{'_' * bool(prefix)}lora_{letter}".lstrip(".")
-
-
 def looks_like(path: Path) -> bool:
     """Whether it is called as torch's checkpoints are."""
     return path.is_file() and path.suffix in (".pt", ".pth", ".bin", ".ckpt")
@@ -71,7 +65,7 @@ def write(data: AdapterData, path: Path) -> None:
         FormatError: the file cannot be written.
     """
     state = {
-        pair_key(pair, letter): tensor.detach().cpu().contiguous().clone()
+        f"{pair.key}lora_{letter}": tensor.detach().cpu().contiguous().clone()
         for pair in data.pairs
         for letter, tensor in (("A", pair.A), ("B", pair.B))
     }

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from lora_inject.errors import FormatError
 from lora_inject.formats.data import AdapterData, PairData
+from lora_inject.kinds.parameter import layout_of
 
 
 def as_portable(data: AdapterData) -> AdapterData:
@@ -129,5 +130,4 @@ def config_rank(pair: PairData) -> int:
 
 def told_layout(module: nn.Module, parameter: Tensor) -> str:
     """How PEFT reads a fused parameter: as its module says, else (E, out, in)."""
-    transposed = parameter.dim() == 3 and getattr(module, "is_transposed", False)
-    return "in_out" if transposed else "out_in"
+    return layout_of(module, parameter) or "out_in"

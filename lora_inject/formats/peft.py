@@ -155,15 +155,14 @@ def to_tensors(data: AdapterData) -> tuple[dict[str, Any], dict[str, Tensor], st
     Raises:
         FormatError: the adapter holds what PEFT cannot read.
     """
+    for name, why in data.facts.get("refused", {}).items():
+        raise FormatError(f"{name} {why}.", remedy='Save it as "loralib".')
     for pair in data.pairs:
         if pair.form == "other":
             raise FormatError(
                 f"{pair.name} is of a kind that PEFT has no adapter for, or computes otherwise.",
                 remedy="torch.save(lora_state_dict(model), ...) keeps it for load_lora_state_dict.",
             )
-    for name, why in data.facts.get("refused", {}).items():
-        raise FormatError(f"{name} {why}.", remedy='Save it as "loralib".')
-    for pair in data.pairs:
         known = pair.form == "experts" or pair.weight in ("weight", "in_proj_weight")
         if not known or not pair.path:
             raise FormatError(f"{pair.name or 'the model itself'} is nothing that PEFT can adapt.")
@@ -301,6 +300,5 @@ def _base_key(name: str, pairs: Iterable[PairData]) -> str:
         if pair.in_attention and owner == pair.path:
             head = owner.removesuffix(".out_proj")
             return f"{PREFIX}{head}{OUT_PROJ}.base_layer.{tensor}"
-    adapted = {pair.path: pair for pair in pairs}
-    nested = sum(p.path == owner for p in pairs) if owner in adapted else 0
+    nested = sum(pair.path == owner for pair in pairs)
     return f"{PREFIX}{owner}.{'base_layer.' * nested}{tensor}"

@@ -14,6 +14,7 @@ import regex
 from lora_inject.errors import FormatError
 from lora_inject.formats.data import AdapterData, PairData
 from lora_inject.formats.pairs import config_rank
+from lora_inject.formats.storage import parse_json
 from lora_inject.settings import BiasMode
 from lora_inject.targets import REGEX_SECONDS
 
@@ -72,12 +73,7 @@ def own_metadata(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     """
     if METADATA not in metadata:
         return {}
-    try:
-        own = json.loads(metadata[METADATA])
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path / TENSORS}: its metadata is no JSON: {error}.") from error
-    if not isinstance(own, dict):
-        raise FormatError(f"{path / TENSORS}: its metadata is not a JSON object.")
+    own = parse_json(metadata[METADATA], f"the metadata of {path / TENSORS}")
     dropouts = own.get("dropout", {})
     wrong = [key for key in ("targets", "train_also", "padding") if not _is_names(own.get(key, []))]
     wrong += [key for key in ("base", "parts", "dropout") if not isinstance(own.get(key, {}), dict)]
@@ -219,12 +215,7 @@ def target_names(paths: list[str], modules: Iterable[str] | None) -> list[str] |
         return short
     if selected(paths) == wanted:
         return sorted(paths)
-    return "|".join(map(escaped, sorted(paths)))
-
-
-def escaped(path: str) -> str:
-    """A path as an expression that matches it alone."""
-    return re.escape(path)
+    return "|".join(map(re.escape, sorted(paths)))
 
 
 def _pattern(values: Mapping[str, Any], of_all: Mapping[str, Any]) -> dict[str, Any]:
@@ -233,7 +224,7 @@ def _pattern(values: Mapping[str, Any], of_all: Mapping[str, Any]) -> dict[str, 
     for path, value in values.items():
         last = path.rpartition(".")[2]
         same = all(of_all[other] == value for other in of_all if other.rpartition(".")[2] == last)
-        result[last if same and last.isidentifier() else f"^{escaped(path)}"] = value
+        result[last if same and last.isidentifier() else f"^{re.escape(path)}"] = value
     return result
 
 

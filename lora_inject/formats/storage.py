@@ -72,11 +72,24 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     require_file(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
+        text = path.read_text(encoding="utf-8")
+    except (ValueError, OSError) as error:
         raise FormatError(f"{path} is no JSON file: {error}.") from error
+    return parse_json(text, str(path))
+
+
+def parse_json(text: str, what: str) -> dict[str, Any]:
+    """The JSON object that a text is; ``what`` is for errors.
+
+    Raises:
+        FormatError: it is something else.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{what} is no JSON: {error}.") from error
     if not isinstance(value, dict):
-        raise FormatError(f"{path} does not hold a JSON object.")
+        raise FormatError(f"{what} is not a JSON object.")
     return value
 
 

@@ -17,6 +17,12 @@ Form = Literal["linear", "embedding", "conv", "experts", "other"]
 STATE = "_lora_inject_adapters"  # what an adapted module keeps of its adapters, in its __dict__
 
 
+def name_prefix(weight: str, part: str) -> str:
+    """What stands before ``lora_A`` in a parameter's name: nothing for a plain weight."""
+    own = part or ("" if weight == "weight" else weight)
+    return f"{own}_" if own else ""
+
+
 @dataclass(frozen=True)
 class Spec:
     """One pair A, B of a layer.
@@ -46,10 +52,8 @@ class Spec:
 
     @property
     def prefix(self) -> str:
-        """What stands before ``lora_A`` in the parameter's name: nothing for a plain weight."""
-        if self.part:
-            return f"{self.part}_"
-        return "" if self.weight == "weight" else f"{self.weight}_"
+        """What stands before ``lora_A`` in the parameter's name."""
+        return name_prefix(self.weight, self.part)
 
     @property
     def place(self) -> tuple[str, str, int, int]:
