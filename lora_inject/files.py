@@ -239,10 +239,10 @@ def _check_tensors(
     for place in {*trained, *given}:
         module, name = place
         tensor, key = own_tensor(module, name), f"{paths[module]}.{name}".lstrip(".")
-        if tensor is not None and (
-            place in given or name not in module._non_persistent_buffers_set
-        ):
-            shapes[key] = tuple(tensor.shape)
-        if tensor is not None and place in given:
+        if tensor is None:
+            continue
+        if place in given:
             values[key] = given[place].to(tensor.dtype)
+        if place in given or name not in module._non_persistent_buffers_set:
+            shapes[key] = tuple(tensor.shape)
     require_fit("what was trained in place does not fit the model", shapes, values)

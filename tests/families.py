@@ -77,6 +77,18 @@ def qwen3_moe(experts="eager"):
     return tf.Qwen3MoeForCausalLM(config)
 
 
+def unet():
+    """A UNet with cross attention and convolutions; diffusers is imported where it is needed."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 8), norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), layers_per_block=1,
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=8,
+        attention_head_dim=4,
+    ).eval()  # fmt: skip
+
+
 FAMILIES = {
     "llama": Family(llama, _ids, ("q_proj", "v_proj"), 2 * 7),
     "gpt2": Family(gpt2, _ids, ("c_attn",), 2 * 4),

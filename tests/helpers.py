@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_inject import LoRALayer
+from lora_inject.adapter import adapters_of
 
 PEFT_WARNS = pytest.mark.filterwarnings("ignore")  # of deprecations in transformers, as an oracle
 
@@ -49,15 +49,14 @@ def changed_parts(before, after):
     return [part for part in before if before[part] != after[part]]
 
 
-def randomize_adapters(model, scale=0.1):
-    """Give every A and B values that matter."""
+def randomize_adapters(model, scale=0.1, names=None):
+    """Give every A and B values that matter, in use or not; or those of these adapters alone."""
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, LoRALayer):
-                for adapter in module.lora_adapters:
-                    for _, A_name, B_name in adapter.pairs:
-                        module._parameters[A_name].normal_(std=scale)
-                        module._parameters[B_name].normal_(std=scale)
+            for adapter in adapters_of(module):
+                if names is None or adapter.name in names:
+                    for name in adapter.parameters:
+                        module.get_parameter(name).normal_(std=scale)
 
 
 def train_steps(model, inputs, steps=3, lr=0.02):

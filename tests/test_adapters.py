@@ -5,7 +5,15 @@ import pickle
 
 import pytest
 import torch
-from helpers import Net, changed_parts, ids, snapshot, train_steps, trainable_names
+from helpers import (
+    Net,
+    changed_parts,
+    ids,
+    randomize_adapters,
+    snapshot,
+    train_steps,
+    trainable_names,
+)
 from torch import nn
 
 from lora_inject import (
@@ -33,15 +41,6 @@ from lora_inject.adapter import adapters_of
 from lora_inject.in_place import Slot
 
 
-def randomize(model, *names):
-    """Give the A and B of these adapters values that matter, whether they are in use or not."""
-    for module in model.modules():
-        for adapter in adapters_of(module):
-            if adapter.name in names:
-                for name in adapter.parameters:
-                    nn.init.normal_(module.get_parameter(name), std=0.1)
-
-
 def two():
     """A double-precision net with adapters that overlap in part, both with values."""
     torch.manual_seed(0)
@@ -49,7 +48,7 @@ def two():
     base = copy.deepcopy(model)
     inject(model, ["q_proj", "v_proj"], r=2, alpha=3, adapter="fr")
     inject(model, ["v_proj", "o_proj"], r=3, adapter="de")
-    randomize(model, "fr", "de")
+    randomize_adapters(model, names=["fr", "de"])
     return model, base
 
 
@@ -91,7 +90,7 @@ def test_use_computes_the_chosen_sum(chosen, weights):
 def test_a_second_adapter_changes_no_output_and_no_flag_of_the_first():
     model = Net()
     inject(model, "q_proj", r=2)
-    randomize(model, "default")
+    randomize_adapters(model, names=["default"])
     for name, p in model.named_parameters():
         p.requires_grad_(name == "layers.0.q_proj.lora_A")  # the user's own choice
     x = ids()
@@ -502,7 +501,7 @@ def test_adapters_of_nested_calls_are_one():
     before = snapshot(model)
     inject(model.layers, "q_proj", r=2, adapter="fr")
     inject(model, "head", r=2, adapter="de")
-    randomize(model, "fr", "de")
+    randomize_adapters(model, names=["fr", "de"])
     use(model, "fr")
     only = model(x)
     use(model, "de")

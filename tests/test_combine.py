@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import PEFT_WARNS, Net, changed_parts, snapshot
-from test_adapters import randomize
+from helpers import PEFT_WARNS, Net, changed_parts, randomize_adapters, snapshot
 from torch import nn
 
 from lora_inject import ArgumentError, LoRAInjectError, combine, inject, merged, report, strip, use
@@ -28,7 +27,7 @@ def pair(layer, ranks=(2, 3)):
     model = nn.ModuleList([layer]).double()
     for name, r in zip(("a", "b"), ranks, strict=True):
         inject(model, type(layer), r=r, alpha=1.5 * r, adapter=name)
-    randomize(model, "a", "b")
+    randomize_adapters(model, names=["a", "b"])
     return model
 
 
@@ -97,7 +96,7 @@ def test_dare_keeps_and_rescales():
     layer = nn.Linear(400, 300)
     model = nn.ModuleList([layer])
     inject(model, nn.Linear, r=8, adapter="a")
-    randomize(model, "a")
+    randomize_adapters(model, names=["a"])
     combine(model, {"a": 1.0}, "kept", how="dare", density=0.3, seed=1)
     kept = layer.lora_A_kept != 0
     assert kept.float().mean().item() == pytest.approx(0.3, abs=0.03)
@@ -141,7 +140,7 @@ def test_as_peft(kind, ours, theirs):
     wrapped = other.base_model.model[0]
     for name, alpha in (("a", 6), ("b", 3)):
         inject(model, "0", r=3, alpha=alpha, adapter=name)
-    randomize(model, "a", "b")
+    randomize_adapters(model, names=["a", "b"])
     own = (wrapped.lora_embedding_A, wrapped.lora_embedding_B)
     if kind != "embedding":
         own = [{n: m.weight for n, m in d.items()} for d in (wrapped.lora_A, wrapped.lora_B)]
@@ -168,7 +167,7 @@ def test_nothing_runs_or_trains_until_it_is_used():
     before = snapshot(model)
     for name, targets in (("a", ["q_proj", "v_proj"]), ("b", ["v_proj", "o_proj"])):
         inject(model, targets, r=2, adapter=name)
-    randomize(model, "a", "b")
+    randomize_adapters(model, names=["a", "b"])
     use(model, {"a": 0.7, "b": 0.3})
     output = model(x)
     result = combine(model, {"a": 0.7, "b": 0.3}, "ab")
@@ -193,7 +192,7 @@ def test_parts_and_tied_weights():
     model = nn.ModuleList([nn.Linear(4, 9)])
     inject(model, "0", r=2, adapter="a", parts={"0": ("q", None, "v")})
     inject(model, "0", r=2, adapter="b", parts={"0": (None, None, "v")})
-    randomize(model, "a", "b")
+    randomize_adapters(model, names=["a", "b"])
     x = torch.randn(3, 4)
     use(model, {"a": 0.7, "b": 0.3})
     expected = model[0](x)
@@ -206,7 +205,7 @@ def test_parts_and_tied_weights():
     tied["head"].weight = tied["embed"].weight
     inject(tied, "embed", r=2, adapter="a")
     inject(tied, "head", r=3, adapter="b")
-    randomize(tied, "a", "b")
+    randomize_adapters(tied, names=["a", "b"])
 
     def run():
         return tied["head"](tied["embed"](torch.arange(7)))

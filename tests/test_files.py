@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import transformers as tf
-from families import DECODER, FAMILIES
+from families import DECODER, FAMILIES, unet
 from helpers import (
     PEFT_WARNS,
     Net,
@@ -16,7 +16,6 @@ from helpers import (
     snapshot,
     train_steps,
 )
-from test_adapters import randomize
 from test_peft_files import Nested
 from torch import nn
 
@@ -365,27 +364,21 @@ def test_loralib_files_hold_every_kind(tmp_path):
     assert all(torch.equal(state[key], other[key]) for key in state)
 
 
-def unet():
-    from diffusers import UNet2DConditionModel
-
+def adapted_unet():
+    """(a UNet, a copy of it with an adapter, inputs)."""
     torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 8), norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), layers_per_block=1,
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=8,
-        attention_head_dim=4,
-    ).eval()  # fmt: skip
+    base, inputs = unet(), (torch.randn(1, 4, 8, 8), 3, torch.randn(1, 5, 8))
+    model = copy.deepcopy(base)
+    inject(model, {"to_q": {"r": 2, "alpha": 1}, "conv1": {"r": 3}, "proj_in": {"r": 4}})
+    randomize_adapters(model)
+    return base, model, inputs
 
 
 @PEFT_WARNS
 def test_kohya_files(tmp_path):
     from safetensors.torch import load_file
 
-    base = unet()
-    inputs = (torch.randn(1, 4, 8, 8), 3, torch.randn(1, 5, 8))
-    model = copy.deepcopy(base)
-    inject(model, {"to_q": {"r": 2, "alpha": 1}, "conv1": {"r": 3}, "proj_in": {"r": 4}})
-    randomize_adapters(model)
+    base, model, inputs = adapted_unet()
     file = tmp_path / "lora.safetensors"
     save(model, file, format="kohya")
     tensors = load_file(file)
@@ -439,11 +432,7 @@ def test_kohya_names_are_looked_up_and_never_guessed(tmp_path):
 def test_diffusers_directories_both_ways(tmp_path):
     import peft
 
-    base = unet()
-    inputs = (torch.randn(1, 4, 8, 8), 3, torch.randn(1, 5, 8))
-    model = copy.deepcopy(base)
-    inject(model, {"to_q": {"r": 2, "alpha": 1}, "conv1": {"r": 3}, "proj_in": {"r": 4}})
-    randomize_adapters(model)
+    base, model, inputs = adapted_unet()
     expected = model(*inputs)[0]
     save(model, tmp_path / "ours", format="diffusers")
     theirs = copy.deepcopy(base)
@@ -470,7 +459,7 @@ def test_every_format_keeps_the_values(name, tmp_path):
     base, inputs = family.build().eval(), family.inputs()
     model = copy.deepcopy(base)
     inject(model, {t: {"r": i + 2} for i, t in enumerate(family.targets)}, alpha=3)
-    randomize(model, "default")
+    randomize_adapters(model, names=["default"])
     for format, file in (("peft", "p"), ("loralib", "l.pt"), ("kohya", "k.safetensors"),
                          ("diffusers", "d")):  # fmt: skip
         save(model, tmp_path / file, format=format)

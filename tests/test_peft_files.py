@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 import transformers as tf
-from families import DECODER, FAMILIES, mixtral
+from families import DECODER, FAMILIES, mixtral, unet
 from helpers import PEFT_WARNS, changed_parts, randomize_adapters, snapshot
 from torch import nn
 
@@ -214,15 +214,9 @@ def test_fused_experts_of_mixtral(tmp_path):
 
 def test_a_unet_both_ways(tmp_path):
     import peft
-    from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
-    base = UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 8), norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), layers_per_block=1,
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=8,
-        attention_head_dim=4,
-    ).eval()  # fmt: skip
+    base = unet()
     inputs = (torch.randn(1, 4, 8, 8), 3, torch.randn(1, 5, 8))
     model = copy.deepcopy(base)
     targets = {"to_q": {"r": 2}, "to_v": {"r": 4, "alpha": 2}, "conv1": {"r": 3}, "proj_in": {}}

@@ -5,8 +5,7 @@ import copy
 import pytest
 import torch
 from families import FAMILIES
-from helpers import Net, changed_parts, ids, snapshot
-from test_adapters import randomize
+from helpers import Net, changed_parts, ids, randomize_adapters, snapshot
 from torch import nn
 
 from lora_inject import (
@@ -50,8 +49,16 @@ def with_adapters(base, targets, **other):
     inject(model, targets, r=2, alpha=3, adapter="fr", **other)
     inject(model, targets, r=4, adapter="de", **other)
     inject(model, targets, r=1, alpha=0.5, adapter="es", **other)
-    randomize(model, "fr", "de", "es")
+    randomize_adapters(model, names=["fr", "de", "es"])
     return model
+
+
+def prepared(kind):
+    """An adapted layer in double precision, alone in a model, with an input."""
+    torch.manual_seed(0)
+    build, sample = LAYERS[kind]
+    layer, x = build().double(), sample(len(ROWS))
+    return with_adapters(layer, type(layer)), layer, x.double() if x.is_floating_point() else x
 
 
 def each_alone(model, call, rows):
@@ -65,12 +72,7 @@ def each_alone(model, call, rows):
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_equal_to_each_row_alone(kind):
-    torch.manual_seed(0)
-    build, sample = LAYERS[kind]
-    layer = build().double()
-    x = sample(len(ROWS))
-    x = x.double() if x.is_floating_point() else x
-    model = with_adapters(layer, type(layer))
+    model, layer, x = prepared(kind)
     expected = each_alone(model, lambda i: layer(x[i : i + 1])[0], ROWS)
     with per_row(model, ROWS):
         torch.testing.assert_close(layer(x), expected, atol=1e-12, rtol=1e-12)
@@ -81,12 +83,7 @@ def test_equal_to_each_row_alone(kind):
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_gradients_are_those_of_each_row_alone(kind):
-    torch.manual_seed(0)
-    build, sample = LAYERS[kind]
-    layer = build().double()
-    x = sample(len(ROWS))
-    x = x.double() if x.is_floating_point() else x
-    model = with_adapters(layer, type(layer))
+    model, layer, x = prepared(kind)
     expected = {n: torch.zeros_like(p) for n, p in model.named_parameters() if "lora" in n}
     for i, name in enumerate(ROWS):
         if name:
@@ -112,7 +109,7 @@ def test_in_model_families(name):
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
     for i, adapter in enumerate(["fr", "de"]):
         inject(model, "all-linear", r=i + 1, adapter=adapter)
-    randomize(model, "fr", "de")
+    randomize_adapters(model, names=["fr", "de"])
 
     def run(i):
         with torch.no_grad():
@@ -140,7 +137,7 @@ def test_dropout_belongs_to_the_adapter():
     model = nn.Sequential(nn.Linear(64, 8))
     inject(model, "0", r=4, adapter="dropped", dropout=0.9)
     inject(model, "0", r=4, adapter="plain")
-    randomize(model, "dropped", "plain")
+    randomize_adapters(model, names=["dropped", "plain"])
     x = torch.randn(2, 64)
     with per_row(model, ["dropped", "plain"]):
         first, second = model(x), model(x)
@@ -156,7 +153,7 @@ def test_what_is_in_use_outside_does_not_run_inside():
     base, x = copy.deepcopy(model), ids(rows=2)
     inject(model, "q_proj", r=2, adapter="fr", bias="all")
     inject(model, "v_proj", r=2, adapter="de")
-    randomize(model, "fr", "de")
+    randomize_adapters(model, names=["fr", "de"])
     with torch.no_grad():
         model.head.bias.add_(1)
     before, inside = snapshot(model), model(x)
