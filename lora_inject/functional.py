@@ -1,29 +1,207 @@
 """The arithmetic of one layer: what an adapter adds to the output of the layer it sits on.
 
-Shapes: N any number of leading dimensions, I in features, O out features, R rank.
-A is (R, I), B is (O, R); x_NI, h_NR and delta_NO are named by their shapes. Every delta is without
-alpha / r: the layer applies that while it adds, in one pass and without overflow in 16 bits.
+Shapes: N any number of leading dimensions, M the rows of N flattened, I in features, O out
+features, R rank. W is (O, I), b is (O,), A is (R, I), B is (O, R); x_NI, h_NR and delta_NO are
+named by their shapes.
+
+There are two ways to the same values. The composed way puts torch's operations one after another:
+``down``, ``up``, and the layer adds the delta. The fast way has fewer passes over x and y:
+``adapted_linear`` computes a layer and its adapters at once and adds in place; where x is dropped
+out, or has 16 bits that the CPU cannot multiply, ``product`` keeps x itself for the backward pass.
+``may_run_whole`` and ``_keeps_x`` decide between them, and nothing else does.
 """
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
+
+from lora_inject.product import product
+
+# Which way -----------------------------------------------------------------------------------
+
+_PLAIN = (Tensor, nn.Parameter)  # exactly these: a subclass may do anything in its operations
+_ELEMENTS_TO_MASK = 1 << 14  # with fewer, ``product`` costs more than torch's own dropout
+_ROWS_TO_UPCAST = 16  # with fewer rows, casting W costs more than it saves
+
+
+class Branch(NamedTuple):
+    """What one adapter brings to ``adapted_linear``.
+
+    Attributes:
+        A_RI: the parameter A.
+        B_OR: the parameter B.
+        scaling: the adapter's scaling.
+        dropout: the probability in force: the adapter's in training mode, else 0.
+        part: the first feature of the output that it adds to and their number; None for all.
+    """
+
+    A_RI: Tensor
+    B_OR: Tensor
+    scaling: float
+    dropout: float
+    part: tuple[int, int] | None = None
+
+
+def _slow_dtypes() -> frozenset[torch.dtype]:
+    """The dtypes that this CPU multiplies slower than it casts to float32 and multiplies there."""
+    slow = set()
+    if torch.cpu._is_avx2_supported():  # x86: other processors do not say what they can do
+        if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+            slow.add(torch.bfloat16)
+        if not torch.cpu._is_amx_fp16_supported():
+            slow.add(torch.float16)
+    return frozenset(slow)
+
+
+_SLOW = _slow_dtypes()
+
+
+def may_run_whole(x_NI: Tensor, W_OI: Tensor | None, branches: Iterable[Branch]) -> bool:
+    """Whether ``adapted_linear`` is right for these tensors; the composed way always is.
+
+    Not for tensor subclasses (quantized, DTensor), nor where operations are traced, batched or
+    watched. Nor for inputs that ``F.linear`` does not flatten itself: flattened, their products
+    would round in another way. None stands for a tensor that is not a parameter of the layer now:
+    one that is parametrized, pruned or sharded.
+    """
+    return (
+        type(x_NI) in _PLAIN
+        and type(W_OI) in _PLAIN
+        and all(type(b.A_RI) in _PLAIN and type(b.B_OR) in _PLAIN for b in branches)
+        and not _is_transformed()
+        and (x_NI.dim() == 2 or _is_flattened(x_NI))
+    )
+
+
+def _is_flattened(x_NI: Tensor) -> bool:
+    """Whether ``F.linear`` flattens an input that is no matrix, which is then the same product."""
+    strided = x_NI.layout is torch.strided and not x_NI.is_nested
+    return x_NI.dim() == 3 and strided and x_NI.is_contiguous()
+
+
+def _keeps_x(x_NI: Tensor, A_RI: Tensor, dropout: float) -> bool:
+    """Whether ``product`` makes ``A dropout(x)``: it keeps x, and no masked or wider copy."""
+    masks = dropout > 0 and x_NI.is_cpu and x_NI.numel() >= _ELEMENTS_TO_MASK
+    return (
+        (masks or _is_slow(x_NI))
+        and type(x_NI) in _PLAIN
+        and type(A_RI) in _PLAIN
+        and not _is_transformed()
+        and forward_ad._current_level < 0  # it would not carry a forward-mode derivative
+    )
+
+
+def _is_transformed() -> bool:
+    """Whether operations are traced, batched or watched, rather than just carried out.
+
+    A compiler fuses the composed way by itself, ``torch.func`` cannot always write in place, and a
+    dispatch mode may keep what an operation returned (selective checkpointing does).
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_tracing()
+    )
+
+
+def _is_slow(x_NI: Tensor) -> bool:
+    """Whether products with x are better made in float32.
+
+    In training only: rounding once more or less changes the last bit, and without gradients the
+    adapted layer is to start from what the layer returned before. Under autocast the dtype is the
+    user's wish.
+    """
+    return (
+        x_NI.dtype in _SLOW
+        and x_NI.is_cpu
+        and torch.is_grad_enabled()
+        and x_NI.numel() >= _ROWS_TO_UPCAST * x_NI.shape[-1]
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _dtype_of_products(x_NI: Tensor) -> torch.dtype:
+    """The dtype in which products with x are made."""
+    if torch.is_autocast_enabled("cpu") and x_NI.dtype != torch.float64:
+        return torch.get_autocast_dtype("cpu")
+    return torch.float32 if _is_slow(x_NI) else x_NI.dtype
+
+
+# Linear --------------------------------------------------------------------------------------
+
+
+def adapted_linear(
+    x_NI: Tensor, W_OI: Tensor, b_O: Tensor | None, branches: Iterable[Branch]
+) -> Tensor:
+    """``W x + b`` and what the branches add to it, where ``may_run_whole`` allows it.
+
+    Nothing is kept for the backward pass but x, h and what is as small as A and B, and there is no
+    pass over an (N, O) tensor besides the product that adds to it.
+
+    Args:
+        x_NI: the layer's input.
+        W_OI: the layer's weight.
+        b_O: the layer's bias.
+        branches: the adapters.
+
+    Returns:
+        The adapted output, of shape (N, O) and in the dtype of the layer's own.
+    """
+    # Flattened first: F.linear returns a view for other shapes, and autograd pays for writing into
+    # a view with copies in the backward pass.
+    x_MI = x_NI if x_NI.dim() == 2 else x_NI.reshape(-1, x_NI.shape[-1])
+    wide = _is_slow(x_MI) and x_MI.dtype == W_OI.dtype and _keeps_x(x_MI, W_OI, 0.0)
+    y_MO = product(x_MI, W_OI, b_O, torch.float32) if wide else F.linear(x_MI, W_OI, b_O)
+    for A_RI, B_OR, scaling, dropout, part in branches:
+        h_MR = linear_down(x_MI, A_RI, dropout)
+        # y is ours to write: it is new, nobody has seen it, and a product needs no output to
+        # find its gradients.
+        own_MO = y_MO if part is None else y_MO.narrow(1, *part)
+        own_MO.addmm_(_cast(h_MR, y_MO.dtype), _transposed(_cast(B_OR, y_MO.dtype)), alpha=scaling)
+    if wide:
+        y_MO = y_MO.to(x_NI.dtype)
+    return y_MO if x_MI is x_NI else y_MO.reshape(*x_NI.shape[:-1], y_MO.shape[-1])
 
 
 def linear_down(x_NI: Tensor, A_RI: Tensor, dropout: float) -> Tensor:
-    """``A dropout(x)``, of shape (N, R) and in the dtype of x.
+    """``A dropout(x)``, of shape (N, R) and in the dtype of x, or float32 where that is faster.
 
     A is cast to x's dtype, never x to its: A is small, and a copy of x in another dtype would be
     kept for the backward pass.
     """
+    if _keeps_x(x_NI, A_RI, dropout):
+        return product(x_NI, A_RI, None, _dtype_of_products(x_NI), dropout)
     if dropout > 0:
         x_NI = F.dropout(x_NI, dropout)
-    return F.linear(x_NI, A_RI.to(x_NI.dtype))
+    return F.linear(x_NI, _cast(A_RI, x_NI.dtype))
 
 
 def linear_up(h_NR: Tensor, B_OR: Tensor) -> Tensor:
     """``B h``, of shape (N, O) and in the dtype of h."""
-    return F.linear(h_NR, B_OR.to(h_NR.dtype))
+    return F.linear(h_NR, _cast(B_OR, h_NR.dtype))
+
+
+def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """``value.to(dtype)`` without its dispatch where nothing is to do, which one row would feel."""
+    return value if value.dtype == dtype else value.to(dtype)
+
+
+def _transposed(B_OR: Tensor) -> Tensor:
+    """B^T; in rows where a CPU will need B's gradient, which autograd then finds as h^T g.
+
+    That order is twice as fast there as g^T h.
+    """
+    if torch.is_grad_enabled() and B_OR.requires_grad and B_OR.is_cpu:
+        return B_OR.t().contiguous()
+    return B_OR.t()
+
+
+# Embedding -----------------------------------------------------------------------------------
 
 
 def embedding_down(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lora_inject.adapter import Adapter, LayerState, Term, state_of
 from lora_inject.errors import LoRAInjectError
+from lora_inject.functional import Branch, adapted_linear, may_run_whole
 from lora_inject.kinds.base import STATE, Kind, Pair, Spec, Way, own_class
 
 _COMPUTED = "_lora_inject_computed"
@@ -90,6 +91,35 @@ class BranchLayer(LoRALayer):
             h = term.kind.down(self, x, y, A, dropout)
             y = add(y, term.kind.up(self, x, h, B), term.scaling, term.spec)
         return y
+
+
+class WholeLayer(BranchLayer):
+    """A branch layer whose own forward is ``W x + b``, which it computes with the adapters at once.
+
+    Only where that is known to be the same (``may_run_whole``).
+    """
+
+    _lora_transposed: ClassVar[bool]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """``W x + b``, plus what each adapter adds."""
+        x: Tensor = args[0] if args else kwargs[self._lora_input]
+        state: LayerState = self.__dict__[STATE]
+        own: Any = self._parameters  # a weight that is not here is computed when it is read
+        if state.running and "bias" in own:
+            W, branches = own.get("weight"), [_branch(self, own, t) for t in state.running]
+            if may_run_whole(x, W, branches):
+                W = W.t() if self._lora_transposed else W
+                return adapted_linear(x, W, own["bias"], branches)
+        return super().forward(*args, **kwargs)
+
+
+def _branch(layer: nn.Module, own: Any, term: Term) -> Branch:
+    A, B, spec = own.get(term.A), own.get(term.B), term.spec
+    if spec.swapped and A is not None and B is not None:
+        A, B = oriented(spec, A, B)
+    part = (spec.start, spec.n_out) if spec.part else None
+    return Branch(A, B, term.scaling, term.dropout if layer.training else 0.0, part)
 
 
 def oriented(spec: Spec, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,6 +201,7 @@ def lora_class(base: type[nn.Module], adapters: tuple[Adapter, ...]) -> type[LoR
         body: dict[str, Any] = {"__module__": __name__, "__qualname__": name}
         for adapter in adapters if way == "weight" else ():
             body |= adapter.kind.members(tuple(spec.weight for spec in adapter.specs))
+        body["_lora_transposed"] = kind.transposes
         body["_lora_input"] = _first_argument(base if kind.below is None else kind.below)
         _classes[key] = types.new_class(
             name, _bases(base, kind, way), exec_body=lambda space: space.update(body)
@@ -188,7 +219,7 @@ def _bases(base: type[nn.Module], kind: Kind, way: Way) -> tuple[type, ...]:
     if way == "weight":
         return (WeightLayer, base)
     if kind.below is None or kind.below is base:
-        return (BranchLayer, base)
+        return (WholeLayer if kind.is_product(base) else BranchLayer, base)
     # base.forward calls super().forward, which finds the branch in front of kind.below.
     key = (kind.below, "below")
     if key not in _classes:

@@ -394,4 +394,5 @@ def test_compile_in_one_graph(family):
     randomize_adapters(model)
     inputs = {**build.inputs(), "use_cache": False}
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    assert torch.equal(compiled(**inputs)[0], model(**inputs)[0])
+    # The compiler is given the composed way, whose sums are rounded one by one.
+    torch.testing.assert_close(compiled(**inputs)[0], model(**inputs)[0])

@@ -152,6 +152,13 @@ class Kind(ABC):
         """
         raise NotImplementedError(f"{self.name} layers are adapted in their weight")
 
+    def is_product(self, base: type[nn.Module]) -> bool:
+        """Branch: whether the class's own forward is ``W x + b`` of its weight and bias, exactly.
+
+        Then a layer and its adapters may be computed at once, by ``adapted_linear``.
+        """
+        return False
+
     def form(self, layer: nn.Module) -> Form:
         """What adapter files call the layer's A and B."""
         return "other"

@@ -1,5 +1,7 @@
 """transformers' ``Conv1D`` (GPT-2): a Linear that keeps its weight transposed, as (in, out)."""
 
+import sys
+
 from torch import Tensor, nn
 
 from lora_inject.kinds.base import own_class
@@ -17,6 +19,11 @@ class Conv1DKind(LinearKind):
         named = any(base.__name__ == "Conv1D" for base in own_class(module).__mro__)
         weight = module._parameters.get("weight") if named else None
         return isinstance(weight, Tensor) and weight.dim() == 2
+
+    def is_product(self, base: type[nn.Module]) -> bool:
+        """Transformers' own forward; a class of this name from elsewhere may do more."""
+        known = sys.modules.get("transformers.pytorch_utils")
+        return known is not None and base.forward is known.Conv1D.forward
 
     def features(self, module: nn.Module) -> tuple[int, int]:
         """The weight's shape as it is."""

@@ -7,6 +7,8 @@ from lora_inject.functional import linear_down, linear_up
 from lora_inject.kinds.base import Form, MatrixKind, Spec, Way, linear_spec
 from lora_inject.settings import Settings
 
+_FORWARD = nn.Linear.forward  # torch's own, whatever is put in its place later
+
 
 class LinearKind(MatrixKind):
     """``y = W x + b`` with W of shape (out, in)."""
@@ -18,6 +20,10 @@ class LinearKind(MatrixKind):
     def matches(self, module: nn.Module) -> bool:
         """Instances of ``nn.Linear``, quantized subclasses with a forward of their own included."""
         return isinstance(module, nn.Linear)
+
+    def is_product(self, base: type[nn.Module]) -> bool:
+        """Classes that leave ``nn.Linear.forward`` as it is."""
+        return base.forward is _FORWARD
 
     def form(self, layer: nn.Module) -> Form:
         """As PEFT has it."""
@@ -58,7 +64,7 @@ class LinearKind(MatrixKind):
 
     def merge_refusal(self, module: nn.Module, base: type[nn.Module], way: Way) -> str | None:
         """A subclass with its own forward may do more to W x than to the branch beside it."""
-        own = isinstance(module, nn.Linear) and base.forward is not nn.Linear.forward
+        own = isinstance(module, nn.Linear) and not self.is_product(base)
         if own and way == "branch":
             return f"{base.__name__} has a forward of its own, to which merging may do otherwise."
         return None

@@ -1,0 +1,125 @@
+"""``W mask(x) + b`` whose backward pass keeps x itself: no masked copy, no mask, no wider copy.
+
+Layers that share an input (q, k and v) then keep it once. The mask of dropout is made again from
+its seed, and a product in a wider dtype casts again.
+"""
+
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_LANES = 1 << 16
+
+
+class Mask(NamedTuple):
+    """Dropout of an input, as little as is needed to make it again.
+
+    Attributes:
+        seed: of a CPU generator, which uses 32 bits of it.
+        dropped: how many of 65,536 elements are dropped on average.
+    """
+
+    seed: int
+    dropped: int
+
+    @property
+    def rescaling(self) -> float:
+        """What makes the masked input equal x on average."""
+        return _LANES / (_LANES - self.dropped)
+
+
+def product(
+    x_NI: Tensor, W_OI: Tensor, b_O: Tensor | None, dtype: torch.dtype, dropout: float = 0.0
+) -> Tensor:
+    """``W dropout(x) + b``, computed and returned in a dtype, on the CPU.
+
+    Args:
+        x_NI: the input.
+        W_OI: the matrix, in any dtype.
+        b_O: the bias, for a dropout of 0.
+        dtype: the dtype in which the product is made.
+        dropout: the probability, in steps of 1 / 65,536. A seed is drawn from the generator that
+            ``torch.manual_seed`` sets and that checkpointing restores.
+
+    Returns:
+        A new tensor of shape (N, O).
+    """
+    mask = None
+    if dropout:
+        seed = int(torch.randint(1 << 32, (), device="cpu"))
+        mask = Mask(seed, min(round(dropout * _LANES), _LANES - 1))
+    y_NO: Tensor = _Product.apply(x_NI, W_OI, b_O, dtype, mask)  # type: ignore[no-untyped-call]
+    return y_NO
+
+
+class _Product(torch.autograd.Function):
+    """The backward pass is made of differentiable operations on what was saved.
+
+    It is linear in each of them, so that it can be differentiated again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_NI: Tensor,
+        W_OI: Tensor,
+        b_O: Tensor | None,
+        dtype: torch.dtype,
+        mask: Mask | None,
+    ) -> Tensor:
+        needs_x, needs_W = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x_NI if needs_W else None, W_OI if needs_x else None)
+        ctx.x_shape, ctx.dtype, ctx.mask = x_NI.shape, dtype, mask
+        W_OI = W_OI.to(dtype)
+        if mask is None:
+            return F.linear(x_NI.to(dtype), W_OI, None if b_O is None else b_O.to(dtype))
+        kept_NI = kept(x_NI.shape, dtype, mask).mul_(x_NI)
+        return F.linear(kept_NI, W_OI).mul_(mask.rescaling)
+
+    @staticmethod
+    def backward(ctx: Any, g_NO: Tensor) -> tuple[Tensor | None, ...]:
+        x_NI, W_OI = ctx.saved_tensors
+        kept_NI = None
+        if ctx.mask is not None:
+            kept_NI = kept(ctx.x_shape, ctx.dtype, ctx.mask)
+            g_NO = g_NO * ctx.mask.rescaling
+        dx_NI = dW_OI = db_O = None
+        if W_OI is not None:
+            dx_NI = g_NO @ W_OI.to(ctx.dtype)
+            dx_NI = dx_NI if kept_NI is None else dx_NI.mul_(kept_NI)
+        if x_NI is not None:
+            x_NI = x_NI.to(ctx.dtype)
+            x_NI = x_NI if kept_NI is None else x_NI * kept_NI
+            dW_OI = _rows(g_NO).t() @ _rows(x_NI)
+        if ctx.needs_input_grad[2]:
+            db_O = _rows(g_NO).sum(0)
+        return dx_NI, dW_OI, db_O, None, None
+
+
+def _rows(x_NI: Tensor) -> Tensor:
+    return x_NI.reshape(-1, x_NI.shape[-1])
+
+
+def kept(shape: torch.Size, dtype: torch.dtype, mask: Mask) -> Tensor:
+    """The mask as a tensor: 1 where an element is kept, 0 where it is dropped.
+
+    Drawing a number for each element is what dropout costs on a CPU, where torch draws one after
+    the other. Here each row, and each block of four columns, draws a key of 64 bits; a hash of the
+    two keys decides four elements by 16 bits each, in vector operations.
+    """
+    columns, rows = shape[-1], prod(shape[:-1])
+    generator = torch.Generator("cpu").manual_seed(mask.seed)
+    keys = torch.empty(rows + -(-columns // 4), dtype=torch.int64, device="cpu")
+    # None as the upper end fills all 64 bits; random_() alone would leave the highest one zero.
+    keys.random_(-(1 << 63), None, generator=generator)
+    # Multiply, fold the upper half into the lower one, multiply, with the constants of splitmix64
+    # (Steele et al. 2014). A product has to come last: >> fills in the sign, which would show in
+    # the highest lane.
+    hashed = torch.bitwise_xor(keys[:rows, None], keys[None, rows:]).mul_(-0x61C8864680B583EB)
+    hashed.bitwise_xor_(hashed >> 32).mul_(-0x40A7B892E31B1A47)
+    lanes_NI = hashed.view(torch.int16)[:, :columns].reshape(shape)
+    kept_NI = torch.empty(shape, dtype=dtype, device="cpu")
+    return torch.ge(lanes_NI, mask.dropped - _LANES // 2, out=kept_NI)

@@ -1,0 +1,674 @@
+"""Every way of the arithmetic: values, gradients, randomness, and what is kept for backward."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from helpers import randomize_adapters
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
+from torch.nn.utils import parametrize, prune
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint
+from torch.utils.checkpoint import create_selective_checkpoint_contexts as selective
+
+from lora_inject import functional, inject, merge, product
+from lora_inject.functional import Branch, adapted_linear, linear_down, linear_up, may_run_whole
+from lora_inject.product import Mask, kept
+
+I, O, R = 24, 20, 4  # noqa: E741
+SCALING = 1.5
+SHAPES = [(), (5,), (2, 3), (2, 1, 3), (0,), (0, 3)]
+WAYS = ["whole", "composed"]
+
+
+@pytest.fixture(autouse=True)
+def _seeded(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(functional, "_ELEMENTS_TO_MASK", 0)  # ``product`` at every size
+
+
+def make(*shape, dtype=torch.float64, adapters=None):
+    x = torch.randn(*shape, I).to(dtype).requires_grad_()
+    W, b = (torch.randn(O, I) / I**0.5).to(dtype), torch.randn(O).to(dtype)
+    A = (torch.randn(R, I) / I**0.5).to(adapters or dtype).requires_grad_()
+    B = torch.randn(O, R).to(adapters or dtype).requires_grad_()
+    return x, W, b, A, B
+
+
+def layer(way: str, dropout: float) -> Callable[..., Tensor]:
+    """One branch on a layer with the values of ``make`` as arguments, as ``layer.py`` does it."""
+
+    def whole(x, W, b, A, B):
+        branches = [Branch(A, B, SCALING, dropout)]
+        if may_run_whole(x, W, branches):
+            return adapted_linear(x, W, b, branches)
+        return composed(x, W, b, A, B)
+
+    def composed(x, W, b, A, B):
+        y, delta = F.linear(x, W, b), linear_up(linear_down(x, A, dropout), B)
+        return torch.add(y, delta.to(y.dtype), alpha=SCALING)
+
+    return whole if way == "whole" else composed
+
+
+def plain(x, W, b, A, B):
+    return F.linear(x, W, b) + SCALING * F.linear(F.linear(x, A), B)
+
+
+def gradients(y, of, retain=False):
+    g = torch.linspace(-1, 1, y.numel()).bfloat16().to(y.dtype).view(y.shape)
+    return list(torch.autograd.grad(y, of, g, retain_graph=retain))
+
+
+def assert_all_close(left, right):
+    for a, b in zip(left, right, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def assert_near(left, right):
+    """Equal but for the rounding of 16 bits, which grows where a sum cancels."""
+    for a, b in zip(left, right, strict=True):
+        assert (a - b).norm() < 0.03 * b.norm()
+
+
+@contextmanager
+def saved() -> Iterator[list[Tensor]]:
+    """What is kept for the backward pass of the block."""
+    found: list[Tensor] = []
+
+    def pack(t):
+        found.append(t)
+        return t
+
+    with saved_tensors_hooks(pack, lambda t: t):
+        yield found
+
+
+# Values and gradients
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_without_dropout_it_is_the_composed_way(way, shape):
+    tensors = make(*shape)
+    x, _, _, A, B = tensors
+    y, expected = layer(way, 0.0)(*tensors), plain(*tensors)
+    assert y.shape == expected.shape
+    torch.testing.assert_close(y, expected)
+    assert_all_close(gradients(y, (x, A, B)), gradients(expected, (x, A, B)))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_with_dropout_it_is_the_composed_way_over_the_same_mask(way, shape, monkeypatch):
+    masks: list[Tensor] = []
+
+    def recorded(*args):
+        masks.append(kept(*args))
+        return masks[-1].clone()
+
+    monkeypatch.setattr(product, "kept", recorded)
+    tensors = make(*shape)
+    x, W, b, A, B = tensors
+    y = layer(way, 0.25)(*tensors)
+    dropped_x = x * masks[0].view(x.shape) / 0.75
+    expected = F.linear(x, W, b) + SCALING * F.linear(F.linear(dropped_x, A), B)
+    torch.testing.assert_close(y, expected)
+    assert_all_close(gradients(y, (x, A, B)), gradients(expected, (x, A, B)))
+    torch.testing.assert_close(masks[0], masks[1])
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_first_and_second_derivatives(way, dropout):
+    x, W, b, A, B = make(3)
+
+    def fn(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        return layer(way, dropout)(x, W, b, A, B)
+
+    assert torch.autograd.gradcheck(fn, (x, A, B))
+    assert torch.autograd.gradgradcheck(fn, (x, A, B))
+
+
+@pytest.mark.parametrize("frozen", ["x", "A", "B", "xA", "xB", "AB"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_derivatives_where_something_is_frozen(frozen, dropout):
+    x, W, b, A, B = make(3)
+    named = {"x": x, "A": A, "B": B}
+    free = [t for name, t in named.items() if name not in frozen]
+    for name in frozen:
+        named[name].requires_grad_(False)
+
+    def fn(*free: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        return layer("whole", dropout)(x, W, b, A, B)
+
+    assert torch.autograd.gradcheck(fn, free)
+    assert torch.autograd.gradgradcheck(fn, free)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_trained_base_gets_its_gradients(dropout):
+    x, W, b, A, B = make(5)
+    W.requires_grad_(), b.requires_grad_()
+    y = layer("whole", dropout)(x, W, b, A, B)
+    expected = F.linear(x, W, b)
+    assert_all_close(gradients(y, (W, b)), gradients(expected, (W, b)))
+
+
+def test_several_branches():
+    x, W, b, A, B = make(5)
+    y = adapted_linear(x, W, b, [Branch(A, B, 1.0, 0.0), Branch(2 * A, B, 0.5, 0.0)])
+    torch.testing.assert_close(y, F.linear(x, W, b) + 2 * F.linear(F.linear(x, A), B))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_second_backward_pass_finds_the_same(way, dropout):
+    x, W, b, A, B = make(2, 3, dtype=torch.float32)
+    y = layer(way, dropout)(x, W, b, A, B)
+    first = gradients(y, (x, A, B), retain=True)
+    for a, b_ in zip(first, gradients(y, (x, A, B)), strict=True):
+        assert torch.equal(a, b_)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_checkpointing_changes_nothing(reentrant, dropout):
+    x, W, b, A, B = make(2, 3, dtype=torch.float32)
+
+    def run(again: bool) -> list[Tensor]:
+        torch.manual_seed(3)
+        for t in (x, A, B):
+            t.grad = None
+
+        def body(x: Tensor) -> Tensor:
+            h = layer("whole", dropout)(x, W, b, A, B).tanh()
+            return layer("whole", dropout)(h @ W, W, b, A, B)
+
+        y = checkpoint(body, x, use_reentrant=reentrant) if again else body(x)
+        torch.rand(7)  # what comes after moves the generator on
+        y.square().sum().backward()
+        return [y, *(t.grad for t in (x, A, B) if t.grad is not None)]
+
+    for a, b_ in zip(run(False), run(True), strict=True):
+        assert torch.equal(a, b_)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("way", WAYS)
+def test_no_input_is_changed(way, dropout):
+    tensors = make(2, 3)
+    before = [t.detach().clone() for t in tensors]
+    layer(way, dropout)(*tensors).sum().backward()
+    assert all(torch.equal(t, kept) for t, kept in zip(tensors, before, strict=True))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_noncontiguous_x(dropout):
+    x, W, b, A, B = make(6)
+    x = torch.randn(I, 2, 6, dtype=torch.float64).permute(2, 1, 0).requires_grad_()
+    assert not x.is_contiguous()
+    y = layer("whole", dropout)(x, W, b, A, B)
+    torch.manual_seed(5)
+    y = layer("whole", dropout)(x, W, b, A, B)
+    torch.manual_seed(5)
+    expected = layer("whole", dropout)(x.detach().contiguous().requires_grad_(), W, b, A, B)
+    torch.testing.assert_close(y, expected)
+
+
+# What is kept for the backward pass
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("shape", [(64,), (4, 16)])
+def test_backward_keeps_x_h_and_the_small_factors_only(dropout: float, shape: tuple[int, ...]):
+    x, W, b, A, B = make(*shape, dtype=torch.float32)
+    with saved() as found:
+        layer("whole", dropout)(x, W, b, A, B)
+    storages = {t.untyped_storage().data_ptr(): t.numel() for t in found}
+    for known in (x, W, A):
+        storages.pop(known.untyped_storage().data_ptr())
+    assert sorted(storages.values()) == [R * O, 64 * R]  # B, in rows, and h
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_frozen_A_does_not_keep_x(dropout):
+    x, W, b, A, B = make(64, dtype=torch.float32)
+    A.requires_grad_(False)
+    with saved() as found:
+        layer("whole", dropout)(x, W, b, A, B)
+    assert x.data_ptr() not in {t.data_ptr() for t in found}
+
+
+# Dropout
+
+
+@pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
+def test_a_mask_keeps_its_share_everywhere(p):
+    rows, columns = 2048, 512
+    n = rows * columns
+    keep = kept(torch.Size((rows, columns)), torch.float32, Mask(7, round(p * 65536))).double()
+    q = 1 - round(p * 65536) / 65536
+    deviation = (q * (1 - q)) ** 0.5
+    assert set(keep.unique().tolist()) == {0.0, 1.0}
+    assert abs(keep.mean() - q) < 5 * deviation / n**0.5
+    lanes = keep.view(-1, 4)
+    assert (lanes.mean(0) - q).abs().max() < 5 * deviation / (n / 4) ** 0.5
+    for dim in (0, 1):  # the spread of row and column means is that of independent elements
+        count = keep.shape[dim]
+        z = (keep.mean(dim) - q) / (deviation / count**0.5)
+        assert z.abs().max() < 5.5
+        assert 0.85 < z.square().mean() < 1.15
+    centred = (keep - q) / deviation
+    flat = centred.flatten()
+    for lag in (1, 2, 3, 4, 5, 8, columns - 1, columns, columns + 1, 4 * columns):
+        assert abs((flat[lag:] * flat[:-lag]).mean()) < 5 / n**0.5
+    correlation = torch.corrcoef(lanes.t()) - torch.eye(4, dtype=torch.float64)
+    assert correlation.abs().max() < 5 / (n / 4) ** 0.5
+
+
+def correlations(rows: Tensor) -> Tensor:
+    """Of each row with each other one."""
+    return torch.corrcoef(rows)[torch.ones(len(rows), len(rows)).triu(1).bool()]
+
+
+@pytest.mark.parametrize("p", [0.25, 0.5])
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_no_two_rows_or_columns_of_a_mask_depend_on_each_other(p, seed):
+    # They share keys, so this is where a weak hash would show; 130,000 pairs.
+    keep = kept(torch.Size((512, 2048)), torch.float32, Mask(seed, round(p * 65536))).double()
+    for mask in (keep, keep.t()[:512]):  # rows, columns
+        found = correlations(mask) * mask.shape[1] ** 0.5
+        assert found.abs().max() < 6
+        assert 0.98 < found.square().mean() < 1.02
+    # Four corners of a rectangle: their keys are not independent, their elements are to be.
+    centred = (keep - (1 - p)) / (p * (1 - p)) ** 0.5
+    corners = centred[:-1, :-4] * centred[1:, :-4] * centred[:-1, 4:] * centred[1:, 4:]
+    assert abs(corners.mean()) < 5 / corners.numel() ** 0.5
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (7,), (2, 3, 6), (1, 1)])
+def test_a_mask_has_any_shape(shape):
+    found = kept(torch.Size(shape), torch.bfloat16, Mask(1, 1000))
+    assert found.shape == shape
+    assert found.dtype == torch.bfloat16
+    assert found.is_contiguous()
+
+
+def test_dropout_is_unbiased():
+    x, W, b, A, B = (t.detach() for t in make(5))
+    expected = plain(x, W, b, A, B)
+    runs = torch.stack([layer("whole", 0.3)(x, W, b, A, B) for _ in range(2000)])
+    error = runs.std(0) / len(runs) ** 0.5
+    assert ((runs.mean(0) - expected) / error).abs().max() < 5
+
+
+def test_masks_differ_from_call_to_call_and_repeat_with_the_seed():
+    tensors = make(5)
+    torch.manual_seed(1)
+    first, second = (layer("whole", 0.3)(*tensors) for _ in range(2))
+    torch.manual_seed(1)
+    assert torch.equal(layer("whole", 0.3)(*tensors), first)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("p", [1e-7, 1 - 1e-9])
+def test_probabilities_at_the_ends_stay_finite(p):
+    y = layer("whole", p)(*make(5))
+    assert y.isfinite().all()
+
+
+# Dtypes
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("slow", [True, False])
+def test_float32_adapters_on_16_bits(
+    way: str, dropout: float, dtype: torch.dtype, slow: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(functional, "_SLOW", frozenset({dtype} if slow else ()))
+    x, W, b, A, B = make(2, 16, dtype=dtype, adapters=torch.float32)
+    torch.manual_seed(1)
+    y = layer(way, dropout)(x, W, b, A, B)
+    found = gradients(y, (x, A, B))
+    assert y.dtype == dtype
+    assert [g.dtype for g in found] == [dtype, torch.float32, torch.float32]
+    exact = [t.detach().double().requires_grad_() for t in (x, W, b, A, B)]
+    torch.manual_seed(1)
+    expected = layer(way, dropout)(*exact)
+    assert_near([y.double()], [expected])
+    of = (exact[0], exact[3], exact[4])
+    wide = [g.double() for g in found]
+    assert_near(wide, gradients(expected, of))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_slow_16_bits_keep_no_float32_copy_of_x_or_W(
+    dropout: float, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(functional, "_SLOW", frozenset({torch.bfloat16}))
+    x, W, b, A, B = make(64, dtype=torch.bfloat16, adapters=torch.float32)
+    with saved() as found:
+        layer("whole", dropout)(x, W, b, A, B)
+    storages = {t.untyped_storage().data_ptr(): t.numel() for t in found}
+    for known in (x, W, A):
+        storages.pop(known.untyped_storage().data_ptr())
+    assert sorted(storages.values()) == [R * O, 64 * R]
+
+
+def test_a_product_in_another_dtype_is_the_float64_one_and_has_all_derivatives():
+    x, W, b, _, _ = make(4)
+    W.requires_grad_(), b.requires_grad_()
+    torch.testing.assert_close(
+        product.product(x, W, b, torch.float32), F.linear(x, W, b).float(), rtol=1e-5, atol=1e-5
+    )
+
+    def fn(*args: Tensor) -> Tensor:
+        y: Tensor = product._Product.apply(*args, torch.float64, None)
+        return y
+
+    assert torch.autograd.gradcheck(fn, (x, W, b))
+    assert torch.autograd.gradgradcheck(fn, (x, W, b))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_autocast(way, dropout):
+    x, W, b, A, B = make(2, 16, dtype=torch.float32)
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(way, dropout)(x, W, b, A, B)
+    assert y.dtype == torch.bfloat16
+    found = gradients(y, (x, A, B))
+    assert {g.dtype for g in found} == {torch.float32}
+    torch.manual_seed(1)
+    expected = layer(way, dropout)(x, W, b, A, B)
+    assert_near([y.float()], [expected])
+    assert_near(found, gradients(expected, (x, A, B)))
+
+
+# Transforms, compilers, modes
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_it_compiles_in_one_graph(backend: str, way: str, dropout: float):
+    torch.compiler.reset()
+    x, W, b, A, B = make(2, 3, dtype=torch.float32)
+    compiled = torch.compile(layer(way, dropout), backend=backend, fullgraph=True)
+    y = compiled(x, W, b, A, B)
+    gradients(y, (x, A, B))
+    if not dropout:
+        torch.testing.assert_close(y, plain(x, W, b, A, B))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own use
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_torch_func(way, dropout):
+    x, W, b, A, B = (t.detach() for t in make(3, 4))
+
+    def f(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return layer(way, dropout)(x, W, b, A, B)
+
+    rows: Tensor = torch.vmap(f, (0, None, None), randomness="different")(x, A, B)
+    pairs = torch.vmap(f, (None, 0, 0), randomness="different")(
+        x[0], torch.stack([A, 2 * A]), torch.stack([B, B])
+    )
+    slope = torch.func.grad(lambda A: f(x, A, B).square().sum())(A)
+    tangent = torch.func.jvp(lambda x: f(x, A, B), (x,), (torch.ones_like(x),))[1]
+    assert slope.shape == A.shape
+    if not dropout:
+        torch.testing.assert_close(rows, plain(x, W, b, A, B))
+        torch.testing.assert_close(pairs[1], plain(x[0], W, b, 2 * A, B))
+        expected = plain(torch.ones_like(x), W, torch.zeros_like(b), A, B)
+        torch.testing.assert_close(tangent, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own use
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_forward_mode(dropout):
+    x, W, b, A, B = (t.detach() for t in make(3))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        y = layer("whole", dropout)(dual, W, b, A, B)
+        tangent = forward_ad.unpack_dual(y).tangent
+    assert tangent is not None
+    if not dropout:
+        expected = plain(torch.ones_like(x), W, torch.zeros_like(b), A, B)
+        torch.testing.assert_close(tangent, expected)
+
+
+def test_selective_checkpointing_may_keep_what_the_base_returned():
+
+    x, W, b, A, B = make(5)
+
+    def contexts() -> Any:
+        must = CheckpointPolicy.MUST_SAVE
+        return selective(lambda *args, **kwargs: must)
+
+    y = checkpoint(layer("whole", 0.0), x, W, b, A, B, use_reentrant=False, context_fn=contexts)
+    assert_all_close(gradients(y, (x, A, B)), gradients(plain(x, W, b, A, B), (x, A, B)))
+
+
+def test_tensor_subclasses_take_the_plain_way():
+    class Tagged(Tensor):
+        pass
+
+    x, W, b, A, B = (t.detach() for t in make(5))
+    tagged = W.as_subclass(Tagged)
+    y = layer("whole", 0.3)(x, tagged, b, A, B)
+    assert type(y) is Tagged
+
+
+def test_without_gradients_and_in_inference_mode():
+    x, W, b, A, B = make(1)
+    expected = plain(x, W, b, A, B).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(layer("whole", 0.0)(x, W, b, A, B), expected)
+    with torch.inference_mode():
+        torch.testing.assert_close(layer("whole", 0.0)(x, W, b, A, B), expected)
+        assert layer("whole", 0.3)(x, W, b, A, B).shape == expected.shape
+
+
+# The layer, which has to find out when the fast way is right
+
+
+@pytest.fixture
+def linear():
+    model = nn.Sequential(nn.Linear(I, O)).double()
+    inject(model, "0", r=R, alpha=SCALING * R)
+    randomize_adapters(model)
+    return model
+
+
+def expected_of(layer, x, W=None):
+    """What a layer returns, from its tensors."""
+    W = layer.weight if W is None else W
+    return plain(x, W, layer.bias, layer.lora_A, layer.lora_B)
+
+
+def test_a_layer_takes_the_fast_way_where_it_is_right(linear, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "lora_inject.layer.adapted_linear", lambda *args: calls.append(1) or adapted_linear(*args)
+    )
+    x = torch.randn(2, 3, I, dtype=torch.float64)
+    torch.testing.assert_close(linear(x), expected_of(linear[0], x))
+    assert calls == [1]
+    torch.func.vmap(linear)(x)
+    torch.compile(linear, backend="eager", fullgraph=True)(x)
+    assert calls == [1]
+
+
+SHAPES_OF_LAYERS = [(), (1,), (5,), (64,), (2, 3), (4, 32), (1, 1), (2, 3, 4), (2, 3, 4, 5)]
+
+
+@pytest.mark.parametrize("shape", SHAPES_OF_LAYERS)
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_layer_starts_with_the_bits_of_the_frozen_one(shape, strided, bias, dtype):
+    frozen = nn.Linear(I, O, bias=bias).to(dtype).requires_grad_(False)
+    model = nn.Sequential(nn.Linear(I, O, bias=bias)).to(dtype)
+    model[0].load_state_dict(frozen.state_dict())
+    inject(model, "0", r=R)
+    x = torch.randn(*shape, I).to(dtype)
+    if strided:
+        x = x.transpose(0, -1).contiguous().transpose(0, -1)
+    assert torch.equal(model(x), frozen(x))
+    with torch.no_grad():
+        assert torch.equal(model(x), frozen(x))
+
+
+def test_hooks_on_the_layer_see_the_adapted_output(linear):
+    seen = []
+    linear[0].register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    linear[0].register_forward_hook(lambda module, args, y: seen.append(y) or y + 1)
+    linear[0].register_full_backward_hook(lambda module, gx, gy: (3 * gx[0],))
+    x = torch.randn(5, I, dtype=torch.float64, requires_grad=True)
+    y = linear(x)
+    expected = expected_of(linear[0], 2 * x)
+    torch.testing.assert_close(seen[0], expected)
+    torch.testing.assert_close(y, expected + 1)
+    (found,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(found, 3 * torch.autograd.grad(expected.sum(), x)[0])
+
+
+def test_a_subclass_with_a_forward_of_its_own_is_called():
+    class Doubled(nn.Linear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    model = nn.Sequential(Doubled(I, O).double())
+    inject(model, "0", r=R)
+    randomize_adapters(model)
+    layer, x = model[0], torch.randn(5, I, dtype=torch.float64)
+    expected = 2 * F.linear(x, layer.weight, layer.bias) + x @ layer.lora_A.t() @ layer.lora_B.t()
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_a_forward_that_is_patched_for_all_linear_layers_is_not_bypassed(monkeypatch):
+    original = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, input: 2 * original(self, input))
+
+    class Fresh(nn.Linear):  # its adapted class is made while the patch is there
+        pass
+
+    model = nn.Sequential(Fresh(I, O).double())
+    x = torch.randn(5, I, dtype=torch.float64)
+    before = model(x)
+    inject(model, "0", r=R)
+    assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("of", ["weight", "bias", "lora_A"])
+def test_what_is_computed_when_it_is_read_is_read(linear, of):
+    class Triple(nn.Module):
+        def forward(self, W):
+            return 3 * W
+
+    x = torch.randn(5, I, dtype=torch.float64)
+    layer = linear[0]
+    tensors = {
+        name: getattr(layer, name).clone() for name in ("weight", "bias", "lora_A", "lora_B")
+    }
+    tensors[of] = 3 * tensors[of]
+    parametrize.register_parametrization(layer, of, Triple())
+    torch.testing.assert_close(linear(x), plain(x, *tensors.values()))
+
+
+def test_a_pruned_layer(linear):
+    x = torch.randn(5, I, dtype=torch.float64)
+    prune.l1_unstructured(linear[0], "weight", 0.5)
+    torch.testing.assert_close(linear(x), expected_of(linear[0], x))
+    assert (linear[0].weight == 0).any()
+
+
+def test_functional_call_and_an_ensemble(linear):
+    x = torch.randn(5, I, dtype=torch.float64)
+    doubled = {"0.lora_B": 2 * linear[0].lora_B.detach()}
+    y = torch.func.functional_call(linear, doubled, (x,))
+    layer = linear[0]
+    expected = plain(x, layer.weight, layer.bias, layer.lora_A, 2 * layer.lora_B)
+    torch.testing.assert_close(y, expected)
+    stacked = {"0.lora_B": torch.stack([0 * layer.lora_B, 2 * layer.lora_B]).detach()}
+    both = torch.vmap(lambda own: torch.func.functional_call(linear, own, (x,)))(stacked)
+    torch.testing.assert_close(both[1], expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_tracing(linear):
+    x = torch.randn(5, I, dtype=torch.float64)
+    traced = torch.jit.trace(linear, (x,))
+    torch.testing.assert_close(traced(2 * x), linear(2 * x))
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype:UserWarning")
+def test_nested_and_sparse_inputs():
+    model = nn.Sequential(nn.Linear(I, O))
+    inject(model, "0", r=R, alpha=SCALING * R)
+    randomize_adapters(model)
+    rows = [torch.randn(n, I) for n in (2, 4)]
+    nested = torch.nested.nested_tensor(rows, layout=torch.strided)
+    for y, x in zip(model(nested).unbind(), rows, strict=True):
+        torch.testing.assert_close(y, expected_of(model[0], x))
+    x = torch.randn(5, I).relu()
+    torch.testing.assert_close(model(x.to_sparse()), expected_of(model[0], x))
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_what_comes_after_may_write_into_the_output(linear, inplace):
+    x = torch.randn(2, 3, I, dtype=torch.float64, requires_grad=True)
+    of = (x, linear[0].lora_A, linear[0].lora_B)
+    y = F.relu(linear(x), inplace=inplace)
+    assert_all_close(gradients(y, of), gradients(expected_of(linear[0], x).relu(), of))
+
+
+def test_merging_between_forward_and_backward_is_noticed(linear):
+    x = torch.randn(5, I, dtype=torch.float64, requires_grad=True)
+    y = linear(x)
+    merge(linear)  # the gradient of x needs the weight that y was made with
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        y.sum().backward()
+
+
+def test_a_conv1d_of_transformers_takes_the_fast_way():
+    from transformers.pytorch_utils import Conv1D
+
+    model = nn.Sequential(Conv1D(O, I)).double()
+    x = torch.randn(2, 3, I, dtype=torch.float64, requires_grad=True)
+    before = model(x)
+    inject(model, "0", r=R, alpha=SCALING * R)
+    assert type(model[0]).__mro__[1].__name__ == "WholeLayer"
+    assert torch.equal(model(x), before)
+    randomize_adapters(model)
+    layer = model[0]
+    expected = plain(x, layer.weight.t(), layer.bias, layer.lora_A, layer.lora_B)
+    torch.testing.assert_close(model(x), expected)
+    of = (x, layer.lora_A, layer.lora_B)
+    assert_all_close(gradients(model(x), of), gradients(expected, of))
+    with saved() as kept_tensors:
+        model(x)
+    large = {t.data_ptr() for t in kept_tensors if t.numel() >= x.numel()}
+    assert large <= {x.data_ptr(), layer.weight.data_ptr()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_injecting_changes_no_bit_of_16_bits_at_inference(dtype, monkeypatch):
+    monkeypatch.setattr(functional, "_SLOW", frozenset({dtype}))
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).to(dtype)
+    x = torch.randn(32, 64).to(dtype)
+    with torch.no_grad():
+        before = model(x)
+        inject(model, nn.Linear, r=R)
+        assert torch.equal(model(x), before)
