@@ -304,10 +304,10 @@ def chart(found: dict[str, Any], path: Path) -> None:
         x, y = m["trainable"], m["pearson"]
         spread = [[y - min(m["pearsons"])], [max(m["pearsons"]) - y]]
         right.errorbar(x, y, yerr=spread, fmt="o", capsize=3, color="tab:blue")
-        right.annotate(m["method"], (x, y), xytext=(0, -14), textcoords="offset points",
-                       ha="center", va="top")  # fmt: skip
+        right.annotate(m["method"], (x, y), xytext=(8, -3), textcoords="offset points",
+                       rotation=-40, rotation_mode="anchor", va="top")  # fmt: skip
     right.set_xscale("log")
-    right.margins(x=0.2, y=0.25)
+    right.margins(x=0.3, y=0.3)
     right.grid(alpha=0.3)
     right.set(
         xlabel="trainable parameters",
