@@ -48,9 +48,9 @@ GRID = {
 }
 RATES = {  # what search() chose from GRID
     "head only": 3e-2,
-    "LoRA r=1": 5e-3,
-    "LoRA r=4": 5e-3,
-    "LoRA r=16": 5e-3,
+    "LoRA r=1": 1e-2,
+    "LoRA r=4": 1e-2,
+    "LoRA r=16": 1e-2,
     "full fine-tuning": 3e-4,
 }
 
