@@ -109,29 +109,36 @@ def batches(words: Words, generator: torch.Generator) -> Iterator[Words]:
         yield Words(batch.ids[:, :longest], batch.mask[:, :longest], batch.ratings)
 
 
-def train(model: nn.Module, words: Words, epochs: int, seed: int) -> list[float]:
-    """Train what is trainable; returns the loss of every step."""
-    from rich.progress import Progress
-
-    steps = epochs * (len(words) // BATCH)
-    optimizer = torch.optim.AdamW(param_groups(model, lr=LEARNING_RATE))
+def steps(
+    model: nn.Module, words: Words, epochs: int, seed: int, lr: float = LEARNING_RATE
+) -> Iterator[float]:
+    """Train what is trainable; yields the loss of every step once it is done."""
+    optimizer = torch.optim.AdamW(param_groups(model, lr=lr))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=steps
+        optimizer, lr, total_steps=epochs * (len(words) // BATCH)
     )
     generator = torch.Generator().manual_seed(seed)
-    losses = []
     model.train()
+    for _ in range(epochs):
+        for batch in batches(words, generator):
+            loss = nn.functional.mse_loss(model(batch), batch.ratings)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+            yield loss.item()
+
+
+def train(model: nn.Module, words: Words, epochs: int, seed: int) -> list[float]:
+    """Train what is trainable, under a progress bar; returns the loss of every step."""
+    from rich.progress import Progress
+
+    losses = []
     with Progress() as progress:
-        task = progress.add_task("training", total=steps)
-        for _ in range(epochs):
-            for batch in batches(words, generator):
-                loss = nn.functional.mse_loss(model(batch), batch.ratings)
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                schedule.step()
-                losses.append(loss.item())
-                progress.update(task, advance=1, description=f"training, loss {losses[-1]:.3f}")
+        task = progress.add_task("training", total=epochs * (len(words) // BATCH))
+        for loss in steps(model, words, epochs, seed):
+            losses.append(loss)
+            progress.update(task, advance=1, description=f"training, loss {loss:.3f}")
     model.eval()
     return losses
 

@@ -1,0 +1,99 @@
+"""The quality benchmark in small: our losses and PEFT's coincide, and what was found is shown."""
+
+import json
+
+import pytest
+import torch
+import transformers as tf
+from helpers import PEFT_WARNS
+from rich.progress import Progress
+
+from benchmarks import quality
+from lora_inject import demo
+
+pytestmark = PEFT_WARNS
+
+
+@pytest.fixture
+def _small_batches(monkeypatch):
+    monkeypatch.setattr(demo, "BATCH", 16)
+
+
+def compared(steps, dtype=torch.float32):
+    model, words, _ = quality.start(seed=0)
+    words = demo.Words(words.ids, words.mask, words.ratings.to(dtype))
+    return quality.compare(model.to(dtype), words, steps, Progress(disable=True))
+
+
+@pytest.mark.usefixtures("_small_batches")
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_minilm_learns_the_same_with_peft(dtype, bound):
+    curves = compared(steps=6, dtype=dtype)
+    assert len(curves["ours"]) == len(curves["peft"]) == 6
+    assert len(set(curves["ours"])) == 6
+    assert curves["max_difference"] <= bound
+    assert curves["met"]
+
+
+@pytest.mark.usefixtures("_small_batches")
+def test_another_scaling_would_be_seen(monkeypatch):
+    twins = quality.twins
+
+    def unlike(model):
+        ours, theirs = twins(model)
+        for module in theirs.modules():
+            if isinstance(getattr(module, "scaling", None), dict):
+                module.scaling["default"] *= 1.1
+        return ours, theirs
+
+    monkeypatch.setattr(quality, "twins", unlike)
+    assert not compared(steps=6)["met"]
+
+
+def test_peak_counts_what_is_held_at_once():
+    def action():
+        kept = torch.ones(1000)
+        for _ in range(3):
+            passing = torch.ones(500)
+            del passing
+        return kept
+
+    assert 6000 <= quality.peak(action) < 7000
+
+
+def test_everything_is_measured_and_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "load", small)
+    threads = torch.get_num_threads()
+    found = json.loads(json.dumps(quality.measure(quick=True)))
+    assert torch.get_num_threads() == threads
+    assert found["curves"]["met"]
+    by_name = {m["method"]: m for m in found["methods"]}
+    trainable = {name: m["trainable"] for name, m in by_name.items()}
+    assert trainable == {
+        "head only": 17,
+        "LoRA r=1": 17 + 2 * 2 * 32,
+        "LoRA r=4": 17 + 4 * 2 * 2 * 32,
+        "LoRA r=16": 17 + 16 * 2 * 2 * 32,
+        "full fine-tuning": sum(p.numel() for p in small()[0].parameters()),
+    }
+    peaks = [m["peak_mb"] for m in found["methods"]]
+    assert peaks == sorted(peaks)
+    section = quality.lines(found)
+    assert section[0] == "## Quality: MiniLM on the VADER words"
+    table = [line for line in section if line.startswith("|")]
+    assert len(table) == 2 + 5
+    assert len({line.count("|") for line in table}) == 1
+    assert "Ours and PEFT coincide" in "\n".join(section)
+    quality.chart(found, tmp_path / "quality.png")
+    assert (tmp_path / "quality.png").stat().st_size > 10_000
+
+
+def small():
+    """A little BERT with new weights, and words to be learned, in place of what the demo loads."""
+    config = tf.BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2,
+                           num_attention_heads=4, intermediate_size=24)  # fmt: skip
+    model = demo.Rater(tf.BertModel(config), 16)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(64, (800, 5), generator=generator)
+    words = demo.Words(ids, torch.ones_like(ids), ids.float().mean(1) / 32 - 1)
+    return model, words[:700], words[700:]
