@@ -3,26 +3,16 @@
 import copy
 import tempfile
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from benchmarks.harness import Result, interleaved, row, seconds
-from lora_inject import inject, load, per_row, remove, save, use
-
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def llama_of_48_layers() -> Any:
-    """A Llama with 336 linear layers, small ones, since the control plane is what is measured."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=48, num_attention_heads=4,
-        num_key_value_heads=4, vocab_size=64,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
+from benchmarks.peers import PROJECTIONS, llama_of_48_layers
+from lora_inject import inject, load, lora_parameters, per_row, remove, save, use
 
 
 @row("switch")
@@ -44,11 +34,19 @@ def switching(rounds: int) -> list[Result]:
         theirs.set_adapter("a")
         theirs.set_adapter("b")
 
-    our_time, their_time = interleaved([our_switches, their_switches], rounds)
-    faster = their_time / our_time
+    timings = interleaved({"ours": our_switches, "PEFT": their_switches}, rounds)
+    faster, taken = timings.ratio("PEFT", "ours"), 1e3 * timings.seconds("ours") / 2
+    warm = 1e3 * min(seconds(our_switches) for _ in range(20)) / 2
+    parameters = [*lora_parameters(ours), *lora_parameters(ours)]  # those of both adapters
+    flags = 1e3 * seconds(lambda: [p.requires_grad_(True) for p in parameters])
     workload = "switch adapters on 336 layers, beside PEFT"
-    value = f"{faster:.0f}x faster, {1000 * our_time / 2:.1f} ms"
-    return [Result("switch", workload, value, ">= 20x faster", faster >= 20)]
+    value = f"{faster:.0f}x faster, {taken:.1f} ms"
+    profile = (
+        f"PEFT takes {1e3 * timings.seconds('PEFT') / 2:.0f} ms here, not the 62 ms on which the "
+        f"goal was set. Ours takes {warm:.1f} ms when nothing else has been at the caches; setting "
+        f"requires_grad of {len(parameters):,} parameters alone takes {flags:.1f} ms."
+    )
+    return [Result("switch", workload, value, ">= 20x faster", faster >= 20, profile=profile)]
 
 
 @row("load")
@@ -68,11 +66,18 @@ def loading(rounds: int) -> list[Result]:
             remove(ours, "b")
             other.append(seconds(lambda: theirs.load_adapter(Path(folder), "b")))
             theirs.delete_adapter("b")
-    times = [sorted(timings)[len(timings) // 2] for timings in (new, filled, other)]
+        file = Path(folder, "adapter_model.safetensors")
+        read = 1e3 * min(seconds(lambda: load_file(file)) for _ in range(5))
+    times = [median(timings) for timings in (new, filled, other)]
+    profile = (
+        f"PEFT takes {1e3 * times[2]:.0f} ms here, not the 750 to 1,260 ms on which the goal was "
+        f"set; reading the file takes {read:.0f} ms, the rest is the fingerprint, the checks "
+        "before anything is changed, and for a new adapter the injection."
+    )
     return [
         Result("load", f"load 672 tensors {what}, beside PEFT's load_adapter",
                f"{times[2] / taken:.1f}x faster, {1000 * taken:.0f} ms", ">= 15x faster",
-               times[2] / taken >= 15)
+               times[2] / taken >= 15, profile=profile)
         for what, taken in (("as a new adapter", times[0]), ("into an adapter", times[1]))
     ]  # fmt: skip
 
@@ -94,15 +99,16 @@ def sixteen_adapters(rounds: int) -> list[Result]:
     theirs.eval()
     x = torch.randn(16, 768)
     with torch.no_grad(), per_row(ours, names):
-        floor, our_time, their_time = interleaved(
-            [
-                lambda: [plain(x) for _ in range(20)],
-                lambda: [ours[0](x) for _ in range(20)],
-                lambda: [theirs(x, adapter_names=names) for _ in range(20)],
-            ],
+        timings = interleaved(
+            {
+                "floor": lambda: plain(x),
+                "ours": lambda: ours[0](x),
+                "PEFT": lambda: theirs(x, adapter_names=names),
+            },
             4 * rounds,
+            20,
         )
-    cost = our_time / floor
-    workload = "16 adapters r=8 on 16 rows of 768x768, beside the plain layer"
-    value = f"{cost:.2f}x (PEFT {their_time / floor:.1f}x)"
-    return [Result("per-row", workload, value, "<= 2x", cost <= 2)]
+    cost, times = timings.ratio("ours", "floor"), timings.over("floor")
+    workload = "16 adapters r=8 on 16 rows of 768x768, no gradients"
+    value = f"{cost:.2f}x floor (PEFT {times['PEFT']:.1f}x)"
+    return [Result("per-row", workload, value, "<= 2x floor", cost <= 2, times)]

@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lora_inject import LoRALayer, demo, freeze, inject, lora_parameters
 
+CHART = Path(__file__).parent / "quality.png"
 GOAL = 1e-4
 CURVE_STEPS = 100
 CURVE_RANK, CURVE_ALPHA = 4, 6  # a scaling of 1.5, since one of 1 or 2 would round nothing

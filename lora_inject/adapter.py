@@ -101,6 +101,7 @@ class LayerState:
         former: the value that each merged weight had before, or None where it was not kept.
         rows: what computes one adapter for each row of a batch, in a block that asks for it.
         running: what is added now, in the way of a plain batch.
+        scales: the scaling of each running adapter, as a number and as a tensor that holds it.
     """
 
     base: type[nn.Module]
@@ -111,6 +112,7 @@ class LayerState:
     former: dict[str, Tensor | None] = field(default_factory=dict)
     rows: Any = None
     running: tuple[Term, ...] = ()
+    scales: dict[str, tuple[float, Tensor]] = field(default_factory=dict)
 
     @property
     def is_plain(self) -> bool:

@@ -7,43 +7,29 @@ named by their shapes.
 There are two ways to the same values. The composed way puts torch's operations one after another:
 ``down``, ``up``, and the layer adds the delta. The fast way has fewer passes over x and y:
 ``adapted_linear`` computes a layer and its adapters at once and adds in place; where x is dropped
-out, or has 16 bits that the CPU cannot multiply, ``product`` keeps x itself for the backward pass.
-``may_run_whole`` and ``_keeps_x`` decide between them, and nothing else does.
+out or would be cast, ``product`` keeps x itself for the backward pass. ``may_run_whole``,
+``_keeps_x`` and ``_adds_by_function`` decide between them, and nothing else does.
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from lora_inject.product import product
+from lora_inject.product import add_product, product
 
 # Which way -----------------------------------------------------------------------------------
 
 _PLAIN = (Tensor, nn.Parameter)  # exactly these: a subclass may do anything in its operations
-_ELEMENTS_TO_MASK = 1 << 14  # with fewer, ``product`` costs more than torch's own dropout
+_LARGE = 1 << 14  # with fewer elements, a Function costs more than it saves
 _ROWS_TO_UPCAST = 16  # with fewer rows, casting W costs more than it saves
 
 
-class Branch(NamedTuple):
-    """What one adapter brings to ``adapted_linear``.
-
-    Attributes:
-        A_RI: the parameter A.
-        B_OR: the parameter B.
-        scaling: the adapter's scaling.
-        dropout: the probability in force: the adapter's in training mode, else 0.
-        part: the first feature of the output that it adds to and their number; None for all.
-    """
-
-    A_RI: Tensor
-    B_OR: Tensor
-    scaling: float
-    dropout: float
-    part: tuple[int, int] | None = None
+# What an adapter brings to ``adapted_linear``: A, B, its scaling, the dropout in force (0 but in
+# training), and the first feature of the output that it adds to with their number, or None for all.
+Branch = tuple[Tensor, Tensor, float, float, tuple[int, int] | None]
 
 
 def _slow_dtypes() -> frozenset[torch.dtype]:
@@ -68,12 +54,14 @@ def may_run_whole(x_NI: Tensor, W_OI: Tensor | None, branches: Iterable[Branch])
     would round in another way. None stands for a tensor that is not a parameter of the layer now:
     one that is parametrized, pruned or sharded.
     """
+    for A_RI, B_OR, _, _, _ in branches:
+        if type(A_RI) not in _PLAIN or type(B_OR) not in _PLAIN:
+            return False
     return (
         type(x_NI) in _PLAIN
         and type(W_OI) in _PLAIN
-        and all(type(b.A_RI) in _PLAIN and type(b.B_OR) in _PLAIN for b in branches)
-        and not _is_transformed()
         and (x_NI.dim() == 2 or _is_flattened(x_NI))
+        and not _is_transformed()
     )
 
 
@@ -84,15 +72,28 @@ def _is_flattened(x_NI: Tensor) -> bool:
 
 
 def _keeps_x(x_NI: Tensor, A_RI: Tensor, dropout: float) -> bool:
-    """Whether ``product`` makes ``A dropout(x)``: it keeps x, and no masked or wider copy."""
-    masks = dropout > 0 and x_NI.is_cpu and x_NI.numel() >= _ELEMENTS_TO_MASK
+    """Whether ``product`` makes ``A dropout(x)``: it keeps x and A, and no copies of them."""
+    masks = dropout > 0 and x_NI.is_cpu
+    casts = torch.is_grad_enabled() and A_RI.dtype != _dtype_of_products(x_NI)
     return (
-        (masks or _is_slow(x_NI))
+        (((masks or casts) and x_NI.numel() >= _LARGE) or _is_slow(x_NI))
         and type(x_NI) in _PLAIN
         and type(A_RI) in _PLAIN
         and not _is_transformed()
-        and forward_ad._current_level < 0  # it would not carry a forward-mode derivative
+        and _is_reverse()
     )
+
+
+def _adds_by_function(y_MO: Tensor, B_OR: Tensor) -> bool:
+    """Whether ``add_product`` adds ``B h``: it keeps B as it is, and B's gradient is cheaper."""
+    return (
+        torch.is_grad_enabled() and B_OR.requires_grad and y_MO.numel() >= _LARGE and _is_reverse()
+    )
+
+
+def _is_reverse() -> bool:
+    """Whether no forward-mode derivative is being taken, which a Function would not carry."""
+    return forward_ad._current_level < 0
 
 
 def _is_transformed() -> bool:
@@ -127,8 +128,9 @@ def _is_slow(x_NI: Tensor) -> bool:
 
 def _dtype_of_products(x_NI: Tensor) -> torch.dtype:
     """The dtype in which products with x are made."""
-    if torch.is_autocast_enabled("cpu") and x_NI.dtype != torch.float64:
-        return torch.get_autocast_dtype("cpu")
+    device = x_NI.device.type
+    if torch.is_autocast_enabled(device) and x_NI.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
     return torch.float32 if _is_slow(x_NI) else x_NI.dtype
 
 
@@ -162,7 +164,10 @@ def adapted_linear(
         # y is ours to write: it is new, nobody has seen it, and a product needs no output to
         # find its gradients.
         own_MO = y_MO if part is None else y_MO.narrow(1, *part)
-        own_MO.addmm_(_cast(h_MR, y_MO.dtype), _transposed(_cast(B_OR, y_MO.dtype)), alpha=scaling)
+        if torch.is_grad_enabled() and _adds_by_function(own_MO, B_OR):
+            add_product(own_MO, h_MR, B_OR, scaling)
+        else:
+            own_MO.addmm_(h_MR, _cast(B_OR, h_MR.dtype).mT, alpha=scaling)
     if wide:
         y_MO = y_MO.to(x_NI.dtype)
     return y_MO if x_MI is x_NI else y_MO.reshape(*x_NI.shape[:-1], y_MO.shape[-1])
@@ -174,7 +179,8 @@ def linear_down(x_NI: Tensor, A_RI: Tensor, dropout: float) -> Tensor:
     A is cast to x's dtype, never x to its: A is small, and a copy of x in another dtype would be
     kept for the backward pass.
     """
-    if _keeps_x(x_NI, A_RI, dropout):
+    # The first half alone is what one row pays for without gradients.
+    if (dropout or torch.is_grad_enabled()) and _keeps_x(x_NI, A_RI, dropout):
         return product(x_NI, A_RI, None, _dtype_of_products(x_NI), dropout)
     if dropout > 0:
         x_NI = F.dropout(x_NI, dropout)
@@ -189,16 +195,6 @@ def linear_up(h_NR: Tensor, B_OR: Tensor) -> Tensor:
 def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
     """``value.to(dtype)`` without its dispatch where nothing is to do, which one row would feel."""
     return value if value.dtype == dtype else value.to(dtype)
-
-
-def _transposed(B_OR: Tensor) -> Tensor:
-    """B^T; in rows where a CPU will need B's gradient, which autograd then finds as h^T g.
-
-    That order is twice as fast there as g^T h.
-    """
-    if torch.is_grad_enabled() and B_OR.requires_grad and B_OR.is_cpu:
-        return B_OR.t().contiguous()
-    return B_OR.t()
 
 
 # Embedding -----------------------------------------------------------------------------------

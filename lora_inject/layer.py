@@ -85,12 +85,20 @@ class BranchLayer(LoRALayer):
         state: LayerState = self.__dict__[STATE]
         if state.rows is not None:
             return cast(Tensor, state.rows.add(self, x, y))
+        # A compiler makes a constant of a number, and compiles again when it changes.
+        compiles = torch.compiler.is_compiling()
         for term in state.running:
+            scaling = state.scales[term.adapter][1] if compiles else term.scaling
             dropout = term.dropout if self.training else 0.0
             A, B = oriented(term.spec, getattr(self, term.A), getattr(self, term.B))
             h = term.kind.down(self, x, y, A, dropout)
-            y = add(y, term.kind.up(self, x, h, B), term.scaling, term.spec)
+            y = add(y, term.kind.up(self, x, h, B), scaling, term.spec)
         return y
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        _hold_scales(self)  # on the device where the adapters are now
+        return self
 
 
 class WholeLayer(BranchLayer):
@@ -107,19 +115,21 @@ class WholeLayer(BranchLayer):
         state: LayerState = self.__dict__[STATE]
         own: Any = self._parameters  # a weight that is not here is computed when it is read
         if state.running and "bias" in own:
-            W, branches = own.get("weight"), [_branch(self, own, t) for t in state.running]
+            W, training = own.get("weight"), self.training
+            branches = [_branch(own, term, training) for term in state.running]
             if may_run_whole(x, W, branches):
                 W = W.t() if self._lora_transposed else W
                 return adapted_linear(x, W, own["bias"], branches)
         return super().forward(*args, **kwargs)
 
 
-def _branch(layer: nn.Module, own: Any, term: Term) -> Branch:
-    A, B, spec = own.get(term.A), own.get(term.B), term.spec
+def _branch(own: Any, term: Term, training: bool) -> Branch:
+    _, spec, A_name, B_name, scaling, dropout, _ = term
+    A, B = own.get(A_name), own.get(B_name)
     if spec.swapped and A is not None and B is not None:
         A, B = oriented(spec, A, B)
     part = (spec.start, spec.n_out) if spec.part else None
-    return Branch(A, B, term.scaling, term.dropout if layer.training else 0.0, part)
+    return A, B, scaling, dropout if training else 0.0, part
 
 
 def oriented(spec: Spec, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,9 +137,11 @@ def oriented(spec: Spec, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     return (B.transpose(-2, -1), A.transpose(-2, -1)) if spec.swapped else (A, B)
 
 
-def add(y: Tensor, delta: Tensor, scaling: float, spec: Spec) -> Tensor:
+def add(y: Tensor, delta: Tensor, scaling: float | Tensor, spec: Spec) -> Tensor:
     """``y + scaling * delta`` in y's dtype; a delta may be for one part of y's last dimension."""
     delta = delta.to(y.dtype)
+    if isinstance(scaling, Tensor):
+        delta, scaling = delta * scaling, 1.0
     if not spec.part:
         return torch.add(y, delta, alpha=scaling)
     sizes = [spec.start, spec.n_out, y.shape[-1] - spec.start - spec.n_out]
@@ -254,6 +266,7 @@ def detach(module: nn.Module, adapter: Adapter) -> None:
     assert state is not None
     for name in adapter.parameters:
         module._parameters.pop(name, None)
+    state.scales.pop(adapter.name, None)
     change(module, adapters=tuple(a for a in state.adapters if a is not adapter))
     if not state.adapters:
         del module.__dict__[STATE]
@@ -264,9 +277,26 @@ def change(module: nn.Module, **fields: Any) -> None:
     state: LayerState = module.__dict__[STATE]
     state.__dict__.update(fields)
     state.update_running()
+    _hold_scales(module)
     wanted = _class_for(state)
     if type(module) is not wanted:
         module.__class__ = wanted
+
+
+def _hold_scales(module: nn.Module) -> None:
+    """Keep the scaling of what runs as tensors too, on the device of the adapters.
+
+    A tensor for each layer of its own: a compiler notices when two inputs become one object.
+    """
+    state: LayerState = module.__dict__[STATE]
+    for term in state.running:
+        A, held = module._parameters.get(term.A), state.scales.get(term.adapter)
+        device = torch.device("cpu") if A is None else A.device
+        if held is None or held[0] != term.scaling or held[1].device != device:
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            with torch.inference_mode(False):
+                scale = torch.tensor(term.scaling, dtype=dtype, device=device)
+            state.scales[term.adapter] = term.scaling, scale
 
 
 def is_intact(module: nn.Module) -> bool:

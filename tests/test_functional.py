@@ -15,8 +15,8 @@ from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 from torch.utils.checkpoint import create_selective_checkpoint_contexts as selective
 
-from lora_inject import functional, inject, merge, product
-from lora_inject.functional import Branch, adapted_linear, linear_down, linear_up, may_run_whole
+from lora_inject import functional, inject, merge, product, remove, use
+from lora_inject.functional import adapted_linear, linear_down, linear_up, may_run_whole
 from lora_inject.product import Mask, kept
 
 I, O, R = 24, 20, 4  # noqa: E741
@@ -28,7 +28,7 @@ WAYS = ["whole", "composed"]
 @pytest.fixture(autouse=True)
 def _seeded(monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(functional, "_ELEMENTS_TO_MASK", 0)  # ``product`` at every size
+    monkeypatch.setattr(functional, "_LARGE", 0)  # the Functions at every size
 
 
 def make(*shape, dtype=torch.float64, adapters=None):
@@ -43,7 +43,7 @@ def layer(way: str, dropout: float) -> Callable[..., Tensor]:
     """One branch on a layer with the values of ``make`` as arguments, as ``layer.py`` does it."""
 
     def whole(x, W, b, A, B):
-        branches = [Branch(A, B, SCALING, dropout)]
+        branches = [(A, B, SCALING, dropout, None)]
         if may_run_whole(x, W, branches):
             return adapted_linear(x, W, b, branches)
         return composed(x, W, b, A, B)
@@ -163,7 +163,7 @@ def test_a_trained_base_gets_its_gradients(dropout):
 
 def test_several_branches():
     x, W, b, A, B = make(5)
-    y = adapted_linear(x, W, b, [Branch(A, B, 1.0, 0.0), Branch(2 * A, B, 0.5, 0.0)])
+    y = adapted_linear(x, W, b, [(A, B, 1.0, 0.0, None), (2 * A, B, 0.5, 0.0, None)])
     torch.testing.assert_close(y, F.linear(x, W, b) + 2 * F.linear(F.linear(x, A), B))
 
 
@@ -232,9 +232,9 @@ def test_backward_keeps_x_h_and_the_small_factors_only(dropout: float, shape: tu
     with saved() as found:
         layer("whole", dropout)(x, W, b, A, B)
     storages = {t.untyped_storage().data_ptr(): t.numel() for t in found}
-    for known in (x, W, A):
+    for known in (x, W, A, B):
         storages.pop(known.untyped_storage().data_ptr())
-    assert sorted(storages.values()) == [R * O, 64 * R]  # B, in rows, and h
+    assert sorted(storages.values()) == [64 * R]  # h
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -359,9 +359,9 @@ def test_slow_16_bits_keep_no_float32_copy_of_x_or_W(
     with saved() as found:
         layer("whole", dropout)(x, W, b, A, B)
     storages = {t.untyped_storage().data_ptr(): t.numel() for t in found}
-    for known in (x, W, A):
+    for known in (x, W, A, B):
         storages.pop(known.untyped_storage().data_ptr())
-    assert sorted(storages.values()) == [R * O, 64 * R]
+    assert sorted(storages.values()) == [64 * R]
 
 
 def test_a_product_in_another_dtype_is_the_float64_one_and_has_all_derivatives():
@@ -672,3 +672,53 @@ def test_injecting_changes_no_bit_of_16_bits_at_inference(dtype, monkeypatch):
         before = model(x)
         inject(model, nn.Linear, r=R)
         assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_backward_keeps_no_copy_of_what_is_cast(dtype, autocast, dropout):
+    x, W, b, A, B = make(64, dtype=dtype, adapters=torch.float32)
+    with saved() as found, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = layer("whole", dropout)(x, W.requires_grad_(False), b, A, B)
+        assert y.dtype == (torch.bfloat16 if autocast else dtype)
+    known = {t.untyped_storage().data_ptr() for t in (x, W, A, B)}
+    copies = {t.untyped_storage().data_ptr(): t for t in found}
+    sizes = [t.numel() for address, t in copies.items() if address not in known]
+    # Autocast's own copy of W is its own affair: it keeps one for the whole block.
+    assert sorted(sizes) == ([64 * R, O * I] if autocast and dtype == torch.float32 else [64 * R])
+
+
+def test_scales_change_without_compiling_again():
+    counts = []
+
+    def counted(graph, inputs):
+        counts.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    model = nn.Sequential(nn.Linear(I, O), nn.ReLU(), nn.Linear(O, I)).double()
+    x = torch.randn(5, I, dtype=torch.float64)
+    for name in ("fr", "de"):
+        inject(model, nn.Linear, r=R, adapter=name)
+    randomize_adapters(model)
+    compiled = torch.compile(model, backend=counted, fullgraph=True)
+    for fr, de in ((1, 1), (0.7, 0.3), (0.5, 0.5), (0.1, 0.2), (1, 1)):
+        use(model, {"fr": fr, "de": de})
+        torch.testing.assert_close(compiled(x), model(x))
+    assert len(counts) == 1
+
+
+def test_scales_follow_the_adapters_and_leave_with_them(linear):
+    state = linear[0].__dict__["_lora_inject_adapters"]
+    assert state.scales["default"][1] == SCALING
+    with torch.device("meta"):
+        unreal = nn.Sequential(nn.Linear(I, O))
+    inject(unreal, "0", r=R, alpha=3 * R)
+    held = unreal[0].__dict__["_lora_inject_adapters"].scales
+    assert held["default"][1].is_meta
+    unreal.to_empty(device="cpu")
+    assert held["default"][1] == 3
+    inject(linear, "0", r=R, adapter="fr")
+    remove(linear, "fr")
+    assert state.scales.keys() == {"default"}

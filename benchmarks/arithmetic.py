@@ -1,0 +1,222 @@
+"""What an adapted layer costs in time, beside the frozen one, PEFT and the plain composition."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.harness import Result, Timings, compared, interleaved, row
+from benchmarks.peers import PROJECTIONS, eager, randomize, small_llama, with_peft
+from lora_inject import functional, inject
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer and one batch; the adapters' dtype is float32 unless said otherwise."""
+
+    rows: int
+    d: int
+    r: int
+    dropout: float = 0.0
+    dtype: torch.dtype = torch.float32
+    adapters: torch.dtype = torch.float32
+    device: str = "cpu"
+
+
+def adapted(base: nn.Module, names: list[str], case: Case) -> dict[str, nn.Module]:
+    """The frozen model, and it with everybody's adapters."""
+    floor = (base if names else nn.Sequential(base)).requires_grad_(False)
+    names, model = names or ["0"], copy.deepcopy(floor)
+    inject(model, names, r=case.r, dropout=case.dropout, dtype=case.adapters)
+    wide = case.adapters == torch.float32
+    peft = with_peft(floor, names, case.r, case.dropout, autocast_adapter_dtype=wide)
+    models = {"floor": floor, "ours": model, "PEFT": peft}
+    if case.adapters == case.dtype:
+        models["eager"] = eager(floor, names, case.r, case.dropout)
+    return {name: randomize(m) for name, m in models.items()}
+
+
+def measured(case: Case, rounds: int, repeats: int) -> Timings:
+    """Forward and backward through one layer."""
+    torch.manual_seed(0)
+    layer = nn.Linear(case.d, case.d).to(case.device, case.dtype)
+    models = adapted(layer, [], case)
+    factory: Any = {"device": case.device, "dtype": case.dtype}
+    x = torch.randn(case.rows, case.d, requires_grad=True, **factory)
+    g = torch.randn(case.rows, case.d, **factory)
+    steps = {name: layer_step(model, x, g) for name, model in models.items()}
+    return interleaved(steps, rounds, repeats)
+
+
+def layer_step(model: nn.Module, x: Tensor, g: Tensor) -> Step:
+    parameters = list(model.parameters())
+
+    def step() -> None:
+        x.grad = None
+        for parameter in parameters:
+            parameter.grad = None
+        model(x).backward(g)
+
+    return step
+
+
+@row("layer")
+def layer(rounds: int) -> list[Result]:
+    without = measured(Case(512, 768, 8), 2 * rounds, 4)
+    dropped = measured(Case(512, 768, 8, dropout=0.1), 2 * rounds, 4)
+    return [
+        _beside_peft(
+            "layer", "layer 512x768 r=8 fp32, p=0, forward + backward", without, 1.2, 1.18
+        ),
+        _beside_peft("layer", "the same, p=0.1", dropped, 1.5, 1.35),
+    ]
+
+
+def _beside_peft(name: str, workload: str, timings: Timings, most: float, faster: float) -> Result:
+    ours, peft = timings.ratio("ours", "floor"), timings.ratio("PEFT", "ours")
+    value = f"{compared(timings)}; {peft:.2f}x faster than PEFT"
+    goal = f"<= {most:.2f}x floor, >= {faster}x faster than PEFT"
+    met = ours <= most and peft >= faster
+    return Result("layer", workload, value, goal, met, timings.over("floor"), _profile(timings))
+
+
+def _profile(timings: Timings) -> str:
+    """The rest of the time is the floor's own, which nobody can make faster than PEFT's."""
+    floor, ours = timings.seconds("floor"), timings.seconds("ours")
+    peft = timings.seconds("PEFT")
+    return (
+        f"the frozen layer takes {1e3 * floor:.2f} ms of our {1e3 * ours:.2f} ms and of PEFT's "
+        f"{1e3 * peft:.2f} ms, so that what adapters cost is {(peft - floor) / (ours - floor):.1f} "
+        "times less here."
+    )
+
+
+TOKENS = (2, 256)
+
+
+def llama_step(model: nn.Module) -> Step:
+    """Forward and backward, with gradients down to the embedding, as in the frozen floor."""
+    ids = torch.randint(1000, TOKENS)
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()  # type: ignore[operator]
+    parameters = list(model.parameters())
+
+    def step() -> None:
+        embedded.grad = None
+        for parameter in parameters:
+            parameter.grad = None
+        model(inputs_embeds=embedded, labels=ids).loss.backward()
+
+    return step
+
+
+@row("llama")
+def llama(rounds: int) -> list[Result]:
+    timings = llama_timings(Case(0, 0, 8, dropout=0.05), rounds)
+    faster = timings.ratio("PEFT", "ours")
+    value = f"{compared(timings)}; {faster:.2f}x faster than PEFT"
+    workload = "Llama-small step (4 blocks of 512, 512 tokens), 7 linears, r=8, p=0.05"
+    return [
+        Result("llama", workload, value, ">= 1.35x faster than PEFT", faster >= 1.35,
+               timings.over("floor"), _profile(timings))
+    ]  # fmt: skip
+
+
+def llama_timings(case: Case, rounds: int) -> Timings:
+    models = adapted(small_llama(case.dtype), PROJECTIONS, case)
+    return interleaved({name: llama_step(m.train()) for name, m in models.items()}, rounds)
+
+
+@row("16-bit")
+def sixteen_bits(rounds: int) -> list[Result]:
+    results = []
+    for dtype in (torch.bfloat16, torch.float16):
+        if dtype in functional._SLOW:
+            found, where = sixteen_bit_ratios(str(dtype)[6:], rounds), "this CPU"
+        else:
+            found, where = _on_an_older_cpu(str(dtype)[6:], rounds), "oneDNN held to AVX2"
+        for what, (goal, times) in found.items():
+            value = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in times.items())
+            workload = f"{what} in {dtype} without such instructions ({where})"
+            met = times["ours"] <= goal
+            results.append(Result("16-bit", workload, f"{value} floor", f"<= {goal}x floor", met))
+    return results
+
+
+def sixteen_bit_ratios(dtype: str, rounds: int) -> dict[str, tuple[float, dict[str, float]]]:
+    """For the layer and the Llama step: the goal, and the times over the frozen floor."""
+    case = Case(512, 768, 8, dtype=getattr(torch, dtype))
+    one = measured(case, max(3, rounds // 3), 1)
+    whole = llama_timings(replace(case, rows=0, d=0), max(3, rounds // 3))
+    return {
+        "layer 512x768 r=8": (0.35, one.over("floor")),
+        "Llama-small step, p=0": (0.55, whole.over("floor")),
+    }
+
+
+def _on_an_older_cpu(dtype: str, rounds: int) -> dict[str, tuple[float, dict[str, float]]]:
+    """The same in a process whose matrix library uses no newer instructions than AVX2."""
+    code = (
+        "import json, torch; from benchmarks import arithmetic as rows; "
+        f"rows.functional._SLOW = frozenset([torch.{dtype}]); "
+        f"print(json.dumps(rows.sixteen_bit_ratios({dtype!r}, {rounds})))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}, capture_output=True, check=True,
+    )  # fmt: skip
+    found: dict[str, tuple[float, dict[str, float]]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@row("decode")
+def one_row(rounds: int) -> list[Result]:
+    results = []
+    for d, goal in ((64, 2.0), (768, 1.5)):
+        models = adapted(nn.Linear(d, d), [], Case(1, d, 8))
+        x = torch.randn(1, d)
+        with torch.no_grad():
+            # The layers themselves: what calls them would cost all of them the same.
+            layers = {name: _only_layer(model.eval()) for name, model in models.items()}
+            calls = {name: partial(m, x) for name, m in layers.items()}
+            timings = interleaved(calls, 4 * rounds, 200)
+        ours = timings.ratio("ours", "floor")
+        workload = f"one row through a layer of {d}x{d}, r=8, no gradients, unmerged"
+        times = timings.over("floor")
+        results.append(
+            Result("decode", workload, compared(timings), f"<= {goal}x floor", ours <= goal, times)
+        )
+    return results
+
+
+def _only_layer(model: Any) -> nn.Module:
+    only: nn.Module = getattr(getattr(model, "base_model", model), "model", model)[0]
+    return only
+
+
+@row("h200", device="cuda")
+def large_on_a_gpu(rounds: int) -> list[Result]:
+    bf16 = Case(4096, 4096, 16, dtype=torch.bfloat16, adapters=torch.bfloat16, device="cuda")
+    wide = replace(bf16, adapters=torch.float32)
+    dropped = replace(bf16, dropout=0.1)
+    cases = {"p=0": (bf16, 1.18), "p=0.1": (dropped, 1.2), "fp32 adapters": (wide, 1.2)}
+    results = []
+    for name, (case, goal) in cases.items():
+        workload = f"layer 4096x4096 bf16, 4,096 rows, r=16, forward + backward: {name}"
+        if not torch.cuda.is_available():
+            results.append(Result("h200", workload, "no GPU here", f"<= {goal}x floor", None))
+            continue
+        timings = measured(case, 2 * rounds, 10)
+        ours, times = timings.ratio("ours", "floor"), timings.over("floor")
+        value = compared(timings)
+        results.append(Result("h200", workload, value, f"<= {goal}x floor", ours <= goal, times))
+    return results

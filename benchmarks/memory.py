@@ -1,0 +1,77 @@
+"""What adapters keep for the backward pass, in exact bytes, and the peak memory of injecting."""
+
+import subprocess
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from benchmarks.arithmetic import Case, adapted, llama_step
+from benchmarks.harness import Result, row
+from benchmarks.peers import PROJECTIONS, small_llama
+
+
+def bytes_saved(model: nn.Module) -> int:
+    """The bytes of all storages that one step keeps for its backward pass, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, Any] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage  # held, so that no address is given out twice
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        llama_step(model.train())()
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in own)
+
+
+@row("saved")
+def saved(rounds: int) -> list[Result]:
+    bf16 = torch.bfloat16
+    cases = {
+        "p=0.05": (Case(0, 0, 8, dropout=0.05), 0.30),
+        "bf16 base + fp32 adapters": (Case(0, 0, 8, dtype=bf16), 0.28),
+        "p=0": (Case(0, 0, 8), 1.00),
+    }
+    results = []
+    for name, (case, goal) in cases.items():
+        models = adapted(small_llama(case.dtype), PROJECTIONS, case)
+        floor = bytes_saved(models["floor"])
+        ours, peft = (bytes_saved(models[key]) - floor for key in ("ours", "PEFT"))
+        workload = f"bytes kept for backward over the frozen Llama-small: {name}"
+        value = f"{ours / peft:.2f}x of PEFT ({ours / 2**20:.1f} MiB, PEFT {peft / 2**20:.1f} MiB)"
+        met = ours <= goal * peft
+        results.append(Result("saved", workload, value, f"<= {goal:.2f}x of PEFT", met))
+    return results
+
+
+_PEAK = """
+import torch
+from torch import nn
+from lora_inject import inject
+
+def peak():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+inject(nn.Sequential(nn.Linear(8, 8)), "0", r=2)  # what is imported at the first use
+model = nn.Sequential(nn.Linear(8192, 8192, bias=False))
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from here
+before = peak()
+inject(model, "0", r=16)
+adapter = sum(p.nbytes for p in model.parameters() if p.requires_grad) / 2**20
+print(peak() - before - adapter)
+"""
+
+
+@row("peak")
+def peak_of_inject(rounds: int) -> list[Result]:
+    if not sys.platform.startswith("linux"):
+        return [Result("peak", "peak memory of inject", "needs Linux", "< 2 MB", None)]
+    done = subprocess.run([sys.executable, "-c", _PEAK], capture_output=True, check=True)
+    extra = float(done.stdout)
+    workload = "peak memory of inject beyond the adapter: one Linear(8192, 8192), r=16"
+    return [Result("peak", workload, f"{extra:.2f} MB", "< 2 MB", extra < 2)]

@@ -1,0 +1,81 @@
+"""The models that are measured, and what others make of them: PEFT, and the plain composition."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def llama_of_48_layers() -> Any:
+    """A Llama with 336 linear layers, small ones, for rows in which nothing is multiplied."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=48, num_attention_heads=4,
+        num_key_value_heads=4, vocab_size=64,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def small_llama(dtype: torch.dtype = torch.float32) -> Any:
+    """A Llama of four blocks, in which products are what takes time."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=512, intermediate_size=1376, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=8, vocab_size=1000, use_cache=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).to(dtype)
+
+
+class EagerLoRALinear(nn.Module):
+    """LoRA as torchtune and others compose it: ``W x + alpha / r * B(A(dropout(x)))``."""
+
+    def __init__(self, base: nn.Linear, r: int, dropout: float) -> None:
+        super().__init__()
+        self.base = base
+        factory = {"device": base.weight.device, "dtype": base.weight.dtype}
+        self.lora_a = nn.Linear(base.in_features, r, bias=False, **factory)
+        self.lora_b = nn.Linear(r, base.out_features, bias=False, **factory)
+        self.dropout = nn.Dropout(dropout)
+        self.scaling = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer and the adapter."""
+        y = F.linear(x, self.base.weight, self.base.bias)
+        return y + self.scaling * self.lora_b(self.lora_a(self.dropout(x)))
+
+
+def eager(model: nn.Module, names: list[str], r: int, dropout: float) -> nn.Module:
+    """A copy of a model with eager LoRA layers in place of the Linear layers of these names."""
+    model = copy.deepcopy(model).requires_grad_(False)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and path.rpartition(".")[2] in names:
+            model.set_submodule(path, EagerLoRALinear(module, r, dropout))
+    return model
+
+
+def with_peft(
+    model: nn.Module, names: list[str], r: int, dropout: float = 0.0, **options: Any
+) -> Any:
+    """A copy of a model with PEFT's adapters, which start with random A and B."""
+    import peft
+
+    config = peft.LoraConfig(
+        r=r, lora_alpha=r, lora_dropout=dropout, target_modules=names, init_lora_weights=False
+    )
+    return peft.get_peft_model(copy.deepcopy(model), config, **options)
+
+
+def randomize(model: nn.Module) -> nn.Module:
+    """Give every B a value, so that nothing is multiplied by zeros."""
+    for name, parameter in model.named_parameters():
+        if "lora_b" in name.lower():
+            with torch.no_grad():
+                parameter.normal_(std=0.02)
+    return model
