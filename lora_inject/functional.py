@@ -86,9 +86,7 @@ def _keeps_x(x_NI: Tensor, A_RI: Tensor, dropout: float) -> bool:
 
 def _adds_by_function(y_MO: Tensor, B_OR: Tensor) -> bool:
     """Whether ``add_product`` adds ``B h``: it keeps B as it is, and B's gradient is cheaper."""
-    return (
-        torch.is_grad_enabled() and B_OR.requires_grad and y_MO.numel() >= _LARGE and _is_reverse()
-    )
+    return B_OR.requires_grad and y_MO.numel() >= _LARGE and _is_reverse()
 
 
 def _is_reverse() -> bool:
