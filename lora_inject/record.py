@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.adapter import Adapter, adapters_of, is_merged, state_of
+from lora_inject.checkpointing import checkpointed_modules, hook, unhook
 from lora_inject.errors import ArgumentError, LoRAInjectError
 from lora_inject.in_place import Place, Slot, own_tensor
 from lora_inject.layer import change, detach, is_intact
@@ -90,6 +91,7 @@ class Record:
         modes: the adapters' bias modes and ``train_also`` modules.
         in_use: the names of the adapters in use, with their weights.
         training: the names of the adapters that train.
+        hooked: the modules with a hook of ours, for the sake of gradient checkpointing.
         created: when, so that records of nested modules are undone in the right order.
     """
 
@@ -99,6 +101,7 @@ class Record:
     modes: dict[str, Mode] = field(default_factory=dict)
     in_use: dict[str, float] = field(default_factory=dict)
     training: set[str] = field(default_factory=set)
+    hooked: list[nn.Module] = field(default_factory=list)
     created: int = field(default_factory=time.time_ns)
 
     @property
@@ -309,15 +312,20 @@ def former_flags(model: nn.Module) -> dict[nn.Module, dict[str, bool]]:
 
 def install(module: nn.Module, record: Record) -> None:
     """Put the record on the module, in place of those of its submodules, which it has adopted."""
+    record.hooked = checkpointed_modules(module)
     reinstall(module, [("", module, record)])
 
 
 def reinstall(model: nn.Module, records: list[tuple[str, nn.Module, Record]]) -> None:
-    """Make these the records in the model again."""
+    """Make these the records in the model again, and theirs the hooks in it."""
+    former = [module for _, _, record in records_in(model) for module in record.hooked]
     for _, holder, _ in records_in(model):
-        uninstall(holder)
+        del holder.__dict__[_RECORD]
     for _, holder, record in records:
         holder.__dict__[_RECORD] = record
+    hooked = {module: None for _, _, record in records for module in record.hooked}
+    unhook(module for module in former if module not in hooked)
+    hook(hooked)
 
 
 def set_in_use(record: Record, weights: dict[str, float]) -> None:
@@ -340,8 +348,9 @@ def set_trainable(parameters: Iterable[nn.Parameter], trainable: bool) -> None:
 
 
 def uninstall(module: nn.Module) -> None:
-    """Take the record off the module."""
-    del module.__dict__[_RECORD]
+    """Take the record off the module, and the hooks that it lists."""
+    record: Record = module.__dict__.pop(_RECORD)
+    unhook(record.hooked)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:

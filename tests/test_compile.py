@@ -1,0 +1,233 @@
+"""torch.compile, torch.export and ONNX: one graph, the eager values, and changes are noticed."""
+
+import pytest
+import torch
+from families import FAMILIES, llama, unet
+from helpers import Net, ids, randomize_adapters
+from torch import nn
+
+from lora_inject import disabled, inject, merge, merged, strip, unmerge, use
+
+# What aot_eager runs are the very kernels of eager mode; inductor's round in another order.
+BACKENDS = pytest.mark.parametrize(
+    ("backend", "tolerance"), [("aot_eager", 1e-12), ("inductor", 1e-9)]
+)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def adapted(model, targets, **settings):
+    inject(model, targets, r=2, **settings)
+    randomize_adapters(model)
+    return model
+
+
+def close(got, expected, tolerance):
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+def gradients(model, run):
+    loss = run().pow(2).sum()
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+@BACKENDS
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_one_graph_of_the_whole_model_with_the_values_and_gradients_of_eager(
+    backend, tolerance, dynamic
+):
+    model = adapted(Net().double(), ["q_proj", "v_proj", "embed"])
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)
+    for columns in (5, 7) if dynamic else (5,):
+        x = ids(2, columns)
+        close(compiled(x), model(x), tolerance)
+        eager = gradients(model, lambda x=x: model(x))
+        close(gradients(model, lambda x=x: compiled(x)), eager, tolerance)
+
+
+def test_dynamic_shapes_are_compiled_once():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    model = adapted(Net().eval(), ["q_proj", "v_proj"])
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    for columns in (4, 5, 9):
+        compiled(ids(3, columns))
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit", "mixtral"])
+@pytest.mark.parametrize("backend", ["aot_eager"])
+def test_real_families_in_one_graph(name, backend):
+    family = FAMILIES[name]
+    model = adapted(family.build().double().eval(), list(family.targets))
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in family.inputs().items()}
+    inputs |= {"use_cache": False} if "input_ids" in inputs else {}
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    close(compiled(**inputs)[0], model(**inputs)[0], 1e-12)
+    eager = gradients(model, lambda: model(**inputs)[0])
+    close(gradients(model, lambda: compiled(**inputs)[0]), eager, 1e-10)
+
+
+def test_inductor_of_a_real_model():
+    model = adapted(llama().double().eval(), ["q_proj", "v_proj"])
+    inputs = {"input_ids": ids(), "use_cache": False}
+    compiled = torch.compile(model, fullgraph=True)
+    close(compiled(**inputs)[0], model(**inputs)[0], 1e-9)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["compile-inject", "inject-compile"])
+def test_blocks_that_are_compiled_one_by_one(before):
+    model = Net().double()
+    if not before:
+        adapted(model, ["q_proj", "v_proj"])
+    for block in model.layers:
+        block.compile(backend="aot_eager", fullgraph=True)
+    if before:
+        model(ids())
+        adapted(model, ["q_proj", "v_proj"])
+    x, twin = ids(), Net().double()
+    twin.load_state_dict({k: v for k, v in model.state_dict().items() if "lora_" not in k})
+    base = twin(x)
+    adapted(twin, ["q_proj", "v_proj"])
+    twin.load_state_dict(model.state_dict())
+    close(model(x), twin(x), 1e-12)
+    strip(model)
+    close(model(x), base, 1e-12)
+
+
+def wrapped(model):
+    return torch.compile(model, backend="aot_eager", fullgraph=True)
+
+
+def in_place(model):
+    model.compile(backend="aot_eager", fullgraph=True)
+    return model
+
+
+def forward_alone(model):
+    model.forward = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
+    return model
+
+
+@pytest.mark.parametrize("compiled_by", [wrapped, in_place, forward_alone])
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["embed"]])
+@pytest.mark.parametrize("how", ["auto", "weight"])
+def test_a_compiled_model_notices_whatever_is_done_to_its_adapters(compiled_by, targets, how):
+    torch.manual_seed(3)
+    model, reference, x = Net().double(), Net().double(), ids()
+    reference.load_state_dict(model.state_dict())
+    compiled = compiled_by(model)
+
+    def agree():
+        close(compiled(x), reference(x), 1e-12)
+        with torch.no_grad():
+            close(compiled(x), reference(x), 1e-12)
+        return reference(x)
+
+    base = agree()
+    for m in (model, reference):
+        inject(m, targets, r=2, how=how, seed=1)
+    agree()
+    randomize_adapters(reference)
+    values = dict(reference.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(values[name])
+    assert not torch.equal(agree(), base)
+    with disabled(model), disabled(reference):
+        assert torch.equal(agree(), base)
+    with merged(model), merged(reference):
+        agree()
+    for m in (model, reference):
+        merge(m)
+    agree()
+    for m in (model, reference):
+        unmerge(m)
+        use(m)
+    assert torch.equal(agree(), base)
+    for m in (model, reference):
+        use(m, {"default": 0.5})
+    agree()
+    for m in (model, reference):
+        strip(m)
+    assert torch.equal(agree(), base)
+    for m in (model, reference):
+        inject(m, ["o_proj"], r=3, seed=2, bias="lora_only")
+    with torch.no_grad():
+        for m in (model, reference):
+            for layer in m.layers:
+                layer.o_proj.lora_B.fill_(0.1)
+                layer.o_proj.bias.fill_(0.2)
+    assert not torch.equal(agree(), base)
+    strip(compiled), strip(reference)
+    assert torch.equal(agree(), base)
+
+
+def test_training_a_model_that_was_compiled_before_it_was_adapted():
+    model, x = Net().double(), ids()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled(x)
+    compiled(x).sum().backward()
+    adapted(model, ["q_proj"])
+    assert all(p.grad is None for p in model.parameters())
+    eager = gradients(model, lambda: model(x))
+    assert len(eager) == 4
+    close(gradients(model, lambda: compiled(x)), eager, 1e-12)
+
+
+def test_dropout_compiles():
+    model = adapted(Net(), ["q_proj"], dropout=0.5)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = ids()
+    assert not torch.equal(compiled(x), compiled(x))
+    model.eval()
+    close(compiled(x), model(x), 1e-6)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_blocks_compile(reentrant):
+    model = adapted(llama().double().train(), ["q_proj", "v_proj"])
+    inputs = {"input_ids": ids(), "use_cache": False}
+    eager = gradients(model, lambda: model(**inputs)[0])
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.disable_input_require_grads()  # transformers' own hook; ours is enough
+    for block in model.model.layers:
+        block.compile(backend="aot_eager", fullgraph=True)
+    close(gradients(model, lambda: model(**inputs)[0]), eager, 1e-10)
+
+
+def test_export():
+    model, x = adapted(Net().double().eval(), ["q_proj", "v_proj", "embed"]), ids()
+    columns = torch.export.Dim("columns", min=2, max=32)
+    for strict in (True, False):
+        program = torch.export.export(model, (x,), dynamic_shapes=({1: columns},), strict=strict)
+        for size in (5, 9):
+            x = ids(2, size)
+            close(program.module()(x), model(x), 1e-12)
+        assert "layers.0.q_proj.lora_A" in program.state_dict
+
+
+def test_export_of_a_convolution_net_and_of_attention():
+    model = adapted(unet().double(), ["to_q", "conv1"])
+    args = (
+        torch.randn(1, 4, 8, 8, dtype=torch.double), torch.tensor(3),
+        torch.randn(1, 3, 8, dtype=torch.double),
+    )  # fmt: skip
+    program = torch.export.export(model, args)
+    close(program.module()(*args)[0], model(*args)[0], 1e-12)
+    layer = adapted(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).double(), ["self_attn"])
+    x = torch.randn(2, 5, 8, dtype=torch.double)
+    layer.eval()
+    close(torch.export.export(layer, (x,)).module()(x), layer(x), 1e-12)
