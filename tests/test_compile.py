@@ -1,23 +1,28 @@
 """torch.compile, torch.export and ONNX: one graph, the eager values, and changes are noticed."""
 
+import shutil
+
 import pytest
 import torch
-from families import FAMILIES, llama, unet
+from families import FAMILIES, llama, mixtral, unet
 from helpers import Net, ids, randomize_adapters
 from torch import nn
 
 from lora_inject import disabled, inject, merge, merged, strip, unmerge, use
 
-# What aot_eager runs are the very kernels of eager mode; inductor's round in another order.
-BACKENDS = pytest.mark.parametrize(
-    ("backend", "tolerance"), [("aot_eager", 1e-12), ("inductor", 1e-9)]
-)
+pytestmark = [
+    # Of inductor's imports, and of dynamo's look at the inputs of a block.
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+]
 
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
     torch.compiler.reset()
-    yield
+    # A test that makes more than torch's usual 8 changes to one model says nothing about that.
+    with torch._dynamo.config.patch(recompile_limit=64):
+        yield
     torch.compiler.reset()
 
 
@@ -39,18 +44,15 @@ def gradients(model, run):
     return found
 
 
-@BACKENDS
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_one_graph_of_the_whole_model_with_the_values_and_gradients_of_eager(
-    backend, tolerance, dynamic
-):
+def test_one_graph_of_the_whole_model_with_the_values_and_gradients_of_eager(dynamic):
     model = adapted(Net().double(), ["q_proj", "v_proj", "embed"])
-    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     for columns in (5, 7) if dynamic else (5,):
         x = ids(2, columns)
-        close(compiled(x), model(x), tolerance)
+        close(compiled(x), model(x), 1e-12)
         eager = gradients(model, lambda x=x: model(x))
-        close(gradients(model, lambda x=x: compiled(x)), eager, tolerance)
+        close(gradients(model, lambda x=x: compiled(x)), eager, 1e-12)
 
 
 def test_dynamic_shapes_are_compiled_once():
@@ -67,24 +69,29 @@ def test_dynamic_shapes_are_compiled_once():
     assert len(graphs) == 1
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit", "mixtral"])
-@pytest.mark.parametrize("backend", ["aot_eager"])
-def test_real_families_in_one_graph(name, backend):
-    family = FAMILIES[name]
-    model = adapted(family.build().double().eval(), list(family.targets))
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5", "vit", "mixtral"])
+def test_real_families_in_one_graph(name):
+    family, targets = FAMILIES[name], list(FAMILIES[name].targets)
+    # The loop over experts that mixtral has by default compiles without adapters no more.
+    model = (mixtral("batched_mm") if name == "mixtral" else family.build()).double().eval()
+    targets += ["experts.gate_up_proj", "experts.down_proj"] if name == "mixtral" else []
+    adapted(model, targets)
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in family.inputs().items()}
     inputs |= {"use_cache": False} if "input_ids" in inputs else {}
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     close(compiled(**inputs)[0], model(**inputs)[0], 1e-12)
     eager = gradients(model, lambda: model(**inputs)[0])
     close(gradients(model, lambda: compiled(**inputs)[0]), eager, 1e-10)
 
 
-def test_inductor_of_a_real_model():
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor_of_a_real_model_with_gradients():
     model = adapted(llama().double().eval(), ["q_proj", "v_proj"])
     inputs = {"input_ids": ids(), "use_cache": False}
-    compiled = torch.compile(model, fullgraph=True)
-    close(compiled(**inputs)[0], model(**inputs)[0], 1e-9)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    eager = gradients(model, lambda: model(**inputs)[0])
+    # The model's own norms and rotations are in float32, and inductor fuses them in another way.
+    close(gradients(model, lambda: compiled(**inputs)[0]), eager, 1e-5)
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["compile-inject", "inject-compile"])
@@ -108,22 +115,28 @@ def test_blocks_that_are_compiled_one_by_one(before):
 
 
 def wrapped(model):
-    return torch.compile(model, backend="aot_eager", fullgraph=True)
+    return torch.compile(model, backend="eager", fullgraph=True)
 
 
 def in_place(model):
-    model.compile(backend="aot_eager", fullgraph=True)
+    model.compile(backend="eager", fullgraph=True)
     return model
 
 
 def forward_alone(model):
-    model.forward = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
+    model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
     return model
 
 
-@pytest.mark.parametrize("compiled_by", [wrapped, in_place, forward_alone])
-@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["embed"]])
-@pytest.mark.parametrize("how", ["auto", "weight"])
+@pytest.mark.parametrize(
+    ("compiled_by", "targets", "how"),
+    [
+        (wrapped, ["q_proj", "v_proj"], "auto"),
+        (in_place, ["q_proj", "v_proj"], "auto"),
+        (forward_alone, ["embed", "o_proj"], "auto"),
+        (wrapped, ["q_proj", "embed"], "weight"),
+    ],
+)
 def test_a_compiled_model_notices_whatever_is_done_to_its_adapters(compiled_by, targets, how):
     torch.manual_seed(3)
     model, reference, x = Net().double(), Net().double(), ids()
@@ -131,9 +144,7 @@ def test_a_compiled_model_notices_whatever_is_done_to_its_adapters(compiled_by, 
     compiled = compiled_by(model)
 
     def agree():
-        close(compiled(x), reference(x), 1e-12)
-        with torch.no_grad():
-            close(compiled(x), reference(x), 1e-12)
+        assert torch.equal(compiled(x), reference(x))
         return reference(x)
 
     base = agree()
@@ -231,3 +242,23 @@ def test_export_of_a_convolution_net_and_of_attention():
     x = torch.randn(2, 5, 8, dtype=torch.double)
     layer.eval()
     close(torch.export.export(layer, (x,)).module()(x), layer(x), 1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec..:FutureWarning")
+@pytest.mark.parametrize("name", ["llama", "vit"])
+def test_onnx_of_a_merged_model(name):
+    from onnx.reference import ReferenceEvaluator
+
+    model, inputs = FAMILIES[name].build().eval(), FAMILIES[name].inputs()
+    flags = {"use_cache": False} if "input_ids" in inputs else {}
+    base = model(**inputs, **flags)[0]
+    adapted(model, ["q_proj", "v_proj"])
+    merge(model)
+    with torch.no_grad():
+        program = torch.onnx.export(model, (), kwargs={**inputs, **flags}, verbose=False)
+        expected = model(**inputs, **flags)[0]
+    assert not [value for value in program.model.graph.initializers if "lora" in value]
+    onnx = ReferenceEvaluator(program.model_proto)
+    (got, *_) = onnx.run(None, {key: value.numpy() for key, value in inputs.items()})
+    torch.testing.assert_close(torch.from_numpy(got), expected, rtol=1e-5, atol=1e-6)
+    assert (expected - base).abs().max() > 1e-3

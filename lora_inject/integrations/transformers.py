@@ -1,0 +1,74 @@
+"""For the ``Trainer`` of transformers: checkpoints that hold the adapter and not the base model."""
+
+from collections.abc import Mapping
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from lora_inject.files import save
+from lora_inject.integrations.trained import trained_tensors
+from lora_inject.record import records_in
+
+
+class AdapterCheckpoint(TrainerCallback):  # type: ignore[misc]
+    """Lets the ``Trainer`` write and resume checkpoints that hold adapter tensors alone.
+
+    ``model.safetensors`` in a checkpoint then has what trains and nothing else, and ``Trainer``
+    resumes from it by itself (its warning about missing keys names the base model's). Beside it lies
+    the adapter as a PEFT directory, for ``load`` and other libraries. The model has a
+    ``save_pretrained`` of its own while it trains and at no other time.
+
+    Example:
+        >>> trainer = Trainer(model, arguments, callbacks=[AdapterCheckpoint()])  # doctest: +SKIP
+        >>> trainer.train(resume_from_checkpoint=True)  # doctest: +SKIP
+
+    Args:
+        peft: whether to write the PEFT files too; some kinds of layer have no word there.
+    """
+
+    def __init__(self, peft: bool = True) -> None:
+        self.peft = peft
+
+    def on_train_begin(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
+        """Let the model save itself in our way; refuses a model without adapters."""
+        trained_tensors(model)
+        # What Trainer calls for a checkpoint: the former, or the latter of any other model.
+        if hasattr(model, "save_pretrained"):
+            model.__dict__["save_pretrained"] = partial(_write, model, self.peft)
+        else:
+            model.__dict__["state_dict"] = partial(_state, model)
+
+    def on_train_end(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
+        """Give the model back its own way."""
+        model.__dict__.pop("save_pretrained", None)
+        model.__dict__.pop("state_dict", None)
+
+
+def _state(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    return trained_tensors(model)
+
+
+def _write(
+    model: Any,
+    peft: bool,
+    directory: str | PathLike[str],
+    state_dict: Mapping[str, Tensor] | None = None,
+    is_main_process: bool = True,
+    **_: Any,
+) -> None:
+    """What ``save_pretrained`` does, for what trains alone."""
+    own = trained_tensors(model)
+    given = own if state_dict is None else state_dict  # one that was gathered from all processes
+    if not is_main_process:
+        return
+    model.config.save_pretrained(directory)
+    tensors = {key: given[key].contiguous() for key in own}
+    save_file(tensors, Path(directory) / "model.safetensors", metadata={"format": "pt"})
+    names = {name for _, _, record in records_in(model) for name in record.modes} if peft else ()
+    for name in names:
+        save(model, Path(directory) / name if len(names) > 1 else directory, adapter=name)
