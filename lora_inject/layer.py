@@ -266,7 +266,16 @@ def change(module: nn.Module, **fields: Any) -> None:
     state.update_running()
     wanted = _class_for(state)
     if type(module) is not wanted:
+        _bind_anew(module, wanted)
         module.__class__ = wanted
+
+
+def _bind_anew(module: nn.Module, wanted: type[nn.Module]) -> None:
+    """Let accelerate's hooks, which keep the class's forward on the instance, call the new one."""
+    for name in ("_old_forward", "forward"):
+        kept = module.__dict__.get(name)
+        if getattr(kept, "__func__", None) is type(module).forward:
+            module.__dict__[name] = types.MethodType(wanted.forward, module)
 
 
 def is_intact(module: nn.Module) -> bool:

@@ -197,11 +197,18 @@ class Record:
 
 
 def require_intact(path: str, layer: nn.Module) -> None:
-    """Refuse a layer whose class something else has changed.
+    """Refuse a layer whose class something else has changed, or that accelerate holds elsewhere.
 
     Raises:
-        LoRAInjectError: it has been swapped again.
+        LoRAInjectError: it has been swapped again, or offloaded with its adapters.
     """
+    names = [name for adapter in adapters_of(layer) for name in adapter.parameters]
+    if "_hf_hook" in layer.__dict__ and any(layer.get_parameter(name).is_meta for name in names):
+        raise LoRAInjectError(
+            "accelerate has offloaded its adapter, and its hook would look for it.",
+            path=path,
+            remedy="Call accelerate.hooks.remove_hook_from_submodules(model) first.",
+        )
     if not is_intact(layer):
         raise LoRAInjectError(
             f"its class is now {type(layer).__name__}, put there after inject.",

@@ -8,7 +8,7 @@ from lora_inject.integrations.trained import trained_tensors
 from lora_inject.state import require_fit
 
 
-class AdapterCheckpoint(Callback):  # type: ignore[misc]
+class AdapterCheckpoint(Callback):
     """Lets Lightning write and resume checkpoints that hold adapter tensors alone.
 
     What ``ModelCheckpoint`` and ``save_checkpoint`` write has in its ``state_dict`` what trains and

@@ -7,20 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from transformers import TrainerCallback
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lora_inject.errors import LoRAInjectError
 from lora_inject.files import save
 from lora_inject.integrations.trained import trained_tensors
 from lora_inject.record import records_in
 
 
-class AdapterCheckpoint(TrainerCallback):  # type: ignore[misc]
+class AdapterCheckpoint(TrainerCallback):
     """Lets the ``Trainer`` write and resume checkpoints that hold adapter tensors alone.
 
     ``model.safetensors`` in a checkpoint then has what trains and nothing else, and ``Trainer``
-    resumes from it by itself (its warning about missing keys names the base model's). Beside it lies
-    the adapter as a PEFT directory, for ``load`` and other libraries. The model has a
+    resumes from it by itself; its warning about missing keys names those of the base model. Beside
+    it lies the adapter as a PEFT directory, for ``load`` and other libraries. The model has a
     ``save_pretrained`` of its own while it trains and at no other time.
 
     Example:
@@ -34,23 +35,28 @@ class AdapterCheckpoint(TrainerCallback):  # type: ignore[misc]
     def __init__(self, peft: bool = True) -> None:
         self.peft = peft
 
-    def on_train_begin(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
-        """Let the model save itself in our way; refuses a model without adapters."""
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let the model save itself in our way.
+
+        Raises:
+            LoRAInjectError: it has no adapters, or ``Trainer`` cannot load a part of it.
+        """
+        model = kwargs["model"]
         trained_tensors(model)
-        # What Trainer calls for a checkpoint: the former, or the latter of any other model.
-        if hasattr(model, "save_pretrained"):
-            model.__dict__["save_pretrained"] = partial(_write, model, self.peft)
-        else:
-            model.__dict__["state_dict"] = partial(_state, model)
+        if not hasattr(model, "save_pretrained"):
+            raise LoRAInjectError(
+                f"Trainer resumes a {type(model).__name__} from whole checkpoints only.",
+                remedy="Leave AdapterCheckpoint out, or use a PreTrainedModel.",
+            )
+        model.__dict__["save_pretrained"] = partial(_write, model, self.peft)
 
-    def on_train_end(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Give the model back its own way."""
-        model.__dict__.pop("save_pretrained", None)
-        model.__dict__.pop("state_dict", None)
-
-
-def _state(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-    return trained_tensors(model)
+        del kwargs["model"].__dict__["save_pretrained"]
 
 
 def _write(
