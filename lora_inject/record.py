@@ -122,6 +122,15 @@ class Record:
         self.in_use = {**self.in_use, **older.in_use}
         self.training = self.training | older.training
 
+    def tie(self) -> None:
+        """Let tied layers share their A and B again, which ``to_empty`` takes apart."""
+        leaders = {(a.path, a.name, a.seed): (m, a) for _, m, a in self.adapters if not a.follows}
+        for _, layer, adapter in self.adapters:
+            if adapter.follows:
+                leader, first = leaders[adapter.follows, adapter.name, adapter.seed]
+                for name, shared in zip(adapter.parameters, first.parameters, strict=True):
+                    layer._parameters[name] = leader.get_parameter(shared)
+
     def require_ready(self) -> None:
         """Refuse a record with merged layers, or inside a block that changes what runs.
 
