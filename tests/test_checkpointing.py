@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_inject import disabled, inject, load, merged, remove, save, strip
 
+pytestmark = pytest.mark.usefixtures("device")
+
 REENTRANT = pytest.mark.parametrize("reentrant", [True, False])
 
 

@@ -15,9 +15,9 @@ def build(name, device):
         return FAMILIES[name].build()
 
 
-def materialized(model, eager):
+def materialized(model, eager, device):
     """What a user does: memory, the base weights, the buffers that no checkpoint holds, ties."""
-    model.to_empty(device="cpu")
+    model.to_empty(device=device)
     base = {key: value for key, value in eager.state_dict().items() if "lora_" not in key}
     missing, unexpected = model.load_state_dict(base, strict=False)
     assert all("lora_" in key for key in missing)
@@ -30,9 +30,9 @@ def materialized(model, eager):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_from_meta_or_eagerly_it_is_the_same_model(name):
+def test_from_meta_or_eagerly_it_is_the_same_model(name, device):
     family = FAMILIES[name]
-    eager, model = build(name, "cpu").train(), build(name, "meta").train()
+    eager, model = build(name, device).train(), build(name, "meta").train()
     asked = {"targets": [*family.targets], "r": 2, "bias": "lora_only", "seed": 5}
     if name == "gpt2":  # whose head is tied to its embedding
         asked["targets"].append("wte")
@@ -40,7 +40,7 @@ def test_from_meta_or_eagerly_it_is_the_same_model(name):
     shown = inject(model, **asked)
     assert str(shown) == str(inject(eager, **asked))
     assert all(parameter.is_meta for parameter in model.parameters())
-    materialized(model, eager)
+    materialized(model, eager, device)
     assert str(report(model)) == str(shown)
     expected, state = eager.state_dict(), model.state_dict()
     assert list(state) == list(expected)

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from lora_inject import disabled, inject, lora_parameters, merged, strip
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions beside a shortcut."""
