@@ -218,6 +218,13 @@ def require_intact(path: str, layer: nn.Module) -> None:
             path=path,
             remedy="Call accelerate.hooks.remove_hook_from_submodules(model) first.",
         )
+    own = getattr(layer.__dict__.get("forward"), "__func__", None) is type(layer).forward
+    if "forward" in layer.__dict__ and "_hf_hook" not in layer.__dict__ and not own:
+        raise LoRAInjectError(
+            "a forward was set on this very instance after inject, and it would go on adding.",
+            path=path,
+            remedy="Remove it first (del layer.forward).",
+        )
     if not is_intact(layer):
         raise LoRAInjectError(
             f"its class is now {type(layer).__name__}, put there after inject.",

@@ -8,7 +8,7 @@ from families import FAMILIES, llama, mixtral, unet
 from helpers import Block, Net, ids, randomize_adapters
 from torch import nn
 
-from lora_inject import disabled, inject, merge, merged, strip, unmerge, use
+from lora_inject import LoRAInjectError, disabled, inject, merge, merged, strip, unmerge, use
 
 pytestmark = [
     # Of inductor's imports, and of dynamo's look at the inputs of a block.
@@ -183,6 +183,28 @@ def test_a_compiled_model_notices_whatever_is_done_to_its_adapters(compiled_by, 
     assert not torch.equal(agree(), base)
     strip(compiled), strip(reference)
     assert torch.equal(agree(), base)
+
+
+def test_a_layer_that_is_compiled_by_itself():
+    model, x = Net().double(), ids()
+    base = model(x)
+    layer = model.layers[0].q_proj
+    layer.compile(backend="eager")
+    adapted(model, ["q_proj"])
+    plain = Net().double()
+    inject(plain, ["q_proj"], r=2)
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(model(x), plain(x))
+    with disabled(model):
+        assert torch.equal(model(x), base)
+    layer.forward = torch.compile(layer.forward, backend="eager")
+    assert torch.equal(model(x), plain(x))
+    with pytest.raises(LoRAInjectError, match=r"layers.0.q_proj: a forward was set on this very"):
+        strip(model)
+    assert torch.equal(model(x), plain(x))
+    del layer.forward
+    strip(model)
+    assert torch.equal(model(x), base)
 
 
 def test_training_a_model_that_was_compiled_before_it_was_adapted():

@@ -1,6 +1,8 @@
 """transformers' Trainer, accelerate and Lightning train an injected model, save it and resume."""
 
 import json
+import subprocess
+import sys
 
 import accelerate
 import lightning
@@ -371,3 +373,12 @@ def test_generate_with_adapters_on_disabled_and_merged():
         assert torch.equal(written(base), written(model))
     strip(model)
     assert torch.equal(written(base), written(model))
+
+
+def test_nothing_of_the_integrations_is_imported_with_the_library():
+    code = (
+        "import sys, lora_inject; print([n for n in sys.modules if n.startswith("
+        "('lora_inject.integrations', 'transformers', 'lightning', 'accelerate', 'onnx'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

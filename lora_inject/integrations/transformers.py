@@ -22,7 +22,7 @@ class AdapterCheckpoint(TrainerCallback):
     ``model.safetensors`` in a checkpoint then has what trains and nothing else, and ``Trainer``
     resumes from it by itself; its warning about missing keys names those of the base model. Beside
     it lies the adapter as a PEFT directory, for ``load`` and other libraries. The model has a
-    ``save_pretrained`` of its own while it trains and at no other time.
+    ``save_pretrained`` of its own until ``train`` is done.
 
     Example:
         >>> trainer = Trainer(model, arguments, callbacks=[AdapterCheckpoint()])  # doctest: +SKIP
