@@ -143,8 +143,9 @@ def test_a_compiled_model_notices_whatever_is_done_to_its_adapters(compiled_by, 
     compiled = compiled_by(model)
 
     def agree():
-        assert torch.equal(compiled(x), reference(x))
-        return reference(x)
+        output = compiled(x)
+        close(output, reference(x), 1e-12)  # in eager mode a layer sums in another order
+        return output
 
     base = agree()
     for m in (model, reference):
@@ -155,7 +156,7 @@ def test_a_compiled_model_notices_whatever_is_done_to_its_adapters(compiled_by, 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(values[name])
-    assert not torch.equal(agree(), base)
+    assert (agree() - base).abs().max() > 1e-3
     with disabled(model), disabled(reference):
         assert torch.equal(agree(), base)
     with merged(model), merged(reference):
@@ -180,7 +181,7 @@ def test_a_compiled_model_notices_whatever_is_done_to_its_adapters(compiled_by, 
             for layer in m.layers:
                 layer.o_proj.lora_B.fill_(0.1)
                 layer.o_proj.bias.fill_(0.2)
-    assert not torch.equal(agree(), base)
+    assert (agree() - base).abs().max() > 1e-3
     strip(compiled), strip(reference)
     assert torch.equal(agree(), base)
 
@@ -194,14 +195,14 @@ def test_a_layer_that_is_compiled_by_itself():
     plain = Net().double()
     inject(plain, ["q_proj"], r=2)
     plain.load_state_dict(model.state_dict())
-    assert torch.equal(model(x), plain(x))
+    close(model(x), plain(x), 1e-12)
     with disabled(model):
         assert torch.equal(model(x), base)
     layer.forward = torch.compile(layer.forward, backend="eager")
-    assert torch.equal(model(x), plain(x))
+    close(model(x), plain(x), 1e-12)
     with pytest.raises(LoRAInjectError, match=r"layers.0.q_proj: a forward was set on this very"):
         strip(model)
-    assert torch.equal(model(x), plain(x))
+    close(model(x), plain(x), 1e-12)
     del layer.forward
     strip(model)
     assert torch.equal(model(x), base)
