@@ -280,6 +280,7 @@ def change(module: nn.Module, **fields: Any) -> None:
     _hold_scales(module)
     wanted = _class_for(state)
     if type(module) is not wanted:
+        _bind_anew(module, wanted)
         module.__class__ = wanted
 
 
@@ -297,6 +298,14 @@ def _hold_scales(module: nn.Module) -> None:
             with torch.inference_mode(False):
                 scale = torch.tensor(term.scaling, dtype=dtype, device=device)
             state.scales[term.adapter] = term.scaling, scale
+
+
+def _bind_anew(module: nn.Module, wanted: type[nn.Module]) -> None:
+    """Let accelerate's hooks, which keep the class's forward on the instance, call the new one."""
+    for name in ("_old_forward", "forward"):
+        kept = module.__dict__.get(name)
+        if getattr(kept, "__func__", None) is type(module).forward:
+            module.__dict__[name] = types.MethodType(wanted.forward, module)
 
 
 def is_intact(module: nn.Module) -> bool:

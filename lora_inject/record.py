@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.adapter import Adapter, adapters_of, is_merged, state_of
+from lora_inject.checkpointing import checkpointed_modules, hook, unhook
 from lora_inject.errors import ArgumentError, LoRAInjectError
 from lora_inject.in_place import Place, Slot, own_tensor
 from lora_inject.layer import change, detach, is_intact
@@ -90,6 +91,7 @@ class Record:
         modes: the adapters' bias modes and ``train_also`` modules.
         in_use: the names of the adapters in use, with their weights.
         training: the names of the adapters that train.
+        hooked: the modules with a hook of ours, for the sake of gradient checkpointing.
         created: when, so that records of nested modules are undone in the right order.
     """
 
@@ -99,6 +101,7 @@ class Record:
     modes: dict[str, Mode] = field(default_factory=dict)
     in_use: dict[str, float] = field(default_factory=dict)
     training: set[str] = field(default_factory=set)
+    hooked: list[nn.Module] = field(default_factory=list)
     created: int = field(default_factory=time.time_ns)
 
     @property
@@ -118,6 +121,15 @@ class Record:
             own.train_also = [*mode.train_also, *own.train_also]
         self.in_use = {**self.in_use, **older.in_use}
         self.training = self.training | older.training
+
+    def tie(self) -> None:
+        """Let tied layers share their A and B again, which ``to_empty`` takes apart."""
+        leaders = {(a.path, a.name, a.seed): (m, a) for _, m, a in self.adapters if not a.follows}
+        for _, layer, adapter in self.adapters:
+            if adapter.follows:
+                leader, first = leaders[adapter.follows, adapter.name, adapter.seed]
+                for name, shared in zip(adapter.parameters, first.parameters, strict=True):
+                    layer._parameters[name] = leader.get_parameter(shared)
 
     def require_ready(self) -> None:
         """Refuse a record with merged layers, or inside a block that changes what runs.
@@ -194,11 +206,25 @@ class Record:
 
 
 def require_intact(path: str, layer: nn.Module) -> None:
-    """Refuse a layer whose class something else has changed.
+    """Refuse a layer whose class something else has changed, or that accelerate holds elsewhere.
 
     Raises:
-        LoRAInjectError: it has been swapped again.
+        LoRAInjectError: it has been swapped again, or offloaded with its adapters.
     """
+    names = [name for adapter in adapters_of(layer) for name in adapter.parameters]
+    if "_hf_hook" in layer.__dict__ and any(layer.get_parameter(name).is_meta for name in names):
+        raise LoRAInjectError(
+            "accelerate has offloaded its adapter, and its hook would look for it.",
+            path=path,
+            remedy="Call accelerate.hooks.remove_hook_from_submodules(model) first.",
+        )
+    own = getattr(layer.__dict__.get("forward"), "__func__", None) is type(layer).forward
+    if "forward" in layer.__dict__ and "_hf_hook" not in layer.__dict__ and not own:
+        raise LoRAInjectError(
+            "a forward was set on this very instance after inject, and it would go on adding.",
+            path=path,
+            remedy="Remove it first (del layer.forward).",
+        )
     if not is_intact(layer):
         raise LoRAInjectError(
             f"its class is now {type(layer).__name__}, put there after inject.",
@@ -309,15 +335,20 @@ def former_flags(model: nn.Module) -> dict[nn.Module, dict[str, bool]]:
 
 def install(module: nn.Module, record: Record) -> None:
     """Put the record on the module, in place of those of its submodules, which it has adopted."""
+    record.hooked = checkpointed_modules(module)
     reinstall(module, [("", module, record)])
 
 
 def reinstall(model: nn.Module, records: list[tuple[str, nn.Module, Record]]) -> None:
-    """Make these the records in the model again."""
+    """Make these the records in the model again, and theirs the hooks in it."""
+    former = [module for _, _, record in records_in(model) for module in record.hooked]
     for _, holder, _ in records_in(model):
-        uninstall(holder)
+        del holder.__dict__[_RECORD]
     for _, holder, record in records:
         holder.__dict__[_RECORD] = record
+    hooked = {module: None for _, _, record in records for module in record.hooked}
+    unhook(module for module in former if module not in hooked)
+    hook(hooked)
 
 
 def set_in_use(record: Record, weights: dict[str, float]) -> None:
@@ -340,8 +371,9 @@ def set_trainable(parameters: Iterable[nn.Parameter], trainable: bool) -> None:
 
 
 def uninstall(module: nn.Module) -> None:
-    """Take the record off the module."""
-    del module.__dict__[_RECORD]
+    """Take the record off the module, and the hooks that it lists."""
+    record: Record = module.__dict__.pop(_RECORD)
+    unhook(record.hooked)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:

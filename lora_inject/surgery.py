@@ -312,6 +312,8 @@ def reset_lora_parameters(model: nn.Module) -> None:
                 path=path,
                 remedy='Call model.to_empty(device="cpu") first, then load the base weights.',
             )
+    for _, _, record in records_in(model):
+        record.tie()
     with torch.no_grad():
         for _, adapter, spec, A, B in pairs:
             for parameter, value in zip((A, B), _starting_values(adapter, spec), strict=True):

@@ -40,6 +40,8 @@ from lora_inject import (
 from lora_inject.adapter import adapters_of
 from lora_inject.in_place import Slot
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def two():
     """A double-precision net with adapters that overlap in part, both with values."""
@@ -591,7 +593,7 @@ def test_a_former_value_is_that_from_before_its_owner():
     assert model[0].bias[0].item() == 7
 
 
-def test_tensors_made_on_meta_are_filled_when_values_come():
+def test_tensors_made_on_meta_are_filled_when_values_come(device):
     def build():
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
@@ -602,7 +604,7 @@ def test_tensors_made_on_meta_are_filled_when_values_come():
     for name in ("a", "b"):
         inject(model, "0", r=1, adapter=name, bias="all")
         use(model)
-    model.to_empty(device="cpu")
+    model.to_empty(device=device)
     with pytest.raises(LoRAInjectError, match="reset_lora_parameters"):
         use(model, "a")
     model.load_state_dict(base.state_dict(), strict=False)

@@ -9,6 +9,8 @@ from torch import nn
 
 from lora_inject import inject, plan, strip
 
+pytestmark = pytest.mark.usefixtures("device")
+
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 

@@ -11,6 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_inject import LoRALayer, inject, reset_lora_parameters, strip
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 class Experts(nn.Module):
     """A fused weight of two experts, in transformers' form."""
@@ -160,14 +162,14 @@ def test_copies_compute_the_same_and_can_be_stripped(name, through):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_layer_from_meta_gets_the_eager_values(name):
+def test_a_layer_from_meta_gets_the_eager_values(name, device):
     layer, call, arguments = make(name)
     base = {key: tensor.clone() for key, tensor in layer.state_dict().items()}
     with torch.device("meta"):
         twin = KINDS[name][0]()
     for each in (layer, twin):
         inject(each, seed=7, **arguments)
-    twin.to_empty(device="cpu")
+    twin.to_empty(device=device)
     twin.load_state_dict(base, strict=False)
     reset_lora_parameters(twin)
     for one, other in zip(layer.state_dict().values(), twin.state_dict().values(), strict=True):

@@ -10,6 +10,8 @@ from helpers import PEFT_WARNS, changed_parts, randomize_adapters, snapshot, tra
 
 from lora_inject import LoRALayer, inject, plan, strip
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 @pytest.fixture(params=list(FAMILIES))
 def family(request):

@@ -22,6 +22,8 @@ from lora_inject import (
 from lora_inject.functional import linear_down, linear_up
 from lora_inject.kinds import find_kind
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 class Doubled(nn.Linear):
     """A subclass with a forward of its own, which must go on running."""
@@ -137,15 +139,17 @@ def test_step_zero_is_bit_equal_and_dtypes_are_kept(kind, base, dtype):
 
 
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
-def test_under_autocast(base):
+def test_under_autocast(base, device):
     layer, x = nn.Linear(8, 8, dtype=base), torch.randn(4, 8, dtype=base)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         expected = layer(x)
     inject(layer, nn.Linear, r=2)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         assert torch.equal(layer(x), expected)
     randomize_adapters(layer)
-    with torch.autocast("cpu", torch.bfloat16):  # a new context: autocast keeps casts of weights
+    with torch.autocast(
+        device.type, torch.bfloat16
+    ):  # a new context: autocast keeps casts of weights
         layer(x).float().sum().backward()
     assert layer.lora_A.grad.dtype == torch.float32
     assert layer.lora_A.grad.any()

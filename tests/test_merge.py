@@ -26,6 +26,8 @@ from lora_inject import (
     unmerge,
 )
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def adapted(**arguments):
     model = Net()

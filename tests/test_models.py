@@ -12,6 +12,8 @@ from torch.nn.utils import parametrizations
 
 from lora_inject import LoRALayer, UnsupportedLayerError, inject, plan, strip
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def gemma():
     config = tf.Gemma3TextConfig(

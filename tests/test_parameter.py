@@ -20,6 +20,8 @@ from lora_inject import (
 )
 from lora_inject.kinds.parameter import ExpertWeights
 
+pytestmark = pytest.mark.usefixtures("device")
+
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 IMPLEMENTATIONS = ["eager", "batched_mm", "grouped_mm"]
 

@@ -11,6 +11,8 @@ from torch import nn
 
 from lora_inject import ArgumentError, NoMatchError, UnsupportedLayerError, inject, plan, strip
 
+pytestmark = pytest.mark.usefixtures("device")
+
 GQA = (("q", 8), (None, 4), ("v", 4))
 
 

@@ -24,6 +24,8 @@ from lora_inject import (
     use,
 )
 
+pytestmark = pytest.mark.usefixtures("device")
+
 ROWS = ["fr", None, "de", "fr", "es"]
 
 LAYERS = {

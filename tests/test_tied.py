@@ -11,6 +11,8 @@ from torch import nn
 from lora_inject import ArgumentError, UnsupportedLayerError, inject, plan, report, strip
 from lora_inject.kinds.embedding import EmbeddingKind
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def tied_net():
     model = Net()

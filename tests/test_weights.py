@@ -21,6 +21,8 @@ from lora_inject import (
     strip,
 )
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def written_out(model):
     """A stripped copy and its parameters with W + s B A, as functions of our A and B."""

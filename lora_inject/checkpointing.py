@@ -1,0 +1,74 @@
+"""Gradient checkpointing: no block loses its gradients because its input needs none.
+
+``torch.utils.checkpoint`` in its reentrant form returns something that needs a gradient only if an
+input of the block does. With everything before the first block frozen none does, and the adapters
+inside would silently not train. A hook on each block that can be checkpointed lets its input need a
+gradient then; it changes no value, and does nothing at other times.
+"""
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_SWITCH = "gradient_checkpointing"
+
+
+def checkpointed_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that have the switch by which transformers and diffusers checkpoint them."""
+    return [module for module in model.modules() if isinstance(_switch(module), bool)]
+
+
+def _switch(module: nn.Module) -> Any:
+    # Not by getattr: asking every module of a model for what it has not is slow.
+    return vars(module).get(_SWITCH, getattr(type(module), _SWITCH, None))
+
+
+def hook(modules: Iterable[nn.Module]) -> None:
+    """Put the hook on those of the modules that have it not yet."""
+    for module in modules:
+        if not _keys(module):
+            module.register_forward_pre_hook(_let_input_need_gradient, with_kwargs=True)
+
+
+def unhook(modules: Iterable[nn.Module]) -> None:
+    """Take the hook off again, and no other."""
+    for module in modules:
+        for key in _keys(module):
+            del module._forward_pre_hooks[key]
+            del module._forward_pre_hooks_with_kwargs[key]
+
+
+def _keys(module: nn.Module) -> list[int]:
+    """Where the hook is, known by its function: no handle follows a copy or a pickled model."""
+    hooks = module._forward_pre_hooks
+    return [key for key, function in hooks.items() if function is _let_input_need_gradient]
+
+
+def _let_input_need_gradient(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The inputs with the first floating-point one needing a gradient, where that is necessary."""
+    # The compiler has a checkpointing of its own, which is not reentrant.
+    if torch.compiler.is_compiling() or not _is_on(module) or not torch.is_grad_enabled():
+        return None
+    values: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+    tensors = {k: v for k, v in values.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    if not tensors or any(tensor.requires_grad for tensor in tensors.values()):
+        return None
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        return None
+    key = next(iter(tensors))
+    values[key] = tensors[key].detach().requires_grad_()
+    return tuple(values[i] for i in range(len(args))), {name: values[name] for name in kwargs}
+
+
+def _is_on(module: nn.Module) -> bool:
+    """Whether the module is checkpointed now, in a form that may be the reentrant one."""
+    if not (_switch(module) and module.training):
+        return False
+    function = getattr(module, "_gradient_checkpointing_func", None)
+    known = function.keywords if isinstance(function, partial) else {}
+    return bool(known.get("use_reentrant", True))

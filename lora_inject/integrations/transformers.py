@@ -1,0 +1,80 @@
+"""For the ``Trainer`` of transformers: checkpoints that hold the adapter and not the base model."""
+
+from collections.abc import Mapping
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lora_inject.errors import LoRAInjectError
+from lora_inject.files import save
+from lora_inject.integrations.trained import trained_tensors
+from lora_inject.record import records_in
+
+
+class AdapterCheckpoint(TrainerCallback):
+    """Lets the ``Trainer`` write and resume checkpoints that hold adapter tensors alone.
+
+    ``model.safetensors`` in a checkpoint then has what trains and nothing else, and ``Trainer``
+    resumes from it by itself; its warning about missing keys names those of the base model. Beside
+    it lies the adapter as a PEFT directory, for ``load`` and other libraries. The model has a
+    ``save_pretrained`` of its own until ``train`` is done.
+
+    Example:
+        >>> trainer = Trainer(model, arguments, callbacks=[AdapterCheckpoint()])  # doctest: +SKIP
+        >>> trainer.train(resume_from_checkpoint=True)  # doctest: +SKIP
+
+    Args:
+        peft: whether to write the PEFT files too; some kinds of layer have no word there.
+    """
+
+    def __init__(self, peft: bool = True) -> None:
+        self.peft = peft
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let the model save itself in our way.
+
+        Raises:
+            LoRAInjectError: it has no adapters, or ``Trainer`` cannot load a part of it.
+        """
+        model = kwargs["model"]
+        trained_tensors(model)
+        if not hasattr(model, "save_pretrained"):
+            raise LoRAInjectError(
+                f"Trainer resumes a {type(model).__name__} from whole checkpoints only.",
+                remedy="Leave AdapterCheckpoint out, or use a PreTrainedModel.",
+            )
+        model.__dict__["save_pretrained"] = partial(_write, model, self.peft)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give the model back its own way."""
+        del kwargs["model"].__dict__["save_pretrained"]
+
+
+def _write(
+    model: Any,
+    peft: bool,
+    directory: str | PathLike[str],
+    state_dict: Mapping[str, Tensor] | None = None,
+    is_main_process: bool = True,
+    **_: Any,
+) -> None:
+    """What ``save_pretrained`` does, for what trains alone."""
+    own = trained_tensors(model)
+    given = own if state_dict is None else state_dict  # one that was gathered from all processes
+    if not is_main_process:
+        return
+    model.config.save_pretrained(directory)
+    tensors = {key: given[key].contiguous() for key in own}
+    save_file(tensors, Path(directory) / "model.safetensors", metadata={"format": "pt"})
+    names = {name for _, _, record in records_in(model) for name in record.modes} if peft else ()
+    for name in names:
+        save(model, Path(directory) / name if len(names) > 1 else directory, adapter=name)

@@ -1,0 +1,198 @@
+"""Gradient checkpointing: with everything before the adapters frozen, all of them get gradients."""
+
+import copy
+import io
+
+import pytest
+import torch
+import transformers as tf
+from families import FAMILIES, llama, unet, vit
+from helpers import changed_parts, ids, randomize_adapters, snapshot
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lora_inject import disabled, inject, load, merged, remove, save, strip
+
+pytestmark = pytest.mark.usefixtures("device")
+
+REENTRANT = pytest.mark.parametrize("reentrant", [True, False])
+
+
+def gradients(model, inputs):
+    """The gradient of every A and B after one step on fixed inputs and with fixed dropout."""
+    torch.manual_seed(1)
+    model(**inputs)[0].float().pow(2).sum().backward()
+    found = {n: p.grad for n, p in model.named_parameters() if "lora_" in n}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def assert_same_gradients(got, expected):
+    assert [name for name, gradient in got.items() if gradient is None] == []
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, rtol=0, atol=1e-10)
+
+
+def switch_on(model, reentrant):
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@REENTRANT
+def test_every_adapter_gets_the_gradient_that_it_gets_without_checkpointing(family, reentrant):
+    build = FAMILIES[family]
+    model, inputs = build.build().double().train(), build.inputs()
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    inject(model, list(build.targets), r=2)
+    randomize_adapters(model)
+    plain = gradients(model, {**inputs, **({"use_cache": False} if "input_ids" in inputs else {})})
+    switch_on(model, reentrant)
+    assert_same_gradients(gradients(model, inputs), plain)
+
+
+@REENTRANT
+def test_so_do_adapters_over_inputs_that_skip_the_embedding(reentrant):
+    model = llama().double().train()
+    inject(model, ["q_proj", "v_proj"], r=2, layers=[-1])
+    randomize_adapters(model)
+    inputs = {"inputs_embeds": torch.randn(2, 5, 16, dtype=torch.double), "use_cache": False}
+    plain = gradients(model, inputs)
+    switch_on(model, reentrant)
+    assert_same_gradients(gradients(model, inputs), plain)
+    assert inputs["inputs_embeds"].requires_grad is False
+
+
+def test_so_do_those_of_diffusers():
+    model = unet().double().train()
+    inject(model, ["to_q", "to_v", "conv1"], r=2)
+    randomize_adapters(model)
+    inputs = {
+        "sample": torch.randn(2, 4, 8, 8, dtype=torch.double), "timestep": torch.tensor(3),
+        "encoder_hidden_states": torch.randn(2, 3, 8, dtype=torch.double),
+    }  # fmt: skip
+    plain = gradients(model, inputs)
+    for function in (None, lambda block, *args: checkpoint(block, *args, use_reentrant=True)):
+        model.enable_gradient_checkpointing(function)
+        assert_same_gradients(gradients(model, inputs), plain)
+
+
+@REENTRANT
+def test_dropout_of_the_adapter_is_drawn_again_as_it_was(reentrant):
+    model, inputs = llama().double().train(), {"input_ids": ids(), "use_cache": False}
+    inject(model, ["q_proj", "v_proj"], r=2, dropout=0.5)
+    randomize_adapters(model)
+    plain = gradients(model, inputs)
+    switch_on(model, reentrant)
+    assert_same_gradients(gradients(model, inputs), plain)
+
+
+def test_adapters_in_the_weight_too():
+    class Block(tf.modeling_layers.GradientCheckpointingLayer):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x):
+            return self.attention(x, x, x)[0]
+
+    model = nn.Sequential(Block(), Block()).double()
+    inject(model, ["attention", "out_proj"], r=2)
+    randomize_adapters(model)
+    inputs = {"input": torch.randn(2, 5, 8, dtype=torch.double)}
+    plain = gradients(model, inputs)
+    for block in model:
+        block.gradient_checkpointing = True
+        block._gradient_checkpointing_func = lambda f, *args: checkpoint(
+            f, *args, use_reentrant=True
+        )
+    assert_same_gradients(gradients(model, inputs), plain)
+
+
+def hooks(model):
+    return [name for name, module in model.named_modules() if module._forward_pre_hooks]
+
+
+def test_the_hooks_are_in_the_record_and_strip_removes_them_and_no_others(tmp_path):
+    model = vit()
+    model.vit.layers[0].register_forward_pre_hook(lambda module, args: None)
+    before = snapshot(model)
+    inject(model, ["q_proj"], r=2)
+    (record,) = [v for k, v in vars(model).items() if k == "_lora_inject_record"]
+    assert {id(m) for m in record.hooked} == {id(model.get_submodule(p)) for p in hooks(model)}
+    assert len(model.vit.layers[0]._forward_pre_hooks) == 2
+    once = [list(m._forward_pre_hooks) for m in model.modules()]
+    inject(model, ["v_proj"], r=2, adapter="fr")
+    assert [list(m._forward_pre_hooks) for m in model.modules()] == once
+    remove(model, "fr")
+    save(model, tmp_path / "adapter")
+    strip(model)
+    assert changed_parts(before, snapshot(model)) == []
+    load(model, tmp_path / "adapter")
+    assert hooks(model)
+    remove(model, "default")
+    assert changed_parts(before, snapshot(model)) == []
+
+
+def test_an_injection_that_fails_leaves_the_hooks_as_they_were(monkeypatch):
+    import lora_inject.surgery as surgery
+
+    def fails(*_):
+        raise RuntimeError("late")
+
+    model = vit()
+    before = snapshot(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(surgery, "report", fails)
+        with pytest.raises(RuntimeError, match="late"):
+            inject(model, ["q_proj"], r=2)
+    assert changed_parts(before, snapshot(model)) == []
+    inject(model, ["q_proj"], r=2)
+    before = snapshot(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(surgery, "report", fails)
+        with pytest.raises(RuntimeError, match="late"):
+            inject(model, ["v_proj"], r=2, adapter="fr")
+    assert changed_parts(before, snapshot(model)) == []
+
+
+def pickled(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_copies_train_and_are_stripped_as_well(copied):
+    model = vit().train()
+    inject(model, ["q_proj"], r=2)
+    randomize_adapters(model)
+    twin = copied(model)
+    switch_on(twin, True)
+    found = gradients(twin, {"pixel_values": torch.randn(2, 3, 8, 8)})
+    assert None not in found.values()
+    twin.activation_checkpointing_disable()
+    strip(twin)
+    assert hooks(twin) == []
+    assert hooks(model)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # and none should have
+def test_no_output_changes_and_nothing_needs_a_gradient_that_did_not():
+    model, pixels = vit().eval(), torch.randn(2, 3, 8, 8)
+    base = model(pixels).logits
+    inject(model, ["q_proj"], r=2, layers=[-1])
+    seen = []
+    model.vit.layers[0].register_forward_hook(lambda m, args, y: seen.append(y.requires_grad))
+    assert torch.equal(model(pixels).logits, base)
+    model.train()
+    model(pixels)
+    switch_on(model, True)
+    assert torch.equal(model(pixels).logits, base)  # nothing in this model drops out
+    with torch.no_grad():
+        assert torch.equal(model(pixels).logits, base)
+    with disabled(model):
+        assert torch.equal(model(pixels).logits, base)
+    with merged(model):
+        assert torch.equal(model(pixels).logits, base)
+    assert seen == [False] * 6  # the block without adapters costs no graph
