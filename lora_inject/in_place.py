@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.errors import LoRAInjectError
-from lora_inject.kinds.base import is_distributed
+from lora_inject.placements import is_distributed
 from lora_inject.settings import BASE  # under it the base's own tensor waits
 
 Place = tuple[nn.Module, str]

@@ -18,6 +18,7 @@ from lora_inject.adapter import Adapter, LayerState, Term, state_of
 from lora_inject.errors import LoRAInjectError
 from lora_inject.functional import Branch, adapted_linear, may_run_whole
 from lora_inject.kinds.base import STATE, Kind, Pair, Spec, Way, own_class
+from lora_inject.placements import is_distributed, placements_of_pair, redistributed
 
 _COMPUTED = "_lora_inject_computed"
 
@@ -51,6 +52,12 @@ class LoRALayer(nn.Module):
             shown.append(f"{on}{a.name}(r={s.r}, alpha={s.alpha:g}, dropout={s.dropout:g}{used})")
         return ", ".join(filter(None, [super().extra_repr(), "lora=" + " ".join(shown)]))
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Also what ``parallelize_module`` calls: A and B take the placements of their weight."""
+        if param is not None and is_distributed(param):
+            param = _following(self, name, param)
+        super().register_parameter(name, param)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The swapped class cannot be imported by name: rebuild it from the layer's own class.
         make, args, *rest = cast("tuple[Any, ...]", super().__reduce_ex__(protocol))
@@ -58,6 +65,29 @@ class LoRALayer(nn.Module):
             base = self.__dict__[STATE].base
             make, args = _rebuild, (base, self.lora_adapters, make, args[1:])
         return (make, args, *rest)
+
+
+def _following(layer: LoRALayer, name: str, parameter: nn.Parameter) -> nn.Parameter:
+    """A sharded parameter that replaces one of the layer, placed as its adapters need it.
+
+    Raises:
+        LoRAInjectError: it is, or follows, a weight that cannot be sharded under its adapter.
+    """
+    for adapter in layer.lora_adapters:
+        for spec, *pair in adapter.pairs:
+            weight = layer._parameters.get(spec.weight)
+            reason = "acts in its weight" if adapter.way == "weight" else ""
+            reason = "shares A and B with those of a tied layer" if adapter.follows else reason
+            if reason and name in (spec.weight, *pair):
+                raise LoRAInjectError(
+                    f"its adapter {adapter.name!r} {reason}, and cannot follow when it is sharded.",
+                    path=adapter.path,
+                    remedy="Call parallelize_module first and inject then, or exclude the layer.",
+                )
+            if name in pair and weight is not None and is_distributed(weight):
+                both = placements_of_pair(weight, adapter.kind.transposes, spec.part)
+                return redistributed(parameter, both[pair.index(name)])
+    return parameter
 
 
 def _rebuild(
@@ -262,10 +292,12 @@ def detach(module: nn.Module, adapter: Adapter) -> None:
 def change(module: nn.Module, **fields: Any) -> None:
     """Change what is known of an adapted module, and give it the class that follows from it."""
     state: LayerState = module.__dict__[STATE]
+    placed = _class_for(state)
     state.__dict__.update(fields)
     state.update_running()
     wanted = _class_for(state)
-    if type(module) is not wanted:
+    # A class that was put on top of ours (fully_shard) stays; ours below it adds what runs.
+    if type(module) is placed and placed is not wanted:
         module.__class__ = wanted
 
 

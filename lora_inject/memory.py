@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_inject.errors import ArgumentError
+from lora_inject.placements import whole_numel
 
 # Tensors of the parameter's own size and dtype that a torch optimizer keeps for each parameter, in
 # its default settings; "sgd-momentum" and "adagrad" keep one. Adam's step counter, 4 bytes for a
@@ -89,10 +90,11 @@ def logical_numel(parameter: Tensor) -> int:
     """How many numbers a parameter stands for.
 
     bitsandbytes packs two 4-bit numbers in a byte and keeps the shape they stand for in
-    ``quant_state``; torchao's tensor subclasses have the logical shape themselves.
+    ``quant_state``; torchao's tensor subclasses have the logical shape themselves. Of a sharded
+    parameter all of it counts.
     """
     shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
-    return parameter.numel() if shape is None else math.prod(shape)
+    return whole_numel(parameter) if shape is None else math.prod(shape)
 
 
 def can_train(parameter: Tensor) -> bool:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from lora_inject.adapter import Adapter, adapters_of, is_merged, state_of
 from lora_inject.errors import ArgumentError, LoRAInjectError
 from lora_inject.in_place import Place, Slot, own_tensor
-from lora_inject.layer import change, detach, is_intact
+from lora_inject.layer import LoRALayer, change, detach, is_intact
+from lora_inject.placements import is_fully_sharded
 from lora_inject.settings import BiasMode
 from lora_inject.statistics import has_statistics, hold, is_held
 
@@ -194,16 +195,36 @@ class Record:
 
 
 def require_intact(path: str, layer: nn.Module) -> None:
-    """Refuse a layer whose class something else has changed.
+    """Refuse a layer whose class or parameters something else has changed.
 
     Raises:
-        LoRAInjectError: it has been swapped again.
+        LoRAInjectError: it has been swapped again, or FSDP manages its A and B.
     """
+    if is_fully_sharded(layer):
+        raise LoRAInjectError(
+            "FSDP shards and gathers its adapter and would go on doing so.",
+            path=path,
+            remedy="Save the adapter on all ranks, and load it into a model that is not sharded.",
+        )
     if not is_intact(layer):
         raise LoRAInjectError(
             f"its class is now {type(layer).__name__}, put there after inject.",
             path=path,
             remedy="Undo that first, or strip before it is done.",
+        )
+
+
+def require_switchable(path: str, layer: nn.Module) -> None:
+    """Refuse a layer that cannot run an adapter: its class was replaced while none was in use.
+
+    Raises:
+        LoRAInjectError: it is one.
+    """
+    if not is_intact(layer) and not isinstance(layer, LoRALayer):
+        raise LoRAInjectError(
+            f"its class became {type(layer).__name__} while none of its adapters was in use.",
+            path=path,
+            remedy="Put the adapters in use before that is done (fully_shard, parametrize).",
         )
 
 

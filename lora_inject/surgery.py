@@ -17,6 +17,7 @@ from lora_inject.in_place import Place
 from lora_inject.kinds import Spec
 from lora_inject.layer import attach, detach
 from lora_inject.merge import merge as fold
+from lora_inject.placements import fill, followed, reshard
 from lora_inject.plan import Plan, plan
 from lora_inject.record import (
     Before,
@@ -222,7 +223,7 @@ def _fill_slots(record: Record, adapter: str, tensors: Mapping[Place, Tensor]) -
     for (module, name), value in tensors.items():
         tensor = record.slots[module][name].tensor(adapter)
         assert tensor is not None
-        tensor.copy_(value)
+        fill(tensor, value)
 
 
 def _with_notes(shown: Report, wanted: Plan) -> Report:
@@ -263,7 +264,8 @@ def _adapt(
         pair = leader.get_parameter(A_name), leader.get_parameter(B_name)
         attach(site.module, adapter, [pair])
         return site.module, adapter
-    device = site.kind.weight(site.module, site.specs[0].weight).device
+    weight = site.kind.weight(site.module, site.specs[0].weight)
+    device = weight.device
     # Tensors made in inference mode could never be trained.
     with torch.inference_mode(False):
         values = []
@@ -274,7 +276,8 @@ def _adapt(
                 A, B = (torch.empty(s, device=device) for s in (spec.A_shape, spec.B_shape))
             else:
                 A, B = _starting_values(adapter, spec)
-            values.append((A.to(device, site.dtype), B.to(device, site.dtype)))
+            A, B = A.to(device, site.dtype), B.to(device, site.dtype)
+            values.append(followed(A, B, weight, site.kind.transposes, spec.part))
         attach(site.module, adapter, values)
     return site.module, adapter
 
@@ -297,6 +300,7 @@ def reset_lora_parameters(model: nn.Module) -> None:
     Raises:
         LoRAInjectError: an adapter is still on the meta device; nothing is changed.
     """
+    reshard(model)
     layers = adapted_layers(model)
     pairs = [
         (path, adapter, spec, layer.get_parameter(A_name), layer.get_parameter(B_name))
@@ -315,7 +319,7 @@ def reset_lora_parameters(model: nn.Module) -> None:
     with torch.no_grad():
         for _, adapter, spec, A, B in pairs:
             for parameter, value in zip((A, B), _starting_values(adapter, spec), strict=True):
-                parameter.copy_(value)
+                fill(parameter, value)
     for _, _, record in records_in(model):
         for slot in record.all_slots():
             slot.keep_unknown()

@@ -9,6 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject import initial
+from lora_inject.placements import (
+    has_known_placements,
+    is_distributed,
+    is_fully_sharded,
+    is_placeholder,
+)
 from lora_inject.settings import Settings
 
 Way = Literal["branch", "weight"]
@@ -269,10 +275,17 @@ def weight_refusal(module: nn.Module, weight: Tensor, spec: Spec, way: Way) -> s
         return f"it has the size {spec.n_in} x {spec.n_out}, so there is nothing to adapt."
     if weight.is_complex():
         return f"its weight is complex ({weight.dtype}), which is not supported. Exclude it."
-    if is_distributed(weight):
+    if is_fully_sharded(module):
+        return "FSDP has sharded its weight already. Inject before fully_shard or FSDP(model)."
+    if is_distributed(weight) and not _can_follow(weight, spec, way):
         return (
-            "its weight is already sharded (DTensor). Inject before fully_shard or "
-            "parallelize_module."
+            "its weight is already sharded (DTensor), in a way that its A and B cannot follow. "
+            "Inject before it is sharded, or exclude it."
+        )
+    if way == "weight" and is_placeholder(weight):
+        return (
+            "its weight is partitioned by ZeRO-3, and read where no adapter can be added. Inject "
+            "before deepspeed.zero.Init takes it, or exclude it."
         )
     if way == "weight" and not (spec.weight in module._parameters and is_plain(weight)):
         return (
@@ -282,13 +295,19 @@ def weight_refusal(module: nn.Module, weight: Tensor, spec: Spec, way: Way) -> s
     return None
 
 
+def _can_follow(weight: Tensor, spec: Spec, way: Way) -> bool:
+    """Whether A and B can be placed as a DTensor is: a matrix beside which a branch is added."""
+    matrix = tuple(weight.shape) in ((spec.n_out, spec.n_in), (spec.n_in, spec.n_out))
+    fused = bool(spec.part) and weight.shape[0] >= spec.n_out and weight.dim() == 2
+    return (
+        way == "branch"
+        and (matrix or fused)
+        and weight.is_floating_point()
+        and has_known_placements(weight)
+    )
+
+
 def is_plain(weight: Tensor) -> bool:
     """Whether a weight is an ordinary floating-point Parameter, to which something can be added."""
     ordinary = type(weight) in (nn.Parameter, Tensor) and isinstance(weight, nn.Parameter)
     return ordinary and weight.is_floating_point() and weight.dtype.itemsize > 1
-
-
-def is_distributed(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor."""
-    # By what it has: importing torch.distributed.tensor costs as much as the whole library.
-    return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
