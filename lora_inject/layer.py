@@ -18,7 +18,12 @@ from lora_inject.adapter import Adapter, LayerState, Term, state_of
 from lora_inject.errors import LoRAInjectError
 from lora_inject.functional import Branch, adapted_linear, may_run_whole
 from lora_inject.kinds.base import STATE, Kind, Pair, Spec, Way, own_class
-from lora_inject.placements import is_distributed, placements_of_pair, redistributed
+from lora_inject.placements import (
+    is_distributed,
+    is_fully_sharded,
+    placements_of_pair,
+    redistributed,
+)
 
 _COMPUTED = "_lora_inject_computed"
 
@@ -196,6 +201,8 @@ class WeightLayer(LoRALayer):
             return computed[key]
         kind, pairs = pairs_of(self, self.__dict__[STATE].running, name)
         W = self._parameters[name]
+        if W is not None and is_distributed(W) and is_fully_sharded(self):
+            return W  # FSDP looks for its shards; what a forward reads is gathered
         value = kind.effective(self, W, pairs) if kind and W is not None else W
         if computed is not None:
             computed[key] = value

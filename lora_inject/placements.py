@@ -7,10 +7,13 @@ imported where it is used: it costs as much as the whole library.
 
 import math
 import sys
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from lora_inject.errors import LoRAInjectError
 
 
 def is_distributed(tensor: Tensor) -> bool:
@@ -63,6 +66,27 @@ def fill(tensor: Tensor, value: Tensor) -> None:
     if is_distributed(tensor):
         value = _shards(value, tensor, tensor.placements, source=None)  # type: ignore[attr-defined]
     tensor.copy_(value)
+
+
+def on_first_rank(action: Callable[[], object]) -> None:
+    """Do something on the first rank alone, while all wait; what it raises is raised on all.
+
+    Raises:
+        LoRAInjectError: it failed.
+    """
+    from torch import distributed
+
+    problem: list[LoRAInjectError | None] = [None]
+    if distributed.get_rank() == 0:
+        try:
+            action()
+        except LoRAInjectError as error:
+            problem = [error]
+        except Exception as error:
+            problem = [LoRAInjectError(f"the first rank failed: {error!r}.")]
+    distributed.broadcast_object_list(problem, src=0)
+    if problem[0] is not None:
+        raise problem[0]
 
 
 def elements(tensor: Tensor, places: Tensor) -> Tensor:

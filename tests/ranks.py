@@ -57,6 +57,8 @@ class _Processes:
             pipe.close()
             process.terminate()
             process.join()
+        if self.workers:
+            self.folder.cleanup()
         self.workers = []
 
     def run(self, function, args):

@@ -1,0 +1,422 @@
+"""torch's engines for many devices: every case against the same thing in a single process."""
+
+import copy
+
+import pytest
+import torch
+from families import llama
+from helpers import Net, ids, randomize_adapters
+from ranks import on_ranks
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.nn.parallel import DistributedDataParallel
+
+from lora_inject import (
+    LoRAInjectError,
+    disabled,
+    inject,
+    load,
+    load_lora_state_dict,
+    lora_parameters,
+    lora_state_dict,
+    merge,
+    remove,
+    report,
+    reset_lora_parameters,
+    save,
+    strip,
+    use,
+)
+
+pytestmark = pytest.mark.distributed
+
+
+def rank():
+    return torch.distributed.get_rank()
+
+
+def my_half(tensor):
+    """The rows of a batch that are for this rank."""
+    return tensor.chunk(2)[rank() % 2]
+
+
+def train(model, inputs, targets, steps=3, clip=True):
+    """Adam on what trains; returns the adapter, whole."""
+    optimizer = torch.optim.Adam(list(lora_parameters(model)), lr=0.01)
+    for _ in range(steps):
+        output = model(inputs)
+        output = output if isinstance(output, torch.Tensor) else output.logits
+        optimizer.zero_grad()
+        nn.functional.mse_loss(output, targets).backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(list(lora_parameters(model)), 0.05)
+        optimizer.step()
+    return {name: tensor.clone() for name, tensor in lora_state_dict(model).items()}
+
+
+def assert_close(one, other, tolerance=1e-10):
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=tolerance)
+
+
+def nets(**arguments):
+    """The same adapted model twice, with the inputs and targets of a batch of four."""
+    model = Net().double()
+    inputs, targets = ids(rows=4), torch.randn(4, 5, 3, dtype=torch.double)
+    inject(model, ["q_proj", "v_proj"], r=3, **arguments)
+    randomize_adapters(model)
+    return copy.deepcopy(model), model, inputs, targets
+
+
+def shard(model):
+    """FSDP2 as in practice: each block a unit, and the whole model one for the rest."""
+    blocks = model.model.layers if hasattr(model, "model") else model.layers
+    for block in blocks:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+# DDP
+
+
+def ddp_equals_one_process():
+    alone, model, inputs, targets = nets(bias="lora_only")
+    ddp = DistributedDataParallel(model)
+    trained = train(ddp, my_half(inputs), my_half(targets))
+    assert_close(trained, train(alone, inputs, targets))
+
+
+def ddp_starts_equal():
+    torch.manual_seed(rank())
+    model = Net()
+    inject(model, ["q_proj"], r=3)
+    ddp = DistributedDataParallel(model)
+    return [p.detach().numpy() for p in lora_parameters(ddp)]
+
+
+def ddp_strips():
+    model = Net().double()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    inject(model, ["q_proj"], r=3, bias="all")
+    ddp = DistributedDataParallel(model)
+    train(ddp, my_half(ids(rows=4)), torch.randn(2, 5, 3, dtype=torch.double))
+    assert strip(ddp) is ddp
+    assert type(model.layers[0].q_proj) is nn.Linear
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_ddp_on_two_halves_of_a_batch_equals_one_process_on_all_of_it():
+    on_ranks(2, ddp_equals_one_process)
+
+
+def test_ddp_starts_from_equal_adapters_whatever_the_seeds_of_the_ranks():
+    first, second = on_ranks(2, ddp_starts_equal)
+    assert all((one == other).all() for one, other in zip(first, second, strict=True))
+
+
+def test_strip_through_ddp_gives_back_the_model():
+    on_ranks(2, ddp_strips)
+
+
+# FSDP2
+
+
+def fsdp_llama_equals_one_process(folder):
+    alone = llama().double()
+    inject(alone, ["q_proj", "v_proj", "down_proj"], r=3)
+    randomize_adapters(alone)
+    model = shard(copy.deepcopy(alone))
+    inputs, targets = ids(rows=4, vocabulary=60), torch.randn(4, 5, 64, dtype=torch.double)
+    trained = train(model, my_half(inputs), my_half(targets))
+    assert_close(trained, train(alone, inputs, targets))
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (".lora_" in name)
+        assert (parameter.grad is None) == (not parameter.requires_grad)
+        assert isinstance(parameter, DTensor)
+
+    load_lora_state_dict(alone, trained)
+    if rank() == 0:
+        save(alone, f"{folder}/alone")
+    gathered = []
+    own, DTensor.full_tensor = DTensor.full_tensor, lambda t, **k: gathered.append(t) or own(t, **k)
+    try:
+        save(model, f"{folder}/sharded")
+    finally:
+        DTensor.full_tensor = own
+    largest = max(tensor.numel() for tensor in trained.values())
+    assert gathered
+    assert all(tensor.numel() <= largest for tensor in gathered)
+
+
+def fsdp_mixed_dtypes(dtype, bias):
+    alone = Net(dtype=torch.bfloat16)
+    inject(alone, ["q_proj", "v_proj"], r=3, dtype=dtype, bias=bias)
+    randomize_adapters(alone)
+    model = shard(copy.deepcopy(alone))
+    inputs, targets = ids(rows=4), torch.randn(4, 5, 3).bfloat16()
+    # Both ranks have the whole batch: the mean of equal gradients is exact.
+    trained, wanted = (train(m, inputs, targets, clip=False) for m in (model, alone))
+    assert all(torch.equal(trained[name], wanted[name]) for name in wanted)
+    return {str(tensor.dtype) for tensor in trained.values()}
+
+
+def fsdp_refuses():
+    _, model, inputs, _ = nets()
+    shard(model)
+    expected, classes = model(inputs), [type(m) for m in model.modules()]
+    for refused in (strip, merge, lambda m: strip(m, merge=True), lambda m: remove(m, "default")):
+        with pytest.raises(LoRAInjectError, match="sharded|shards"):
+            refused(model)
+    for targets in (["k_proj"], "all-linear"):
+        with pytest.raises(LoRAInjectError, match="Inject before fully_shard"):
+            inject(model, targets, adapter="other")
+    assert [type(m) for m in model.modules()] == classes
+    assert torch.equal(model(inputs), expected)
+
+
+def fsdp_switches(each_layer):
+    model = Net().double()
+    base, inputs = copy.deepcopy(model), ids(rows=4)
+    targets = torch.randn(4, 5, 3, dtype=torch.double)
+    inject(model, ["q_proj", "v_proj"], r=3, adapter="fr")
+    inject(model, ["v_proj"], r=2, adapter="de")
+    randomize_adapters(model)
+    alone = copy.deepcopy(model)
+    if each_layer:
+        for block in model.layers:
+            fully_shard(block.q_proj)
+            fully_shard(block.v_proj)
+    shard(model)
+    for names in (["fr"], ["de"], ["fr", "de"]):
+        use(model, *names)
+        use(alone, *names)
+        assert torch.equal(model(inputs), alone(inputs))
+        with disabled(model):
+            assert torch.equal(model(inputs), base(inputs))
+    use(model, "fr", "de", train="de")
+    use(alone, "fr", "de", train="de")
+    for one in (model, alone):
+        nn.functional.mse_loss(one(inputs), targets).backward()
+    for mine, wanted in zip(model.parameters(), alone.parameters(), strict=True):
+        assert (mine.grad is None) == (wanted.grad is None)
+        if wanted.grad is not None:
+            torch.testing.assert_close(mine.grad.full_tensor(), wanted.grad, rtol=0, atol=1e-10)
+
+
+def fsdp_loads(folder):
+    alone, model, inputs, _ = nets(bias="lora_only")
+    with torch.no_grad():
+        for parameter in lora_parameters(alone):
+            parameter.normal_()
+    if rank() == 0:
+        save(alone, folder)
+    torch.distributed.barrier()
+    shard(model)
+    own = list(lora_parameters(model))
+    load(model, folder)
+    assert all(one is other for one, other in zip(own, lora_parameters(model), strict=True))
+    assert_close(lora_state_dict(model), lora_state_dict(alone), 0)
+    assert torch.equal(model(inputs), alone(inputs))
+    with torch.no_grad():
+        other = Net().double()
+        other.load_state_dict({name: value + 1 for name, value in other.state_dict().items()})
+    inject(other, ["q_proj", "v_proj"], r=3, bias="lora_only")
+    with pytest.raises(LoRAInjectError, match="not those that the adapter was made for"):
+        load(shard(other), folder)
+
+
+def fsdp_from_meta():
+    base = Net().double()
+    alone = copy.deepcopy(base)
+    inject(alone, ["q_proj", "v_proj"], r=3, seed=5)
+    with torch.device("meta"):
+        model = Net().double()
+    inject(model, ["q_proj", "v_proj"], r=3, seed=5)
+    shard(model)
+    model.to_empty(device="cpu")
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in base.state_dict().items():
+            mesh, placements = own[name].device_mesh, own[name].placements
+            own[name].copy_(torch.distributed.tensor.distribute_tensor(value, mesh, placements))
+    reset_lora_parameters(model)
+    assert_close(lora_state_dict(model), lora_state_dict(alone), 0)
+    assert report(model).trainable == report(alone).trainable
+    inputs = ids()
+    assert torch.equal(model(inputs), alone(inputs))
+
+
+def fsdp_adapts_weights():
+    alone = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True).double()
+    inject(alone, "all-linear", r=2)
+    randomize_adapters(alone)
+    model = fully_shard(copy.deepcopy(alone))
+    inputs = torch.randn(4, 3, 8, dtype=torch.double)
+    trained = train(model, my_half(inputs), my_half(inputs))
+    assert_close(trained, train(alone, inputs, inputs))
+
+
+def test_fsdp2_trains_a_llama_as_one_process_and_saves_the_same_files(tmp_path):
+    on_ranks(2, fsdp_llama_equals_one_process, str(tmp_path))
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        alone, sharded = (tmp_path / folder / name for folder in ("alone", "sharded"))
+        assert sharded.read_bytes() == alone.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bias", "trains"),
+    [(None, "none", "torch.float32"), ("base", "lora_only", "torch.bfloat16")],
+)
+def test_fsdp2_over_a_bfloat16_base(dtype, bias, trains):
+    assert on_ranks(2, fsdp_mixed_dtypes, dtype, bias) == [{trains}] * 2
+
+
+def test_under_fsdp2_what_would_change_a_sharded_model_is_refused():
+    on_ranks(2, fsdp_refuses)
+
+
+@pytest.mark.parametrize("each_layer", [False, True])
+def test_under_fsdp2_adapters_can_be_switched_and_disabled(each_layer):
+    on_ranks(2, fsdp_switches, each_layer)
+
+
+def test_a_peft_directory_is_loaded_into_an_fsdp2_model_and_its_base_is_checked(tmp_path):
+    on_ranks(2, fsdp_loads, str(tmp_path))
+
+
+def test_from_meta_through_fsdp2_come_the_starting_values_of_one_process():
+    on_ranks(2, fsdp_from_meta)
+
+
+def test_fsdp2_trains_layers_that_are_adapted_in_their_weight():
+    on_ranks(2, fsdp_adapts_weights)
+
+
+# FSDP1
+
+
+def fsdp1_equals_one_process(dtype):
+    alone = Net(dtype=dtype)
+    inject(alone, ["q_proj", "v_proj"], r=3, dtype="base")
+    randomize_adapters(alone)
+    bare = copy.deepcopy(alone)
+    model = FullyShardedDataParallel(bare, use_orig_params=True, device_id=torch.device("cpu"))
+    inputs, targets = ids(rows=4), torch.randn(4, 5, 3).to(dtype)
+    optimizers = [torch.optim.Adam(list(lora_parameters(m)), lr=0.01) for m in (model, alone)]
+    halves = (model, my_half(inputs), my_half(targets)), (alone, inputs, targets)
+    for optimizer, (net, x, y) in zip(optimizers, halves, strict=True):
+        nn.functional.mse_loss(net(x), y).backward()
+        optimizer.step()
+    with pytest.raises(LoRAInjectError, match="summon_full_params"):
+        lora_state_dict(model)
+    with FullyShardedDataParallel.summon_full_params(model):
+        trained = {name: value.clone() for name, value in lora_state_dict(model).items()}
+    assert_close(trained, lora_state_dict(alone))
+    for refused in (strip, merge):
+        with pytest.raises(LoRAInjectError, match="shard"):
+            refused(model)
+    with pytest.raises(LoRAInjectError, match="Inject before fully_shard or FSDP"):
+        inject(model, ["k_proj"], adapter="other")
+
+
+def fsdp1_mixed_dtypes():
+    model = Net(dtype=torch.bfloat16)
+    inject(model, ["q_proj"], r=3)
+    with pytest.raises(ValueError, match="uniform dtype"):  # torch's, and it says what
+        FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+def test_fsdp1_with_use_orig_params_takes_the_step_of_one_process():
+    on_ranks(2, fsdp1_equals_one_process, torch.float64)
+    on_ranks(2, fsdp1_mixed_dtypes)
+
+
+# Tensor parallelism
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6)).double()
+
+
+TENSOR_PARALLEL = {
+    "*.self_attn.q_proj": ColwiseParallel, "*.self_attn.k_proj": ColwiseParallel,
+    "*.self_attn.v_proj": ColwiseParallel, "*.self_attn.o_proj": RowwiseParallel,
+    "*.mlp.gate_proj": ColwiseParallel, "*.mlp.up_proj": ColwiseParallel,
+    "*.mlp.down_proj": RowwiseParallel,
+}  # fmt: skip
+
+
+def parallelize(model, mesh):
+    return parallelize_module(
+        model, mesh, {f"model.layers.{name}": style() for name, style in TENSOR_PARALLEL.items()}
+    )
+
+
+def placed(model):
+    """The placements of every A and B, and of their weights."""
+    return {
+        name: (module.weight.placements, module.lora_A.placements, module.lora_B.placements)
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A") and isinstance(module.weight, DTensor)
+    }
+
+
+def tp_llama(order, folder):
+    base = llama().double()
+    alone = copy.deepcopy(base)
+    inject(alone, "all-linear", r=3, seed=7)
+    mesh = init_device_mesh("cpu", (2,))
+    if order == "inject first":
+        inject(base, "all-linear", r=3, seed=7)
+    parallelize(base, mesh)
+    if order == "parallelize first":
+        inject(base, "all-linear", r=3, seed=7)
+    assert_close(lora_state_dict(base), lora_state_dict(alone), 0)
+    column = (Shard(0),), (Replicate(),), (Shard(0),)
+    row = (Shard(1),), (Shard(1),), (Replicate(),)
+    found = placed(base)
+    assert len(found) == 2 * 7
+    for name, placements in found.items():
+        assert placements == (row if name.endswith(("o_proj", "down_proj")) else column)
+    for name, parameter in base.named_parameters():
+        assert parameter.requires_grad == (".lora_" in name)
+
+    randomize_adapters(alone)
+    load_lora_state_dict(base, lora_state_dict(alone))
+    inputs, targets = ids(rows=4, vocabulary=60), torch.randn(4, 5, 64, dtype=torch.double)
+    torch.testing.assert_close(base(inputs).logits, alone(inputs).logits, rtol=0, atol=1e-10)
+    for model in (base, alone):
+        nn.functional.mse_loss(model(inputs).logits, targets).backward()
+    for mine, wanted in zip(lora_parameters(base), lora_parameters(alone), strict=True):
+        torch.testing.assert_close(mine.grad.full_tensor(), wanted.grad, rtol=0, atol=1e-10)
+    assert_close(train(base, inputs, targets), train(alone, inputs, targets))
+
+    load_lora_state_dict(base, lora_state_dict(alone))
+    if rank() == 0:
+        save(alone, f"{folder}/alone")
+    save(base, f"{folder}/sharded")
+    before = {name: id(p) for name, p in base.named_parameters() if ".lora_" not in name}
+    with pytest.raises(LoRAInjectError, match="sharded, and no rank holds it whole"):
+        merge(base)
+    strip(base)
+    assert {name: id(p) for name, p in base.named_parameters()} == before
+    load(base, f"{folder}/alone")
+    assert_close(lora_state_dict(base), lora_state_dict(alone), 0)
+
+
+@pytest.mark.parametrize("order", ["inject first", "parallelize first"])
+def test_a_tensor_parallel_llama_equals_one_process_and_saves_the_same_files(order, tmp_path):
+    on_ranks(2, tp_llama, order, str(tmp_path))
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        alone, sharded = (tmp_path / folder / name for folder in ("alone", "sharded"))
+        assert sharded.read_bytes() == alone.read_bytes()
