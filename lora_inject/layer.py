@@ -21,7 +21,6 @@ from lora_inject.kinds.base import STATE, Kind, Pair, Spec, Way, own_class
 from lora_inject.placements import (
     is_distributed,
     is_fully_sharded,
-    placements_of_pair,
     redistributed,
 )
 
@@ -81,18 +80,32 @@ def _following(layer: LoRALayer, name: str, parameter: nn.Parameter) -> nn.Param
     for adapter in layer.lora_adapters:
         for spec, *pair in adapter.pairs:
             weight = layer._parameters.get(spec.weight)
-            reason = "acts in its weight" if adapter.way == "weight" else ""
-            reason = "shares A and B with those of a tied layer" if adapter.follows else reason
-            if reason and name in (spec.weight, *pair):
-                raise LoRAInjectError(
-                    f"its adapter {adapter.name!r} {reason}, and cannot follow when it is sharded.",
-                    path=adapter.path,
-                    remedy="Call parallelize_module first and inject then, or exclude the layer.",
-                )
+            if name in (spec.weight, *pair):
+                _require_follows(adapter)
             if name in pair and weight is not None and is_distributed(weight):
-                both = placements_of_pair(weight, adapter.kind.transposes, spec.part)
+                both = adapter.kind.placements(weight, spec)
                 return redistributed(parameter, both[pair.index(name)])
     return parameter
+
+
+def _require_follows(adapter: Adapter) -> None:
+    """Refuse to shard a weight that its adapter could not follow.
+
+    Raises:
+        LoRAInjectError: it acts in the weight, or is shared with a tied layer.
+    """
+    if adapter.way == "weight":
+        raise LoRAInjectError(
+            f"its adapter {adapter.name!r} acts in its weight, which cannot be sharded with it.",
+            path=adapter.path,
+            remedy="Leave the layer out of the plan of parallelize_module, or strip.",
+        )
+    if adapter.follows:
+        raise LoRAInjectError(
+            f"it is tied to {adapter.follows}, and parallelize_module would untie their adapter.",
+            path=adapter.path,
+            remedy="Call parallelize_module first and inject then.",
+        )
 
 
 def _rebuild(

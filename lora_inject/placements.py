@@ -7,7 +7,7 @@ imported where it is used: it costs as much as the whole library.
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -60,11 +60,29 @@ def whole(tensor: Tensor) -> Tensor:
     return cast(Tensor, tensor.full_tensor()) if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def require_whole(key: str, tensor: Tensor, shape: Sequence[int] | None) -> None:
+    """Refuse a tensor that is empty or a part of itself, and does not know of what.
+
+    Raises:
+        LoRAInjectError: FSDP1 or ZeRO-3 has sharded it.
+    """
+    if shape is not None and tuple(tensor.shape) != tuple(shape):
+        gather = (
+            "deepspeed.zero.GatheredParameters(lora_parameters(model))"
+            if hasattr(tensor, "ds_shape")
+            else "FullyShardedDataParallel.summon_full_params(model)"
+        )
+        raise LoRAInjectError(
+            f"{key} has the shape {tuple(tensor.shape)} here, not {tuple(shape)}: it is sharded.",
+            remedy=f"Do this inside {gather}.",
+        )
+
+
 @torch.no_grad()
 def fill(tensor: Tensor, value: Tensor) -> None:
     """Write a whole value into a tensor; of a DTensor each rank writes its shard."""
     if is_distributed(tensor):
-        value = _shards(value, tensor, tensor.placements, source=None)  # type: ignore[attr-defined]
+        value = shards(value, tensor)
     tensor.copy_(value)
 
 
@@ -110,48 +128,31 @@ def elements(tensor: Tensor, places: Tensor) -> Tensor:
     return DTensor.from_local(found, mesh, parts, run_check=False).full_tensor()
 
 
-def followed(
-    A: Tensor, B: Tensor, weight: Tensor, transposes: bool, part: str
-) -> tuple[Tensor, Tensor]:
-    """A and B placed as the weight is; all ranks get the values of the mesh's first one.
-
-    Args:
-        A: (r, in).
-        B: (out, r).
-        weight: the weight; where it is no DTensor, A and B stay as they are.
-        transposes: whether the weight is (in, out).
-        part: the part of a fused projection that they are for, or "".
-    """
-    if not is_distributed(weight):
-        return A, B
-    A_placements, B_placements = placements_of_pair(weight, transposes, part)
-    return (
-        _shards(A, weight, A_placements, source=0),
-        _shards(B, weight, B_placements, source=0),
-    )
-
-
-def placements_of_pair(weight: Tensor, transposes: bool, part: str) -> tuple[list[Any], list[Any]]:
+def placements_of_pair(weight: Tensor, transposes: bool) -> tuple[list[Any], list[Any]]:
     """The placements of A and B that follow from those of a weight.
 
     What is sharded in its outputs has a B that is, and what is sharded in its inputs an A: then no
     rank computes or holds more of an adapter than of the weight, and nothing is sent in between.
+
+    Args:
+        weight: a DTensor.
+        transposes: whether it is (in, out).
     """
     from torch.distributed.tensor import Replicate, Shard
 
     A, B = [], []
     for placement in weight.placements:  # type: ignore[attr-defined]
-        if not placement.is_shard():
-            A.append(Replicate())
-            B.append(Replicate())
-        elif placement.is_shard(0) != transposes:
-            A.append(Replicate())
-            # The rows of a part lie on some of the ranks alone.
-            B.append(Replicate() if part else Shard(0))
-        else:
-            A.append(Shard(1))
-            B.append(Replicate())
+        of_outputs = placement.is_shard(1 if transposes else 0)
+        A.append(Shard(1) if placement.is_shard() and not of_outputs else Replicate())
+        B.append(Shard(0) if of_outputs else Replicate())
     return A, B
+
+
+def replicated(placements: list[Any]) -> list[Any]:
+    """As many placements that keep a tensor whole on every rank."""
+    from torch.distributed.tensor import Replicate
+
+    return [Replicate()] * len(placements)
 
 
 def has_known_placements(weight: Tensor) -> bool:
@@ -169,10 +170,26 @@ def redistributed(parameter: nn.Parameter, placements: list[Any]) -> nn.Paramete
     return nn.Parameter(value, requires_grad=parameter.requires_grad)
 
 
-def _shards(value: Tensor, like: Tensor, placements: Any, source: int | None) -> Tensor:
-    """A value on the mesh of a DTensor; from one rank, or from every rank's own (None)."""
+def alongside(value: Tensor, other: Tensor) -> Tensor:
+    """A whole value in the form in which it can meet another tensor: whole on each of its ranks."""
+    if not is_distributed(other):
+        return value
+    return shards(value, other, replicated(other.placements))  # type: ignore[attr-defined]
+
+
+def shards(
+    value: Tensor, like: Tensor, placements: Any = None, source: int | None = None
+) -> Tensor:
+    """A whole value on the mesh of a DTensor.
+
+    Args:
+        value: the value.
+        like: the DTensor.
+        placements: where its parts go; None for where those of the DTensor are.
+        source: the rank of the mesh whose value all get; None where all have the same one.
+    """
     from torch.distributed.tensor import distribute_tensor
 
-    mesh = like.device_mesh  # type: ignore[attr-defined]
-    own = whole(value).detach().to(like.device)
-    return distribute_tensor(own, mesh, placements, src_data_rank=source)
+    mesh, own = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    value = whole(value).detach().to(like.device, copy=True)
+    return distribute_tensor(value, mesh, placements or own, src_data_rank=source)

@@ -6,7 +6,7 @@ be left out. Paths are those of the bare model: what wrappers put in front is le
 
 import functools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,7 +25,14 @@ from lora_inject.kinds.parameter import ParameterKind
 from lora_inject.layer import oriented
 from lora_inject.low_rank import same_product
 from lora_inject.paths import bare, bare_key, bare_modules, first_paths
-from lora_inject.placements import fill, is_fully_sharded, is_placeholder, reshard, whole
+from lora_inject.placements import (
+    fill,
+    is_fully_sharded,
+    is_placeholder,
+    require_whole,
+    reshard,
+    whole,
+)
 from lora_inject.record import Record, records_in, require_known, require_own_record
 from lora_inject.settings import BiasMode, check_adapter
 
@@ -194,14 +201,14 @@ class Stored:
         for held in self.pairs:
             if not held.adapter.follows:
                 A, B = held.values
-                _require_whole(f"{held.key}lora_A", A, held.spec.A_shape)
-                _require_whole(f"{held.key}lora_B", B, held.spec.B_shape)
+                require_whole(f"{held.key}lora_A", A, held.spec.A_shape)
+                require_whole(f"{held.key}lora_B", B, held.spec.B_shape)
                 tensors |= {f"{held.key}lora_A": A, f"{held.key}lora_B": B}
         for key, slot in self.slots.items():
             tensor = slot.tensor(self.name)
             assert tensor is not None
             if is_placeholder(tensor) or is_fully_sharded(slot.places[0][0]):
-                _require_whole(key, tensor, None if slot.former is None else slot.former.shape)
+                require_whole(key, tensor, None if slot.former is None else slot.former.shape)
             tensors[key] = tensor
         for key, tensor in tensors.items():
             if tensor.is_meta:
@@ -418,24 +425,6 @@ def raise_problems(what: str, problems: Mapping[str, Iterable[str]]) -> None:
     ]
     if texts:
         raise FormatError(f"{what}: {'; '.join(texts)}.", remedy="Nothing was loaded.")
-
-
-def _require_whole(key: str, tensor: Tensor, shape: Sequence[int] | None) -> None:
-    """Refuse a tensor that is empty or a part of itself, and does not know of what.
-
-    Raises:
-        LoRAInjectError: FSDP1 or ZeRO-3 has sharded it.
-    """
-    if shape is not None and tuple(tensor.shape) != tuple(shape):
-        gather = (
-            "deepspeed.zero.GatheredParameters(lora_parameters(model))"
-            if hasattr(tensor, "ds_shape")
-            else "FullyShardedDataParallel.summon_full_params(model)"
-        )
-        raise LoRAInjectError(
-            f"{key} has the shape {tuple(tensor.shape)} here, not {tuple(shape)}: it is sharded.",
-            remedy=f"Do this inside {gather}.",
-        )
 
 
 def _is_for(value: Any, place: Tensor | None) -> bool:

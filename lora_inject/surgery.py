@@ -17,7 +17,7 @@ from lora_inject.in_place import Place
 from lora_inject.kinds import Spec
 from lora_inject.layer import attach, detach
 from lora_inject.merge import merge as fold
-from lora_inject.placements import fill, followed, reshard
+from lora_inject.placements import fill, is_distributed, require_whole, reshard, shards
 from lora_inject.plan import Plan, plan
 from lora_inject.record import (
     Before,
@@ -277,7 +277,10 @@ def _adapt(
             else:
                 A, B = _starting_values(adapter, spec)
             A, B = A.to(device, site.dtype), B.to(device, site.dtype)
-            values.append(followed(A, B, weight, site.kind.transposes, spec.part))
+            if is_distributed(weight):  # the first rank's values, whatever seed the others drew
+                placed = zip((A, B), site.kind.placements(weight, spec), strict=True)
+                A, B = (shards(value, weight, placements, 0) for value, placements in placed)
+            values.append((A, B))
         attach(site.module, adapter, values)
     return site.module, adapter
 
@@ -309,7 +312,9 @@ def reset_lora_parameters(model: nn.Module) -> None:
         if not adapter.follows
         for spec, A_name, B_name in adapter.pairs
     ]
-    for path, _, _, A, B in pairs:
+    for path, _, spec, A, B in pairs:
+        require_whole(f"lora_A of {path}", A, spec.A_shape)
+        require_whole(f"lora_B of {path}", B, spec.B_shape)
         if A.is_meta or B.is_meta:
             raise LoRAInjectError(
                 "its adapter is on the meta device and has no values to set.",

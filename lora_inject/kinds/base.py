@@ -14,6 +14,9 @@ from lora_inject.placements import (
     is_distributed,
     is_fully_sharded,
     is_placeholder,
+    placements_of_pair,
+    replicated,
+    whole_shape,
 )
 from lora_inject.settings import Settings
 
@@ -202,6 +205,12 @@ class Kind(ABC):
         A = initial.kaiming_uniform(spec.A_shape, fan_in, generator)
         return A, initial.zeros(spec.B_shape)
 
+    def placements(self, weight: Tensor, spec: Spec) -> tuple[list[Any], list[Any]]:
+        """Where the parts of A and of B go beside a weight that is a DTensor."""
+        A, B = placements_of_pair(weight, self.transposes)
+        # The rows of a part of a fused projection would lie on some of the ranks alone.
+        return A, replicated(B) if spec.part else B
+
     def weight(self, module: nn.Module, name: str) -> Tensor:
         """The tensor whose device and dtype the adapter follows, read without side effects."""
         for owned in (module._parameters, module._buffers):
@@ -235,6 +244,12 @@ Pair = tuple[Spec, Tensor, Tensor, float]
 def linear_spec(weight: str, n_in: int, n_out: int, r: int) -> Spec:
     """The spec of a matrix: A is (r, in), B is (out, r)."""
     return Spec(weight, n_in, n_out, (r, n_in), (n_out, r))
+
+
+def out_in_spec(name: str, weight: Tensor, r: int) -> Spec:
+    """The spec of a matrix that is (out, in), from its own shape."""
+    n_out, n_in = whole_shape(weight)
+    return linear_spec(name, n_in, n_out, r)
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
@@ -279,8 +294,8 @@ def weight_refusal(module: nn.Module, weight: Tensor, spec: Spec, way: Way) -> s
         return "FSDP has sharded its weight already. Inject before fully_shard or FSDP(model)."
     if is_distributed(weight) and not _can_follow(weight, spec, way):
         return (
-            "its weight is already sharded (DTensor), in a way that its A and B cannot follow. "
-            "Inject before it is sharded, or exclude it."
+            f"its {spec.weight} is already sharded (DTensor), where only the branch of a matrix "
+            "can follow. Exclude it."
         )
     if way == "weight" and is_placeholder(weight):
         return (
