@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_inject.errors import ArgumentError
-from lora_inject.placements import whole_numel
+from lora_inject.placements import is_distributed, whole_numel
 
 # Tensors of the parameter's own size and dtype that a torch optimizer keeps for each parameter, in
 # its default settings; "sgd-momentum" and "adagrad" keep one. Adam's step counter, 4 bytes for a
@@ -82,7 +82,9 @@ def frozen_bytes(parameters: Iterable[Tensor]) -> Bytes:
     for parameter in parameters:
         for tensor in stored_tensors(parameter):
             name = _name(tensor.dtype)
-            held.weights[name] = held.weights.get(name, 0) + tensor.numel() * tensor.element_size()
+            held.weights[name] = (
+                held.weights.get(name, 0) + whole_numel(tensor) * tensor.element_size()
+            )
     return held
 
 
@@ -113,7 +115,7 @@ def trainable_dtype(parameter: Tensor) -> torch.dtype:
 def stored_tensors(parameter: Tensor) -> list[Tensor]:
     """The plain tensors behind a parameter: those inside a tensor subclass, or itself."""
     flatten = getattr(parameter, "__tensor_flatten__", None)
-    if flatten is None:
+    if flatten is None or is_distributed(parameter):  # of which all shards count
         return [parameter]
     inner = (getattr(parameter, name) for name in flatten()[0])
     return [stored for t in inner if isinstance(t, Tensor) for stored in stored_tensors(t)]

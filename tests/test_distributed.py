@@ -16,16 +16,19 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
     parallelize_module,
 )
 from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaForCausalLM
 
 from lora_inject import (
     LoRAInjectError,
     UnsupportedLayerError,
+    combine,
     disabled,
     inject,
     load,
@@ -42,6 +45,7 @@ from lora_inject import (
     use,
 )
 from lora_inject.formats.storage import read_tensors
+from lora_inject.placements import whole
 
 pytestmark = pytest.mark.distributed
 
@@ -189,6 +193,14 @@ def fsdp_mixed_dtypes(dtype, bias):
     return {str(tensor.dtype) for tensor in trained.values()}
 
 
+def fsdp_two_trained_dtypes():
+    model = Net(dtype=torch.bfloat16)
+    inject(model, ["q_proj"], r=3, bias="lora_only")
+    shard(model)
+    with pytest.raises(AssertionError, match="uniform original parameter dtype"):
+        model(ids())
+
+
 def fsdp_refuses():
     _, model, inputs, _ = nets()
     shard(model)
@@ -246,6 +258,9 @@ def fsdp_loads(folder):
     assert all(one is other for one, other in zip(own, lora_parameters(model), strict=True))
     assert_close(lora_state_dict(model), lora_state_dict(alone), 0)
     assert torch.equal(model(inputs), alone(inputs))
+    with pytest.raises(LoRAInjectError, match="FSDP manages"), disabled(model):
+        pass  # which would show former biases
+    assert torch.equal(model(inputs), alone(inputs))
     with torch.no_grad():
         other = Net().double()
         other.load_state_dict({name: value + 1 for name, value in other.state_dict().items()})
@@ -270,7 +285,7 @@ def fsdp_from_meta():
             own[name].copy_(torch.distributed.tensor.distribute_tensor(value, mesh, placements))
     reset_lora_parameters(model)
     assert_close(lora_state_dict(model), lora_state_dict(alone), 0)
-    assert report(model).trainable == report(alone).trainable
+    assert str(report(model)).replace("FSDPNet", "Net") == str(report(alone))
     inputs = ids()
     assert torch.equal(model(inputs), alone(inputs))
 
@@ -296,6 +311,10 @@ def test_fsdp2_trains_a_llama_as_one_process_and_saves_the_same_files(tmp_path):
 )
 def test_fsdp2_over_a_bfloat16_base(dtype, bias, trains):
     assert on_ranks(2, fsdp_mixed_dtypes, dtype, bias) == [{trains}] * 2
+
+
+def test_torch_says_so_where_two_dtypes_train_in_a_unit_of_fsdp2():
+    on_ranks(2, fsdp_two_trained_dtypes)
 
 
 def test_under_fsdp2_what_would_change_a_sharded_model_is_refused():
@@ -483,10 +502,30 @@ def tp_several(order):
         use(alone, *names)
         use(base, *names)
         torch.testing.assert_close(base(inputs), alone(inputs), rtol=0, atol=1e-10)
+    for how in ("cat", "svd"):
+        for model in (alone, base):
+            combine(
+                model, {"fr": 0.7, "de": 0.3}, how, how=how, **({"r": 2} if how == "svd" else {})
+            )
+            use(model, how)
+        torch.testing.assert_close(base(inputs), alone(inputs), rtol=0, atol=1e-10)
     with disabled(base), disabled(alone):
         torch.testing.assert_close(base(inputs), alone(inputs), rtol=0, atol=1e-10)
     strip(base)
     assert_close({n: p.full_tensor() for n, p in base.named_parameters()}, former, 0)
+
+
+def tp_communication():
+    """How often ranks talk in a forward pass, without and with adapters."""
+    counts = []
+    for adapted in (False, True):
+        model = parallel_mlp(mlp())
+        if adapted:
+            inject(model, nn.Linear, r=2)
+        with CommDebugMode() as talk:
+            model(torch.randn(4, 6, dtype=torch.double))
+        counts.append(talk.get_total_counts())
+    return counts
 
 
 def tp_rows():
@@ -523,6 +562,14 @@ def tp_from_meta():
     assert_close(lora_state_dict(model), lora_state_dict(alone), 0)
 
 
+def tp_of_transformers(folder):
+    os.environ |= {"RANK": str(rank()), "LOCAL_RANK": str(rank()), "WORLD_SIZE": "2"}
+    mesh = init_device_mesh("cpu", (2,))
+    model = LlamaForCausalLM.from_pretrained(folder, tp_plan="auto", device_mesh=mesh)
+    with pytest.raises(LoRAInjectError, match="use parallelize_module"):
+        inject(model, ["q_proj"], r=2)
+
+
 def tp_refuses():
     model = mlp()
     inject(model, nn.Linear, r=2, how="weight")
@@ -551,6 +598,10 @@ def test_several_adapters_of_a_tensor_parallel_model_are_switched_and_stripped(o
     on_ranks(2, tp_several, order)
 
 
+def test_adapters_add_no_communication_to_a_tensor_parallel_forward_pass():
+    assert on_ranks(2, tp_communication) == [[1, 1]] * 2
+
+
 def test_rows_with_an_adapter_each_in_a_tensor_parallel_model():
     on_ranks(2, tp_rows)
 
@@ -562,6 +613,11 @@ def test_tensor_parallel_ranks_agree_on_starting_values_whatever_their_seeds():
 
 def test_a_tensor_parallel_model_on_meta_gets_the_starting_values_of_one_process():
     on_ranks(2, tp_from_meta)
+
+
+def test_transformers_own_tensor_parallelism_is_refused(tmp_path):
+    llama().save_pretrained(tmp_path)
+    on_ranks(2, tp_of_transformers, str(tmp_path))
 
 
 def test_what_tensor_parallelism_cannot_do_is_refused():
@@ -589,8 +645,8 @@ def checkpoint(sharded, action, folder):
         shard(model)
     state = lora_state_dict(model, full=False)
     assert all(isinstance(tensor, DTensor) == sharded for tensor in state.values())
-    whole = get_model_state_dict(model)
-    assert all(torch.equal(state[name], whole[name]) for name in state) or sharded
+    everything = get_model_state_dict(model)
+    assert all(torch.equal(whole(state[name]), whole(everything[name])) for name in state)
     if action == "save":
         dcp.save(state, checkpoint_id=folder, no_dist=not sharded)
         return

@@ -275,8 +275,9 @@ def general_refusal(module: nn.Module, new_names: list[str], way: Way) -> str | 
         return "accelerate has offloaded its weights. Remove the hooks, inject, and add them again."
     if way == "branch" and "forward" in module.__dict__:
         return (
-            "a forward was set on this very instance (accelerate's hooks do that), and it would "
-            "bypass the adapter. Remove it, inject, and set it again."
+            "a forward was set on this very instance (accelerate's hooks and transformers' tp_plan "
+            "do that), and it would bypass the adapter. Remove it, inject, and set it again; for "
+            "tensor parallelism use parallelize_module."
         )
     taken = [name for name in new_names if hasattr(module, name)]
     if taken:
