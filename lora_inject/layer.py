@@ -22,6 +22,7 @@ from lora_inject.placements import (
     is_distributed,
     is_fully_sharded,
     redistributed,
+    shards,
 )
 
 _COMPUTED = "_lora_inject_computed"
@@ -284,12 +285,17 @@ def attach(module: nn.Module, adapter: Adapter, values: Sequence[tuple[Tensor, T
         module: the layer.
         adapter: what to put on it.
         values: A and B of each of the adapter's pairs; they become trainable parameters, unless
-            they are parameters already, those of a tied layer.
+            they are parameters already, those of a tied layer. Beside a sharded weight they are
+            placed as it is, with the first rank's values, whatever seed the others drew.
     """
     state = module.__dict__.setdefault(STATE, LayerState(own_class(module)))
     try:
-        for (_, A_name, B_name), (A, B) in zip(adapter.pairs, values, strict=True):
-            for name, value in ((A_name, A), (B_name, B)):
+        for (spec, *names), pair in zip(adapter.pairs, values, strict=True):
+            weight = adapter.kind.weight(module, spec.weight)
+            if is_distributed(weight) and not isinstance(pair[0], nn.Parameter):
+                places = adapter.kind.placements(weight, spec)
+                pair = shards(pair[0], weight, places[0], 0), shards(pair[1], weight, places[1], 0)
+            for name, value in zip(names, pair, strict=True):
                 parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
                 module.register_parameter(name, parameter)
         change(module, adapters=(*state.adapters, adapter))

@@ -81,10 +81,8 @@ def frozen_bytes(parameters: Iterable[Tensor]) -> Bytes:
     held = Bytes()
     for parameter in parameters:
         for tensor in stored_tensors(parameter):
-            name = _name(tensor.dtype)
-            held.weights[name] = (
-                held.weights.get(name, 0) + whole_numel(tensor) * tensor.element_size()
-            )
+            name, size = _name(tensor.dtype), whole_numel(tensor) * tensor.element_size()
+            held.weights[name] = held.weights.get(name, 0) + size
     return held
 
 

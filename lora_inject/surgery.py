@@ -17,7 +17,7 @@ from lora_inject.in_place import Place
 from lora_inject.kinds import Spec
 from lora_inject.layer import attach, detach
 from lora_inject.merge import merge as fold
-from lora_inject.placements import fill, is_distributed, require_whole, reshard, shards
+from lora_inject.placements import fill, require_whole, reshard
 from lora_inject.plan import Plan, plan
 from lora_inject.record import (
     Before,
@@ -264,8 +264,7 @@ def _adapt(
         pair = leader.get_parameter(A_name), leader.get_parameter(B_name)
         attach(site.module, adapter, [pair])
         return site.module, adapter
-    weight = site.kind.weight(site.module, site.specs[0].weight)
-    device = weight.device
+    device = site.kind.weight(site.module, site.specs[0].weight).device
     # Tensors made in inference mode could never be trained.
     with torch.inference_mode(False):
         values = []
@@ -276,11 +275,7 @@ def _adapt(
                 A, B = (torch.empty(s, device=device) for s in (spec.A_shape, spec.B_shape))
             else:
                 A, B = _starting_values(adapter, spec)
-            A, B = A.to(device, site.dtype), B.to(device, site.dtype)
-            if is_distributed(weight):  # the first rank's values, whatever seed the others drew
-                placed = zip((A, B), site.kind.placements(weight, spec), strict=True)
-                A, B = (shards(value, weight, placements, 0) for value, placements in placed)
-            values.append((A, B))
+            values.append((A.to(device, site.dtype), B.to(device, site.dtype)))
         attach(site.module, adapter, values)
     return site.module, adapter
 

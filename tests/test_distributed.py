@@ -30,6 +30,7 @@ from lora_inject import (
     UnsupportedLayerError,
     combine,
     disabled,
+    extract,
     inject,
     load,
     load_lora_state_dict,
@@ -205,7 +206,11 @@ def fsdp_refuses():
     _, model, inputs, _ = nets()
     shard(model)
     expected, classes = model(inputs), [type(m) for m in model.modules()]
-    for refused in (strip, merge, lambda m: strip(m, merge=True), lambda m: remove(m, "default")):
+    refusals = [
+        strip, merge, lambda m: strip(m, merge=True), lambda m: remove(m, "default"),
+        lambda m: combine(m, {"default": 0.5}, "half"),
+    ]  # fmt: skip
+    for refused in refusals:
         with pytest.raises(LoRAInjectError, match="shard"):
             refused(model)
     for targets in (["k_proj"], "all-linear"):
@@ -438,6 +443,12 @@ def tp_llama(order, folder):
     assert_close(train(base, inputs, targets), train(alone, inputs, targets))
 
     load_lora_state_dict(base, lora_state_dict(alone))
+    use(base)
+    use(alone)
+    with pytest.raises(LoRAInjectError, match="is sharded"):
+        extract(base, alone, ["q_proj"], r=2, adapter="x")
+    use(base, "default")
+    use(alone, "default")
     if rank() == 0:
         save(alone, f"{folder}/alone")
     save(base, f"{folder}/sharded")
@@ -504,10 +515,9 @@ def tp_several(order):
         torch.testing.assert_close(base(inputs), alone(inputs), rtol=0, atol=1e-10)
     for how in ("cat", "svd"):
         for model in (alone, base):
-            combine(
-                model, {"fr": 0.7, "de": 0.3}, how, how=how, **({"r": 2} if how == "svd" else {})
-            )
+            combine(model, {"fr": 0.7, "de": 0.3}, how, how=how)
             use(model, how)
+        assert base[2].get_parameter(f"lora_A_{how}").placements == (Shard(1),)
         torch.testing.assert_close(base(inputs), alone(inputs), rtol=0, atol=1e-10)
     with disabled(base), disabled(alone):
         torch.testing.assert_close(base(inputs), alone(inputs), rtol=0, atol=1e-10)
