@@ -194,6 +194,19 @@ def fsdp_mixed_dtypes(dtype, bias):
     return {str(tensor.dtype) for tensor in trained.values()}
 
 
+def fsdp_dropout(dtype):
+    alone = Net(dtype=dtype)
+    inject(alone, ["q_proj", "v_proj"], r=3, dropout=0.5)
+    randomize_adapters(alone)
+    model = shard(copy.deepcopy(alone))
+    inputs, targets = ids(rows=512), torch.randn(512, 5, 3).to(dtype)
+    trained = []
+    for one in (model, alone):
+        torch.manual_seed(3)
+        trained.append(train(one, inputs, targets, clip=False))
+    assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[1])
+
+
 def fsdp_two_trained_dtypes():
     model = Net(dtype=torch.bfloat16)
     inject(model, ["q_proj"], r=3, bias="lora_only")
@@ -247,6 +260,20 @@ def fsdp_switches(each_layer):
         assert (mine.grad is None) == (wanted.grad is None)
         if wanted.grad is not None:
             torch.testing.assert_close(mine.grad.full_tensor(), wanted.grad, rtol=0, atol=1e-10)
+
+
+def fsdp_asleep():
+    _, model, inputs, _ = nets()
+    use(model)
+    expected = model(inputs)
+    for block in model.layers:
+        fully_shard(block.q_proj)
+    shard(model)
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(LoRAInjectError, match="became FSDPLinear while none of its adapters"):
+        use(model, "default")
+    assert [type(module) for module in model.modules()] == classes
+    assert torch.equal(model(inputs), expected)
 
 
 def fsdp_loads(folder):
@@ -316,6 +343,15 @@ def test_fsdp2_trains_a_llama_as_one_process_and_saves_the_same_files(tmp_path):
 )
 def test_fsdp2_over_a_bfloat16_base(dtype, bias, trains):
     assert on_ranks(2, fsdp_mixed_dtypes, dtype, bias) == [{trains}] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fsdp2_gathers_again_what_the_backward_pass_of_dropout_needs(dtype):
+    on_ranks(2, fsdp_dropout, dtype)
+
+
+def test_layers_that_fsdp2_took_over_while_no_adapter_was_in_use_refuse_to_use_one():
+    on_ranks(2, fsdp_asleep)
 
 
 def test_torch_says_so_where_two_dtypes_train_in_a_unit_of_fsdp2():
