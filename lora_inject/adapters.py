@@ -15,6 +15,7 @@ from lora_inject.record import (
     require_known,
     require_own_record,
     require_ready,
+    require_switchable,
     set_in_use,
     set_trainable,
     uninstall,
@@ -65,6 +66,8 @@ def use(model: nn.Module, *adapters: Any, train: Any = None) -> nn.Module:
     require_known(records, training, "train")
     for record in records:
         record.require_ready()
+        for path, layer, _ in record.adapters:
+            require_switchable(path, layer)
     slots = {s: _owner(s, wanted) for record in records for s in record.all_slots()}
 
     show(model, slots)

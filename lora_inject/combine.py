@@ -28,7 +28,15 @@ from lora_inject.errors import ArgumentError, UnsupportedLayerError
 from lora_inject.kinds.base import Kind, Spec
 from lora_inject.layer import attach, detach, oriented
 from lora_inject.low_rank import difference_norm, product_norm, side_by_side, truncated
-from lora_inject.record import Mode, Record, records_in, require_known, require_own_record
+from lora_inject.placements import whole
+from lora_inject.record import (
+    Mode,
+    Record,
+    records_in,
+    require_intact,
+    require_known,
+    require_own_record,
+)
 from lora_inject.settings import (
     Settings,
     check_adapter,
@@ -130,6 +138,8 @@ def combine(
     rule = _Rule(how, *_check_options(how, r, density, seed), name)
     for record in records:
         record.require_ready()
+        for path, layer, _ in record.adapters:
+            require_intact(path, layer)
 
     with torch.inference_mode(False), torch.no_grad():  # tensors made in it could never train
         made = {id(record): _combined(record, weights, name, rule) for record in records}
@@ -311,7 +321,8 @@ def _combine_pair(
     """One pair as matrices, in at least float32, and how far it is from the weighted sum."""
     As, Bs = [], []
     for term, _ in terms:
-        own = oriented(term.spec, layer.get_parameter(term.A), layer.get_parameter(term.B))
+        values = (whole(layer.get_parameter(name)) for name in (term.A, term.B))
+        own = oriented(term.spec, *values)
         if any(tensor.is_meta or not tensor.isfinite().all() for tensor in own):
             raise UnsupportedLayerError(
                 f"the A or B of {term.adapter!r} has no finite values.", path=path

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_inject.errors import ArgumentError
+from lora_inject.errors import ArgumentError, UnsupportedLayerError
 from lora_inject.in_place import own_tensor
 from lora_inject.layer import LoRALayer
+from lora_inject.placements import is_partial
 from lora_inject.plan import plan
 from lora_inject.selection import ALL_LINEAR
 from lora_inject.sites import Site
@@ -142,6 +143,7 @@ def _tuned_weights(site: Site, tuned: nn.Module) -> dict[str, Tensor]:
 
     Raises:
         ArgumentError: one is not there, has another shape, or is packed.
+        UnsupportedLayerError: one is sharded.
     """
     try:
         module = tuned.get_submodule(_module_path(site))
@@ -159,6 +161,12 @@ def _tuned_weights(site: Site, tuned: nn.Module) -> dict[str, Tensor]:
         if not own.is_floating_point() or own.is_meta or other.is_meta:
             raise ArgumentError(
                 f"base: its {spec.weight} has no values to compare.", path=site.path
+            )
+        if is_partial(own) or is_partial(other):
+            raise UnsupportedLayerError(
+                f"its {spec.weight} is sharded, and no rank holds it whole.",
+                path=site.path,
+                remedy="Extract from models that are not sharded.",
             )
         weights[spec.weight] = other
     return weights

@@ -1,5 +1,6 @@
 """Save an adapter to disk and load it into a model, in any format; strict, and all or nothing."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike, fspath
@@ -18,6 +19,7 @@ from lora_inject.freeze import in_place
 from lora_inject.in_place import Place, own_tensor
 from lora_inject.kinds.base import name_prefix
 from lora_inject.paths import first_paths
+from lora_inject.placements import is_distributed, on_first_rank
 from lora_inject.plan import Plan, plan
 from lora_inject.record import records_in
 from lora_inject.settings import check_adapter, check_bias
@@ -37,7 +39,8 @@ def save(
     """Save an adapter: A, B, and the biases and modules that it trained.
 
     The default is a PEFT directory, which PEFT, vLLM and diffusers read. A save that is interrupted
-    leaves the files that were there.
+    leaves the files that were there. Of a sharded model all ranks must call this; what is the
+    adapter's is gathered, and the first rank writes.
 
     Example:
         >>> save(model, "adapter")  # doctest: +SKIP
@@ -57,8 +60,13 @@ def save(
         LoRAInjectError: the model has no adapters, is merged or inside a block.
     """
     writer = named_format(format, "format")
-    data, file = Stored(model, adapter).data(), _path(path)
-    writer.write(as_portable(data) if portable else data, file)
+    file, stored = _path(path), Stored(model, adapter)
+    data = stored.data()
+    write = functools.partial(writer.write, as_portable(data) if portable else data, file)
+    if any(is_distributed(tensor) for tensor in stored.tensors().values()):
+        on_first_rank(write)
+    else:
+        write()
 
 
 def load(

@@ -11,22 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_inject.placements import elements, has_known_placements, is_distributed, is_placeholder
+
 SAMPLES = 8
 
 
 def fingerprint(weight: Tensor) -> dict[str, Any] | None:
     """Shape, dtype and sampled values of a weight; None where its values cannot be read.
 
-    Quantized weights have other values on every machine, and those on meta have none.
+    Quantized weights have other values on every machine, and those on meta have none. The values
+    of a sharded one are on several ranks, all of which must call this.
     """
-    plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
-    if not plain or weight.is_meta or weight.dtype.itemsize < 2:
+    plain = type(weight) in (Tensor, nn.Parameter) or is_distributed(weight)
+    if not plain or not weight.is_floating_point() or weight.is_meta or weight.dtype.itemsize < 2:
         return None
-    flat = weight.detach().reshape(-1)
+    if is_placeholder(weight) or (is_distributed(weight) and not has_known_placements(weight)):
+        return None
     return {
         "shape": list(weight.shape),
         "dtype": str(weight.dtype).removeprefix("torch."),
-        "values": flat[_places(flat.numel()).to(flat.device)].double().tolist(),
+        "values": elements(weight.detach(), _places(weight.numel())).double().tolist(),
     }
 
 

@@ -14,6 +14,7 @@ from lora_inject.kinds import find_kind
 from lora_inject.kinds.parameter import layout_of
 from lora_inject.low_rank import same_product
 from lora_inject.paths import bare_key, bare_modules
+from lora_inject.placements import whole
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,8 @@ def _is_the_bases(name: str, tensor: Tensor, value: Tensor, data: AdapterData) -
     inside = any(
         f"{owner}.".startswith(f"{top}.") or owner.endswith(top) for top in data.train_also
     )
-    same = tensor.shape == value.shape and torch.equal(tensor.to(value), value.detach())
+    value = whole(value.detach())
+    same = tensor.shape == value.shape and torch.equal(tensor.to(value), value)
     if same and not inside and not name.endswith("bias"):
         return True
     if not same and name in data.facts.get("base_weights", ()):

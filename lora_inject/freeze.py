@@ -7,6 +7,7 @@ from torch import nn
 
 from lora_inject.errors import ArgumentError, UnsupportedLayerError
 from lora_inject.in_place import Place, own_tensor, places_of
+from lora_inject.placements import is_placeholder
 from lora_inject.record import (
     Before,
     Mode,
@@ -139,6 +140,13 @@ def in_place(
             and former[module].get(name, False)
         )
     }
+    for module, name in found:
+        if is_placeholder(module._parameters[name]):  # type: ignore[arg-type]
+            raise UnsupportedLayerError(
+                f"{name} of a {type(module).__name__} is to train in place, and ZeRO-3 has "
+                "partitioned it, so that its former value cannot be kept.",
+                remedy="Call inject inside deepspeed.zero.GatheredParameters(model.parameters()).",
+            )
     statistics = [(module, name) for module in in_full for name in module._buffers]
     return found | {place: False for place in statistics if place not in waiting}
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.errors import LoRAInjectError
-from lora_inject.kinds.base import is_distributed
+from lora_inject.placements import fill, is_distributed, is_fully_sharded, shards, whole
 from lora_inject.settings import BASE  # under it the base's own tensor waits
 
 Place = tuple[nn.Module, str]
@@ -116,7 +116,8 @@ class Slot:
         """
         tensor = self.current
         if tensor is not None:
-            tensor = tensor.detach().to("meta" if tensor.is_meta else "cpu", copy=True)
+            value = tensor.detach()
+            tensor = value.to("meta") if value.is_meta else whole(value).to("cpu", copy=True)
         self.former = tensor
 
     def keep_unknown(self) -> None:
@@ -127,8 +128,7 @@ class Slot:
         for adapter in self.trains:
             tensor = self.tensor(adapter)
             if adapter != self.inside and tensor is not None and self.former is not None:
-                with torch.no_grad():
-                    tensor.copy_(self.former)
+                fill(tensor, self.former)
 
     def tensor(self, adapter: str) -> Tensor | None:
         """An adapter's tensor, wherever it is."""
@@ -202,10 +202,10 @@ class Slot:
                 f"{what} is not known: the model was on the meta device when inject was called.",
                 remedy="Load the base weights, call reset_lora_parameters, then train.",
             )
-        if tensor is not None and is_distributed(tensor):
+        if is_fully_sharded(self.places[0][0]):
             raise LoRAInjectError(
-                f"{what} cannot be put back: the parameter is sharded (DTensor) now.",
-                remedy="Gather the full model first, or strip before sharding.",
+                f"{what} cannot be put back: FSDP manages the parameter now.",
+                remedy="Save the adapter on all ranks, and load it into a model without FSDP.",
             )
         if not isinstance(tensor, nn.Parameter) or self.former is None:
             return
@@ -228,6 +228,8 @@ class Slot:
         like = self.former if self.current is None else self.current
         with torch.inference_mode(False):  # where it could never train
             value = self.former.to(like.device, like.dtype, copy=True)
+            if is_distributed(like):
+                value = shards(value, like)
             is_parameter = isinstance(like, nn.Parameter)
             return nn.Parameter(value, requires_grad=False) if is_parameter else value
 
@@ -260,7 +262,7 @@ class Slot:
         tensor, value = own_tensor(module, key), self.former
         if isinstance(tensor, nn.Parameter):
             if value is not None and not value.is_meta:
-                tensor.copy_(value)
+                fill(tensor, value)
             tensor.requires_grad_(False)
             tensor.grad = None
         elif key in module._buffers:  # which may have come, gone or grown since

@@ -18,6 +18,12 @@ from lora_inject.adapter import Adapter, LayerState, Term, state_of
 from lora_inject.errors import LoRAInjectError
 from lora_inject.functional import Branch, adapted_linear, may_run_whole
 from lora_inject.kinds.base import STATE, Kind, Pair, Spec, Way, own_class
+from lora_inject.placements import (
+    is_distributed,
+    is_fully_sharded,
+    redistributed,
+    shards,
+)
 
 _COMPUTED = "_lora_inject_computed"
 
@@ -51,6 +57,12 @@ class LoRALayer(nn.Module):
             shown.append(f"{on}{a.name}(r={s.r}, alpha={s.alpha:g}, dropout={s.dropout:g}{used})")
         return ", ".join(filter(None, [super().extra_repr(), "lora=" + " ".join(shown)]))
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Also what ``parallelize_module`` calls: A and B take the placements of their weight."""
+        if param is not None and is_distributed(param):
+            param = _following(self, name, param)
+        super().register_parameter(name, param)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The swapped class cannot be imported by name: rebuild it from the layer's own class.
         make, args, *rest = cast("tuple[Any, ...]", super().__reduce_ex__(protocol))
@@ -58,6 +70,43 @@ class LoRALayer(nn.Module):
             base = self.__dict__[STATE].base
             make, args = _rebuild, (base, self.lora_adapters, make, args[1:])
         return (make, args, *rest)
+
+
+def _following(layer: LoRALayer, name: str, parameter: nn.Parameter) -> nn.Parameter:
+    """A sharded parameter that replaces one of the layer, placed as its adapters need it.
+
+    Raises:
+        LoRAInjectError: it is, or follows, a weight that cannot be sharded under its adapter.
+    """
+    for adapter in layer.lora_adapters:
+        for spec, *pair in adapter.pairs:
+            weight = layer._parameters.get(spec.weight)
+            if name in (spec.weight, *pair):
+                _require_follows(adapter)
+            if name in pair and weight is not None and is_distributed(weight):
+                both = adapter.kind.placements(weight, spec)
+                return redistributed(parameter, both[pair.index(name)])
+    return parameter
+
+
+def _require_follows(adapter: Adapter) -> None:
+    """Refuse to shard a weight that its adapter could not follow.
+
+    Raises:
+        LoRAInjectError: it acts in the weight, or is shared with a tied layer.
+    """
+    if adapter.way == "weight":
+        raise LoRAInjectError(
+            f"its adapter {adapter.name!r} acts in its weight, which cannot be sharded with it.",
+            path=adapter.path,
+            remedy="Leave the layer out of the plan of parallelize_module, or strip.",
+        )
+    if adapter.follows:
+        raise LoRAInjectError(
+            f"it is tied to {adapter.follows}, and parallelize_module would untie their adapter.",
+            path=adapter.path,
+            remedy="Call parallelize_module first and inject then.",
+        )
 
 
 def _rebuild(
@@ -178,6 +227,8 @@ class WeightLayer(LoRALayer):
             return computed[key]
         kind, pairs = pairs_of(self, self.__dict__[STATE].running, name)
         W = self._parameters[name]
+        if W is not None and is_distributed(W) and is_fully_sharded(self):
+            return W  # FSDP looks for its shards; what a forward reads is gathered
         value = kind.effective(self, W, pairs) if kind and W is not None else W
         if computed is not None:
             computed[key] = value
@@ -246,12 +297,17 @@ def attach(module: nn.Module, adapter: Adapter, values: Sequence[tuple[Tensor, T
         module: the layer.
         adapter: what to put on it.
         values: A and B of each of the adapter's pairs; they become trainable parameters, unless
-            they are parameters already, those of a tied layer.
+            they are parameters already, those of a tied layer. Beside a sharded weight they are
+            placed as it is, with the first rank's values, whatever seed the others drew.
     """
     state = module.__dict__.setdefault(STATE, LayerState(own_class(module)))
     try:
-        for (_, A_name, B_name), (A, B) in zip(adapter.pairs, values, strict=True):
-            for name, value in ((A_name, A), (B_name, B)):
+        for (spec, *names), pair in zip(adapter.pairs, values, strict=True):
+            weight = adapter.kind.weight(module, spec.weight)
+            if is_distributed(weight) and not isinstance(pair[0], nn.Parameter):
+                places = adapter.kind.placements(weight, spec)
+                pair = shards(pair[0], weight, places[0], 0), shards(pair[1], weight, places[1], 0)
+            for name, value in zip(names, pair, strict=True):
                 parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
                 module.register_parameter(name, parameter)
         change(module, adapters=(*state.adapters, adapter))
@@ -275,11 +331,13 @@ def detach(module: nn.Module, adapter: Adapter) -> None:
 def change(module: nn.Module, **fields: Any) -> None:
     """Change what is known of an adapted module, and give it the class that follows from it."""
     state: LayerState = module.__dict__[STATE]
+    placed = _class_for(state)
     state.__dict__.update(fields)
     state.update_running()
     _hold_scales(module)
     wanted = _class_for(state)
-    if type(module) is not wanted:
+    # A class that was put on top of ours (fully_shard) stays; ours below it adds what runs.
+    if type(module) is placed and placed is not wanted:
         _bind_anew(module, wanted)
         module.__class__ = wanted
 

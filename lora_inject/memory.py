@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_inject.errors import ArgumentError
+from lora_inject.placements import is_distributed, whole_numel
 
 # Tensors of the parameter's own size and dtype that a torch optimizer keeps for each parameter, in
 # its default settings; "sgd-momentum" and "adagrad" keep one. Adam's step counter, 4 bytes for a
@@ -80,8 +81,8 @@ def frozen_bytes(parameters: Iterable[Tensor]) -> Bytes:
     held = Bytes()
     for parameter in parameters:
         for tensor in stored_tensors(parameter):
-            name = _name(tensor.dtype)
-            held.weights[name] = held.weights.get(name, 0) + tensor.numel() * tensor.element_size()
+            name, size = _name(tensor.dtype), whole_numel(tensor) * tensor.element_size()
+            held.weights[name] = held.weights.get(name, 0) + size
     return held
 
 
@@ -89,10 +90,11 @@ def logical_numel(parameter: Tensor) -> int:
     """How many numbers a parameter stands for.
 
     bitsandbytes packs two 4-bit numbers in a byte and keeps the shape they stand for in
-    ``quant_state``; torchao's tensor subclasses have the logical shape themselves.
+    ``quant_state``; torchao's tensor subclasses have the logical shape themselves. Of a sharded
+    parameter all of it counts.
     """
     shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
-    return parameter.numel() if shape is None else math.prod(shape)
+    return whole_numel(parameter) if shape is None else math.prod(shape)
 
 
 def can_train(parameter: Tensor) -> bool:
@@ -111,7 +113,7 @@ def trainable_dtype(parameter: Tensor) -> torch.dtype:
 def stored_tensors(parameter: Tensor) -> list[Tensor]:
     """The plain tensors behind a parameter: those inside a tensor subclass, or itself."""
     flatten = getattr(parameter, "__tensor_flatten__", None)
-    if flatten is None:
+    if flatten is None or is_distributed(parameter):  # of which all shards count
         return [parameter]
     inner = (getattr(parameter, name) for name in flatten()[0])
     return [stored for t in inner if isinstance(t, Tensor) for stored in stored_tensors(t)]

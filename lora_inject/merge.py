@@ -20,6 +20,7 @@ from lora_inject.errors import ArgumentError, LoRAInjectError, UnsupportedLayerE
 from lora_inject.in_place import own_tensor
 from lora_inject.kinds.base import is_plain, own_class
 from lora_inject.layer import change, pairs_of
+from lora_inject.placements import is_fully_sharded, is_partial
 from lora_inject.record import (
     adapted_layers,
     exchange,
@@ -247,7 +248,9 @@ def _check_mergeable(model: nn.Module, places: list[tuple[str, nn.Module, str]])
         adapter = next(a for a in adapters_of(layer) if name in [s.weight for s in a.specs])
         weight = layer._parameters.get(name)
         reason = adapter.kind.merge_refusal(layer, own_class(layer), adapter.way)
-        if reason is None and (weight is None or not is_plain(weight)):
+        if is_fully_sharded(layer) or (weight is not None and is_partial(weight)):
+            reason = f"its {name} is sharded, and no rank holds it whole."
+        elif reason is None and (weight is None or not is_plain(weight)):
             reason = f"its {name} is quantized or parametrized, so that nothing can be added to it."
         elif reason is None and weight is not None and weight.is_meta:
             reason = "it is on the meta device and has no values."

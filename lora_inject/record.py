@@ -16,7 +16,8 @@ from lora_inject.adapter import Adapter, adapters_of, is_merged, state_of
 from lora_inject.checkpointing import checkpointed_modules, hook, unhook
 from lora_inject.errors import ArgumentError, LoRAInjectError
 from lora_inject.in_place import Place, Slot, own_tensor
-from lora_inject.layer import change, detach, is_intact
+from lora_inject.layer import LoRALayer, change, detach, is_intact
+from lora_inject.placements import is_fully_sharded
 from lora_inject.settings import BiasMode
 from lora_inject.statistics import has_statistics, hold, is_held
 
@@ -206,11 +207,18 @@ class Record:
 
 
 def require_intact(path: str, layer: nn.Module) -> None:
-    """Refuse a layer whose class something else has changed, or that accelerate holds elsewhere.
+    """Refuse a layer whose class, forward or parameters something else has changed.
 
     Raises:
-        LoRAInjectError: it has been swapped again, or offloaded with its adapters.
+        LoRAInjectError: it has been swapped again, FSDP or accelerate manages its A and B, or it
+            has a forward of its own.
     """
+    if is_fully_sharded(layer):
+        raise LoRAInjectError(
+            "FSDP shards and gathers its adapter and would go on doing so.",
+            path=path,
+            remedy="Save the adapter on all ranks, and load it into a model that is not sharded.",
+        )
     names = [name for adapter in adapters_of(layer) for name in adapter.parameters]
     if "_hf_hook" in layer.__dict__ and any(layer.get_parameter(name).is_meta for name in names):
         raise LoRAInjectError(
@@ -230,6 +238,20 @@ def require_intact(path: str, layer: nn.Module) -> None:
             f"its class is now {type(layer).__name__}, put there after inject.",
             path=path,
             remedy="Undo that first, or strip before it is done.",
+        )
+
+
+def require_switchable(path: str, layer: nn.Module) -> None:
+    """Refuse a layer that cannot run an adapter: its class was replaced while none was in use.
+
+    Raises:
+        LoRAInjectError: it is one.
+    """
+    if not is_intact(layer) and not isinstance(layer, LoRALayer):
+        raise LoRAInjectError(
+            f"its class became {type(layer).__name__} while none of its adapters was in use.",
+            path=path,
+            remedy="Put the adapters in use before that is done (fully_shard, parametrize).",
         )
 
 

@@ -17,6 +17,7 @@ from lora_inject.errors import ArgumentError, LoRAInjectError, UnsupportedLayerE
 from lora_inject.in_place import show
 from lora_inject.layer import add, change, oriented
 from lora_inject.low_rank import side_by_side
+from lora_inject.placements import alongside
 from lora_inject.record import records_in, require_known, require_own_record, require_ready
 
 
@@ -152,7 +153,7 @@ class _Group:
                 shape = [1] * h.dim()
                 shape[0], shape[self.kind.rank_dim] = mask.shape
                 self.masks[key] = mask.reshape(shape).to(h.device, h.dtype)
-        return self.masks[key]
+        return alongside(self.masks[key], h)
 
 
 def _check_rows(adapters: Any) -> tuple[str | None, ...]:

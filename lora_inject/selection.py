@@ -12,6 +12,7 @@ from torch import nn
 from lora_inject.errors import LoRAInjectError, NoMatchError, UnsupportedLayerError
 from lora_inject.heads import find_heads
 from lora_inject.kinds import find_kind
+from lora_inject.placements import whole_shape
 from lora_inject.roles import is_bias
 from lora_inject.tables import plural
 from lora_inject.targets import Pattern, Place, close_names, in_blocks, walk
@@ -127,7 +128,7 @@ class View:
                 for place in self.places
                 if self.kinds[place.module] is None
                 for name, parameter in place.module._parameters.items()
-                if parameter is not None and parameter.dim() > 1
+                if parameter is not None and len(whole_shape(parameter)) > 1
                 if not is_bias(place.module, name)
             ]
         return self._matrices

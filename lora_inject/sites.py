@@ -12,6 +12,7 @@ from lora_inject.errors import ArgumentError, UnsupportedLayerError
 from lora_inject.kinds import Kind, Spec
 from lora_inject.kinds.base import Way, general_refusal, weight_refusal
 from lora_inject.kinds.parameter import ParameterKind, layout_of
+from lora_inject.placements import is_placeholder, whole_numel
 from lora_inject.readers import is_read_by
 from lora_inject.selection import Choice, Limits, Target, View
 from lora_inject.settings import Parts, Settings
@@ -96,6 +97,8 @@ class Draft:
                 "it is to be adapted and to train in full. Exclude it, or take it out of "
                 "train_also."
             )
+        if target.parameter is not None and is_placeholder(target.tensor):
+            return "ZeRO-3 has partitioned it. Inject before deepspeed.zero.Init, or exclude it."
         kind = self.kind_of(target, settings)
         if kind is None:
             return (
@@ -252,7 +255,7 @@ def is_adapted(target: Target, adapter: str) -> bool:
 def _base_elements(weights: Mapping[str, Tensor], specs: Sequence[Spec]) -> int:
     """Elements of the adapted weights; a packed one has as many as its features say."""
     return sum(
-        weight.numel()
+        whole_numel(weight)
         if weight.is_floating_point()
         else math.prod(next((s.n_in, s.n_out) for s in specs if s.weight == name))
         for name, weight in weights.items()

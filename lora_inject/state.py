@@ -25,12 +25,24 @@ from lora_inject.kinds.parameter import ParameterKind
 from lora_inject.layer import oriented
 from lora_inject.low_rank import same_product
 from lora_inject.paths import bare, bare_key, bare_modules, first_paths
+from lora_inject.placements import (
+    fill,
+    is_fully_sharded,
+    is_placeholder,
+    require_whole,
+    reshard,
+    whole,
+)
 from lora_inject.record import Record, records_in, require_known, require_own_record
 from lora_inject.settings import BiasMode, check_adapter
 
 
 def lora_state_dict(
-    model: nn.Module, bias: BiasMode | None = None, *, adapter: str | None = None
+    model: nn.Module,
+    bias: BiasMode | None = None,
+    *,
+    adapter: str | None = None,
+    full: bool = True,
 ) -> dict[str, Tensor]:
     """What an adapter is, in loralib's keys: A, B, and the biases and modules it trained.
 
@@ -45,6 +57,8 @@ def lora_state_dict(
         bias: the bias mode to save; it must be the one that the adapter was trained with, which
             None stands for.
         adapter: the adapter's name; None for the only one there is, or the only one in use.
+        full: gather sharded tensors whole, for which all ranks must call this; False leaves them
+            as DTensors, as ``torch.distributed.checkpoint`` takes them.
 
     Returns:
         The tensors themselves, detached, by names without the adapter's.
@@ -57,7 +71,8 @@ def lora_state_dict(
     stored = Stored(model, adapter)
     if bias is not None:
         stored.check_bias(bias)
-    return {key: tensor.detach() for key, tensor in {**stored.tensors(), **stored.tied()}.items()}
+    tensors = {**stored.tensors(), **stored.tied()}
+    return {key: whole(t.detach()) if full else t.detach() for key, t in tensors.items()}
 
 
 def load_lora_state_dict(
@@ -75,7 +90,8 @@ def load_lora_state_dict(
 
     Args:
         model: an adapted model, or a wrapper that holds it.
-        state: what ``lora_state_dict`` returned; prefixes of wrappers are understood.
+        state: what ``lora_state_dict`` returned; prefixes of wrappers are understood. In a sharded
+            model every rank takes its part of a whole value.
         adapter: the adapter's name; None for the only one there is, or the only one in use.
 
     Returns:
@@ -125,6 +141,7 @@ class Stored:
 
     def __init__(self, model: nn.Module, adapter: str | None) -> None:
         require_own_record(model)
+        reshard(model)
         self.model = model
         self.records = [record for _, _, record in records_in(model)]
         if not self.records:
@@ -184,10 +201,14 @@ class Stored:
         for held in self.pairs:
             if not held.adapter.follows:
                 A, B = held.values
+                require_whole(f"{held.key}lora_A", A, held.spec.A_shape)
+                require_whole(f"{held.key}lora_B", B, held.spec.B_shape)
                 tensors |= {f"{held.key}lora_A": A, f"{held.key}lora_B": B}
         for key, slot in self.slots.items():
             tensor = slot.tensor(self.name)
             assert tensor is not None
+            if is_placeholder(tensor) or is_fully_sharded(slot.places[0][0]):
+                require_whole(key, tensor, None if slot.former is None else slot.former.shape)
             tensors[key] = tensor
         for key, tensor in tensors.items():
             if tensor.is_meta:
@@ -205,7 +226,8 @@ class Stored:
 
     def data(self) -> AdapterData:
         """The adapter apart from the model."""
-        self.tensors()
+        tensors = self.tensors()
+        trained = {key: tensors[key] for key in self.slots}
         modes = [r.modes[self.name] for r in self.records if self.name in r.modes]
         config = getattr(bare(self.model), "config", None)
         name = getattr(config, "_name_or_path", "") or getattr(self.model, "name_or_path", "")
@@ -219,7 +241,7 @@ class Stored:
         prints = {key: fingerprint(weight) for key, weight in weights.items()}
         return AdapterData(
             pairs=tuple(self._pair(held) for held in self._in_order()),
-            tensors={key: slot.tensor(self.name).detach() for key, slot in self.slots.items()},  # type: ignore[union-attr]
+            tensors={key: whole(t.detach()) for key, t in trained.items()},
             bias=self.bias,
             train_also=tuple(self.paths[m] for mode in modes for m in mode.train_also),
             targets=tuple(dict.fromkeys(held.adapter.pattern for held in self.pairs)),
@@ -256,7 +278,7 @@ class Stored:
 
     def _pair(self, held: Held) -> PairData:
         spec, settings, kind = held.spec, held.adapter.settings, held.adapter.kind
-        A, B = (tensor.detach() for tensor in held.values)
+        A, B = (whole(tensor.detach()) for tensor in held.values)
         A, B = oriented(spec, A, B)
         layout = "in_out" if kind.transposes else ""
         if isinstance(kind, ParameterKind):
@@ -297,7 +319,7 @@ class Stored:
             name = key if real else bare_key(key, known)
             if name in given:
                 raise FormatError(f"two of the keys mean {name}.", remedy="Nothing was loaded.")
-            given[name] = value
+            given[name] = whole(value) if isinstance(value, Tensor) else value
         shared = {key: given.pop(key) for key in tied if key in given}
         ready = dict(given)
         for held in self.pairs:
@@ -319,7 +341,7 @@ class Stored:
         self._require_agreement(cast, shared, scalings)
         with torch.no_grad():
             for key, tensor in own.items():
-                tensor.copy_(cast[key])
+                fill(tensor, cast[key])
 
     def _require_agreement(
         self,

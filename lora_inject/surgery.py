@@ -17,6 +17,7 @@ from lora_inject.in_place import Place
 from lora_inject.kinds import Spec
 from lora_inject.layer import attach, detach
 from lora_inject.merge import merge as fold
+from lora_inject.placements import fill, require_whole, reshard
 from lora_inject.plan import Plan, plan
 from lora_inject.record import (
     Before,
@@ -222,7 +223,7 @@ def _fill_slots(record: Record, adapter: str, tensors: Mapping[Place, Tensor]) -
     for (module, name), value in tensors.items():
         tensor = record.slots[module][name].tensor(adapter)
         assert tensor is not None
-        tensor.copy_(value)
+        fill(tensor, value)
 
 
 def _with_notes(shown: Report, wanted: Plan) -> Report:
@@ -297,6 +298,7 @@ def reset_lora_parameters(model: nn.Module) -> None:
     Raises:
         LoRAInjectError: an adapter is still on the meta device; nothing is changed.
     """
+    reshard(model)
     layers = adapted_layers(model)
     pairs = [
         (path, adapter, spec, layer.get_parameter(A_name), layer.get_parameter(B_name))
@@ -305,7 +307,9 @@ def reset_lora_parameters(model: nn.Module) -> None:
         if not adapter.follows
         for spec, A_name, B_name in adapter.pairs
     ]
-    for path, _, _, A, B in pairs:
+    for path, _, spec, A, B in pairs:
+        require_whole(f"lora_A of {path}", A, spec.A_shape)
+        require_whole(f"lora_B of {path}", B, spec.B_shape)
         if A.is_meta or B.is_meta:
             raise LoRAInjectError(
                 "its adapter is on the meta device and has no values to set.",
@@ -317,7 +321,7 @@ def reset_lora_parameters(model: nn.Module) -> None:
     with torch.no_grad():
         for _, adapter, spec, A, B in pairs:
             for parameter, value in zip((A, B), _starting_values(adapter, spec), strict=True):
-                parameter.copy_(value)
+                fill(parameter, value)
     for _, _, record in records_in(model):
         for slot in record.all_slots():
             slot.keep_unknown()

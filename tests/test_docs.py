@@ -5,12 +5,15 @@ import doctest
 import importlib
 import inspect
 import io
+import os
 import pkgutil
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from families import llama
+from ranks import on_ranks
 from torch import nn
 
 import lora_inject
@@ -23,8 +26,13 @@ MODULES = [
 ]
 
 
+ON_RANKS = r"<!-- on two ranks -->\n```python\n(.*?)```"
+
+
 def snippets(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    return re.findall(
+        rf"```{language}\n(.*?)```", re.sub(ON_RANKS, "", README, flags=re.DOTALL), re.DOTALL
+    )
 
 
 def test_the_snippets_of_the_readme_run_in_order(tmp_path, monkeypatch):
@@ -40,6 +48,21 @@ def test_the_snippets_of_the_readme_run_in_order(tmp_path, monkeypatch):
     (shown,) = [text.strip() for text in snippets("text")]
     assert shown in printed.getvalue()
     assert "\n124439808\n" in printed.getvalue()
+
+
+def run_on_a_rank(snippet, folder):
+    os.chdir(folder)
+    try:
+        exec(snippet, {"model": llama(), "tokens": torch.randint(60, (2, 7))})
+    finally:
+        os.chdir("/")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("snippet", re.findall(ON_RANKS, README, re.DOTALL), ids=["fsdp", "tp"])
+def test_the_snippets_for_many_devices_run_on_two_ranks(snippet, tmp_path):
+    on_ranks(2, run_on_a_rank, snippet, str(tmp_path))
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_the_grammar_table_of_the_readme_selects():

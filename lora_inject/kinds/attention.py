@@ -10,7 +10,7 @@ from lora_inject.kinds.base import (
     MatrixKind,
     Spec,
     Way,
-    linear_spec,
+    out_in_spec,
     overrides_forward,
     own_class,
 )
@@ -37,7 +37,7 @@ class MultiheadAttentionKind(MatrixKind):
         names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
         weights = {name: module._parameters.get(name) for name in names}
         return tuple(
-            linear_spec(name, weight.shape[1], weight.shape[0], settings.r)
+            out_in_spec(name, weight, settings.r)
             for name, weight in weights.items()
             if weight is not None
         )

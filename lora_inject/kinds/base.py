@@ -9,6 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject import initial
+from lora_inject.placements import (
+    has_known_placements,
+    is_distributed,
+    is_fully_sharded,
+    is_placeholder,
+    placements_of_pair,
+    replicated,
+    whole_shape,
+)
 from lora_inject.settings import Settings
 
 Way = Literal["branch", "weight"]
@@ -196,6 +205,12 @@ class Kind(ABC):
         A = initial.kaiming_uniform(spec.A_shape, fan_in, generator)
         return A, initial.zeros(spec.B_shape)
 
+    def placements(self, weight: Tensor, spec: Spec) -> tuple[list[Any], list[Any]]:
+        """Where the parts of A and of B go beside a weight that is a DTensor."""
+        A, B = placements_of_pair(weight, self.transposes)
+        # The rows of a part of a fused projection would lie on some of the ranks alone.
+        return A, replicated(B) if spec.part else B
+
     def weight(self, module: nn.Module, name: str) -> Tensor:
         """The tensor whose device and dtype the adapter follows, read without side effects."""
         for owned in (module._parameters, module._buffers):
@@ -231,6 +246,12 @@ def linear_spec(weight: str, n_in: int, n_out: int, r: int) -> Spec:
     return Spec(weight, n_in, n_out, (r, n_in), (n_out, r))
 
 
+def out_in_spec(name: str, weight: Tensor, r: int) -> Spec:
+    """The spec of a matrix that is (out, in), from its own shape."""
+    n_out, n_in = whole_shape(weight)
+    return linear_spec(name, n_in, n_out, r)
+
+
 def own_class(module: nn.Module) -> type[nn.Module]:
     """The class that a module has without its adapters."""
     state = module.__dict__.get(STATE)
@@ -254,8 +275,9 @@ def general_refusal(module: nn.Module, new_names: list[str], way: Way) -> str | 
         return "accelerate has offloaded its weights. Remove the hooks, inject, and add them again."
     if way == "branch" and "forward" in module.__dict__:
         return (
-            "a forward was set on this very instance (accelerate's hooks do that), and it would "
-            "bypass the adapter. Remove it, inject, and set it again."
+            "a forward was set on this very instance (accelerate's hooks and transformers' tp_plan "
+            "do that), and it would bypass the adapter. Remove it, inject, and set it again; for "
+            "tensor parallelism use parallelize_module."
         )
     taken = [name for name in new_names if hasattr(module, name)]
     if taken:
@@ -269,10 +291,17 @@ def weight_refusal(module: nn.Module, weight: Tensor, spec: Spec, way: Way) -> s
         return f"it has the size {spec.n_in} x {spec.n_out}, so there is nothing to adapt."
     if weight.is_complex():
         return f"its weight is complex ({weight.dtype}), which is not supported. Exclude it."
-    if is_distributed(weight):
+    if is_fully_sharded(module):
+        return "FSDP has sharded its weight already. Inject before fully_shard or FSDP(model)."
+    if is_distributed(weight) and not _can_follow(weight, spec, way):
         return (
-            "its weight is already sharded (DTensor). Inject before fully_shard or "
-            "parallelize_module."
+            f"its {spec.weight} is already sharded (DTensor), where only the branch of a matrix "
+            "can follow. Exclude it."
+        )
+    if way == "weight" and is_placeholder(weight):
+        return (
+            "its weight is partitioned by ZeRO-3, and read where no adapter can be added. Inject "
+            "before deepspeed.zero.Init takes it, or exclude it."
         )
     if way == "weight" and not (spec.weight in module._parameters and is_plain(weight)):
         return (
@@ -282,13 +311,19 @@ def weight_refusal(module: nn.Module, weight: Tensor, spec: Spec, way: Way) -> s
     return None
 
 
+def _can_follow(weight: Tensor, spec: Spec, way: Way) -> bool:
+    """Whether A and B can be placed as a DTensor is: a matrix beside which a branch is added."""
+    matrix = tuple(weight.shape) in ((spec.n_out, spec.n_in), (spec.n_in, spec.n_out))
+    fused = bool(spec.part) and weight.shape[0] >= spec.n_out and weight.dim() == 2
+    return (
+        way == "branch"
+        and (matrix or fused)
+        and weight.is_floating_point()
+        and has_known_placements(weight)
+    )
+
+
 def is_plain(weight: Tensor) -> bool:
     """Whether a weight is an ordinary floating-point Parameter, to which something can be added."""
     ordinary = type(weight) in (nn.Parameter, Tensor) and isinstance(weight, nn.Parameter)
     return ordinary and weight.is_floating_point() and weight.dtype.itemsize > 1
-
-
-def is_distributed(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor."""
-    # By what it has: importing torch.distributed.tensor costs as much as the whole library.
-    return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from lora_inject.kinds.base import own_class
 from lora_inject.kinds.linear import LinearKind
+from lora_inject.placements import whole_shape
 
 
 class Conv1DKind(LinearKind):
@@ -27,5 +28,5 @@ class Conv1DKind(LinearKind):
 
     def features(self, module: nn.Module) -> tuple[int, int]:
         """The weight's shape as it is."""
-        n_in, n_out = self.weight(module, "weight").shape
+        n_in, n_out = whole_shape(self.weight(module, "weight"))
         return n_in, n_out

@@ -1,5 +1,7 @@
 """``nn.Embedding``: the id picks a column of A, B maps it to the embedding's width."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,7 @@ from lora_inject.kinds.base import (
     overrides_forward,
     own_class,
 )
+from lora_inject.placements import replicated
 from lora_inject.readers import calls_super, reads_own_weight
 from lora_inject.settings import Settings
 
@@ -61,6 +64,11 @@ class EmbeddingKind(MatrixKind):
     def initial(self, spec: Spec, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """A zero, B normal, as in loralib: an id that training never saw keeps a delta of zero."""
         return initial.zeros(spec.A_shape), initial.normal(spec.B_shape, generator)
+
+    def placements(self, weight: Tensor, spec: Spec) -> tuple[list[Any], list[Any]]:
+        """A whole: of a sharded one torch would look up ids that B cannot be applied to."""
+        A, B = super().placements(weight, spec)
+        return replicated(A), B
 
     def form(self, layer: nn.Module) -> Form:
         """As PEFT has it."""

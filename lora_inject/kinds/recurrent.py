@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_inject.kinds.base import MatrixKind, Spec, Way, linear_spec, own_class
+from lora_inject.kinds.base import MatrixKind, Spec, Way, out_in_spec, own_class
 from lora_inject.settings import Settings
 
 
@@ -26,9 +26,7 @@ class RecurrentCellKind(MatrixKind):
         """One pair for each weight matrix."""
         weights = ((name, module._parameters.get(name)) for name in self.weight_names(module))
         return tuple(
-            linear_spec(name, weight.shape[1], weight.shape[0], settings.r)
-            for name, weight in weights
-            if weight is not None
+            out_in_spec(name, weight, settings.r) for name, weight in weights if weight is not None
         )
 
     def weight_names(self, module: nn.Module) -> list[str]:
