@@ -1,30 +1,21 @@
-"""Capacity on paper: the bytes that training needs on each device, and how many devices that takes.
+"""Capacity on paper: the bytes that training needs on each device, and how many devices it takes.
 
-The sums follow PyTorch's own engines. FSDP2 (``fully_shard`` on every block and on the model) divides
-the rows of each parameter; tensor parallelism divides weights by columns or rows; activations are
-counted from the model's own forward (``activations``).
+Parameters are divided as PyTorch's own engines do it (``shards``); activations are counted from the
+model's own forward (``activations``).
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from lora_inject.activations import (
-    Products,
-    blocks,
-    example_inputs,
-    on_meta,
-    saved_for_backward,
-    to_meta,
-)
-from lora_inject.adapter import adapters_of
-from lora_inject.memory import optimizer_states, stored_tensors
-from lora_inject.roles import ADAPTER_ROLES, roles
+from lora_inject.activations import saved_for_backward
+from lora_inject.memory import optimizer_states
 from lora_inject.settings import check_rank
+from lora_inject.shards import Held, plan_of, shares
 from lora_inject.tables import Section, Tables, count, plural, size
+from lora_inject.without_values import example_inputs, on_meta, to_meta
 
 # What torch reports as the memory of these cards (H100 and A100, H200), rounded down.
 DEVICES = {"80 GB": 79 * 2**30, "141 GB": 139 * 2**30}
@@ -159,6 +150,8 @@ def capacity(
 ) -> Capacity:
     """Work out what training a model would need on each device; nothing is computed or changed.
 
+    While it works, torch's attention and dropout do nothing in any thread of this process.
+
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
         >>> _ = inject(model, "0", r=4)
@@ -191,10 +184,10 @@ def capacity(
     seq = None if seq is None else check_rank(seq, "seq")
     twin = on_meta(model)
     given = example_inputs(twin, batch, seq) if inputs is None else to_meta(inputs)
-    shares, planned = _shares(twin)
-    products = {p: share.products for p, share in shares.items() if share.products}
+    share_of = shares(twin)
+    products = {p: share.products for p, share in share_of.items() if share.products}
     saved = saved_for_backward(twin, given, products, tp)
-    held = _Held(twin, shares, states, tp)
+    held = Held(twin, share_of, states, tp)
     activations = saved.checkpointed if checkpointing else saved.total
     working = 2 * saved.largest
 
@@ -218,14 +211,15 @@ def capacity(
         activations=activations,
         working=working,
         fits=fits,
-        notes=_notes(twin, tp, planned, fits),
+        notes=_notes(twin, fsdp, tp, fits),
     )
 
 
 def _shapes(inputs: Any) -> dict[str, tuple[int, ...]]:
-    listed = inputs if isinstance(inputs, tuple) else (inputs,)
-    named = dict(inputs) if isinstance(inputs, Mapping) else {"input": t for t in listed[:1]}
-    return {name: tuple(t.shape) for name, t in named.items() if isinstance(t, Tensor)}
+    if not isinstance(inputs, Mapping):
+        listed = inputs if isinstance(inputs, tuple) else (inputs,)
+        inputs = {f"input {i}": value for i, value in enumerate(listed, start=1)}
+    return {name: tuple(t.shape) for name, t in inputs.items() if isinstance(t, Tensor)}
 
 
 def _fit(device: str, memory: int, tp: int, total: Callable[[int], int]) -> Fit:
@@ -241,138 +235,14 @@ def _fit(device: str, memory: int, tp: int, total: Callable[[int], int]) -> Fit:
     return Fit(device, usable, high, high * tp, total(high))
 
 
-# Parameters ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Share:
-    """How tensor parallelism divides a parameter: along which dimension, and its products."""
-
-    dim: int | None = None
-    products: Products | None = None
-
-
-_WHOLE = _Share()
-
-
-def _shares(model: nn.Module) -> tuple[dict[Tensor, _Share], bool]:
-    """The share of every parameter, and whether the model's own plan decided.
-
-    With a tensor-parallel plan (transformers' ``tp_plan``) the weights that it names are divided,
-    and embeddings; without one every weight of two or more dimensions is.
-    """
-    plan: dict[str, str] = getattr(model, "tp_plan", None) or {}
-    shares: dict[Tensor, _Share] = {}
-    for path, module in model.named_modules():
-        ours = {name for adapter in adapters_of(module) for name in adapter.parameters}
-        styles = {}
-        for name, parameter in module._parameters.items():
-            if parameter is None or name in ours:
-                continue
-            styles[name] = _style(plan, path, name)
-            known = _share(parameter, module, styles[name], bool(plan))
-            if parameter not in shares or known != _WHOLE:
-                shares[parameter] = known
-        for adapter in adapters_of(module):
-            for spec, A, B in adapter.pairs:
-                rows = styles.get(spec.weight, "") == "rowwise"
-                columns = not plan or "colwise" in styles.get(spec.weight, "")
-                products: Products | None = "split" if columns and plan else None
-                shares[module._parameters[A]] = _Share(-1, "whole") if rows else _WHOLE
-                shares[module._parameters[B]] = _Share(-2, products) if columns else _WHOLE
-    return shares, bool(plan)
-
-
-def _style(plan: Mapping[str, str], path: str, name: str) -> str:
-    """What the plan says of a parameter, whose path has ``*`` there for numbers."""
-    generic = ".".join("*" if part.isdecimal() else part for part in path.split("."))
-    return plan.get(f"{generic}.{name}") or plan.get(generic) or ""
-
-
-def _share(parameter: Tensor, module: nn.Module, style: str, planned: bool) -> _Share:
-    if parameter.dim() < 2:
-        return _WHOLE
-    if not planned:
-        return _Share(0)
-    if isinstance(module, nn.Embedding):
-        return _Share(0, "whole")  # by rows of the vocabulary; the rest is zero and summed up
-    if "colwise" in style:
-        return _Share(-2, "whole" if "gather" in style or "rep" in style else "split")
-    return _Share(-1, "whole") if "rowwise" in style else _WHOLE
-
-
-class _Held:
-    """The bytes of a model's parameters on each device."""
-
-    def __init__(
-        self, model: nn.Module, shares: Mapping[Tensor, _Share], states: int, tp: int
-    ) -> None:
-        self._states = states
-        self._buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-        block_of = {p: i for i, block in enumerate(blocks(model)) for p in block.parameters()}
-        self._parameters = [
-            _Parameter(p, shares.get(p, _WHOLE), role in ADAPTER_ROLES, block_of.get(p), tp)
-            for p, role in roles(model).items()
-        ]
-
-    def sharded(self, fsdp: int) -> tuple[int, int, int, int]:
-        """Base, adapters, gradients and optimizer state of the first rank, which has the most."""
-        base, adapters, trained = self._buffers, 0, 0
-        for parameter in self._parameters:
-            n_bytes = parameter.bytes(fsdp)
-            if parameter.is_adapter:
-                adapters += n_bytes
-            else:
-                base += n_bytes
-            trained += n_bytes if parameter.trains else 0
-        return base, adapters, trained, trained * self._states
-
-    def gathered(self, fsdp: int) -> int:
-        """Whole parameters at a time, and the gradients that have not been divided yet.
-
-        The model's own group, what is in no block, stays gathered; of the blocks one runs while
-        the next is fetched.
-        """
-        if fsdp == 1:
-            return 0
-        weights: dict[int | None, int] = {}
-        gradients: dict[int | None, int] = {}
-        for parameter in self._parameters:
-            n_bytes, block = parameter.bytes(1), parameter.block
-            weights[block] = weights.get(block, 0) + n_bytes
-            gradients[block] = gradients.get(block, 0) + (n_bytes if parameter.trains else 0)
-        root = weights.pop(None, 0) + gradients.pop(None, 0)
-        both = min(2, len(weights)) * max(weights.values(), default=0)
-        return root + both + max(gradients.values(), default=0)
-
-
-class _Parameter:
-    """What of a parameter stands on a device."""
-
-    def __init__(
-        self, parameter: Tensor, share: _Share, is_adapter: bool, block: int | None, tp: int
-    ) -> None:
-        self.is_adapter, self.block, self.trains = is_adapter, block, parameter.requires_grad
-        stored = sum(t.numel() * t.element_size() for t in stored_tensors(parameter))
-        shape = list(parameter.shape) or [1]
-        self._element = stored / max(1, parameter.numel())  # below a byte for packed weights
-        if share.dim is not None:
-            shape[share.dim] = math.ceil(shape[share.dim] / tp)
-        self._rows, self._row = shape[0], math.prod(shape[1:])
-
-    def bytes(self, fsdp: int) -> int:
-        """On the first of so many ranks: FSDP divides whole rows."""
-        return math.ceil(math.ceil(self._rows / fsdp) * self._row * self._element)
-
-
-def _notes(model: nn.Module, tp: int, planned: bool, fits: tuple[Fit, ...]) -> tuple[str, ...]:
+def _notes(model: nn.Module, fsdp: int, tp: int, fits: tuple[Fit, ...]) -> tuple[str, ...]:
     config = getattr(model, "config", None)
     eager = getattr(config, "_attn_implementation", None) == "eager"
     attention = (
         "Attention is computed step by step ('eager') and keeps its S x S probabilities."
         if eager
-        else "scaled_dot_product_attention is one fused kernel: it keeps q, k, v, its output and the "
-        "log-sum-exp."
+        else "scaled_dot_product_attention is one fused kernel: it keeps q, k, v, its output and "
+        "the log-sum-exp."
     )
     notes = [
         attention,
@@ -381,14 +251,18 @@ def _notes(model: nn.Module, tp: int, planned: bool, fits: tuple[Fit, ...]) -> t
         "fetched while another runs.",
         f"{100 * RESERVE:.0f} % of a device is left for its context and fragmentation.",
     ]
-    if getattr(config, "_experts_implementation", None) and any(
-        p.dim() == 3 for p in model.parameters()
-    ):
+    experts = {p.shape[0] for p in model.parameters() if p.dim() == 3 and p.shape[0] > 1}
+    if getattr(config, "_experts_implementation", None) and experts:
         notes.append("Experts are one grouped product; how tokens are routed changes nothing then.")
-    if tp > 1 and planned:
+        if min(experts) < max(fsdp, *(fit.fsdp or _MOST for fit in fits)):
+            notes.append(
+                f"fully_shard divides {min(experts)} fused experts among as many ranks at most, "
+                "unless its shard_placement_fn says Shard(1); the former is counted."
+            )
+    if tp > 1 and plan_of(model):
         notes.append(
-            "Tensor parallelism follows the model's own plan and divides embeddings too; norms, the "
-            "residual stream and the logits are whole on each device."
+            "Tensor parallelism follows the model's own plan and divides embeddings too; norms, "
+            "the residual stream and the logits are whole on each device."
         )
     elif tp > 1:
         notes.append(

@@ -21,7 +21,6 @@ from lora_inject.report import report
 from lora_inject.selection import ALL_LINEAR
 from lora_inject.surgery import inject
 
-
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _CAPACITY = ("seq", "batch", "fsdp", "tp", "checkpointing")
 
