@@ -125,8 +125,7 @@ class Capacity:
         return Tables(
             [
                 Section(title, ("", ">on each device"), rows),
-                Section(f"Smallest number of devices (TP {self.tp})", columns, fits),
-                Section("Assumed", ("",), [(note,) for note in self.notes]),
+                Section(f"Smallest number of devices (TP {self.tp})", columns, fits, self.notes),
             ]
         )
 
@@ -246,10 +245,12 @@ def _notes(model: nn.Module, fsdp: int, tp: int, fits: tuple[Fit, ...]) -> tuple
     )
     notes = [
         attention,
-        "Dropout keeps one byte for each element. Gradients have the dtype of their parameter.",
+        "Dropout keeps one byte for each element. The gradients of activations that exist at a "
+        "time are taken to be twice the largest tensor that is kept.",
         "FSDP divides rows, block by block; what is in no block stays gathered, and one block is "
         "fetched while another runs.",
-        f"{100 * RESERVE:.0f} % of a device is left for its context and fragmentation.",
+        f"Of the {' and '.join(str(n // 2**30) for n in DEVICES.values())} GiB that such devices "
+        f"report, {100 * RESERVE:.0f} % is left for the context and fragmentation.",
     ]
     experts = {p.shape[0] for p in model.parameters() if p.dim() == 3 and p.shape[0] > 1}
     if getattr(config, "_experts_implementation", None) and experts:

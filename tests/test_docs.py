@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig
 
 import lora_inject
+from lora_inject.cli import main
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 MODULES = [
@@ -40,6 +42,19 @@ def test_the_snippets_of_the_readme_run_in_order(tmp_path, monkeypatch):
     (shown,) = [text.strip() for text in snippets("text")]
     assert shown in printed.getvalue()
     assert "\n124439808\n" in printed.getvalue()
+
+
+def test_the_capacity_in_the_readme_is_what_the_command_prints(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    LlamaConfig(
+        architectures=["LlamaForCausalLM"], hidden_size=16384, intermediate_size=53248,
+        num_hidden_layers=126, num_attention_heads=128, num_key_value_heads=8, vocab_size=128256,
+        max_position_embeddings=131072, tie_word_embeddings=False,
+    ).save_pretrained("llama-3.1-405b")  # fmt: skip
+    (snippet,) = snippets("console")
+    command, shown = snippet.replace("\\\n", "").split("\n", 1)
+    assert main(command.split()[2:]) == 0
+    assert capsys.readouterr().out.endswith(f"\n\n{shown}")
 
 
 def test_the_grammar_table_of_the_readme_selects():
