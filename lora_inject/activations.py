@@ -29,18 +29,20 @@ _CHECKS = {torch.all: True, Tensor.all: True, torch.any: False, Tensor.any: Fals
 
 @dataclass(frozen=True)
 class Saved:
-    """Bytes that are kept from the forward to the backward pass.
+    """Bytes that are held from the forward to the backward pass.
 
     Attributes:
         total: all of it.
         checkpointed: what is kept where each block is computed again in the backward pass: what
             stands in no block (embeddings, the head, the loss), the blocks' inputs, and one block.
-        largest: the largest tensor.
+        largest: the largest tensor that is kept.
+        outputs: what the forward returns and is not kept for another reason.
     """
 
     total: int
     checkpointed: int
     largest: int
+    outputs: int
 
 
 def saved_for_backward(
@@ -71,7 +73,7 @@ def saved_for_backward(
             saved_tensors_hooks(tape.pack, lambda tensor: tensor),
             tape,
         ):
-            model(*listed, **named)
+            output = model(*listed, **named)
     except LoRAInjectError:
         raise
     except Exception as error:  # a forward can fail in as many ways as there are models
@@ -81,7 +83,7 @@ def saved_for_backward(
             f"{type(error).__name__}: {text}",
             remedy="Give it other inputs= from Python, if they are what is wrong.",
         ) from error
-    return tape.result(tp)
+    return tape.result(output, tp)
 
 
 @dataclass
@@ -170,8 +172,13 @@ class _Tape(TorchFunctionMode):
         known = self._known.get(storage._cdata)
         return (self._now if known is None else known.products) == "split"
 
-    def result(self, tp: int) -> Saved:
+    def result(self, output: Any, tp: int) -> Saved:
         """The bytes on one of so many devices."""
+        returned = {
+            storage._cdata: _Kept(storage, None, self._is_split(storage))
+            for storage in (tensor.untyped_storage() for tensor in _tensors(output))
+            if storage._cdata not in self._own | self._kept.keys()
+        }
         by_block: dict[int | None, int] = {None: 0}
         for key, kept in self._kept.items():
             if key not in self._inputs:
@@ -182,6 +189,7 @@ class _Tape(TorchFunctionMode):
             total=sum(sizes),
             checkpointed=outside + max(by_block.values(), default=0) if sizes else 0,
             largest=max(sizes, default=0),
+            outputs=sum(kept.bytes(tp) for kept in returned.values()),
         )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

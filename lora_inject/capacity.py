@@ -59,7 +59,8 @@ class Capacity:
         states: optimizer state of all that trains.
         gathered: what FSDP has gathered at a time: what is in no block, and two blocks.
         activations: what the forward pass keeps for the backward pass.
-        working: gradients of activations: twice the largest tensor that is kept.
+        working: what else the backward pass starts with: the outputs, and gradients of
+            activations, which take twice the largest tensor that is kept.
         fits: how many devices of which size are enough, for the same tp.
         notes: what is assumed.
     """
@@ -99,7 +100,7 @@ class Capacity:
             (f"optimizer ({self.optimizer})", self.states),
             ("gathered by FSDP", self.gathered),
             (f"activations saved{again}", self.activations),
-            ("gradients of activations", self.working),
+            ("outputs and their gradients", self.working),
         ]
 
     def _tables(self) -> Tables:
@@ -188,7 +189,7 @@ def capacity(
     saved = saved_for_backward(twin, given, products, tp)
     held = Held(twin, share_of, states, tp)
     activations = saved.checkpointed if checkpointing else saved.total
-    working = 2 * saved.largest
+    working = saved.outputs + 2 * saved.largest
 
     def total(ranks: int) -> int:
         return sum(held.sharded(ranks)) + held.gathered(ranks) + activations + working
@@ -246,7 +247,7 @@ def _notes(model: nn.Module, fsdp: int, tp: int, fits: tuple[Fit, ...]) -> tuple
     notes = [
         attention,
         "Dropout keeps one byte for each element. The gradients of activations that exist at a "
-        "time are taken to be twice the largest tensor that is kept.",
+        "time are twice the largest tensor that is kept.",
         "FSDP divides rows, block by block; what is in no block stays gathered, and one block is "
         "fetched while another runs.",
         f"Of the {' and '.join(str(n // 2**30) for n in DEVICES.values())} GiB that such devices "

@@ -1,5 +1,6 @@
 """Capacity on paper: activations against real measurements, sums against real shards."""
 
+import weakref
 from functools import partial
 
 import pytest
@@ -13,6 +14,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from lora_inject import LoRAInjectError, capacity, inject
@@ -151,6 +154,42 @@ def test_an_adapted_layer_keeps_x_once_and_a_product_for_each_adapter():
     inject(model, ["k", "v"], r=4)
     assert capacity(model, x_NI).activations == 4 * (32 * 64 + 3 * 32 * 4)
     assert capacity(model, x_NI).activations == measured(model, x=x_NI)
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes of tensors that exist at a time, beside those of the model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
+        self.live, self.most = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is None or storage._cdata in self.model | self.live.keys():
+                continue
+            self.live[storage._cdata] = storage.nbytes()
+            weakref.finalize(storage, self.live.pop, storage._cdata)
+            self.most = max(self.most, sum(self.live.values()))
+        return result
+
+
+@pytest.mark.parametrize("vocab_size", [256, 4000])
+@pytest.mark.parametrize("build", [llama, mixtral])
+def test_the_total_is_the_peak_of_a_real_step(build, vocab_size):
+    model = build(vocab_size=vocab_size)
+    inject(model, r=4)
+    model.config.use_cache = False
+    needed = capacity(model, batch=BATCH, seq=SEQ, optimizer="sgd")
+    with Peak(model) as peak:
+        output = model(**tokens())
+        output.loss.backward()
+    real = needed.base + needed.adapters + peak.most
+    assert needed.total == pytest.approx(real, rel=0.1)
+    working = needed.activations + needed.working + needed.gradients
+    assert working == pytest.approx(peak.most, rel=0.1)
 
 
 def test_checkpointing_keeps_the_inputs_of_the_blocks_and_one_block():
