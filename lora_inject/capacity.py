@@ -246,8 +246,8 @@ def _notes(model: nn.Module, fsdp: int, tp: int, fits: tuple[Fit, ...]) -> tuple
     )
     notes = [
         attention,
-        "Dropout keeps one byte for each element. The gradients of activations that exist at a "
-        "time are twice the largest tensor that is kept.",
+        "Dropout keeps its result and one byte for each element. The gradients of activations that "
+        "exist at a time are twice the largest tensor that is kept.",
         "FSDP divides rows, block by block; what is in no block stays gathered, and one block is "
         "fetched while another runs.",
         f"Of the {' and '.join(str(n // 2**30) for n in DEVICES.values())} GiB that such devices "
