@@ -7,6 +7,7 @@ strip(model)
 """
 
 from lora_inject.adapters import remove, use
+from lora_inject.capacity import Capacity, capacity
 from lora_inject.combine import CombineReport, combine
 from lora_inject.disable import disabled
 from lora_inject.errors import (
@@ -34,6 +35,7 @@ from lora_inject.surgery import inject, reset_lora_parameters, strip
 __all__ = [
     "AlreadyAdaptedError",
     "ArgumentError",
+    "Capacity",
     "CombineReport",
     "ExtractReport",
     "FormatError",
@@ -47,6 +49,7 @@ __all__ = [
     "Report",
     "Spec",
     "UnsupportedLayerError",
+    "capacity",
     "combine",
     "disabled",
     "extract",

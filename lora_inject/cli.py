@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from lora_inject.capacity import capacity
 from lora_inject.convert import convert, inspect
 from lora_inject.errors import ArgumentError, LoRAInjectError
 from lora_inject.formats import FORMATS
@@ -19,6 +20,9 @@ from lora_inject.plan import plan
 from lora_inject.report import report
 from lora_inject.selection import ALL_LINEAR
 from lora_inject.surgery import inject
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_CAPACITY = ("seq", "batch", "fsdp", "tp", "checkpointing")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,7 +71,18 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--layers", nargs="+", type=int, default=None, metavar="INDEX")
     show.add_argument("--train-also", nargs="+", default=[], metavar="PATTERN")
     show.add_argument("--optimizer", default="adamw", help=", ".join(OPTIMIZER_STATES))
+    show.add_argument("--dtype", choices=list(_DTYPES), help="of the base; default: the config's")
     show.add_argument("--json", action="store_true", help="print the report as JSON")
+    paper = show.add_argument_group(
+        "capacity", "Any of these also shows what each device would hold, and how many it takes."
+    )
+    paper.add_argument("--seq", type=int, metavar="TOKENS", help="in a row; not for images")
+    paper.add_argument("--batch", type=int, metavar="ROWS", help="on each FSDP rank; default 1")
+    paper.add_argument("--fsdp", type=int, metavar="RANKS", help="fully_shard; default 1")
+    paper.add_argument("--tp", type=int, metavar="RANKS", help="tensor parallel; default 1")
+    paper.add_argument(
+        "--checkpointing", action="store_const", const=True, help="compute blocks again"
+    )
 
     look = commands.add_parser(
         "inspect",
@@ -106,6 +121,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _plan(options: argparse.Namespace) -> None:
     model = load_model(options.model)
+    if options.dtype:
+        model.to(_DTYPES[options.dtype])
     arguments: dict[str, Any] = {
         "targets": options.targets,
         "r": options.rank,
@@ -119,10 +136,13 @@ def _plan(options: argparse.Namespace) -> None:
     shown = plan(model, **arguments)
     inject(model, **arguments)
     counted = report(model, options.optimizer)
+    wanted = {n: v for n in _CAPACITY if (v := getattr(options, n)) is not None}
+    needed = capacity(model, optimizer=options.optimizer, **wanted) if wanted else None
     if options.json:
-        print(json.dumps(counted.to_dict(), indent=2))
+        more = {"capacity": needed.to_dict()} if needed else {}
+        print(json.dumps({**counted.to_dict(), **more}, indent=2))
     else:
-        print(f"{shown}\n\n{counted}")
+        print("\n\n".join(str(part) for part in (shown, counted, needed) if part))
 
 
 def _inspect(options: argparse.Namespace) -> None:

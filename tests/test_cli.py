@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import transformers as tf
 from transformers import GPT2Config, LlamaConfig
 
 from lora_inject import inject, save
@@ -41,13 +42,85 @@ def test_plan_as_json(config, capsys):
 
 
 def test_plan_of_a_llama_with_405_billion_parameters(tmp_path, capsys):
-    LlamaConfig(
-        architectures=["LlamaForCausalLM"], hidden_size=16384, intermediate_size=53248,
-        num_hidden_layers=126, num_attention_heads=128, num_key_value_heads=8, vocab_size=128256,
-        tie_word_embeddings=False,
-    ).save_pretrained(tmp_path)  # fmt: skip
+    LLAMA_405B.save_pretrained(tmp_path)
     assert main(["plan", str(tmp_path), "-r", "16", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["frozen"] == 405_853_388_800
+
+
+CAPACITY = ["--dtype", "bf16", "--fsdp", "8", "--tp", "2", "--seq", "4096", "--batch", "1"]
+LLAMA_405B = LlamaConfig(
+    architectures=["LlamaForCausalLM"], hidden_size=16384, intermediate_size=53248,
+    num_hidden_layers=126, num_attention_heads=128, num_key_value_heads=8, vocab_size=128256,
+    max_position_embeddings=131072, tie_word_embeddings=False,
+)  # fmt: skip
+
+
+def test_capacity_of_a_llama_with_405_billion_parameters(tmp_path, capsys):
+    LLAMA_405B.save_pretrained(tmp_path)
+    assert main(["plan", str(tmp_path), *CAPACITY, "--checkpointing", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    needed = shown["capacity"]
+    assert shown["memory"]["frozen"]["weights"] == {"bfloat16": 2 * 405_853_388_800}
+    assert shown["memory"]["trainable"]["weights"].keys() == {"float32"}
+    assert needed["base"] == pytest.approx(2 * 405_853_388_800 / 16, rel=1e-3)
+    assert needed["inputs"] == {"input_ids": [1, 4096], "labels": [1, 4096]}
+    lines = ("base", "adapters", "gradients", "states", "gathered", "activations", "working")
+    assert needed["total"] == sum(needed[line] for line in lines)
+    # one block's input for each of 126 blocks, of 4096 tokens with 16384 features of 2 bytes
+    assert needed["activations"] > 126 * 4096 * 16384 * 2
+    assert [fit["device"] for fit in needed["fits"]] == ["80 GB", "141 GB"]
+
+
+FAMILIES = {
+    "Llama 8B": LlamaConfig(
+        architectures=["LlamaForCausalLM"], hidden_size=4096, intermediate_size=14336,
+        num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256,
+    ),
+    "Llama 70B": LlamaConfig(
+        architectures=["LlamaForCausalLM"], hidden_size=8192, intermediate_size=28672,
+        num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8, vocab_size=128256,
+    ),
+    "Mixtral 8x22B": tf.MixtralConfig(
+        architectures=["MixtralForCausalLM"], hidden_size=6144, intermediate_size=16384,
+        num_hidden_layers=56, num_attention_heads=48, num_key_value_heads=8,
+    ),
+    "Qwen3-MoE 235B": tf.Qwen3MoeConfig(
+        architectures=["Qwen3MoeForCausalLM"], hidden_size=4096, moe_intermediate_size=1536,
+        num_hidden_layers=94, num_attention_heads=64, num_key_value_heads=4, head_dim=128,
+        num_experts=128, num_experts_per_tok=8,
+    ),
+    "DeepSeek-V3": tf.DeepseekV3Config(architectures=["DeepseekV3ForCausalLM"]),
+    "Gemma3": tf.Gemma3Config(architectures=["Gemma3ForConditionalGeneration"]),
+    "GPT-OSS 120B": tf.GptOssConfig(architectures=["GptOssForCausalLM"]),
+    "T5": tf.T5Config(architectures=["T5ForConditionalGeneration"]),
+    "BERT": tf.BertConfig(architectures=["BertForMaskedLM"]),
+    "ViT": tf.ViTConfig(architectures=["ViTForImageClassification"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_capacity_of_real_sizes(name, tmp_path, capsys):
+    FAMILIES[name].save_pretrained(tmp_path)
+    seq = [] if name == "ViT" else ["--seq", "512"]
+    options = ["--dtype", "bf16", "--fsdp", "8", *seq, "--json"]
+    assert main(["plan", str(tmp_path), *options]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    needed = shown["capacity"]
+    assert needed["base"] == pytest.approx(2 * shown["frozen"] / 8, rel=0.02)
+    assert needed["activations"] > 0
+    assert all(fit["devices"] for fit in needed["fits"])
+
+
+def test_capacity_is_shown_below_the_plan_and_only_when_it_is_asked_for(config, capsys):
+    assert main(["plan", str(config)]) == 0
+    plain = capsys.readouterr().out.rstrip()
+    assert main(["plan", str(config), "--seq", "64"]) == 0
+    with_capacity = capsys.readouterr().out
+    assert with_capacity.startswith(plain)
+    assert "Smallest number of devices" in with_capacity
+    assert "Smallest number of devices" not in plain
+    assert main(["plan", str(config), "--dtype", "fp16"]) == 0
+    assert "float16" in capsys.readouterr().out
 
 
 def test_plan_of_a_callable(capsys):
@@ -66,6 +139,8 @@ def test_plan_of_a_callable(capsys):
         ([f"{__name__}:small_model", "-r", "0"], "r must be an integer"),
         ([f"{__name__}:small_model", "--bias", "some"], "bias must be one of"),
         ([f"{__name__}:small_model", "--optimizer", "x"], "optimizer must be one of"),
+        ([f"{__name__}:small_model", "--fsdp", "0"], "fsdp must be an integer"),
+        ([f"{__name__}:small_model", "--seq", "8"], "nothing tells what Sequential reads"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(arguments, message, capsys):
@@ -75,6 +150,15 @@ def test_errors_are_one_line_and_exit_code_2(arguments, message, capsys):
     assert captured.err.count("\n") == 1
     assert captured.err.startswith("lora-inject: error: ")
     assert message in captured.err
+
+
+@pytest.mark.parametrize("option", [["--fsdp", "x"], ["--seq", "1.5"], ["--dtype", "int8"]])
+def test_options_of_the_wrong_type_are_one_line_too(option, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", f"{__name__}:small_model", *option])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"argument {option[0]}" in error
 
 
 def test_a_broken_config(tmp_path, capsys):

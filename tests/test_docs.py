@@ -15,8 +15,10 @@ import torch
 from families import llama
 from ranks import on_ranks
 from torch import nn
+from transformers import LlamaConfig
 
 import lora_inject
+from lora_inject.cli import main
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 MODULES = [
@@ -63,6 +65,19 @@ def run_on_a_rank(snippet, folder):
 def test_the_snippets_for_many_devices_run_on_two_ranks(snippet, tmp_path):
     on_ranks(2, run_on_a_rank, snippet, str(tmp_path))
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_capacity_in_the_readme_is_what_the_command_prints(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    LlamaConfig(
+        architectures=["LlamaForCausalLM"], hidden_size=16384, intermediate_size=53248,
+        num_hidden_layers=126, num_attention_heads=128, num_key_value_heads=8, vocab_size=128256,
+        max_position_embeddings=131072, tie_word_embeddings=False,
+    ).save_pretrained("llama-3.1-405b")  # fmt: skip
+    (snippet,) = snippets("console")
+    command, shown = snippet.replace("\\\n", "").split("\n", 1)
+    assert main(command.split()[2:]) == 0
+    assert capsys.readouterr().out.endswith(f"\n\n{shown}")
 
 
 def test_the_grammar_table_of_the_readme_selects():
