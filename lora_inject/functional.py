@@ -73,10 +73,11 @@ def _is_flattened(x_NI: Tensor) -> bool:
 
 def _keeps_x(x_NI: Tensor, A_RI: Tensor, dropout: float) -> bool:
     """Whether ``product`` makes ``A dropout(x)``: it keeps x and A, and no copies of them."""
-    masks = dropout > 0 and x_NI.is_cpu
+    if dropout and not x_NI.is_cpu:
+        return False  # where a mask is made, it is made on the CPU
     casts = torch.is_grad_enabled() and A_RI.dtype != _dtype_of_products(x_NI)
     return (
-        (((masks or casts) and x_NI.numel() >= _LARGE) or _is_slow(x_NI))
+        (((dropout or casts) and x_NI.numel() >= _LARGE) or _is_slow(x_NI))
         and type(x_NI) in _PLAIN
         and type(A_RI) in _PLAIN
         and not _is_transformed()
@@ -127,7 +128,8 @@ def _is_slow(x_NI: Tensor) -> bool:
 def _dtype_of_products(x_NI: Tensor) -> torch.dtype:
     """The dtype in which products with x are made."""
     device = x_NI.device.type
-    if torch.is_autocast_enabled(device) and x_NI.dtype != torch.float64:
+    known = torch.amp.is_autocast_available(device)  # not for meta, which raises when it is asked
+    if known and torch.is_autocast_enabled(device) and x_NI.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return torch.float32 if _is_slow(x_NI) else x_NI.dtype
 

@@ -722,3 +722,13 @@ def test_scales_follow_the_adapters_and_leave_with_them(linear):
     inject(linear, "0", r=R, adapter="fr")
     remove(linear, "fr")
     assert state.scales.keys() == {"default"}
+
+
+@pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16])
+def test_tensors_without_values(adapters):
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(I, O)).bfloat16()
+        inject(model, "0", r=R, dtype=adapters, dropout=0.1)
+        x = torch.randn(4, 5, I, dtype=torch.bfloat16)
+    model.train()(x).sum().backward()
+    assert model[0].lora_A.grad.dtype == adapters
