@@ -27,7 +27,7 @@ def changes(rounds: int) -> list[Result]:
         for i in range(5):
             other = small_llama()
             inject(other, PROJECTIONS, r=8, alpha=8 * (i + 1))
-            save(randomize(other), f"{folder}/{i}", fingerprint=False)
+            save(randomize(other), f"{folder}/{i}")
         compiled(ids)
         first = len(graphs)
         swaps = _compiles(graphs, compiled, ids, lambda i: load(model, f"{folder}/{i}"))

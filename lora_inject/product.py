@@ -91,9 +91,12 @@ class _Product(torch.autograd.Function):
             dx_NI = g_NO @ W_OI.to(ctx.dtype)
             dx_NI = dx_NI if kept_NI is None else dx_NI.mul_(kept_NI)
         if x_NI is not None:
-            x_NI = x_NI.to(ctx.dtype)
-            x_NI = x_NI if kept_NI is None else x_NI * kept_NI
-            dW_OI = _rows(g_NO).t() @ _rows(x_NI)
+            masked_NI = x_NI.to(ctx.dtype)
+            if kept_NI is not None and torch.is_grad_enabled():  # dx may be differentiated again
+                masked_NI = masked_NI * kept_NI
+            elif kept_NI is not None:
+                masked_NI = kept_NI.mul_(masked_NI)
+            dW_OI = _rows(g_NO).t() @ _rows(masked_NI)
         if ctx.needs_input_grad[2]:
             db_O = _rows(g_NO).sum(0)
         return dx_NI, dW_OI, db_O, None, None
