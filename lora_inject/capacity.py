@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_inject.activations import saved_for_backward
 from lora_inject.memory import optimizer_states
-from lora_inject.settings import check_rank
+from lora_inject.settings import check_count
 from lora_inject.shards import Held, plan_of, shares
 from lora_inject.tables import Section, Tables, count, plural, size
 from lora_inject.without_values import example_inputs, on_meta, to_meta
@@ -180,8 +180,8 @@ def capacity(
         LoRAInjectError: the forward depends on values, or cannot use the inputs.
     """
     states = optimizer_states(optimizer)
-    fsdp, tp, batch = check_rank(fsdp, "fsdp"), check_rank(tp, "tp"), check_rank(batch, "batch")
-    seq = None if seq is None else check_rank(seq, "seq")
+    fsdp, tp, batch = check_count(fsdp, "fsdp"), check_count(tp, "tp"), check_count(batch, "batch")
+    seq = None if seq is None else check_count(seq, "seq")
     twin = on_meta(model)
     given = example_inputs(twin, batch, seq) if inputs is None else to_meta(inputs)
     share_of = shares(twin)

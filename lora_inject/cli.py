@@ -62,14 +62,23 @@ def _parser() -> argparse.ArgumentParser:
         help="a directory or JSON file with a transformers config (built on the meta device), or "
         "package.module:callable, a function without arguments that returns an nn.Module",
     )
-    show.add_argument("--targets", nargs="+", default=[ALL_LINEAR], metavar="PATTERN")
+    show.add_argument(
+        "--targets", nargs="+", default=[ALL_LINEAR], metavar="PATTERN",
+        help="names, globs or re:... of layers; default: all-linear",
+    )  # fmt: skip
     show.add_argument("-r", "--rank", type=int, default=8, metavar="R")
     show.add_argument("--alpha", type=float, default=None, help="default: the rank")
     show.add_argument("--dropout", type=float, default=0.0)
     show.add_argument("--bias", default="none", help="none, all or lora_only")
-    show.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN")
-    show.add_argument("--layers", nargs="+", type=int, default=None, metavar="INDEX")
-    show.add_argument("--train-also", nargs="+", default=[], metavar="PATTERN")
+    show.add_argument(
+        "--exclude", nargs="+", default=[], metavar="PATTERN", help="what is left alone"
+    )
+    show.add_argument(
+        "--layers", nargs="+", type=int, default=None, metavar="INDEX", help="blocks; default: all"
+    )
+    show.add_argument(
+        "--train-also", nargs="+", default=[], metavar="PATTERN", help="modules that train in full"
+    )
     show.add_argument("--optimizer", default="adamw", help=", ".join(OPTIMIZER_STATES))
     show.add_argument("--dtype", choices=list(_DTYPES), help="of the base; default: the config's")
     show.add_argument("--json", action="store_true", help="print the report as JSON")

@@ -41,7 +41,7 @@ from lora_inject.settings import (
     Settings,
     check_adapter,
     check_choice,
-    check_rank,
+    check_count,
     check_seed,
     check_weights,
 )
@@ -375,7 +375,7 @@ def _check_options(
     seed = check_seed(seed)
     draws = how == "dare" and seed is None
     return (
-        None if r is None else check_rank(r, "r"),
+        None if r is None else check_count(r, "r"),
         1.0 if density is None else float(density),
         initial.draw_seed() if draws else seed or 0,
     )

@@ -117,7 +117,7 @@ class Inspection:
             for p in d.pairs
         ]
         sections = [
-            Section(str(self.path), ("", ""), facts),
+            Section(str(self.path), ("what", "value"), facts),
             Section("Layers", ("layer", "form", ">r", ">alpha", "dtype", ">norm of s B A"), rows),
         ]
         if d.tensors:

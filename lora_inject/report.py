@@ -274,17 +274,21 @@ def _patterns_section(patterns: tuple[PatternRow, ...]) -> Section:
     return Section("Adapted layers", columns[:shown], [row[:shown] for row in rows])
 
 
+def _times(ratio: float) -> str:
+    """How much less, or more where layers are smaller than their adapters."""
+    times, word = (ratio, "less") if ratio >= 1 else (1 / ratio, "more")
+    return f"{times:,.0f} times {word}" if times >= 10 else f"{times:.1f} times {word}"
+
+
 def _memory_section(memory: Memory) -> Section:
     rows = [
         (part, *(_by_dtype(getattr(held, part)) for held in _columns(memory)))
         for part in ("weights", "gradients", "optimizer")
     ]
     rows.append(("total", *(size(held.total) for held in _columns(memory))))
-    ratios = (
-        f"Training state: {memory.ratio:,.0f} times less than full fine-tuning"
-        if memory.trainable.total
-        else "Training state: none"
-    )
+    ratios = "Training state: none"
+    if memory.trainable.total:
+        ratios = f"Training state: {_times(memory.ratio)} than full fine-tuning"
     return Section(
         f"Memory with {memory.optimizer}, activations left out",
         ("", ">trainable", ">frozen", ">full fine-tuning"),

@@ -82,7 +82,7 @@ def settings(values: Mapping[str, Any], override: Any = None, where: str = "") -
             raise ArgumentError(f"{where} has the unknown key {key!r}; known: {list(values)}.")
     v = {**values, **own}
     names = {key: f"{key} in {where}" if key in own else key for key in values}
-    rank = check_rank(v["r"], names["r"])
+    rank = check_count(v["r"], names["r"])
     return Settings(
         r=rank,
         alpha=float(rank) if v["alpha"] is None else check_alpha(v["alpha"], names["alpha"]),
@@ -130,7 +130,7 @@ def _check_part_list(value: Any, pattern: Any) -> Parts:
     return tuple(parts)
 
 
-def check_rank(r: Any, name: str) -> int:
+def check_count(r: Any, name: str) -> int:
     """A rank is an integer of at least 1."""
     try:
         rank = operator.index(r)

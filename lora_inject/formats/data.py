@@ -83,7 +83,7 @@ class PairData:
         if self.alpha is None:
             raise FormatError(
                 f"the file does not say alpha, and so not the scaling of {self.name}.",
-                remedy="Say it: alpha=16.",
+                remedy="Say it: alpha=16, or --alpha 16.",
             )
         return self.alpha
 
