@@ -11,15 +11,13 @@ from lora_inject.layer import detach
 from lora_inject.record import (
     Record,
     records_in,
-    require_intact,
     require_known,
     require_own_record,
-    require_ready,
-    require_switchable,
     set_in_use,
     set_trainable,
     uninstall,
 )
+from lora_inject.refusals import require_intact, require_ready, require_switchable
 from lora_inject.settings import check_names, check_weights
 from lora_inject.statistics import has_statistics, hold
 

@@ -29,14 +29,8 @@ from lora_inject.kinds.base import Kind, Spec
 from lora_inject.layer import attach, detach, oriented
 from lora_inject.low_rank import difference_norm, product_norm, side_by_side, truncated
 from lora_inject.placements import whole
-from lora_inject.record import (
-    Mode,
-    Record,
-    records_in,
-    require_intact,
-    require_known,
-    require_own_record,
-)
+from lora_inject.record import Mode, Record, records_in, require_known, require_own_record
+from lora_inject.refusals import require_intact
 from lora_inject.settings import (
     Settings,
     check_adapter,

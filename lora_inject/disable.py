@@ -9,13 +9,8 @@ from lora_inject.adapter import state_of
 from lora_inject.errors import LoRAInjectError
 from lora_inject.in_place import own_tensor, show
 from lora_inject.layer import change
-from lora_inject.record import (
-    adapted_layers,
-    exchange,
-    records_in,
-    require_kept,
-    require_own_record,
-)
+from lora_inject.record import adapted_layers, exchange, records_in, require_own_record
+from lora_inject.refusals import require_kept
 
 
 @contextmanager

@@ -26,11 +26,9 @@ from lora_inject.record import (
     exchange,
     put_back_merged,
     records_in,
-    require_kept,
-    require_no_block,
     require_own_record,
-    require_ready,
 )
+from lora_inject.refusals import require_kept, require_no_block, require_ready
 from lora_inject.settings import check_names
 from lora_inject.tables import Section, Tables
 

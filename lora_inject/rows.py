@@ -18,7 +18,8 @@ from lora_inject.in_place import show
 from lora_inject.layer import add, change, oriented
 from lora_inject.low_rank import side_by_side
 from lora_inject.placements import alongside
-from lora_inject.record import records_in, require_known, require_own_record, require_ready
+from lora_inject.record import records_in, require_known, require_own_record
+from lora_inject.refusals import require_ready
 
 
 @contextmanager
