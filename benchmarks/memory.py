@@ -32,9 +32,9 @@ def bytes_saved(model: nn.Module) -> int:
 def saved(rounds: int) -> list[Result]:
     bf16 = torch.bfloat16
     cases = {
-        "p=0.05": (Case(0, 0, 8, dropout=0.05), 0.30),
-        "bf16 base + fp32 adapters": (Case(0, 0, 8, dtype=bf16), 0.28),
-        "p=0": (Case(0, 0, 8), 1.00),
+        "p=0.05": (Case(512, 512, 8, dropout=0.05), 0.30),
+        "bf16 base + fp32 adapters": (Case(512, 512, 8, dtype=bf16), 0.28),
+        "p=0": (Case(512, 512, 8), 1.00),
     }
     results = []
     for name, (case, goal) in cases.items():

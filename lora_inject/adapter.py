@@ -29,6 +29,7 @@ class Term(NamedTuple):
         scaling: alpha / r, times the weight with which the adapter is in use.
         dropout: the probability in training mode.
         adapter: the adapter's name.
+        part: the first feature of the output that it adds to and their number; None for all.
     """
 
     kind: Kind
@@ -38,6 +39,7 @@ class Term(NamedTuple):
     scaling: float
     dropout: float
     adapter: str
+    part: tuple[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,10 @@ class Adapter:
     def weighted_terms(self, weight: float) -> tuple[Term, ...]:
         """What it adds when it is in use with this weight."""
         s = self.settings
+        parts = [(spec.start, spec.n_out) if spec.part else None for spec in self.specs]
         return tuple(
-            Term(self.kind, spec, A, B, s.scaling * weight, s.dropout, self.name)
-            for spec, A, B in self.pairs
+            Term(self.kind, spec, A, B, s.scaling * weight, s.dropout, self.name, part)
+            for (spec, A, B), part in zip(self.pairs, parts, strict=True)
         )
 
 

@@ -22,7 +22,8 @@ from lora_inject.product import add_product, product
 
 # Which way -----------------------------------------------------------------------------------
 
-_PLAIN = (Tensor, nn.Parameter)  # exactly these: a subclass may do anything in its operations
+# Exactly these: a subclass may do anything in its operations.
+_PLAIN = frozenset({Tensor, nn.Parameter})
 _LARGE = 1 << 14  # with fewer elements, a Function costs more than it saves
 _ROWS_TO_UPCAST = 16  # with fewer rows, casting W costs more than it saves
 

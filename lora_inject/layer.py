@@ -173,11 +173,10 @@ class WholeLayer(BranchLayer):
 
 
 def _branch(own: Any, term: Term, training: bool) -> Branch:
-    _, spec, A_name, B_name, scaling, dropout, _ = term
+    _, spec, A_name, B_name, scaling, dropout, _, part = term
     A, B = own.get(A_name), own.get(B_name)
     if spec.swapped and A is not None and B is not None:
         A, B = oriented(spec, A, B)
-    part = (spec.start, spec.n_out) if spec.part else None
     return A, B, scaling, dropout if training else 0.0, part
 
 
