@@ -70,9 +70,9 @@ def training_bytes(parameters: Iterable[Tensor], states: int) -> Bytes:
     held = Bytes()
     for parameter in parameters:
         dtype = trainable_dtype(parameter)
-        size = logical_numel(parameter) * dtype.itemsize
+        name, size = _name(dtype), logical_numel(parameter) * dtype.itemsize
         for part, factor in ((held.weights, 1), (held.gradients, 1), (held.optimizer, states)):
-            part[_name(dtype)] = part.get(_name(dtype), 0) + factor * size
+            part[name] = part.get(name, 0) + factor * size
     return held
 
 

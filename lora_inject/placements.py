@@ -38,7 +38,7 @@ def whole_shape(tensor: Tensor) -> tuple[int, ...]:
 
 def whole_numel(tensor: Tensor) -> int:
     """The elements of the whole parameter."""
-    return math.prod(whole_shape(tensor))
+    return tensor.numel() or math.prod(whole_shape(tensor))
 
 
 def is_fully_sharded(module: nn.Module) -> bool:

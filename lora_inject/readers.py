@@ -23,7 +23,8 @@ _OUTSIDE = ("__init__", "reset_parameters", "_reset_parameters", "init_weights",
 
 def is_read_by(ancestor: nn.Module, path: str) -> bool:
     """Whether the ancestor's methods read the weight of the module at this path below it."""
-    return any(f"{path}.weight" in _reads(cls) for cls in _classes_above(ancestor, nn.Module))
+    weight = f"{path}.weight"
+    return any(weight in _reads(cls) for cls in _classes_above(ancestor, nn.Module))
 
 
 def reads_own_weight(module: nn.Module, base: type[nn.Module]) -> bool:

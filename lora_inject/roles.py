@@ -121,6 +121,6 @@ def _biases(model: nn.Module) -> set[nn.Parameter]:
     return {p for p in waiting if p is not None} | {
         parameter
         for module in model.modules()
-        for name, parameter in module.named_parameters(recurse=False)
-        if is_bias(module, name)
+        for name, parameter in module._parameters.items()
+        if parameter is not None and is_bias(module, name)
     }
