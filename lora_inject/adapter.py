@@ -10,6 +10,7 @@ from lora_inject.kinds.base import STATE, Kind, Spec, Way
 from lora_inject.settings import Settings
 
 DEFAULT_ADAPTER = "default"
+Scales = dict[str, tuple[float, Tensor]]  # by adapter: its scaling, and a tensor that holds it
 
 
 def parameter_names(spec: Spec, adapter: str) -> tuple[str, str]:
@@ -115,7 +116,7 @@ class LayerState:
     former: dict[str, Tensor | None] = field(default_factory=dict)
     rows: Any = None
     running: tuple[Term, ...] = ()
-    scales: dict[str, tuple[float, Tensor]] = field(default_factory=dict)
+    scales: Scales = field(default_factory=dict)
 
     @property
     def is_plain(self) -> bool:

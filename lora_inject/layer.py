@@ -14,7 +14,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from lora_inject.adapter import Adapter, LayerState, Term, state_of
+from lora_inject.adapter import Adapter, LayerState, Scales, Term, state_of
 from lora_inject.errors import LoRAInjectError
 from lora_inject.functional import Branch, adapted_linear, may_run_whole
 from lora_inject.kinds.base import STATE, Kind, Pair, Spec, Way, own_class
@@ -62,6 +62,11 @@ class LoRALayer(nn.Module):
         if param is not None and is_distributed(param):
             param = _following(self, name, param)
         super().register_parameter(name, param)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        _hold_scales(self)  # on the device where the adapters are now
+        return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The swapped class cannot be imported by name: rebuild it from the layer's own class.
@@ -144,11 +149,6 @@ class BranchLayer(LoRALayer):
             y = add(y, term.kind.up(self, x, h, B), scaling, term.spec)
         return y
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        _hold_scales(self)  # on the device where the adapters are now
-        return self
-
 
 class WholeLayer(BranchLayer):
     """A branch layer whose own forward is ``W x + b``, which it computes with the adapters at once.
@@ -224,7 +224,9 @@ class WeightLayer(LoRALayer):
         key = (name, torch.is_grad_enabled())
         if computed is not None and key in computed:
             return computed[key]
-        kind, pairs = pairs_of(self, self.__dict__[STATE].running, name)
+        state: LayerState = self.__dict__[STATE]
+        scales = state.scales if torch.compiler.is_compiling() else None
+        kind, pairs = pairs_of(self, state.running, name, scales)
         W = self._parameters[name]
         if W is not None and is_distributed(W) and is_fully_sharded(self):
             return W  # FSDP looks for its shards; what a forward reads is gathered
@@ -235,9 +237,12 @@ class WeightLayer(LoRALayer):
 
 
 def pairs_of(
-    module: nn.Module, terms: Sequence[Term], weight: str
+    module: nn.Module, terms: Sequence[Term], weight: str, scales: Scales | None = None
 ) -> tuple[Kind | None, list[Pair]]:
-    """The kind and the pairs with which these terms adapt the module's weight of this name."""
+    """The kind and the pairs with which these terms adapt the module's weight of this name.
+
+    With the layer's scales, which a compiler takes for inputs, B has its scaling already.
+    """
     kind: Kind | None = None
     pairs: list[Pair] = []
     for term in terms:
@@ -245,7 +250,10 @@ def pairs_of(
             kind = term.kind
             own = module.get_parameter(term.A), module.get_parameter(term.B)
             A, B = oriented(term.spec, *own)
-            pairs.append((term.spec, A, B, term.scaling))
+            scaling = term.scaling
+            if scales is not None:
+                B, scaling = B * scales[term.adapter][1], 1.0
+            pairs.append((term.spec, A, B, scaling))
     return kind, pairs
 
 

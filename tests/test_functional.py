@@ -689,7 +689,8 @@ def test_backward_keeps_no_copy_of_what_is_cast(dtype, autocast, dropout):
     assert sorted(sizes) == ([64 * R, O * I] if autocast and dtype == torch.float32 else [64 * R])
 
 
-def test_scales_change_without_compiling_again():
+@pytest.mark.parametrize("how", ["auto", "weight"])
+def test_scales_change_without_compiling_again(how):
     counts = []
 
     def counted(graph, inputs):
@@ -700,7 +701,7 @@ def test_scales_change_without_compiling_again():
     model = nn.Sequential(nn.Linear(I, O), nn.ReLU(), nn.Linear(O, I)).double()
     x = torch.randn(5, I, dtype=torch.float64)
     for name in ("fr", "de"):
-        inject(model, nn.Linear, r=R, adapter=name)
+        inject(model, nn.Linear, r=R, adapter=name, how=how)
     randomize_adapters(model)
     compiled = torch.compile(model, backend=counted, fullgraph=True)
     for fr, de in ((1, 1), (0.7, 0.3), (0.5, 0.5), (0.1, 0.2), (1, 1)):
