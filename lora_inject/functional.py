@@ -8,10 +8,11 @@ There are two ways to the same values. The composed way puts torch's operations 
 ``down``, ``up``, and the layer adds the delta. The fast way has fewer passes over x and y:
 ``adapted_linear`` computes a layer and its adapters at once and adds in place; where x is dropped
 out or would be cast, ``product`` keeps x itself for the backward pass. ``may_run_whole``,
-``_keeps_x`` and ``_adds_by_function`` decide between them, and nothing else does.
+``_makes_mask``, ``_keeps_x`` and ``_adds_by_function`` decide between them, and nothing else does.
 """
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from lora_inject.product import add_product, product
+
+_unsafe_view = torch.ops.aten._unsafe_view.default
 
 # Which way -----------------------------------------------------------------------------------
 
@@ -72,18 +75,26 @@ def _is_flattened(x_NI: Tensor) -> bool:
     return x_NI.dim() == 3 and strided and x_NI.is_contiguous()
 
 
-def _keeps_x(x_NI: Tensor, A_RI: Tensor, dropout: float) -> bool:
-    """Whether ``product`` makes ``A dropout(x)``: it keeps x and A, and no copies of them."""
-    if dropout and not x_NI.is_cpu:
-        return False  # where a mask is made, it is made on the CPU
-    casts = torch.is_grad_enabled() and A_RI.dtype != _dtype_of_products(x_NI)
-    return (
-        (((dropout or casts) and x_NI.numel() >= _LARGE) or _is_slow(x_NI))
-        and type(x_NI) in _PLAIN
-        and type(A_RI) in _PLAIN
-        and not _is_transformed()
-        and _is_reverse()
-    )
+def _makes_mask(x_NI: Tensor, A_RI: Tensor) -> bool:
+    """Whether dropout is that of ``product``, which keeps x and a seed.
+
+    The same in every grad mode: checkpointing computes without gradients, then with them, and both
+    have to draw alike.
+    """
+    return x_NI.is_cpu and x_NI.numel() >= _LARGE and _may_use_function(x_NI, A_RI)
+
+
+def _keeps_x(x_NI: Tensor, A_RI: Tensor) -> bool:
+    """Whether ``product`` makes ``A x`` where x is not dropped out: it keeps no cast copies."""
+    casts = A_RI.dtype != _dtype_of_products(x_NI)
+    wanted = (casts and x_NI.numel() >= _LARGE) or _is_slow(x_NI)
+    return wanted and _may_use_function(x_NI, A_RI)
+
+
+def _may_use_function(x_NI: Tensor, A_RI: Tensor) -> bool:
+    """Whether a Function is right for these tensors."""
+    plain = type(x_NI) in _PLAIN and type(A_RI) in _PLAIN
+    return plain and _is_reverse() and not _is_transformed()
 
 
 def _adds_by_function(y_MO: Tensor, B_OR: Tensor) -> bool:
@@ -158,7 +169,7 @@ def adapted_linear(
     # Flattened first: F.linear returns a view for other shapes, and autograd pays for writing into
     # a view with copies in the backward pass.
     x_MI = x_NI if x_NI.dim() == 2 else x_NI.reshape(-1, x_NI.shape[-1])
-    wide = _is_slow(x_MI) and x_MI.dtype == W_OI.dtype and _keeps_x(x_MI, W_OI, 0.0)
+    wide = _is_slow(x_MI) and x_MI.dtype == W_OI.dtype and _is_reverse()
     y_MO = product(x_MI, W_OI, b_O, torch.float32) if wide else F.linear(x_MI, W_OI, b_O)
     for A_RI, B_OR, scaling, dropout, part in branches:
         h_MR = linear_down(x_MI, A_RI, dropout)
@@ -171,7 +182,11 @@ def adapted_linear(
             own_MO.addmm_(h_MR, _cast(B_OR, h_MR.dtype).mT, alpha=scaling)
     if wide:
         y_MO = y_MO.to(x_NI.dtype)
-    return y_MO if x_MI is x_NI else y_MO.reshape(*x_NI.shape[:-1], y_MO.shape[-1])
+    if x_MI is x_NI:
+        return y_MO
+    shape = [*x_NI.shape[:-1], y_MO.shape[-1]]
+    # As F.linear returns it: a view with a bias, and without one what may be used more freely.
+    return y_MO.view(shape) if b_O is not None else cast(Tensor, _unsafe_view(y_MO, shape))
 
 
 def linear_down(x_NI: Tensor, A_RI: Tensor, dropout: float) -> Tensor:
@@ -180,11 +195,10 @@ def linear_down(x_NI: Tensor, A_RI: Tensor, dropout: float) -> Tensor:
     A is cast to x's dtype, never x to its: A is small, and a copy of x in another dtype would be
     kept for the backward pass.
     """
-    # The first half alone is what one row pays for without gradients.
-    if (dropout or torch.is_grad_enabled()) and _keeps_x(x_NI, A_RI, dropout):
+    if dropout and not _makes_mask(x_NI, A_RI):
+        x_NI, dropout = F.dropout(x_NI, dropout), 0.0
+    if dropout or (torch.is_grad_enabled() and _keeps_x(x_NI, A_RI)):
         return product(x_NI, A_RI, None, _dtype_of_products(x_NI), dropout)
-    if dropout > 0:
-        x_NI = F.dropout(x_NI, dropout)
     return F.linear(x_NI, _cast(A_RI, x_NI.dtype))
 
 

@@ -7,6 +7,7 @@ merged, no adapter in use) has its own class, and costs what it cost before.
 """
 
 import inspect
+import threading
 import types
 from collections.abc import Sequence
 from typing import Any, ClassVar, cast
@@ -25,7 +26,15 @@ from lora_inject.placements import (
     shards,
 )
 
-_COMPUTED = "_lora_inject_computed"
+
+class _Computed(threading.local):
+    """The effective weights of the layers whose forward runs now, in each thread of its own."""
+
+    def __init__(self) -> None:
+        self.of: dict[nn.Module, dict[Any, Any]] = {}
+
+
+_computed = _Computed()
 
 
 class LoRALayer(nn.Module):
@@ -59,7 +68,7 @@ class LoRALayer(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Also what ``parallelize_module`` calls: A and B take the placements of their weight."""
-        if param is not None and is_distributed(param):
+        if param is not None and is_distributed(param) and not _is_of_fsdp(self):
             param = _following(self, name, param)
         super().register_parameter(name, param)
 
@@ -75,6 +84,15 @@ class LoRALayer(nn.Module):
             base = self.__dict__[STATE].base
             make, args = _rebuild, (base, self.lora_adapters, make, args[1:])
         return (make, args, *rest)
+
+
+def _is_of_fsdp(layer: nn.Module) -> bool:
+    """Whether FSDP registers the layer's parameters, whose shards are all alike.
+
+    It writes past ``register_parameter`` where a class has no ``__setattr__`` of its own, so that
+    before its mark is there only those of other classes (``nn.LSTM``) come here.
+    """
+    return is_fully_sharded(layer) or type(layer).__setattr__ is not nn.Module.__setattr__
 
 
 def _following(layer: LoRALayer, name: str, parameter: nn.Parameter) -> nn.Parameter:
@@ -208,19 +226,19 @@ class WeightLayer(LoRALayer):
         """The layer's own forward."""
         if torch.compiler.is_compiling():  # the compiler computes equal things once by itself
             return super().forward(*args, **kwargs)
-        former = self.__dict__.get(_COMPUTED)
-        self.__dict__[_COMPUTED] = {}
+        former = _computed.of.get(self)
+        _computed.of[self] = {}
         try:
             return super().forward(*args, **kwargs)
         finally:
             if former is None:
-                self.__dict__.pop(_COMPUTED, None)
+                del _computed.of[self]
             else:
-                self.__dict__[_COMPUTED] = former
+                _computed.of[self] = former
 
     def _lora_effective(self, name: str) -> Any:
         """W + scaling * B A of the weight of this name, or the weight where nothing adapts it."""
-        computed = self.__dict__.get(_COMPUTED)
+        computed = None if torch.compiler.is_compiling() else _computed.of.get(self)
         key = (name, torch.is_grad_enabled())
         if computed is not None and key in computed:
             return computed[key]

@@ -79,10 +79,16 @@ def require_whole(key: str, tensor: Tensor, shape: Sequence[int] | None) -> None
 
 
 @torch.no_grad()
-def fill(tensor: Tensor, value: Tensor) -> None:
-    """Write a whole value into a tensor; of a DTensor each rank writes its shard."""
+def fill(tensor: Tensor, value: Tensor, source: int | None = None) -> None:
+    """Write a whole value into a tensor; of a DTensor each rank writes its shard.
+
+    Args:
+        tensor: what to write into.
+        value: the value.
+        source: the rank of a DTensor's mesh whose value all get; None where all have the same one.
+    """
     if is_distributed(tensor):
-        value = shards(value, tensor)
+        value = shards(value, tensor, source=source)
     tensor.copy_(value)
 
 

@@ -127,6 +127,7 @@ class _Group:
         self.chosen = torch.tensor(
             [[t.scaling / self.scaling * (t.adapter == name) for t in terms] for name in names],
             dtype=torch.float64,
+            device="cpu",
         )
         self.masks: dict[Any, Tensor] = {}
 
@@ -148,7 +149,7 @@ class _Group:
         key = (h.device, h.dtype, h.dim())
         if key not in self.masks:
             with torch.inference_mode(False):  # a later call may need it for a gradient
-                ranks = torch.tensor([t.spec.rank for t in self.terms])
+                ranks = torch.tensor([t.spec.rank for t in self.terms], device="cpu")
                 mask = self.chosen.repeat_interleave(ranks, dim=1)
                 mask = mask.repeat(1, h.shape[self.kind.rank_dim] // mask.shape[1])  # each group
                 shape = [1] * h.dim()

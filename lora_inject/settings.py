@@ -137,7 +137,7 @@ def check_count(r: Any, name: str) -> int:
     except TypeError:
         rank = 0
     if isinstance(r, bool) or not 1 <= rank < 2**31:
-        raise ArgumentError(f"{name} must be an integer of at least 1, not {r!r}.")
+        raise ArgumentError(f"{name} must be an integer from 1 to {2**31 - 1:,}, not {r!r}.")
     return rank
 
 

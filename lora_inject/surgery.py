@@ -321,7 +321,7 @@ def reset_lora_parameters(model: nn.Module) -> None:
     with torch.no_grad():
         for _, adapter, spec, A, B in pairs:
             for parameter, value in zip((A, B), _starting_values(adapter, spec), strict=True):
-                fill(parameter, value)
+                fill(parameter, value, source=0)  # whatever seed the other ranks drew
     for _, _, record in records_in(model):
         for slot in record.all_slots():
             slot.keep_unknown()

@@ -366,7 +366,7 @@ class Branching(nn.Module):
     ("build", "arguments", "message"),
     [
         (llama, {}, "seq: this model reads tokens"),
-        (llama, {"seq": 0}, "seq must be an integer of at least 1, not 0"),
+        (llama, {"seq": 0}, "seq must be an integer from 1 to 2,147,483,647, not 0"),
         (llama, {"seq": 8, "batch": 0}, "batch must be an integer"),
         (llama, {"seq": 8, "fsdp": True}, "fsdp must be an integer"),
         (llama, {"seq": 8, "tp": 1.5}, "tp must be an integer"),

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts as selec
 
 from lora_inject import functional, inject, merge, product, remove, use
 from lora_inject.functional import adapted_linear, linear_down, linear_up, may_run_whole
-from lora_inject.product import Mask, kept
+from lora_inject.product import draw_seeds, kept
 
 I, O, R = 24, 20, 4  # noqa: E741
 SCALING = 1.5
@@ -225,16 +225,21 @@ def test_noncontiguous_x(dropout):
 # What is kept for the backward pass
 
 
+def besides_x(dropout):
+    """The sizes of what a layer keeps for 64 rows: h, and the seeds of a mask."""
+    return [64 + I // 4, 64 * R] if dropout else [64 * R]
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("shape", [(64,), (4, 16)])
-def test_backward_keeps_x_h_and_the_small_factors_only(dropout: float, shape: tuple[int, ...]):
+def test_backward_keeps_x_h_and_what_is_as_small(dropout: float, shape: tuple[int, ...]):
     x, W, b, A, B = make(*shape, dtype=torch.float32)
     with saved() as found:
         layer("whole", dropout)(x, W, b, A, B)
     storages = {t.untyped_storage().data_ptr(): t.numel() for t in found}
     for known in (x, W, A, B):
         storages.pop(known.untyped_storage().data_ptr())
-    assert sorted(storages.values()) == [64 * R]  # h
+    assert sorted(storages.values()) == besides_x(dropout)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -249,11 +254,16 @@ def test_a_frozen_A_does_not_keep_x(dropout):
 # Dropout
 
 
+def mask_of(shape, p, dtype=torch.float32):
+    size = torch.Size(shape)
+    return kept(size, dtype, round(p * 65536), draw_seeds(size))
+
+
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
 def test_a_mask_keeps_its_share_everywhere(p):
     rows, columns = 2048, 512
     n = rows * columns
-    keep = kept(torch.Size((rows, columns)), torch.float32, Mask(7, round(p * 65536))).double()
+    keep = mask_of((rows, columns), p).double()
     q = 1 - round(p * 65536) / 65536
     deviation = (q * (1 - q)) ** 0.5
     assert set(keep.unique().tolist()) == {0.0, 1.0}
@@ -282,7 +292,8 @@ def correlations(rows: Tensor) -> Tensor:
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_no_two_rows_or_columns_of_a_mask_depend_on_each_other(p, seed):
     # They share keys, so this is where a weak hash would show; 130,000 pairs.
-    keep = kept(torch.Size((512, 2048)), torch.float32, Mask(seed, round(p * 65536))).double()
+    torch.manual_seed(seed)
+    keep = mask_of((512, 2048), p).double()
     for mask in (keep, keep.t()[:512]):  # rows, columns
         found = correlations(mask) * mask.shape[1] ** 0.5
         assert found.abs().max() < 6
@@ -295,7 +306,7 @@ def test_no_two_rows_or_columns_of_a_mask_depend_on_each_other(p, seed):
 
 @pytest.mark.parametrize("shape", [(3, 5), (7,), (2, 3, 6), (1, 1)])
 def test_a_mask_has_any_shape(shape):
-    found = kept(torch.Size(shape), torch.bfloat16, Mask(1, 1000))
+    found = mask_of(shape, 0.1, torch.bfloat16)
     assert found.shape == shape
     assert found.dtype == torch.bfloat16
     assert found.is_contiguous()
@@ -361,7 +372,7 @@ def test_slow_16_bits_keep_no_float32_copy_of_x_or_W(
     storages = {t.untyped_storage().data_ptr(): t.numel() for t in found}
     for known in (x, W, A, B):
         storages.pop(known.untyped_storage().data_ptr())
-    assert sorted(storages.values()) == [64 * R]
+    assert sorted(storages.values()) == besides_x(dropout)
 
 
 def test_a_product_in_another_dtype_is_the_float64_one_and_has_all_derivatives():
@@ -372,7 +383,7 @@ def test_a_product_in_another_dtype_is_the_float64_one_and_has_all_derivatives()
     )
 
     def fn(*args: Tensor) -> Tensor:
-        y: Tensor = product._Product.apply(*args, torch.float64, None)
+        y: Tensor = product._Product.apply(*args, torch.float64, 0, None)
         return y
 
     assert torch.autograd.gradcheck(fn, (x, W, b))
@@ -686,7 +697,8 @@ def test_backward_keeps_no_copy_of_what_is_cast(dtype, autocast, dropout):
     copies = {t.untyped_storage().data_ptr(): t for t in found}
     sizes = [t.numel() for address, t in copies.items() if address not in known]
     # Autocast's own copy of W is its own affair: it keeps one for the whole block.
-    assert sorted(sizes) == ([64 * R, O * I] if autocast and dtype == torch.float32 else [64 * R])
+    of_autocast = [O * I] if autocast and dtype == torch.float32 else []
+    assert sorted(sizes) == sorted(besides_x(dropout) + of_autocast)
 
 
 @pytest.mark.parametrize("how", ["auto", "weight"])
@@ -733,3 +745,46 @@ def test_tensors_without_values(adapters):
         x = torch.randn(4, 5, I, dtype=torch.bfloat16)
     model.train()(x).sum().backward()
     assert model[0].lora_A.grad.dtype == adapters
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("large", [1 << 14, 0])
+def test_reentrant_checkpointing_computes_the_same_again(dtype, large, monkeypatch):
+    monkeypatch.setattr(functional, "_LARGE", large)
+    monkeypatch.setattr(functional, "_SLOW", frozenset({torch.float16}))
+    model = nn.Sequential(nn.Linear(64, 64), nn.Dropout(0.5)).to(dtype)
+    inject(model, "0", r=R, dropout=0.5)
+    randomize_adapters(model, scale=10)
+    model.train()
+    seen = []
+    model.register_forward_hook(lambda module, args, y: seen.append(y.detach()))
+    x = torch.randn(32, 64).to(dtype).requires_grad_()
+    checkpoint(model, x, use_reentrant=True).sum().backward()
+    assert len(seen) == 2
+    first, again = (y.float() for y in seen)
+    assert (first - again).norm() < 0.03 * first.norm()  # another mask would change far more
+
+
+def test_several_gradients_at_once_have_one_mask():
+    x, W, b, A, B = make(5)
+    torch.manual_seed(1)
+    y = layer("whole", 0.3)(x, W, b, A, B)
+    g = torch.randn(3, *y.shape, dtype=y.dtype)
+    (all_at_once,) = torch.autograd.grad(y, x, g, is_grads_batched=True, retain_graph=True)
+    for found, one in zip(all_at_once, g, strict=True):
+        torch.testing.assert_close(found, torch.autograd.grad(y, x, one, retain_graph=True)[0])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_output_may_be_used_as_freely_as_that_of_the_layer(bias):
+    model = nn.Sequential(nn.Linear(I, O, bias=bias))
+    x = torch.randn(2, 3, I)
+    views = [model(x)._is_view()]
+    inject(model, "0", r=R)
+    assert [*views, model(x)._is_view()] == [bias, bias]
+
+
+def test_gradients_are_contiguous_whatever_the_size():
+    x, W, b, A, B = make(40)
+    y = layer("whole", 0.0)(x, W, b, A, B)
+    assert all(g.is_contiguous() for g in gradients(y, (x, A, B)))

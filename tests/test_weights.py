@@ -4,6 +4,7 @@ The reference is always a plain copy of the layer whose weights have been replac
 """
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -408,3 +409,31 @@ def test_a_weight_is_computed_once_for_each_forward_pass(monkeypatch):
     with pytest.raises(AssertionError, match="does not match"):
         layer(x, x, x[..., :4])
     assert "_lora_inject_computed" not in vars(layer)
+
+
+def test_threads_do_not_share_what_a_forward_pass_computed():
+    entered, leave = [threading.Event(), threading.Event()], threading.Event()
+
+    class Waiting(nn.Linear):
+        """Lets the second thread come in while the first one is inside, and leave after it."""
+
+        def forward(self, x):
+            number = int(threading.current_thread().name)
+            entered[number].set()
+            assert (entered[1] if number == 0 else leave).wait(20)
+            return super().forward(x)
+
+    model = nn.Sequential(Waiting(4, 4))
+    inject(model, Waiting, r=2, how="weight")
+    threads = [threading.Thread(target=model, args=(torch.ones(3, 4),), name=n) for n in "01"]
+    threads[0].start()
+    assert entered[0].wait(20)
+    threads[1].start()
+    threads[0].join()
+    leave.set()
+    threads[1].join()
+    before = model[0].weight.clone()
+    randomize_adapters(model)
+    assert not torch.equal(model[0].weight, before)
+    strip(model)
+    assert not [name for name in vars(model[0]) if "lora" in name]

@@ -19,7 +19,7 @@ class Conv1DKind(LinearKind):
         """A class named ``Conv1D`` (torch's is ``Conv1d``) with a two-dimensional weight."""
         named = any(base.__name__ == "Conv1D" for base in own_class(module).__mro__)
         weight = module._parameters.get("weight") if named else None
-        return isinstance(weight, Tensor) and weight.dim() == 2
+        return isinstance(weight, Tensor) and len(whole_shape(weight)) == 2
 
     def is_product(self, base: type[nn.Module]) -> bool:
         """Transformers' own forward; a class of this name from elsewhere may do more."""
