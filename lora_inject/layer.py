@@ -246,7 +246,8 @@ class WeightLayer(LoRALayer):
         scales = state.scales if torch.compiler.is_compiling() else None
         kind, pairs = pairs_of(self, state.running, name, scales)
         W = self._parameters[name]
-        if W is not None and is_distributed(W) and is_fully_sharded(self):
+        own = [W, *(factor for _, *pair, _ in pairs for factor in pair)]
+        if any(t is not None and is_distributed(t) for t in own) and _is_of_fsdp(self):
             return W  # FSDP looks for its shards; what a forward reads is gathered
         value = kind.effective(self, W, pairs) if kind and W is not None else W
         if computed is not None:

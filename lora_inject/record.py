@@ -8,6 +8,7 @@ modules by object and to parameters by their owner and name, so it follows deep 
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +94,7 @@ class Record:
         in_use: the names of the adapters in use, with their weights.
         training: the names of the adapters that train.
         hooked: the modules with a hook of ours, for the sake of gradient checkpointing.
+        lent: the attributes that a trainer's callback has put on modules.
         created: when, so that records of nested modules are undone in the right order.
     """
 
@@ -103,6 +105,7 @@ class Record:
     in_use: dict[str, float] = field(default_factory=dict)
     training: set[str] = field(default_factory=set)
     hooked: list[nn.Module] = field(default_factory=list)
+    lent: list[tuple[nn.Module, str]] = field(default_factory=list)
     created: int = field(default_factory=time.time_ns)
 
     @property
@@ -122,6 +125,7 @@ class Record:
             own.train_also = [*mode.train_also, *own.train_also]
         self.in_use = {**self.in_use, **older.in_use}
         self.training = self.training | older.training
+        self.lent = self.lent + older.lent
 
     def tie(self) -> None:
         """Let tied layers share their A and B again, which ``to_empty`` takes apart."""
@@ -300,10 +304,18 @@ def set_trainable(parameters: Iterable[nn.Parameter], trainable: bool) -> None:
             parameter.grad = None
 
 
+def lend(module: nn.Module, name: str, value: Any) -> None:
+    """Put an attribute on an adapted model for a while; it goes with the adapters at the latest."""
+    module.__dict__[name] = value
+    records_in(module)[0][2].lent.append((module, name))
+
+
 def uninstall(module: nn.Module) -> None:
-    """Take the record off the module, and the hooks that it lists."""
+    """Take the record off the module, and the hooks and attributes that it lists."""
     record: Record = module.__dict__.pop(_RECORD)
     unhook(record.hooked)
+    for owner, name in record.lent:
+        owner.__dict__.pop(name, None)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:

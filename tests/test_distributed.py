@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import llama
+from families import gpt2, llama
 from helpers import Net, ids, randomize_adapters
 from ranks import on_ranks
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -652,6 +656,66 @@ def test_rows_with_an_adapter_each_in_a_tensor_parallel_model():
     on_ranks(2, tp_rows)
 
 
+def fsdp_from_state_dict(rank_of_adapter):
+    """A model built on meta, and filled by torch's own functions."""
+    whole_model = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 6, batch_first=True))
+    inject(whole_model, nn.Linear, r=rank_of_adapter)
+    randomize_adapters(whole_model)
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 6, batch_first=True))
+    inject(model, nn.Linear, r=rank_of_adapter)
+    fully_shard(model)
+    options = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(model, whole_model.state_dict(), options=options)
+    model.load_state_dict(model.state_dict(), assign=True)
+    x = torch.randn(2, 3, 4)
+    torch.testing.assert_close(model(x)[0], whole_model(x)[0])
+    optimizer = torch.optim.AdamW(lora_parameters(model))
+    model(x)[0].sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("rank_of_adapter", [1, 2])
+def test_torch_fills_an_fsdp2_model_that_was_built_on_meta(rank_of_adapter):
+    on_ranks(2, fsdp_from_state_dict, rank_of_adapter)
+
+
+def fsdp_lstm():
+    torch.manual_seed(0)
+    model = nn.LSTM(4, 6, batch_first=True)
+    inject(model, nn.LSTM, r=2)
+    randomize_adapters(model)
+    alone = copy.deepcopy(model)
+    fully_shard(model)
+    x = torch.randn(2, 3, 4)
+    torch.testing.assert_close(model(x)[0], alone(x)[0])
+    model(x)[0].square().sum().backward()
+    alone(x)[0].square().sum().backward()
+    for name, parameter in alone.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(whole(model.get_parameter(name).grad), parameter.grad)
+
+
+def test_fsdp2_shards_an_adapted_lstm():
+    on_ranks(2, fsdp_lstm)
+
+
+def tp_reset():
+    torch.manual_seed(rank())
+    model = nn.Sequential(nn.Linear(6, 8))
+    parallelize_module(model, init_device_mesh("cpu", (2,)), {"0": ColwiseParallel()})
+    inject(model, "0", r=2)
+    before = lora_state_dict(model)
+    reset_lora_parameters(model)
+    return [model[0].lora_A.to_local().detach(), before["0.lora_A"]]
+
+
+def test_resetting_gives_all_tensor_parallel_ranks_the_values_of_the_first():
+    (A, first), (other, _) = on_ranks(2, tp_reset)
+    assert torch.equal(A, other)
+    assert torch.equal(A, first)
+
+
 def test_tensor_parallel_ranks_agree_on_starting_values_whatever_their_seeds():
     first, second = on_ranks(2, tp_of_unequal_seeds)
     assert (first == second).all()
@@ -816,6 +880,14 @@ def test_what_zero3_has_partitioned_and_must_be_whole_is_refused(model, targets,
     with pytest.raises(UnsupportedLayerError, match="ZeRO-3"):
         inject(model, targets, r=2, **arguments)
     assert [type(module) for module in model.modules()] == before
+
+
+def test_zero3_and_the_conv1d_of_gpt2():
+    model, wanted = gpt2(), gpt2()
+    partition(model.parameters())
+    inject(model, ["c_attn"], r=2, seed=1)
+    inject(wanted, ["c_attn"], r=2, seed=1)
+    assert_close(lora_state_dict(model), lora_state_dict(wanted), 0)
 
 
 # The real model

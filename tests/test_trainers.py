@@ -13,6 +13,7 @@ from families import llama
 from helpers import Net, changed_parts, randomize_adapters, raw, snapshot
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from lora_inject import (
@@ -30,6 +31,7 @@ from lora_inject import (
     strip,
     use,
 )
+from lora_inject.integrations.trained import trained_tensors
 
 # Of workers, folders and hardware, and of its own use of torch.
 LIGHTNING_WARNS = pytest.mark.filterwarnings(
@@ -169,12 +171,52 @@ def test_the_callback_of_trainer_refuses_what_it_cannot_resume(tmp_path):
         trainer(plain, tmp_path).train()
 
 
-def test_trainer_does_not_resume_other_adapters(tmp_path):
+@pytest.mark.parametrize(
+    "other", [{"targets": ["o_proj"]}, {"r": 3}, {"adapter": "fr"}, {"train_also": ["norm"]}]
+)
+def test_trainer_does_not_resume_other_adapters(tmp_path, other):
     trainer(adapted(), tmp_path).train()
     model = llama()
-    inject(model, ["o_proj"], r=2)
-    with pytest.raises(ValueError, match="parameter group"):  # torch's, of the optimizer
+    inject(model, **{"targets": ["q_proj", "v_proj"], "r": 2, **other})
+    before = values(model)
+    with pytest.raises(FormatError, match="the checkpoint does not fit the model"):
         trainer(model, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert values(model) == before
+
+
+def test_a_checkpoint_holds_whatever_trains(tmp_path):
+    def build():
+        model = adapted()
+        model.model.norm.weight.requires_grad_(True)
+        return model
+
+    model, again = build(), build()
+    trainer(model, tmp_path).train()
+    trainer(again, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert values(again) == values(model)
+    whole = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)))
+    whole.requires_grad_(False)[1].requires_grad_(True)
+    inject(whole[2], "0", r=2)
+    moving = {"0.running_mean", "0.running_var", "0.num_batches_tracked"}
+    adapters = {"2.0.lora_A", "2.0.lora_B"}
+    assert trained_tensors(whole).keys() == {"1.weight", "1.bias"} | moving | adapters
+
+
+def test_an_interrupted_trainer_leaves_the_model_usable(tmp_path):
+    class Stop(tf.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    model = adapted()
+    run = trainer(model, tmp_path)
+    run.add_callback(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    model.save_pretrained(tmp_path / "whole")
+    assert "model.embed_tokens.weight" in load_file(tmp_path / "whole" / "model.safetensors")
+    strip(model)
+    assert not {"save_pretrained", "load_state_dict"} & vars(model).keys()
+    model.save_pretrained(tmp_path / "bare")
 
 
 def accelerated(model, folder, resume=False):

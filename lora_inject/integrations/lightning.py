@@ -4,8 +4,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lora_inject.integrations.trained import trained_tensors
-from lora_inject.state import require_fit
+from lora_inject.integrations.trained import require_trained, trained_tensors
 
 
 class AdapterCheckpoint(Callback):
@@ -22,12 +21,18 @@ class AdapterCheckpoint(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let Lightning load what does not name the base model; refuses one without adapters."""
-        trained_tensors(pl_module)
         self._strict = pl_module._strict_loading
+        trained_tensors(pl_module)
         pl_module.strict_loading = False
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let Lightning load as before."""
+        pl_module._strict_loading = self._strict
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """The same where training ends with an exception."""
         pl_module._strict_loading = self._strict
 
     def on_save_checkpoint(
@@ -41,5 +46,4 @@ class AdapterCheckpoint(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Refuse a checkpoint of other adapters, which Lightning would load in part."""
-        shapes = {key: tuple(value.shape) for key, value in trained_tensors(pl_module).items()}
-        require_fit("the checkpoint does not fit the model", shapes, checkpoint["state_dict"])
+        require_trained(pl_module, checkpoint["state_dict"])

@@ -1,4 +1,6 @@
-"""What a trainer's checkpoint has to hold of an adapted model: what it trains, and nothing else."""
+"""What the checkpoint of an adapted model has to hold: what training changes, and nothing else."""
+
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
@@ -7,13 +9,16 @@ from lora_inject.errors import LoRAInjectError
 from lora_inject.in_place import own_tensor, waiting_name
 from lora_inject.record import records_in, require_awake, require_own_record
 from lora_inject.settings import BASE
+from lora_inject.state import require_fit
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Of ``model.state_dict()`` what belongs to its adapters, every one of them, in use or not.
+    """Of ``model.state_dict()`` what training changes.
 
-    That is every A and B, and the biases, ``train_also`` modules and statistics that are trained in
-    place; a tensor that is registered in several places comes once.
+    That is what belongs to the adapters, every one of them, in use or not: A and B, and the biases,
+    ``train_also`` modules and statistics that are trained in place. And whatever else trains: other
+    parameters that require a gradient, and buffers outside of what was injected. A tensor that is
+    registered in several places comes once.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4))
@@ -40,11 +45,33 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
         former = {(module, waiting_name(name, BASE)) for module, name in slot.places}
         for module, name in {*slot.places, *slot.waiting} - former:
             owned[module].add(name)
+    frozen = {part for _, holder, _ in records_in(model) for part in holder.modules()}
     found: dict[int, tuple[str, Tensor]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for name in (*module._parameters, *module._buffers):
             tensor = own_tensor(module, name)
-            saved = name in owned[module] and name not in module._non_persistent_buffers_set
-            if saved and tensor is not None:
+            if tensor is None or name in module._non_persistent_buffers_set:
+                continue
+            moves = name in module._buffers and module not in frozen
+            if name in owned[module] or tensor.requires_grad or moves:
                 found.setdefault(id(tensor), (f"{path}.{name}".lstrip("."), tensor.detach()))
     return dict(found.values())
+
+
+def require_trained(model: nn.Module, checkpoint: Mapping[str, Tensor]) -> None:
+    """Refuse a checkpoint that is not exactly what training changes in the model.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4))
+        >>> _ = inject(model, "0", r=2)
+        >>> require_trained(model, trained_tensors(model))
+
+    Args:
+        model: an adapted model.
+        checkpoint: the tensors by their keys in the state dict.
+
+    Raises:
+        FormatError: one is missing, unexpected, of another shape or not finite.
+    """
+    shapes = {key: tuple(value.shape) for key, value in trained_tensors(model).items()}
+    require_fit("the checkpoint does not fit the model", shapes, checkpoint)

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_inject.errors import LoRAInjectError
 from lora_inject.files import save
-from lora_inject.integrations.trained import trained_tensors
-from lora_inject.record import records_in
+from lora_inject.integrations.trained import require_trained, trained_tensors
+from lora_inject.record import lend, records_in
 
 
 class AdapterCheckpoint(TrainerCallback):
@@ -21,8 +20,9 @@ class AdapterCheckpoint(TrainerCallback):
 
     ``model.safetensors`` in a checkpoint then has what trains and nothing else, and ``Trainer``
     resumes from it by itself; its warning about missing keys names those of the base model. Beside
-    it lies the adapter as a PEFT directory, for ``load`` and other libraries. The model has a
-    ``save_pretrained`` of its own until ``train`` is done.
+    it lies the adapter as a PEFT directory, for ``load`` and other libraries. For this the model
+    has a ``save_pretrained`` of its own while it trains, which ``Trainer`` alone notices, and a
+    ``load_state_dict`` that refuses other adapters; ``strip`` takes both off.
 
     Example:
         >>> trainer = Trainer(model, arguments, callbacks=[AdapterCheckpoint()])  # doctest: +SKIP
@@ -34,6 +34,14 @@ class AdapterCheckpoint(TrainerCallback):
 
     def __init__(self, peft: bool = True) -> None:
         self.peft = peft
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let the model refuse checkpoints of other adapters, which ``Trainer`` would half load."""
+        model = kwargs["model"]
+        if records_in(model):
+            lend(model, "load_state_dict", partial(_load, model))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -50,7 +58,7 @@ class AdapterCheckpoint(TrainerCallback):
                 f"Trainer resumes a {type(model).__name__} from whole checkpoints only.",
                 remedy="Leave AdapterCheckpoint out, or use a PreTrainedModel.",
             )
-        model.__dict__["save_pretrained"] = partial(_write, model, self.peft)
+        lend(model, "save_pretrained", partial(_write, model, self.peft))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -59,16 +67,28 @@ class AdapterCheckpoint(TrainerCallback):
         del kwargs["model"].__dict__["save_pretrained"]
 
 
+def _load(
+    model: Any, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+) -> Any:
+    """What ``load_state_dict`` does, but a checkpoint without the base model has to fit."""
+    base = model.state_dict().keys() - trained_tensors(model).keys()
+    if not strict and not base & state_dict.keys():
+        require_trained(model, state_dict)
+    return type(model).load_state_dict(model, state_dict, strict, assign)
+
+
 def _write(
     model: Any,
     peft: bool,
     directory: str | PathLike[str],
-    state_dict: Mapping[str, Tensor] | None = None,
     is_main_process: bool = True,
-    **_: Any,
+    **options: Any,
 ) -> None:
     """What ``save_pretrained`` does, for what trains alone."""
-    own = trained_tensors(model)
+    if "state_dict" not in options:  # nobody but Trainer gives one
+        type(model).save_pretrained(model, directory, is_main_process, **options)
+        return
+    own, state_dict = trained_tensors(model), options["state_dict"]
     given = own if state_dict is None else state_dict  # one that was gathered from all processes
     if not is_main_process:
         return
