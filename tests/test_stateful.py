@@ -383,10 +383,12 @@ class Adapters(RuleBasedStateMachine):
     @rule()
     @precondition(lambda self: self.training & self.in_use.keys() and not self.folded)
     def train(self):
-        optimizer = torch.optim.SGD(lora_parameters(self.model), lr=0.05)
+        parameters = lora_parameters(self.model)
+        optimizer = torch.optim.SGD(parameters, lr=0.05)
         for _ in range(2):
             optimizer.zero_grad()
             (self.model.train()(IDS) - 0.1).square().mean().backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)  # large scalings would diverge
             optimizer.step()
         for name in self.training & self.in_use.keys():
             self.read(name)
