@@ -248,6 +248,8 @@ class Adapters(RuleBasedStateMachine):
     @precondition(lambda self: self.known)
     def run_in_training_mode(self):
         """Statistics move where an adapter that trains owns them, and nowhere else."""
+        # What has moved while it is merged is not what was there before it was.
+        assume(not (self.folded and any(self.known[n].own for n in self.in_use)))
         self.model.train()(IDS)
         for name in self.training & self.in_use.keys():
             self.read(name)
