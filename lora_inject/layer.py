@@ -277,6 +277,7 @@ def pairs_of(
 
 
 _classes: dict[tuple[Any, ...], type[LoRALayer]] = {}
+_made: set[type[nn.Module]] = set()  # the adapted classes among them
 
 
 def lora_class(base: type[nn.Module], adapters: tuple[Adapter, ...]) -> type[LoRALayer]:
@@ -295,6 +296,7 @@ def lora_class(base: type[nn.Module], adapters: tuple[Adapter, ...]) -> type[LoR
         _classes[key] = types.new_class(
             name, _bases(base, kind, way), exec_body=lambda space: space.update(body)
         )
+        _made.add(_classes[key])
     return _classes[key]
 
 
@@ -357,13 +359,13 @@ def detach(module: nn.Module, adapter: Adapter) -> None:
 def change(module: nn.Module, **fields: Any) -> None:
     """Change what is known of an adapted module, and give it the class that follows from it."""
     state: LayerState = module.__dict__[STATE]
-    placed = _class_for(state)
     state.__dict__.update(fields)
     state.update_running()
     _hold_scales(module)
     wanted = _class_for(state)
+    placed = type(module)
     # A class that was put on top of ours (fully_shard) stays; ours below it adds what runs.
-    if type(module) is placed and placed is not wanted:
+    if placed is not wanted and (placed is state.base or placed in _made):
         _bind_anew(module, wanted)
         module.__class__ = wanted
 

@@ -49,7 +49,7 @@ def require_switchable(path: str, layer: nn.Module) -> None:
     Raises:
         LoRAInjectError: it is one.
     """
-    if not is_intact(layer) and not isinstance(layer, LoRALayer):
+    if not isinstance(layer, LoRALayer) and not is_intact(layer):
         raise LoRAInjectError(
             f"its class became {type(layer).__name__} while none of its adapters was in use.",
             path=path,
