@@ -76,14 +76,12 @@ def layer(rounds: int) -> list[Result]:
     without = measured(Case(512, 768, 8), 2 * rounds, 4)
     dropped = measured(Case(512, 768, 8, dropout=0.1), 2 * rounds, 4)
     return [
-        _beside_peft(
-            "layer", "layer 512x768 r=8 fp32, p=0, forward + backward", without, 1.2, 1.18
-        ),
-        _beside_peft("layer", "the same, p=0.1", dropped, 1.5, 1.35),
+        _layer_result("layer 512x768 r=8 fp32, p=0, forward + backward", without, 1.2, 1.18),
+        _layer_result("the same, p=0.1", dropped, 1.5, 1.35),
     ]
 
 
-def _beside_peft(name: str, workload: str, timings: Timings, most: float, faster: float) -> Result:
+def _layer_result(workload: str, timings: Timings, most: float, faster: float) -> Result:
     ours, peft = timings.ratio("ours", "floor"), timings.ratio("PEFT", "ours")
     value = f"{compared(timings)}; {peft:.2f}x faster than PEFT"
     goal = f"<= {most:.2f}x floor, >= {faster}x faster than PEFT"

@@ -277,7 +277,6 @@ def pairs_of(
 
 
 _classes: dict[tuple[Any, ...], type[LoRALayer]] = {}
-_made: set[type[nn.Module]] = set()  # the adapted classes among them
 
 
 def lora_class(base: type[nn.Module], adapters: tuple[Adapter, ...]) -> type[LoRALayer]:
@@ -296,7 +295,6 @@ def lora_class(base: type[nn.Module], adapters: tuple[Adapter, ...]) -> type[LoR
         _classes[key] = types.new_class(
             name, _bases(base, kind, way), exec_body=lambda space: space.update(body)
         )
-        _made.add(_classes[key])
     return _classes[key]
 
 
@@ -365,7 +363,7 @@ def change(module: nn.Module, **fields: Any) -> None:
     wanted = _class_for(state)
     placed = type(module)
     # A class that was put on top of ours (fully_shard) stays; ours below it adds what runs.
-    if placed is not wanted and (placed is state.base or placed in _made):
+    if placed is not wanted and (placed is state.base or _is_made(placed)):
         _bind_anew(module, wanted)
         module.__class__ = wanted
 
@@ -392,6 +390,11 @@ def _bind_anew(module: nn.Module, wanted: type[nn.Module]) -> None:
         kept = module.__dict__.get(name)
         if getattr(kept, "__func__", None) is type(module).forward:
             module.__dict__[name] = types.MethodType(wanted.forward, module)
+
+
+def _is_made(cls: type[nn.Module]) -> bool:
+    """Whether ``lora_class`` has made this very class, and not one that was derived from it."""
+    return "_lora_input" in vars(cls)
 
 
 def is_intact(module: nn.Module) -> bool:

@@ -497,9 +497,5 @@ class Adapters(RuleBasedStateMachine):
 
 TestAdapters = Adapters.TestCase
 TestAdapters.settings = settings(
-    max_examples=150,
-    stateful_step_count=25,
-    deadline=None,
-    phases=[Phase.generate],
-    derandomize=True,  # the same examples in every run; change the number to see others
+    max_examples=150, stateful_step_count=25, deadline=None, phases=[Phase.generate]
 )
