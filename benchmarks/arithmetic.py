@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from benchmarks.harness import Result, Timings, compared, interleaved, row
 from benchmarks.peers import PROJECTIONS, eager, randomize, small_llama, with_peft
-from lora_inject import functional, inject
+from lora_inject import inject
+from lora_inject.arithmetic import linear
 
 Step = Callable[[], object]
 
@@ -138,7 +139,7 @@ def llama_timings(case: Case, rounds: int) -> Timings:
 def sixteen_bits(rounds: int) -> list[Result]:
     results = []
     for dtype in (torch.bfloat16, torch.float16):
-        if dtype in functional._SLOW:
+        if dtype in linear._SLOW:
             found, where = sixteen_bit_ratios(str(dtype)[6:], rounds), "this CPU"
         else:
             found, where = _on_an_older_cpu(str(dtype)[6:], rounds), "oneDNN held to AVX2"
@@ -163,7 +164,7 @@ def _on_an_older_cpu(dtype: str, rounds: int) -> dict[str, tuple[float, dict[str
     """The same in a process whose matrix library uses no newer instructions than AVX2."""
     code = (
         "import json, torch; from benchmarks import arithmetic as rows; "
-        f"rows.functional._SLOW = frozenset([torch.{dtype}]); "
+        f"rows.linear._SLOW = frozenset([torch.{dtype}]); "
         f"print(json.dumps(rows.sixteen_bit_ratios({dtype!r}, {rounds})))"
     )
     done = subprocess.run(

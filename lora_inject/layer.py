@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.adapter import Adapter, LayerState, Scales, Term, state_of
+from lora_inject.arithmetic.linear import Branch, adapted_linear, may_run_whole
 from lora_inject.errors import LoRAInjectError
-from lora_inject.functional import Branch, adapted_linear, may_run_whole
 from lora_inject.kinds.base import STATE, Kind, Pair, Spec, Way, own_class
 from lora_inject.placements import (
     is_distributed,

@@ -15,9 +15,11 @@ from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 from torch.utils.checkpoint import create_selective_checkpoint_contexts as selective
 
-from lora_inject import functional, inject, merge, product, remove, use
-from lora_inject.functional import adapted_linear, linear_down, linear_up, may_run_whole
-from lora_inject.product import draw_seeds, kept
+from lora_inject import inject, merge, remove, use
+from lora_inject.arithmetic import linear as ways
+from lora_inject.arithmetic.linear import adapted_linear, linear_down, linear_up, may_run_whole
+from lora_inject.arithmetic.masks import HASHED
+from lora_inject.arithmetic.product import adapted_product
 
 I, O, R = 24, 20, 4  # noqa: E741
 SCALING = 1.5
@@ -28,7 +30,7 @@ WAYS = ["whole", "composed"]
 @pytest.fixture(autouse=True)
 def _seeded(monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(functional, "_LARGE", 0)  # the Functions at every size
+    monkeypatch.setattr(ways, "_LARGE", 0)  # the Functions at every size
 
 
 def make(*shape, dtype=torch.float64, adapters=None):
@@ -106,12 +108,13 @@ def test_without_dropout_it_is_the_composed_way(way, shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_with_dropout_it_is_the_composed_way_over_the_same_mask(way, shape, monkeypatch):
     masks: list[Tensor] = []
+    kept = HASHED.kept
 
     def recorded(*args):
         masks.append(kept(*args))
         return masks[-1].clone()
 
-    monkeypatch.setattr(product, "kept", recorded)
+    monkeypatch.setattr(HASHED, "kept", recorded)
     tensors = make(*shape)
     x, W, b, A, B = tensors
     y = layer(way, 0.25)(*tensors)
@@ -256,7 +259,7 @@ def test_a_frozen_A_does_not_keep_x(dropout):
 
 def mask_of(shape, p, dtype=torch.float32):
     size = torch.Size(shape)
-    return kept(size, dtype, round(p * 65536), draw_seeds(size))
+    return HASHED.kept(size, dtype, round(p * 65536), HASHED.draw_seeds(torch.empty(size)))
 
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
@@ -345,7 +348,7 @@ def test_probabilities_at_the_ends_stay_finite(p):
 def test_float32_adapters_on_16_bits(
     way: str, dropout: float, dtype: torch.dtype, slow: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(functional, "_SLOW", frozenset({dtype} if slow else ()))
+    monkeypatch.setattr(ways, "_SLOW", frozenset({dtype} if slow else ()))
     x, W, b, A, B = make(2, 16, dtype=dtype, adapters=torch.float32)
     torch.manual_seed(1)
     y = layer(way, dropout)(x, W, b, A, B)
@@ -365,7 +368,7 @@ def test_float32_adapters_on_16_bits(
 def test_slow_16_bits_keep_no_float32_copy_of_x_or_W(
     dropout: float, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(functional, "_SLOW", frozenset({torch.bfloat16}))
+    monkeypatch.setattr(ways, "_SLOW", frozenset({torch.bfloat16}))
     x, W, b, A, B = make(64, dtype=torch.bfloat16, adapters=torch.float32)
     with saved() as found:
         layer("whole", dropout)(x, W, b, A, B)
@@ -379,12 +382,11 @@ def test_a_product_in_another_dtype_is_the_float64_one_and_has_all_derivatives()
     x, W, b, _, _ = make(4)
     W.requires_grad_(), b.requires_grad_()
     torch.testing.assert_close(
-        product.product(x, W, b, torch.float32), F.linear(x, W, b).float(), rtol=1e-5, atol=1e-5
+        adapted_product(x, W, b, torch.float32, []), F.linear(x, W, b).float(), rtol=1e-5, atol=1e-5
     )
 
     def fn(*args: Tensor) -> Tensor:
-        y: Tensor = product._Product.apply(*args, torch.float64, 0, None)
-        return y
+        return adapted_product(*args, torch.float64, [])
 
     assert torch.autograd.gradcheck(fn, (x, W, b))
     assert torch.autograd.gradgradcheck(fn, (x, W, b))
@@ -676,7 +678,7 @@ def test_a_conv1d_of_transformers_takes_the_fast_way():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_injecting_changes_no_bit_of_16_bits_at_inference(dtype, monkeypatch):
-    monkeypatch.setattr(functional, "_SLOW", frozenset({dtype}))
+    monkeypatch.setattr(ways, "_SLOW", frozenset({dtype}))
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).to(dtype)
     x = torch.randn(32, 64).to(dtype)
     with torch.no_grad():
@@ -696,9 +698,7 @@ def test_backward_keeps_no_copy_of_what_is_cast(dtype, autocast, dropout):
     known = {t.untyped_storage().data_ptr() for t in (x, W, A, B)}
     copies = {t.untyped_storage().data_ptr(): t for t in found}
     sizes = [t.numel() for address, t in copies.items() if address not in known]
-    # Autocast's own copy of W is its own affair: it keeps one for the whole block.
-    of_autocast = [O * I] if autocast and dtype == torch.float32 else []
-    assert sorted(sizes) == sorted(besides_x(dropout) + of_autocast)
+    assert sorted(sizes) == sorted(besides_x(dropout))  # nor autocast's copy of W
 
 
 @pytest.mark.parametrize("how", ["auto", "weight"])
@@ -750,8 +750,8 @@ def test_tensors_without_values(adapters):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("large", [1 << 14, 0])
 def test_reentrant_checkpointing_computes_the_same_again(dtype, large, monkeypatch):
-    monkeypatch.setattr(functional, "_LARGE", large)
-    monkeypatch.setattr(functional, "_SLOW", frozenset({torch.float16}))
+    monkeypatch.setattr(ways, "_LARGE", large)
+    monkeypatch.setattr(ways, "_SLOW", frozenset({torch.float16}))
     model = nn.Sequential(nn.Linear(64, 64), nn.Dropout(0.5)).to(dtype)
     inject(model, "0", r=R, dropout=0.5)
     randomize_adapters(model, scale=10)

@@ -19,7 +19,7 @@ from lora_inject import (
     register_kind,
     strip,
 )
-from lora_inject.functional import linear_down, linear_up
+from lora_inject.arithmetic.linear import linear_down, linear_up
 from lora_inject.kinds import find_kind
 
 pytestmark = pytest.mark.usefixtures("device")

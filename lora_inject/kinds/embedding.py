@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject import initial
-from lora_inject.functional import divide_gradient_by_frequency, embedding_down, linear_up
+from lora_inject.arithmetic.embedding import divide_gradient_by_frequency, embedding_down
+from lora_inject.arithmetic.linear import linear_up
 from lora_inject.kinds.base import (
     Form,
     MatrixKind,

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_inject.functional import linear_down, linear_up
+from lora_inject.arithmetic.linear import linear_down, linear_up
 from lora_inject.kinds.base import Form, MatrixKind, Spec, Way, linear_spec
 from lora_inject.settings import Settings
 

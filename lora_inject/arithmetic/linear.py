@@ -5,10 +5,11 @@ features, R rank. W is (O, I), b is (O,), A is (R, I), B is (O, R); x_NI, h_NR a
 named by their shapes.
 
 There are two ways to the same values. The composed way puts torch's operations one after another:
-``down``, ``up``, and the layer adds the delta. The fast way has fewer passes over x and y:
-``adapted_linear`` computes a layer and its adapters at once and adds in place; where x is dropped
-out or would be cast, ``product`` keeps x itself for the backward pass. ``may_run_whole``,
-``_makes_mask``, ``_keeps_x`` and ``_adds_by_function`` decide between them, and nothing else does.
+``linear_down``, ``linear_up``, and the layer adds the delta. The fast way has fewer passes over x
+and y: ``adapted_linear`` computes a layer and its adapters at once. The Functions of ``product``
+keep x itself for the backward pass where it is dropped out or would be cast, and write the gradient
+of x in one piece. ``may_run_whole``, ``_is_one_function``, ``_masks`` and ``_keeps_x`` decide
+between them, and nothing else does.
 """
 
 from collections.abc import Iterable
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from lora_inject.product import add_product, product
+from lora_inject.arithmetic.masks import Masks, masks_for
+from lora_inject.arithmetic.product import Added, adapted_product, draw_dropout, product
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
@@ -75,13 +77,22 @@ def _is_flattened(x_NI: Tensor) -> bool:
     return x_NI.dim() == 3 and strided and x_NI.is_contiguous()
 
 
-def _makes_mask(x_NI: Tensor, A_RI: Tensor) -> bool:
-    """Whether dropout is that of ``product``, which keeps x and a seed.
+def _masks(x_NI: Tensor, A_RI: Tensor) -> Masks | None:
+    """What makes the masks of dropout, or None for torch's own dropout.
 
     The same in every grad mode: checkpointing computes without gradients, then with them, and both
     have to draw alike.
     """
-    return x_NI.is_cpu and x_NI.numel() >= _LARGE and _may_use_function(x_NI, A_RI)
+    if x_NI.numel() < _LARGE or not _may_use_function(x_NI, A_RI):
+        return None
+    return masks_for(x_NI, _dtype_of_products(x_NI))
+
+
+def _is_one_function(x_MI: Tensor, W_OI: Tensor) -> bool:
+    """Whether a layer and its adapters are one Function, with one backward pass."""
+    fits = x_MI.dtype == W_OI.dtype or _autocast_dtype(x_MI) is not None  # else torch's own error
+    wanted = x_MI.numel() >= _LARGE or _is_slow(x_MI)
+    return fits and wanted and torch.is_grad_enabled() and _is_reverse()
 
 
 def _keeps_x(x_NI: Tensor, A_RI: Tensor) -> bool:
@@ -95,11 +106,6 @@ def _may_use_function(x_NI: Tensor, A_RI: Tensor) -> bool:
     """Whether a Function is right for these tensors."""
     plain = type(x_NI) in _PLAIN and type(A_RI) in _PLAIN
     return plain and _is_reverse() and not _is_transformed()
-
-
-def _adds_by_function(y_MO: Tensor, B_OR: Tensor) -> bool:
-    """Whether ``add_product`` adds ``B h``: it keeps B as it is, and B's gradient is cheaper."""
-    return B_OR.requires_grad and y_MO.numel() >= _LARGE and _is_reverse()
 
 
 def _is_reverse() -> bool:
@@ -139,11 +145,16 @@ def _is_slow(x_NI: Tensor) -> bool:
 
 def _dtype_of_products(x_NI: Tensor) -> torch.dtype:
     """The dtype in which products with x are made."""
+    return _autocast_dtype(x_NI) or (torch.float32 if _is_slow(x_NI) else x_NI.dtype)
+
+
+def _autocast_dtype(x_NI: Tensor) -> torch.dtype | None:
+    """The dtype in which autocast makes products with x, if it does."""
     device = x_NI.device.type
     known = torch.amp.is_autocast_available(device)  # not for meta, which raises when it is asked
     if known and torch.is_autocast_enabled(device) and x_NI.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
-    return torch.float32 if _is_slow(x_NI) else x_NI.dtype
+    return None
 
 
 # Linear --------------------------------------------------------------------------------------
@@ -169,24 +180,34 @@ def adapted_linear(
     # Flattened first: F.linear returns a view for other shapes, and autograd pays for writing into
     # a view with copies in the backward pass.
     x_MI = x_NI if x_NI.dim() == 2 else x_NI.reshape(-1, x_NI.shape[-1])
-    wide = _is_slow(x_MI) and x_MI.dtype == W_OI.dtype and _is_reverse()
-    y_MO = product(x_MI, W_OI, b_O, torch.float32) if wide else F.linear(x_MI, W_OI, b_O)
-    for A_RI, B_OR, scaling, dropout, part in branches:
-        h_MR = linear_down(x_MI, A_RI, dropout)
-        # y is ours to write: it is new, nobody has seen it, and a product needs no output to
-        # find its gradients.
-        own_MO = y_MO if part is None else y_MO.narrow(1, *part)
-        if torch.is_grad_enabled() and _adds_by_function(own_MO, B_OR):
-            add_product(own_MO, h_MR, B_OR, scaling)
-        else:
+    if _is_one_function(x_MI, W_OI):
+        added = [_added(x_MI, branch) for branch in branches]
+        y_MO = adapted_product(x_MI, W_OI, b_O, _dtype_of_products(x_MI), added)
+        if y_MO.dtype != x_NI.dtype and _is_slow(x_NI):
+            y_MO = y_MO.to(x_NI.dtype)
+    else:
+        y_MO = F.linear(x_MI, W_OI, b_O)
+        for A_RI, B_OR, scaling, dropout, part in branches:
+            h_MR = linear_down(x_MI, A_RI, dropout)
+            # y is ours to write: it is new, nobody has seen it, and a product needs no output to
+            # find its gradients.
+            own_MO = y_MO if part is None else y_MO.narrow(1, *part)
             own_MO.addmm_(h_MR, _cast(B_OR, h_MR.dtype).mT, alpha=scaling)
-    if wide:
-        y_MO = y_MO.to(x_NI.dtype)
     if x_MI is x_NI:
         return y_MO
     shape = [*x_NI.shape[:-1], y_MO.shape[-1]]
     # As F.linear returns it: a view with a bias, and without one what may be used more freely.
     return y_MO.view(shape) if b_O is not None else cast(Tensor, _unsafe_view(y_MO, shape))
+
+
+def _added(x_MI: Tensor, branch: Branch) -> Added:
+    """A branch of the one Function: with its A where x is kept for A's gradient anyway, else h."""
+    A_RI, B_OR, scaling, p, part = branch
+    masks = _masks(x_MI, A_RI) if p else None
+    if A_RI.requires_grad and (masks or not p):
+        dropout = draw_dropout(masks, x_MI, p) if masks else None
+        return Added(A_RI, B_OR, None, dropout, scaling, part)
+    return Added(None, B_OR, linear_down(x_MI, A_RI, p), None, scaling, part)
 
 
 def linear_down(x_NI: Tensor, A_RI: Tensor, dropout: float) -> Tensor:
@@ -195,10 +216,12 @@ def linear_down(x_NI: Tensor, A_RI: Tensor, dropout: float) -> Tensor:
     A is cast to x's dtype, never x to its: A is small, and a copy of x in another dtype would be
     kept for the backward pass.
     """
-    if dropout and not _makes_mask(x_NI, A_RI):
-        x_NI, dropout = F.dropout(x_NI, dropout), 0.0
-    if dropout or (torch.is_grad_enabled() and _keeps_x(x_NI, A_RI)):
-        return product(x_NI, A_RI, None, _dtype_of_products(x_NI), dropout)
+    masks = _masks(x_NI, A_RI) if dropout else None
+    if dropout and masks is None:
+        x_NI = F.dropout(x_NI, dropout)
+    if masks or (torch.is_grad_enabled() and _keeps_x(x_NI, A_RI)):
+        drawn = draw_dropout(masks, x_NI, dropout) if masks else None
+        return product(x_NI, A_RI, _dtype_of_products(x_NI), drawn)
     return F.linear(x_NI, _cast(A_RI, x_NI.dtype))
 
 
@@ -210,49 +233,3 @@ def linear_up(h_NR: Tensor, B_OR: Tensor) -> Tensor:
 def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
     """``value.to(dtype)`` without its dispatch where nothing is to do, which one row would feel."""
     return value if value.dtype == dtype else value.to(dtype)
-
-
-# Embedding -----------------------------------------------------------------------------------
-
-
-def embedding_down(
-    ids_N: Tensor,
-    A_RI: Tensor,
-    dropout: float,
-    *,
-    padding_idx: int | None = None,
-    sparse: bool = False,
-) -> Tensor:
-    """``A dropout(onehot(ids))``, of shape (N, R), where I counts the embedding's rows.
-
-    Gradients follow the layer's options as if they came through the weight: none for
-    ``padding_idx``, or a sparse tensor for A. Dropout acts on the one-hot input: an id keeps its
-    whole delta or loses it.
-    """
-    if sparse:
-        h_NR = _sparse_columns(A_RI, ids_N, padding_idx)
-    else:
-        h_NR = F.embedding(ids_N, A_RI.t(), padding_idx=padding_idx)
-    if dropout > 0:
-        h_NR = h_NR * F.dropout(torch.ones_like(h_NR[..., :1]), dropout)
-    return h_NR
-
-
-def divide_gradient_by_frequency(delta_NO: Tensor, ids_N: Tensor) -> Tensor:
-    """The same value with its gradient divided by how often each id occurs, as for the weight."""
-    frequency_N = torch.bincount(ids_N.flatten())[ids_N]
-    fixed_NO = delta_NO.detach()
-    return fixed_NO + (delta_NO - fixed_NO) / frequency_N.unsqueeze(-1)
-
-
-def _sparse_columns(A_RI: Tensor, ids_N: Tensor, padding_idx: int | None) -> Tensor:
-    """The columns of A for these ids, with a sparse gradient.
-
-    ``F.embedding(sparse=True)`` would need the transpose of a hybrid sparse gradient, which torch
-    does not have; ``gather`` makes a plain sparse one.
-    """
-    index_RN = ids_N.flatten().long().expand(A_RI.shape[0], -1)
-    h_NR = A_RI.gather(1, index_RN, sparse_grad=True).t().reshape(*ids_N.shape, A_RI.shape[0])
-    if padding_idx is None:
-        return h_NR
-    return torch.where((ids_N == padding_idx).unsqueeze(-1), h_NR.detach(), h_NR)
