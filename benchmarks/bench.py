@@ -180,6 +180,7 @@ def against(
     *,
     floor: str = "floor",
     extra: float = math.nan,
+    fused: float = math.nan,
     notes: Iterable[str] = (),
 ) -> Result:
     """A line of a row whose goal is a multiple of the floor's time.
@@ -191,12 +192,13 @@ def against(
         most: the goal.
         floor: what is divided by.
         extra: the seconds that ours takes beyond the floor at least, for the limit.
+        fused: the same, were additions fused into the floor's own products.
         notes: what else there is to say of it.
     """
-    ours = timings.ratio("ours", floor)
-    limit = 1 + extra / timings.seconds(floor)
-    return Result(
-        row, workload, "; ".join([described(timings, floor), *notes]),
-        f"<= {most:.2f}x {floor}", ours <= most, timings.over(floor),
-        limit="" if math.isnan(limit) else f"{limit:.3f}x {floor}",
-    )  # fmt: skip
+    ours, floor_seconds = timings.ratio("ours", floor), timings.seconds(floor)
+    limit = "" if math.isnan(extra) else f"{1 + extra / floor_seconds:.3f}x {floor}"
+    if not math.isnan(fused):
+        limit += f" ({1 + fused / floor_seconds:.3f}x with fused additions)"
+    value = "; ".join([described(timings, floor), *notes])
+    goal, times = f"<= {most:.2f}x {floor}", timings.over(floor)
+    return Result(row, workload, value, goal, ours <= most, times, limit=limit)

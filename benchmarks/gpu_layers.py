@@ -36,8 +36,11 @@ def layer(bench: Bench, dropout: float, wide: bool, goal: float) -> Iterator[Res
         failures.append("the plain composition has no other dtype than its layer")
     what = "fp32 adapters" if wide else f"p={dropout:g}"
     workload = f"layer {d}x{d} bf16, {rows:,} rows, r={r}, forward + backward: {what}"
-    extra = bench.ceilings.seconds(adapter_passes(rows, d, d, r))
-    yield against("layer", workload, timings, goal, extra=extra, notes=failures)
+    passes = adapter_passes(rows, d, d, r)
+    yield against(
+        "layer", workload, timings, goal, extra=bench.ceilings.seconds(passes),
+        fused=bench.ceilings.seconds([p for p in passes if not p.adds]), notes=failures,
+    )  # fmt: skip
 
 
 class Experts(nn.Module):

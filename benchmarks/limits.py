@@ -45,17 +45,26 @@ def measured_ceilings(device: str, clock: Clock, elements: int, d: int) -> Ceili
 
 @dataclass(frozen=True)
 class Pass:
-    """One product, and what it cannot do without."""
+    """One product, and what it cannot do without.
+
+    Attributes:
+        what: the product.
+        operations: of floating point.
+        bytes: read and written.
+        adds: whether it adds to what the layer's own product has just written, which a product
+            with an epilogue of its own could do in passing; torch's libraries have none.
+    """
 
     what: str
     operations: float
     bytes: float
+    adds: bool = False
 
 
 def adapter_passes(
     rows: int, i: int, o: int, r: int, width: int = 2, *, factors: int = 1, backward: bool = True
 ) -> list[Pass]:
-    """What adapters add to a frozen layer; nothing here can be had without its pass.
+    """What adapters add to a frozen layer, each product beside the layer's own ones.
 
     Dropout adds nothing: a mask may be made from a seed while x is read. N are the rows:
 
@@ -81,7 +90,7 @@ def adapter_passes(
     A, B = factors * r * i, factors * r * o
     forward = [
         Pass("h = A x", 2.0 * rows * r * i, width * (rows * i + A)),
-        Pass("y += B h", 2.0 * rows * r * o, width * (2 * rows * o + B)),
+        Pass("y += B h", 2.0 * rows * r * o, width * (2 * rows * o + B), adds=True),
     ]
     if not backward:
         return forward
@@ -89,7 +98,7 @@ def adapter_passes(
         *forward,
         Pass("t = g B, dB = h^T g", 4.0 * rows * r * o, width * (rows * o + 2 * B)),
         Pass("dA = t^T x", 2.0 * rows * r * i, width * (rows * i + A)),
-        Pass("dx += t A", 2.0 * rows * r * i, width * (2 * rows * i + A)),
+        Pass("dx += t A", 2.0 * rows * r * i, width * (2 * rows * i + A), adds=True),
     ]
 
 
