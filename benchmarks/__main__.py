@@ -1,6 +1,10 @@
-"""``python -m benchmarks [ROW ...]``: measure, and write RESULTS.md, results.json and the chart."""
+"""``python -m benchmarks [ROW ...]``: measure, and write RESULTS.md, results.json and the chart.
+
+``python -m benchmarks gpu`` measures on a GPU (see ``benchmarks/gpu.py``).
+"""
 
 import argparse
+import sys
 
 from rich.progress import track
 
@@ -9,38 +13,44 @@ from benchmarks import (  # noqa: F401 (they register their rows)
     arithmetic,
     compiled,
     control_plane,
+    gpu,
     memory,
     merging,
     quality,
+    shared_input,
 )
 from benchmarks.harness import REGISTRY, Result, as_section, write
 
+SECTIONS = {"gpu": gpu.lines, "quality": quality.lines}  # of RESULTS.md, after the CPU's
+
 
 def main() -> None:
-    """Run rows of one device, or the quality benchmark."""
+    """Run rows on the CPU, the rows for a GPU, or the quality benchmark."""
+    if sys.argv[1:2] == ["gpu"]:
+        gpu.main(sys.argv[2:], publish=lambda found: write("gpu", found, SECTIONS))
+        return
     options = _options()
     if options.rows == ["quality"]:
         found = quality.measure(options.quick)
         print("\n".join(quality.lines(found)))
         if not options.quick:
             quality.chart(found, quality.CHART)
-            write("quality", found, quality.lines)
+            write("quality", found, SECTIONS)
         return
-    results = measured(options.rows or list(REGISTRY), options.device, 3 if options.quick else 15)
+    results = measured(options.rows or list(REGISTRY), 3 if options.quick else 15)
     for r in results:
-        met = {True: "met", False: "NOT met", None: "not run"}[r.met]
-        print(f"{r.row:8} {r.workload}: {r.value} (goal {r.goal}, {met})")
+        print(f"{r.row:8} {r.workload}: {r.value} (goal {r.goal}, {'met' if r.met else 'NOT met'})")
     if not options.quick and not options.rows:
-        write(options.device, as_section(results), quality.lines)
+        write("cpu", as_section(results), SECTIONS)
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
         "rows", nargs="*", metavar="ROW",
-        help=f"quality (6 minutes), or some of {', '.join(REGISTRY)}; default: all but quality",
+        help="gpu, quality (6 minutes), or some of those that are the default: "
+        + ", ".join(REGISTRY),
     )  # fmt: skip
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--quick", action="store_true", help="3 rounds, and nothing is written")
     options = parser.parse_args()
     unknown = set(options.rows) - set(REGISTRY)
@@ -49,11 +59,10 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def measured(names: list[str], device: str, rounds: int) -> list[Result]:
-    """The rows of these names; without a GPU, those that need one say so in their place."""
-    wanted = [name for name in names if device == "cpu" or REGISTRY[name].device == device]
+def measured(names: list[str], rounds: int) -> list[Result]:
+    """The rows of these names."""
     return [
-        result for name in track(wanted, "measuring") for result in REGISTRY[name].measure(rounds)
+        result for name in track(names, "measuring") for result in REGISTRY[name].measure(rounds)
     ]
 
 

@@ -5,9 +5,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -32,7 +33,6 @@ class Case:
     dropout: float = 0.0
     dtype: torch.dtype = torch.float32
     adapters: torch.dtype = torch.float32
-    device: str = "cpu"
 
 
 def adapted(base: nn.Module, names: list[str], case: Case) -> dict[str, nn.Module]:
@@ -51,25 +51,41 @@ def adapted(base: nn.Module, names: list[str], case: Case) -> dict[str, nn.Modul
 def measured(case: Case, rounds: int, repeats: int) -> Timings:
     """Forward and backward through one layer."""
     torch.manual_seed(0)
-    layer = nn.Linear(case.d, case.d).to(case.device, case.dtype)
-    models = adapted(layer, [], case)
-    factory: Any = {"device": case.device, "dtype": case.dtype}
-    x = torch.randn(case.rows, case.d, requires_grad=True, **factory)
-    g = torch.randn(case.rows, case.d, **factory)
-    steps = {name: layer_step(model, x, g) for name, model in models.items()}
+    models = adapted(nn.Linear(case.d, case.d).to(case.dtype), [], case)
+    x = torch.randn(case.rows, case.d, dtype=case.dtype, requires_grad=True)
+    g = torch.randn(case.rows, case.d, dtype=case.dtype)
+    steps = {name: layer_step(model, [(x, g)]) for name, model in models.items()}
     return interleaved(steps, rounds, repeats)
 
 
-def layer_step(model: nn.Module, x: Tensor, g: Tensor) -> Step:
-    parameters = list(model.parameters())
+def layer_step(
+    model: nn.Module,
+    pairs: Iterable[tuple[Tensor, Tensor]],
+    call: Callable[[Tensor], Tensor] | None = None,
+) -> Step:
+    """Forward and backward, each time with the next input and gradient of the output.
+
+    Args:
+        model: whose gradients are dropped before each step.
+        pairs: inputs that require gradients, and gradients of outputs.
+        call: how to run the model; by calling it if None.
+    """
+    parameters, turns = list(model.parameters()), cycle(pairs)
+    call = model if call is None else call
 
     def step() -> None:
-        x.grad = None
-        for parameter in parameters:
-            parameter.grad = None
-        model(x).backward(g)
+        x, g = next(turns)
+        for leaf in (x, *parameters):
+            leaf.grad = None
+        call(x).backward(g)
 
     return step
+
+
+def forward_of(call: Callable[[Tensor], object], pairs: Iterable[tuple[Tensor, Tensor]]) -> Step:
+    """A call with the next input."""
+    turns = cycle(pairs)
+    return lambda: call(next(turns)[0])
 
 
 @row("layer")
@@ -207,22 +223,3 @@ def _three_operations(layer: Any, x: Tensor) -> Step:
 def _only_layer(model: Any) -> nn.Module:
     only: nn.Module = getattr(getattr(model, "base_model", model), "model", model)[0]
     return only
-
-
-@row("h200", device="cuda")
-def large_on_a_gpu(rounds: int) -> list[Result]:
-    bf16 = Case(4096, 4096, 16, dtype=torch.bfloat16, adapters=torch.bfloat16, device="cuda")
-    wide = replace(bf16, adapters=torch.float32)
-    dropped = replace(bf16, dropout=0.1)
-    cases = {"p=0": (bf16, 1.18), "p=0.1": (dropped, 1.2), "fp32 adapters": (wide, 1.2)}
-    results = []
-    for name, (case, goal) in cases.items():
-        workload = f"layer 4096x4096 bf16, 4,096 rows, r=16, forward + backward: {name}"
-        if not torch.cuda.is_available():
-            results.append(Result("h200", workload, "no GPU here", f"<= {goal}x floor", None))
-            continue
-        timings = measured(case, 2 * rounds, 10)
-        ours, times = timings.ratio("ours", "floor"), timings.over("floor")
-        value = compared(timings)
-        results.append(Result("h200", workload, value, f"<= {goal}x floor", ours <= goal, times))
-    return results

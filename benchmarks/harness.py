@@ -1,11 +1,13 @@
 """How a row is measured and written down: rounds in turns, medians of ratios, tables, a chart."""
 
 import json
+import math
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,9 @@ import torch
 FOLDER = Path(__file__).parent
 DATA, TABLES, CHART = FOLDER / "results.json", FOLDER / "RESULTS.md", FOLDER / "results.png"
 Lines = Callable[[dict[str, Any]], list[str]]  # the Markdown of a section
+Action = Callable[[], object]
+Clock = Callable[[Action], float]  # how many seconds an action takes
+FEWEST_ROUNDS = 3
 REGISTRY: dict[str, "Row"] = {}
 
 
@@ -30,6 +35,7 @@ class Result:
         met: whether it is; None for what this machine cannot run.
         times: how long it took, as multiples of the floor, for the chart.
         profile: where the time goes, for a goal that is not met.
+        limit: the least that is possible on this machine, in words.
     """
 
     row: str
@@ -39,31 +45,31 @@ class Result:
     met: bool | None
     times: dict[str, float] = field(default_factory=dict)
     profile: str = ""
+    limit: str = ""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A named measurement; ``measure`` takes the number of rounds."""
+    """A named measurement on the CPU; ``measure`` takes the number of rounds."""
 
     name: str
-    device: str
     measure: Callable[[int], list[Result]]
 
 
 def row(
-    name: str, device: str = "cpu"
+    name: str,
 ) -> Callable[[Callable[[int], list[Result]]], Callable[[int], list[Result]]]:
-    """Register a measurement under a name, for a device."""
+    """Register a measurement under a name."""
 
     def register(measure: Callable[[int], list[Result]]) -> Callable[[int], list[Result]]:
-        REGISTRY[name] = Row(name, device, measure)
+        REGISTRY[name] = Row(name, measure)
         return measure
 
     return register
 
 
-def seconds(action: Callable[[], object]) -> float:
-    """How long a call takes."""
+def seconds(action: Action) -> float:
+    """How long a call takes, by the computer's clock."""
     _finish()
     started = time.perf_counter()
     action()
@@ -74,6 +80,17 @@ def seconds(action: Callable[[], object]) -> float:
 def _finish() -> None:
     if torch.cuda.is_available():  # a GPU works on while the call has returned
         torch.cuda.synchronize()
+
+
+def event_seconds(action: Action) -> float:
+    """How long what a call starts keeps the GPU busy, by its own clock."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    action()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 class Timings:
@@ -91,13 +108,27 @@ class Timings:
         pairs = zip(self.rounds[name], self.rounds[to], strict=True)
         return statistics.median(a / b for a, b in pairs)
 
+    def spread(self, name: str, to: str) -> tuple[float, float]:
+        """The quartiles of the same ratios."""
+        ratios = [a / b for a, b in zip(self.rounds[name], self.rounds[to], strict=True)]
+        if len(ratios) == 1:
+            return ratios[0], ratios[0]
+        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        return low, high
+
     def over(self, floor: str) -> dict[str, float]:
         """Every other action's time as a multiple of the floor's."""
         return {name: self.ratio(name, floor) for name in self.rounds if name != floor}
 
 
 def interleaved(
-    actions: Mapping[str, Callable[[], object]], rounds: int, repeats: int = 1
+    actions: Mapping[str, Action],
+    rounds: int,
+    repeats: int = 1,
+    *,
+    clock: Clock = seconds,
+    within: float = math.inf,
+    around: Mapping[str, Callable[[], AbstractContextManager[object]]] | None = None,
 ) -> Timings:
     """Time some actions in turns, which spreads the machine's moods over all of them.
 
@@ -105,17 +136,23 @@ def interleaved(
         actions: what to time.
         rounds: how often; one more goes before, for caches, and is not counted.
         repeats: how often an action is called within a round, for short ones.
+        clock: what measures: ``seconds``, or ``event_seconds`` on a GPU.
+        within: no round starts after this many seconds, but for the first three.
+        around: for some actions, a context in which they run and which is not timed.
     """
 
-    def repeated(action: Callable[[], object]) -> Callable[[], object]:
+    def repeated(action: Action) -> Action:
         return lambda: [action() for _ in range(repeats)]
 
     taken: dict[str, list[float]] = {name: [] for name in actions}
-    names = list(actions)
+    names, started = list(actions), time.perf_counter()
     for i in range(rounds + 1):
+        if i > FEWEST_ROUNDS and time.perf_counter() - started > within:
+            break
         shift = i % len(names)  # each follows each other one equally often
         for name in names[shift:] + names[:shift]:
-            timing = seconds(repeated(actions[name])) / repeats
+            with (around or {}).get(name, nullcontext)():
+                timing = clock(repeated(actions[name])) / repeats
             if i:
                 taken[name].append(timing)
     return Timings(taken)
@@ -132,7 +169,8 @@ def machine() -> str:
     """The machine in words, for the head of the results."""
     gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
     return (
-        f"{gpu}{os.cpu_count()} {platform.machine()} cores, Python {platform.python_version()}, "
+        f"{gpu}{os.cpu_count()} {platform.machine()} cores "
+        f"({torch.backends.cpu.get_cpu_capability()}), Python {platform.python_version()}, "
         f"torch {torch.__version__}"
     )
 
@@ -142,43 +180,39 @@ def as_section(results: list[Result]) -> dict[str, Any]:
     return {"machine": machine(), "rows": [asdict(r) for r in results]}
 
 
-def write(
-    section: str, found: dict[str, Any], lines: Callable[[dict[str, Any]], list[str]]
-) -> None:
+def write(section: str, found: dict[str, Any], others: Mapping[str, Lines]) -> None:
     """Put a section into ``results.json``, and write ``RESULTS.md`` and the chart anew.
 
     Args:
         section: the name of the section; the others stay as they are.
         found: the section's data.
-        lines: makes the Markdown of the section "quality", which has a shape of its own.
+        others: for each section but "cpu", in their order, what makes its Markdown.
     """
     data = json.loads(DATA.read_text()) if DATA.exists() else {}
     data[section] = found
     DATA.write_text(json.dumps(data, indent=2) + "\n")
-    text = ["# Results", "", *_speed_lines(data)]
-    if "quality" in data:
-        text += ["", *lines(data["quality"])]
-    TABLES.write_text("\n".join(text) + "\n")
-    draw_chart(
-        [Result(**r) for name in ("cpu", "cuda") for r in data.get(name, {}).get("rows", [])]
-    )
+    sections = [
+        _speed_lines(data),
+        *(lines(data[name]) for name, lines in others.items() if name in data),
+    ]
+    text = "\n\n".join("\n".join(lines) for lines in [["# Results"], *sections] if lines)
+    TABLES.write_text(text + "\n")
+    draw_chart([Result(**r) for r in data.get("cpu", {}).get("rows", [])])
 
 
 def _speed_lines(data: dict[str, Any]) -> list[str]:
-    text: list[str] = []
-    for name, command in (("cpu", ""), ("cuda", " --device cuda")):
-        if name in data:
-            text += [
-                f"## Speed and memory, on {data[name]['machine']}",
-                "",
-                f"Written by `python -m benchmarks{command}`: rounds in turns with the peers and "
-                "the floor, which is the frozen model without adapters; medians of the ratios "
-                "within a round.",
-                "",
-                *table([Result(**r) for r in data[name]["rows"]]),
-                "",
-            ]
-    return [*text, f"![times as multiples of the floor]({CHART.name})"]
+    if "cpu" not in data:
+        return []
+    return [
+        f"## Speed and memory, on {data['cpu']['machine']}",
+        "",
+        "Written by `python -m benchmarks`: rounds in turns with the peers and the floor, which is "
+        "the frozen model without adapters; medians of the ratios within a round.",
+        "",
+        *table([Result(**r) for r in data["cpu"]["rows"]]),
+        "",
+        f"![times as multiples of the floor]({CHART.name})",
+    ]
 
 
 def table(results: list[Result]) -> list[str]:
@@ -186,9 +220,12 @@ def table(results: list[Result]) -> list[str]:
     words = {True: "yes", False: "**no**", None: "not run"}
     notes = [r for r in results if r.profile and not r.met]
     return [
-        "| row | workload | measured | goal | met |",
-        "|---|---|---|---|---|",
-        *(f"| {r.row} | {r.workload} | {r.value} | {r.goal} | {words[r.met]} |" for r in results),
+        "| row | workload | measured | goal | met | limit |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {r.row} | {r.workload} | {r.value} | {r.goal} | {words[r.met]} | {r.limit} |"
+            for r in results
+        ),
         *(["", "Where the time goes in what is not met:", ""] if notes else []),
         *(f"- {r.row}, {r.workload}: {r.profile}" for r in notes),
     ]

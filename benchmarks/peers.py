@@ -33,6 +33,35 @@ def small_llama(dtype: torch.dtype = torch.float32) -> Any:
     return LlamaForCausalLM(config).to(dtype)
 
 
+class LlamaBlock(nn.Module):
+    """One decoder block of a Llama, with the rotary embedding of all its positions.
+
+    Args:
+        config: a LlamaConfig.
+        tokens: how many an input has.
+        device: where it is made.
+        dtype: of its weights.
+    """
+
+    def __init__(self, config: Any, tokens: int, device: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        from transformers.models.llama import modeling_llama as llama
+
+        with torch.device(device):
+            self.block = llama.LlamaDecoderLayer(config, 0).to(dtype)
+            positions = torch.arange(tokens)[None]
+            cos, sin = llama.LlamaRotaryEmbedding(config)(torch.zeros(1, dtype=dtype), positions)
+        self.register_buffer("cos", cos)
+        self.register_buffer("sin", sin)
+        self.hidden_size: int = config.hidden_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From (1, tokens, hidden) to the same shape."""
+        found = self.block(x, position_embeddings=(self.cos, self.sin))
+        y: Tensor = found[0] if isinstance(found, tuple) else found
+        return y
+
+
 class EagerLoRALinear(nn.Module):
     """LoRA as torchtune and others compose it: ``W x + alpha / r * B(A(dropout(x)))``."""
 
@@ -61,14 +90,29 @@ def eager(model: nn.Module, names: list[str], r: int, dropout: float) -> nn.Modu
 
 
 def with_peft(
-    model: nn.Module, names: list[str], r: int, dropout: float = 0.0, **options: Any
+    model: nn.Module,
+    names: list[str],
+    r: int,
+    dropout: float = 0.0,
+    parameters: list[str] | None = None,
+    **options: Any,
 ) -> Any:
-    """A copy of a model with PEFT's adapters, which start with random A and B."""
+    """A copy of a model with PEFT's adapters, which start with random A and B.
+
+    Args:
+        model: any model.
+        names: its modules to adapt.
+        r: the rank.
+        dropout: of the adapters.
+        parameters: its parameters to adapt, for fused experts.
+        options: of ``get_peft_model``.
+    """
     import peft
 
     config = peft.LoraConfig(
-        r=r, lora_alpha=r, lora_dropout=dropout, target_modules=names, init_lora_weights=False
-    )
+        r=r, lora_alpha=r, lora_dropout=dropout, target_modules=names, init_lora_weights=False,
+        target_parameters=parameters,
+    )  # fmt: skip
     return peft.get_peft_model(copy.deepcopy(model), config, **options)
 
 

@@ -1,14 +1,20 @@
 """The benchmark suite: its exact rows meet their goals, and its tables say what was measured."""
 
 import json
+import os
 import sys
+import time
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import arithmetic, compiled, harness, memory
-from benchmarks.harness import REGISTRY, Result, Timings, as_section, interleaved
+from benchmarks import compiled, gpu, harness, memory
+from benchmarks.bench import working
+from benchmarks.harness import Result, Timings, as_section, interleaved
+from benchmarks.limits import Ceilings, adapter_passes
+from benchmarks.ways import environment
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
@@ -27,12 +33,6 @@ def test_injecting_takes_no_memory_but_the_adapters():
     assert result.met
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_row_that_has_not_run_on_a_gpu_says_so():
-    assert [result.met for result in REGISTRY["h200"].measure(1)] == [None] * 3
-    assert "| no GPU here |" in "\n".join(harness.table(arithmetic.large_on_a_gpu(1)))
-
-
 def test_actions_take_turns_and_ratios_are_medians_within_a_round():
     order = []
     timings = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, 2)
@@ -41,18 +41,40 @@ def test_actions_take_turns_and_ratios_are_medians_within_a_round():
     timings = Timings({"floor": [1.0, 10.0, 2.0], "ours": [2.0, 20.0, 9.0]})
     assert timings.ratio("ours", "floor") == 2
     assert timings.over("floor") == {"ours": 2}
+    assert timings.spread("ours", "floor") == (2, 3.25)
 
 
-def test_sections_are_written_one_by_one(tmp_path, monkeypatch):
+def test_turns_end_with_their_time_and_contexts_stand_around_them():
+    order = []
+
+    @contextmanager
+    def around():
+        order.append("(")
+        yield
+        order.append(")")
+
+    timings = interleaved({"a": lambda: order.append("a")}, 9, within=0, around={"a": around})
+    assert "".join(order) == "(a)" * 4
+    assert len(timings.rounds["a"]) == harness.FEWEST_ROUNDS
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """Results go to a folder of the test."""
     for name in ("DATA", "TABLES", "CHART"):
         monkeypatch.setattr(harness, name, tmp_path / getattr(harness, name).name)
-    good = Result("fast", "something", "1.1x", "<= 2x", True, {"ours": 1.1, "PEFT": 2.0})
+
+
+@pytest.mark.usefixtures("written")
+def test_sections_are_written_one_by_one():
+    good = Result("fast", "something", "1.1x", "<= 2x", True, {"ours": 1.1}, limit="1.0x")
     bad = Result("slow", "another", "3x", "<= 2x", False, profile="all of it is the kernel.")
-    harness.write("cpu", as_section([good, bad]), lambda found: [])
-    harness.write("quality", {"x": 1}, lambda found: [f"## Quality {found['x']}"])
+    lines = {"quality": lambda found: [f"## Quality {found['x']}"]}
+    harness.write("cpu", as_section([good, bad]), lines)
+    harness.write("quality", {"x": 1}, lines)
     text = harness.TABLES.read_text()
-    assert "| fast | something | 1.1x | <= 2x | yes |" in text
-    assert "| slow | another | 3x | <= 2x | **no** |" in text
+    assert "| fast | something | 1.1x | <= 2x | yes | 1.0x |" in text
+    assert "| slow | another | 3x | <= 2x | **no** |  |" in text
     assert "- slow, another: all of it is the kernel." in text
     assert text.endswith("## Quality 1\n")
     assert json.loads(harness.DATA.read_text()).keys() == {"cpu", "quality"}
@@ -71,3 +93,93 @@ def test_an_unknown_row_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         command.main()
     assert "no such row: nothing; there are" in capsys.readouterr().err
+
+
+def run_gpu(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "gpu", *map(str, arguments)])
+    command.main()
+
+
+@pytest.mark.usefixtures("written")
+def test_every_row_for_a_gpu_runs_and_is_published(tmp_path, monkeypatch, capsys):
+    run_gpu(monkeypatch, "--out", tmp_path, "--device", "cpu", "--quick")
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["errors"] == {}
+    assert found["left_out"] == []
+    assert list(found["seconds"]) == [row.name for row in gpu.ROWS]
+    assert len(found["rows"]) >= len(gpu.ROWS)
+    assert "failed" not in capsys.readouterr().out
+    run_gpu(monkeypatch, "--publish", tmp_path)
+    text = harness.TABLES.read_text()
+    assert "## On a GPU: " in text
+    assert "| layer | layer 32x32 bf16, 8 rows, r=16, forward + backward: p=0.1 | ours " in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_its_rows_are_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run_gpu(monkeypatch, "--out", tmp_path / "results")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "add `--device cpu --quick`" in line
+    assert not (tmp_path / "results").exists()
+
+
+def stand_ins(monkeypatch):
+    def fine(bench):
+        yield Result("fine", "something", "1.0x", "<= 2x", True)
+
+    def broken(bench):
+        yield Result("broken", "its first line", "1.0x", "<= 2x", True)
+        raise RuntimeError("out of luck\nand more")
+
+    def endless(bench):
+        yield Result("endless", "its first line", "1.0x", "<= 2x", True)
+        time.sleep(60)
+
+    rows = [gpu.GpuRow("broken", 0, broken), gpu.GpuRow("endless", 0.5, endless),
+            gpu.GpuRow("fine", 5, fine), gpu.GpuRow("long", 100, fine)]  # fmt: skip
+    monkeypatch.setattr(gpu, "_ceilings", lambda device, quick: Ceilings(1e9, 1e9))
+    return rows
+
+
+def test_a_failure_is_a_line_and_what_does_not_fit_is_left_out(tmp_path, monkeypatch, capsys):
+    gpu.run(stand_ins(monkeypatch), tmp_path, "cpu", quick=True, minutes=(5 + 0.5 + 2) / 60)
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    lines = [(row["row"], row["workload"], row["value"]) for row in found["rows"]]
+    assert lines == [
+        ("broken", "its first line", "1.0x"), ("broken", "failed", "RuntimeError: out of luck"),
+        ("endless", "its first line", "1.0x"), lines[3], ("fine", "something", "1.0x"),
+    ]  # fmt: skip
+    assert lines[3][2].startswith("TimeoutError: stopped after ")
+    assert "out of luck\nand more" in found["errors"]["broken"]
+    assert found["left_out"] == ["long"]
+    assert "Left out, as the time was over: long." in (tmp_path / "gpu.md").read_text()
+    assert "are over: long" in capsys.readouterr().out
+
+
+def test_a_peer_that_fails_is_said_and_ours_may_not():
+    def fail():
+        raise ValueError("no such shape\nsee above")
+
+    steps = {"ours": lambda: None, "PEFT": fail}
+    found, said = working(steps)
+    assert list(found) == ["ours"]
+    assert said == ["PEFT cannot: ValueError: no such shape"]
+    with pytest.raises(ValueError, match="no such shape"):
+        working({"ours": fail})
+
+
+def test_the_passes_of_an_adapter_are_counted():
+    passes = adapter_passes(rows=100, i=10, o=20, r=2)
+    assert sum(p.operations for p in passes) == 6 * 100 * 2 * (10 + 20)
+    activations = 2 * 100 * (4 * 10 + 3 * 20)  # bytes: x twice, dx twice; y twice, g
+    assert sum(p.bytes for p in passes) == activations + 2 * (3 * 2 * 10 + 3 * 2 * 20)
+    assert Ceilings(1e9, 1e12).seconds(passes) == sum(p.bytes for p in passes) / 1e9
+
+
+def test_an_environment_variable_is_forced_for_a_while(monkeypatch):
+    monkeypatch.delenv("SOME_SWITCH", raising=False)
+    seen = []
+    with environment("SOME_SWITCH", "on", lambda: seen.append(os.environ.get("SOME_SWITCH"))):
+        pass
+    assert seen == ["on", None]

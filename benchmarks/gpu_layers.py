@@ -1,0 +1,153 @@
+"""Rows for a GPU: one layer, fused experts, a batch whose rows have their own adapters.
+
+Every row is a generator of lines, since the first of them are kept when a later one fails.
+"""
+
+import copy
+from collections.abc import Iterator
+from functools import partial
+from itertools import cycle
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.arithmetic import Case, adapted, forward_of, layer_step
+from benchmarks.bench import BF16, Bench, against, attempted, shown, working
+from benchmarks.harness import Result
+from benchmarks.limits import adapter_passes, parts
+from benchmarks.peers import randomize, with_peft
+from benchmarks.ways import WAYS
+from lora_inject import inject, per_row, use
+
+
+def layer(bench: Bench, dropout: float, wide: bool, goal: float) -> Iterator[Result]:
+    """One Linear, forward and backward."""
+    rows, d, r = bench.pick((4096, 4096, 16), (8, 32, 16))
+    case = Case(rows, d, r, dropout, dtype=BF16, adapters=torch.float32 if wide else BF16)
+    models = adapted(nn.Linear(d, d, device=bench.device, dtype=BF16), [], case)
+    pairs = bench.pairs(rows, d)
+    steps = {name: layer_step(model, pairs) for name, model in models.items()}
+    ours = dict.fromkeys(WAYS, steps.pop("ours"))
+    alone = {"parts alone": parts(models["ours"][0], cycle(pairs))}
+    steps, failures = working({"floor": steps["floor"], **ours, **steps, **alone})
+    timings = bench.timed(steps, 10, around=WAYS)
+    if wide:
+        failures.append("the plain composition has no other dtype than its layer")
+    what = "fp32 adapters" if wide else f"p={dropout:g}"
+    workload = f"layer {d}x{d} bf16, {rows:,} rows, r={r}, forward + backward: {what}"
+    passes = adapter_passes(rows, d, d, r)
+    yield against(
+        "layer", workload, timings, goal, extra=bench.ceilings.seconds(passes),
+        fused=bench.ceilings.seconds([p for p in passes if not p.adds]), notes=failures,
+    )  # fmt: skip
+
+
+class Experts(nn.Module):
+    """The fused experts of a Qwen3-MoE layer, with a fixed choice of experts for each token."""
+
+    def __init__(self, bench: Bench, tokens: int) -> None:
+        super().__init__()
+        from transformers import Qwen3MoeConfig
+        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+        count, hidden, width, top = bench.pick((128, 2048, 768, 8), (4, 32, 16, 2))
+        config = Qwen3MoeConfig(
+            num_experts=count, hidden_size=hidden, moe_intermediate_size=width,
+            num_experts_per_tok=top, experts_implementation="grouped_mm",
+        )  # fmt: skip
+        with torch.device(bench.device):
+            self.experts = Qwen3MoeExperts(config).to(BF16)
+            for parameter in self.experts.parameters():
+                nn.init.normal_(parameter, std=0.02)
+            weights, index = torch.rand(tokens, count).topk(top)
+        self.register_buffer("index", index)
+        self.register_buffer("weights", (weights / weights.sum(-1, keepdim=True)).to(BF16))
+        self.sizes = (count, hidden, width, top)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The sum of what each token's experts make of it."""
+        return self.experts(x, self.index, self.weights)  # type: ignore[no-any-return]
+
+
+def experts(bench: Bench) -> Iterator[Result]:
+    """Fused experts, forward and backward."""
+    tokens, r = bench.pick(4096, 8), 16
+    floor = Experts(bench, tokens).requires_grad_(False)
+    count, hidden, width, top = floor.sizes
+    ours = copy.deepcopy(floor)
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    inject(ours, names, r=r, dtype="base")
+    options: Any = {"parameters": names, "autocast_adapter_dtype": False}
+    peft = attempted(lambda: randomize(with_peft(floor, [], r, **options)))
+    models = {"floor": floor, "ours": randomize(ours), "PEFT": peft}
+    pairs = bench.pairs(tokens, hidden, sets=8)
+    steps = {name: layer_step(model, pairs) for name, model in models.items()}
+    steps, failures = working(steps)
+    memory = {name: bench.memory(models[name], models[name], pairs[0]) for name in steps}
+    timings = bench.timed(steps, 5)
+    passes = [
+        *adapter_passes(tokens * top, hidden, 2 * width, r, factors=count),
+        *adapter_passes(tokens * top, width, hidden, r, factors=count),
+    ]
+    workload = (
+        f"{count} experts {hidden}x{width}, top {top}, {tokens:,} tokens, r={r}, bf16, "
+        "grouped_mm, forward + backward"
+    )
+    notes = [shown(memory), "no plain composition of fused experts", *failures]
+    extra = bench.ceilings.seconds(passes)
+    yield against("experts", workload, timings, 1.25, extra=extra, notes=notes)
+
+
+def rows_with_adapters(bench: Bench) -> Iterator[Result]:
+    """64 adapters in one batch, one for each of its rows; beside one adapter for all of them."""
+    d, tokens, count, r = bench.pick((4096, 512, 64, 16), (32, 4, 3, 16))
+    names = [f"a{i}" for i in range(count)]
+    models = _with_rows(nn.Linear(d, d, device=bench.device, dtype=BF16), names, r)
+    for length in (tokens, 1):
+        pairs = bench.pairs(count, length, d, sets=2 if length > 1 else 8)
+        shape = f"{count} adapters x {length} tokens, {d}x{d} bf16, r={r}"
+        # Each row has its own A and B, of which one adapter reads one only.
+        passes = adapter_passes(0, d, d, r, factors=count - 1, backward=False)
+        calls = {name: forward_of(model, pairs) for name, model in models.items()}
+        calls["PEFT"] = forward_of(partial(models["PEFT"], adapter_names=names), pairs)
+        with per_row(models["ours"], names), torch.no_grad():
+            calls, failures = working(calls)
+            timings = bench.timed(calls, 3 if length > 1 else 50)
+        yield against(
+            "per-row", f"{shape}, forward", timings, 1.25, floor="one adapter",
+            extra=bench.ceilings.seconds(passes), notes=failures,
+        )  # fmt: skip
+        if length == 1:
+            return
+        passes = adapter_passes(0, d, d, r, factors=count - 1)
+        steps = {n: layer_step(m, pairs) for n, m in models.items() if n != "PEFT"}
+        with per_row(models["ours"], names):
+            timings = bench.timed(steps, 3)
+        yield against(
+            "per-row", f"{shape}, forward + backward", timings, 1.25, floor="one adapter",
+            extra=bench.ceilings.seconds(passes),
+            notes=["PEFT and the plain composition cannot train several adapters in a batch"],
+        )  # fmt: skip
+
+
+def _with_rows(layer: nn.Linear, names: list[str], r: int) -> dict[str, nn.Module]:
+    """The layer alone, with one adapter, and with all of them: ours and PEFT's."""
+    floor = nn.Sequential(layer).requires_grad_(False)
+    one, ours = copy.deepcopy(floor), copy.deepcopy(floor)
+    inject(one, "0", r=r, dtype="base")
+    for name in names:
+        inject(ours, "0", r=r, dtype="base", adapter=name)
+    use(ours, *names)
+    models = {"floor": floor, "one adapter": randomize(one), "ours": randomize(ours)}
+    return models | {"PEFT": attempted(lambda: _peft_with(floor, names, r))}
+
+
+def _peft_with(model: nn.Module, names: list[str], r: int) -> nn.Module:
+    import peft
+
+    config = peft.LoraConfig(r=r, target_modules=["0"], init_lora_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(model), config, adapter_name=names[0])
+    for name in names[1:]:
+        theirs.add_adapter(name, config)
+    return randomize(theirs.to(BF16)).eval()

@@ -1,0 +1,127 @@
+"""The least that a layer can take, in two ways: counted, and measured part by part.
+
+Counted: every product takes its operations over the machine's matrix rate, or its bytes over the
+copy bandwidth, whichever is longer. Measured: the same products one after another on the layer's
+own tensors, without autograd and without a layer around them.
+"""
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.harness import Action, Clock
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What was measured of a machine: bytes read and written, and operations, a second."""
+
+    bandwidth: float
+    rate: float
+
+    def seconds(self, passes: "list[Pass]") -> float:
+        """What some products take at least, one after another."""
+        return sum(max(p.operations / self.rate, p.bytes / self.bandwidth) for p in passes)
+
+
+def measured_ceilings(device: str, clock: Clock, elements: int, d: int) -> Ceilings:
+    """Copy some elements of bfloat16, and multiply matrices of d x d, with random values."""
+    source = torch.randn(elements, device=device).bfloat16()
+    target = torch.empty_like(source)
+    a, b = (torch.randn(d, d, device=device).bfloat16() for _ in range(2))
+
+    def fastest(action: Action) -> float:
+        times = [clock(action) for _ in range(12)]
+        return statistics.median(times[2:])
+
+    copied = fastest(lambda: target.copy_(source))
+    multiplied = fastest(lambda: a @ b)
+    return Ceilings(2 * source.nbytes / copied, 2 * d**3 / multiplied)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One product, and what it cannot do without.
+
+    Attributes:
+        what: the product.
+        operations: of floating point.
+        bytes: read and written.
+        adds: whether it adds to what the layer's own product has just written, which a product
+            with an epilogue of its own could do in passing; torch's libraries have none.
+    """
+
+    what: str
+    operations: float
+    bytes: float
+    adds: bool = False
+
+
+def adapter_passes(
+    rows: int, i: int, o: int, r: int, width: int = 2, *, factors: int = 1, backward: bool = True
+) -> list[Pass]:
+    """What adapters add to a frozen layer, each product beside the layer's own ones.
+
+    Dropout adds nothing: a mask may be made from a seed while x is read. N are the rows:
+
+    =================  ==========  ==================  ==========================
+    product            operations  activations         note
+    =================  ==========  ==================  ==========================
+    h = A x            2 N r i     read N i            beside the layer's own read
+    y += B h           2 N r o     read, write N o
+    t = g B, h^T g     4 N r o     read N o            both in one pass
+    dA = t^T x         2 N r i     read N i
+    dx += t A          2 N r i     read, write N i
+    =================  ==========  ==================  ==========================
+
+    Args:
+        rows: rows of the input.
+        i: features in.
+        o: features out.
+        r: the rank.
+        width: bytes of an element.
+        factors: how many pairs A, B there are, each of which is read (and its gradient written).
+        backward: whether there is a backward pass.
+    """
+    A, B = factors * r * i, factors * r * o
+    forward = [
+        Pass("h = A x", 2.0 * rows * r * i, width * (rows * i + A)),
+        Pass("y += B h", 2.0 * rows * r * o, width * (2 * rows * o + B), adds=True),
+    ]
+    if not backward:
+        return forward
+    return [
+        *forward,
+        Pass("t = g B, dB = h^T g", 4.0 * rows * r * o, width * (rows * o + 2 * B)),
+        Pass("dA = t^T x", 2.0 * rows * r * i, width * (rows * i + A)),
+        Pass("dx += t A", 2.0 * rows * r * i, width * (2 * rows * i + A), adds=True),
+    ]
+
+
+def parts(layer: nn.Module, pairs: Iterator[tuple[Tensor, Tensor]]) -> Action:
+    """The products of an adapted Linear in training, p=0, and nothing else.
+
+    Args:
+        layer: with a weight, a bias, and one adapter with a scaling of 1.
+        pairs: inputs and gradients of outputs, matrices.
+    """
+    W, b = layer.weight.detach(), layer.bias.detach()
+    A, B = (factor.detach().to(W.dtype) for factor in (layer.lora_A, layer.lora_B))
+
+    @torch.no_grad()
+    def step() -> None:
+        x, g = next(pairs)
+        y = F.linear(x, W, b)
+        h = F.linear(x, A)
+        y.addmm_(h, B.t())
+        dx = g @ W
+        t = g @ B
+        h.t() @ g
+        t.t() @ x
+        dx.addmm_(t, A)
+
+    return step
