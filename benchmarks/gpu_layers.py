@@ -17,7 +17,7 @@ from benchmarks.bench import BF16, Bench, against, attempted, shown, working
 from benchmarks.harness import Result
 from benchmarks.limits import adapter_passes, parts
 from benchmarks.peers import randomize, with_peft
-from benchmarks.ways import WAYS
+from benchmarks.ways import WAYS, WAYS_OF_DROPOUT
 from lora_inject import inject, per_row, use
 
 
@@ -28,10 +28,11 @@ def layer(bench: Bench, dropout: float, wide: bool, goal: float) -> Iterator[Res
     models = adapted(nn.Linear(d, d, device=bench.device, dtype=BF16), [], case)
     pairs = bench.pairs(rows, d)
     steps = {name: layer_step(model, pairs) for name, model in models.items()}
-    ours = dict.fromkeys(WAYS, steps.pop("ours"))
+    ways = WAYS_OF_DROPOUT if dropout else WAYS
+    ours = dict.fromkeys(ways, steps.pop("ours"))
     alone = {"parts alone": parts(models["ours"][0], cycle(pairs))}
     steps, failures = working({"floor": steps["floor"], **ours, **steps, **alone})
-    timings = bench.timed(steps, 10, around=WAYS)
+    timings = bench.timed(steps, 10, around=ways)
     if wide:
         failures.append("the plain composition has no other dtype than its layer")
     what = "fp32 adapters" if wide else f"p={dropout:g}"

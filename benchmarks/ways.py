@@ -1,25 +1,20 @@
-"""The ways in which ours may run: as it chooses by itself, and as something forces it to.
-
-A row times ours once for each name of WAYS, each within its context, which is not timed::
-
-    WAYS["ours, triton"] = partial(environment, "LORA_INJECT_KERNELS", "triton", refresh)
-"""
+"""The ways in which dropout may be computed: as ours chooses by itself, and as it is forced to."""
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
-WAYS: dict[str, Callable[[], AbstractContextManager[object]]] = {"ours": nullcontext}
+from lora_inject.arithmetic.masks import KERNELS
+
+Context = Callable[[], AbstractContextManager[object]]
 
 
 @contextmanager
-def environment(
-    name: str, value: str, refresh: Callable[[], object] = lambda: None
-) -> Iterator[None]:
-    """Give an environment variable a value, and let who has read it read it again."""
+def environment(name: str, value: str) -> Iterator[None]:
+    """Give an environment variable a value."""
     before = os.environ.get(name)
     os.environ[name] = value
-    refresh()
     try:
         yield
     finally:
@@ -27,4 +22,11 @@ def environment(
             del os.environ[name]
         else:
             os.environ[name] = before
-        refresh()
+
+
+WAYS: dict[str, Context] = {"ours": nullcontext}  # each is entered before ours is timed
+WAYS_OF_DROPOUT: dict[str, Context] = {
+    **WAYS,
+    "ours with Triton": partial(environment, KERNELS, "triton"),
+    "ours with torch": partial(environment, KERNELS, "torch"),
+}
