@@ -80,6 +80,49 @@ class EagerLoRALinear(nn.Module):
         return y + self.scaling * self.lora_b(self.lora_a(self.dropout(x)))
 
 
+class EagerExperts(nn.Module):
+    """LoRA on fused experts as a plain composition of grouped products: ``W x + B(A x)``.
+
+    Shapes: T tokens, K experts of each, N = T K rows in the order of their experts, E experts.
+
+    Args:
+        experts: with gate_up_proj (E, 2 M, H) and down_proj (E, H, M), and ``act_fn``.
+        index: (T, K), the experts of each token.
+        weights: (T, K), how much of each.
+        r: the rank.
+    """
+
+    def __init__(self, experts: Any, index: Tensor, weights: Tensor, r: int) -> None:
+        super().__init__()
+        self.experts, self.r = experts, r
+        self.register_buffer("weights", weights)
+        expert_N, order_N = index.flatten().sort()
+        ids = torch.arange(experts.gate_up_proj.shape[0], device=index.device)
+        ends_E = torch.searchsorted(expert_N, ids, right=True).int()
+        for name, value in (("order", order_N), ("ends", ends_E), ("back", order_N.argsort())):
+            self.register_buffer(name, value)
+        for name, W in list(experts.named_parameters()):
+            A = torch.randn_like(W[:, :r]) / W.shape[-1] ** 0.5
+            B = 0.02 * torch.randn_like(W[:, :, :1]).expand(-1, -1, r).contiguous()
+            self.register_parameter(f"{name}_lora_a", nn.Parameter(A))
+            self.register_parameter(f"{name}_lora_b", nn.Parameter(B))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The sum of what each token's experts make of it."""
+        top = self.weights.shape[1]
+        gate, up = self._adapted(x[self.order // top], "gate_up_proj").chunk(2, -1)
+        y_NH = self._adapted(self.experts.act_fn(gate) * up, "down_proj")
+        y_TKH = y_NH[self.back].view(-1, top, x.shape[-1])
+        return (y_TKH * self.weights.unsqueeze(-1)).sum(1)
+
+    def _adapted(self, x_N: Tensor, name: str) -> Tensor:
+        def product(x: Tensor, M: Tensor) -> Tensor:
+            return F.grouped_mm(x, M.mT, offs=self.ends)
+
+        A, B = getattr(self, f"{name}_lora_a"), getattr(self, f"{name}_lora_b")
+        return product(x_N, getattr(self.experts, name)) + product(product(x_N, A), B)
+
+
 def eager(model: nn.Module, names: list[str], r: int, dropout: float) -> nn.Module:
     """A copy of a model with eager LoRA layers in place of the Linear layers of these names."""
     model = copy.deepcopy(model).requires_grad_(False)

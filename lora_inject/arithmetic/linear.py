@@ -97,9 +97,10 @@ def _is_one_function(x_MI: Tensor, W_OI: Tensor) -> bool:
 
 def _keeps_x(x_NI: Tensor, A_RI: Tensor) -> bool:
     """Whether ``product`` makes ``A x`` where x is not dropped out: it keeps no cast copies."""
+    if not _may_use_function(x_NI, A_RI):  # first, since compilers cannot read what follows
+        return False
     casts = A_RI.dtype != _dtype_of_products(x_NI)
-    wanted = (casts and x_NI.numel() >= _LARGE) or _is_slow(x_NI)
-    return wanted and _may_use_function(x_NI, A_RI)
+    return (casts and x_NI.numel() >= _LARGE) or _is_slow(x_NI)
 
 
 def _may_use_function(x_NI: Tensor, A_RI: Tensor) -> bool:
