@@ -206,7 +206,7 @@ class _Rule:
                 0, largest, tensor.flatten()[largest]
             ).reshape(tensor.shape)  # fmt: skip
         if self.how == "dare":
-            draws = torch.rand(tensor.shape, generator=generator).to(tensor.device)
+            draws = torch.rand(tensor.shape, generator=generator, device="cpu").to(tensor.device)
             return tensor * (draws < self.density) / self.density
         return tensor
 

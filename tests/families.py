@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 import transformers as tf
 
@@ -78,10 +79,8 @@ def qwen3_moe(experts="eager"):
 
 
 def unet():
-    """A UNet with cross attention and convolutions; diffusers is imported where it is needed."""
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(
+    """A UNet with cross attention and convolutions; without diffusers its test is skipped."""
+    return pytest.importorskip("diffusers").UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 8), norm_num_groups=4,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), layers_per_block=1,
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=8,

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers as tf
 from torch import nn
 
 from lora_inject.adapter import adapters_of
@@ -71,6 +72,19 @@ def train_steps(model, inputs, steps=3, lr=0.02):
         loss.backward()
         optimizer.step()
     return loss.item()
+
+
+# What transformers calls it: "gradient" up to 5.17, "activation" later.
+_RENAMED = hasattr(tf.PreTrainedModel, "activation_checkpointing_enable")
+CHECKPOINTING = "activation_checkpointing" if _RENAMED else "gradient_checkpointing"
+
+
+def checkpoint_blocks(model, reentrant=None):
+    """Switch the checkpointing of transformers on, in one of its two forms, or off."""
+    if reentrant is None:
+        getattr(model, f"{CHECKPOINTING}_disable")()
+    else:
+        getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": reentrant})
 
 
 def trainable_names(model):

@@ -21,6 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from lora_inject import LoRAInjectError, capacity, inject
 from lora_inject.memory import stored_tensors
 
+pytestmark = pytest.mark.cpu("what is counted is measured on it")
+
 DECODER = {
     "vocab_size": 256, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as tf
 from families import FAMILIES, llama, unet, vit
-from helpers import changed_parts, ids, randomize_adapters, snapshot
+from helpers import changed_parts, checkpoint_blocks, ids, randomize_adapters, snapshot
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -15,6 +15,12 @@ from lora_inject import disabled, inject, load, merged, remove, save, strip
 
 pytestmark = pytest.mark.usefixtures("device")
 
+# Earlier versions call the hooks of a block inside of its checkpoint, where ours comes too late.
+# With token ids transformers has a hook of its own on the embedding; others get torch's warning.
+HOOKS_OUTSIDE = pytest.mark.skipif(
+    "__call__" in vars(tf.modeling_layers.GradientCheckpointingLayer),
+    reason="this version of transformers calls the hooks of a block inside of its checkpoint",
+)
 REENTRANT = pytest.mark.parametrize("reentrant", [True, False])
 
 
@@ -33,20 +39,25 @@ def assert_same_gradients(got, expected):
         torch.testing.assert_close(got[name], gradient, rtol=0, atol=1e-10)
 
 
-def switch_on(model, reentrant):
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "vit"])
 @REENTRANT
 def test_every_adapter_gets_the_gradient_that_it_gets_without_checkpointing(family, reentrant):
+    gets_the_same_gradients(family, reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [pytest.param(True, marks=HOOKS_OUTSIDE), False])
+def test_so_does_every_one_in_a_model_without_token_ids(reentrant):
+    gets_the_same_gradients("vit", reentrant)
+
+
+def gets_the_same_gradients(family, reentrant):
     build = FAMILIES[family]
     model, inputs = build.build().double().train(), build.inputs()
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
     inject(model, list(build.targets), r=2)
     randomize_adapters(model)
     plain = gradients(model, {**inputs, **({"use_cache": False} if "input_ids" in inputs else {})})
-    switch_on(model, reentrant)
+    checkpoint_blocks(model, reentrant)
     assert_same_gradients(gradients(model, inputs), plain)
 
 
@@ -57,7 +68,7 @@ def test_so_do_adapters_over_inputs_that_skip_the_embedding(reentrant):
     randomize_adapters(model)
     inputs = {"inputs_embeds": torch.randn(2, 5, 16, dtype=torch.double), "use_cache": False}
     plain = gradients(model, inputs)
-    switch_on(model, reentrant)
+    checkpoint_blocks(model, reentrant)
     assert_same_gradients(gradients(model, inputs), plain)
     assert inputs["inputs_embeds"].requires_grad is False
 
@@ -82,10 +93,11 @@ def test_dropout_of_the_adapter_is_drawn_again_as_it_was(reentrant):
     inject(model, ["q_proj", "v_proj"], r=2, dropout=0.5)
     randomize_adapters(model)
     plain = gradients(model, inputs)
-    switch_on(model, reentrant)
+    checkpoint_blocks(model, reentrant)
     assert_same_gradients(gradients(model, inputs), plain)
 
 
+@HOOKS_OUTSIDE
 def test_adapters_in_the_weight_too():
     class Block(tf.modeling_layers.GradientCheckpointingLayer):
         def __init__(self):
@@ -162,16 +174,17 @@ def pickled(model):
     return torch.load(file, weights_only=False)
 
 
+@HOOKS_OUTSIDE
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
 def test_copies_train_and_are_stripped_as_well(copied):
     model = vit().train()
     inject(model, ["q_proj"], r=2)
     randomize_adapters(model)
     twin = copied(model)
-    switch_on(twin, True)
+    checkpoint_blocks(twin, True)
     found = gradients(twin, {"pixel_values": torch.randn(2, 3, 8, 8)})
     assert None not in found.values()
-    twin.activation_checkpointing_disable()
+    checkpoint_blocks(twin)
     strip(twin)
     assert hooks(twin) == []
     assert hooks(model)
@@ -187,7 +200,7 @@ def test_no_output_changes_and_nothing_needs_a_gradient_that_did_not():
     assert torch.equal(model(pixels).logits, base)
     model.train()
     model(pixels)
-    switch_on(model, True)
+    checkpoint_blocks(model, True)
     assert torch.equal(model(pixels).logits, base)  # nothing in this model drops out
     with torch.no_grad():
         assert torch.equal(model(pixels).logits, base)

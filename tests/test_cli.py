@@ -14,6 +14,8 @@ from lora_inject import inject, save
 from lora_inject.cli import main
 from lora_inject.formats.storage import read_tensors
 
+pytestmark = pytest.mark.cpu("commands compute nothing")
+
 
 def small_model():
     return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))

@@ -11,6 +11,8 @@ from lora_inject import ArgumentError, LoRAInjectError, combine, inject, merged,
 from lora_inject.adapter import adapters_of
 from lora_inject.low_rank import product_norm, truncated
 
+pytestmark = pytest.mark.usefixtures("device")
+
 WEIGHTS = {"a": 0.7, "b": -0.4}
 LAYERS = {
     "linear": lambda: nn.Linear(6, 5),

@@ -5,12 +5,13 @@ import shutil
 import pytest
 import torch
 from families import FAMILIES, llama, mixtral, unet
-from helpers import Block, Net, ids, randomize_adapters
+from helpers import Block, Net, checkpoint_blocks, ids, randomize_adapters
 from torch import nn
 
 from lora_inject import LoRAInjectError, disabled, inject, merge, merged, strip, unmerge, use
 
 pytestmark = [
+    pytest.mark.usefixtures("device"),
     # Of inductor's imports, and of dynamo's look at the inputs of a block.
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
@@ -234,7 +235,7 @@ def test_checkpointed_blocks_compile(reentrant):
     model = adapted(llama().double().train(), ["q_proj", "v_proj"])
     inputs = {"input_ids": ids(), "use_cache": False}
     eager = gradients(model, lambda: model(**inputs)[0])
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    checkpoint_blocks(model, reentrant)
     model.disable_input_require_grads()  # transformers' own hook; ours is enough
     for block in model.model.layers:
         block.compile(backend="aot_eager", fullgraph=True)
@@ -266,10 +267,12 @@ def test_export_of_a_convolution_net_and_of_attention():
     close(torch.export.export(layer, (x,)).module()(x), layer(x), 1e-12)
 
 
+@pytest.mark.cpu("what runs the file does")
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec..:FutureWarning")
 @pytest.mark.parametrize("name", ["llama", "vit"])
 def test_onnx_of_a_merged_model(name):
-    from onnx.reference import ReferenceEvaluator
+    pytest.importorskip("onnxscript")
+    reference = pytest.importorskip("onnx.reference")
 
     model, inputs = FAMILIES[name].build().eval(), FAMILIES[name].inputs()
     flags = {"use_cache": False} if "input_ids" in inputs else {}
@@ -280,7 +283,7 @@ def test_onnx_of_a_merged_model(name):
         program = torch.onnx.export(model, (), kwargs={**inputs, **flags}, verbose=False)
         expected = model(**inputs, **flags)[0]
     assert not [value for value in program.model.graph.initializers if "lora" in value]
-    onnx = ReferenceEvaluator(program.model_proto)
+    onnx = reference.ReferenceEvaluator(program.model_proto)
     (got, *_) = onnx.run(None, {key: value.numpy() for key, value in inputs.items()})
     torch.testing.assert_close(torch.from_numpy(got), expected, rtol=1e-5, atol=1e-6)
     assert (expected - base).abs().max() > 1e-3

@@ -66,7 +66,7 @@ def _arguments(layer):
     return [*arguments, *rest, layer.padding_mode]
 
 
-@settings(max_examples=80)
+@settings(max_examples=settings.default.max_examples * 4 // 5)
 @given(data=st.data(), dims=st.integers(1, 3), transposed=st.booleans())
 def test_any_geometry(data, dims, transposed):
     def draw(low, high):

@@ -5,7 +5,10 @@ import torch
 
 from lora_inject import ArgumentError, demo
 
+pytestmark = pytest.mark.cpu("it is slow")
 
+
+@pytest.mark.usefixtures("demo_packages")
 def test_the_lexicon_is_read_whole():
     model, training, held_out = demo.load()
     assert (len(training), len(held_out)) == (6217, 1000)
@@ -13,6 +16,7 @@ def test_the_lexicon_is_read_whole():
     assert held_out.ratings.abs().max() <= 4
 
 
+@pytest.mark.usefixtures("demo_packages")
 def test_it_learns_and_strips(tmp_path, capsys, monkeypatch):
     whole = demo.load
 

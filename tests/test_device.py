@@ -45,6 +45,7 @@ def test_a_model_that_moves_takes_its_adapters_along(device):
     assert {key: raw(value) for key, value in model.state_dict().items()} == base
 
 
+@pytest.mark.cpu("it is about machines without a GPU")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and the tests run on it")
 def test_device_cuda_is_skipped_with_a_reason_where_there_is_no_gpu():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--device", "cuda"]

@@ -52,7 +52,7 @@ from lora_inject import (
 from lora_inject.formats.storage import read_tensors
 from lora_inject.placements import whole
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.cpu("the ranks are processes there")]
 
 
 def rank():

@@ -20,6 +20,8 @@ from transformers import LlamaConfig
 import lora_inject
 from lora_inject.cli import main
 
+pytestmark = pytest.mark.cpu("the examples are the same everywhere")
+
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 MODULES = [
     importlib.import_module(found.name)

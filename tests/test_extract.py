@@ -10,6 +10,8 @@ from torch import nn
 
 from lora_inject import ArgumentError, NoMatchError, extract, inject, merged, strip
 
+pytestmark = pytest.mark.usefixtures("device")
+
 LAYERS = {
     "linear": lambda: nn.Linear(6, 5),
     "embedding": lambda: nn.Embedding(9, 5),

@@ -27,6 +27,8 @@ from lora_inject import (
 )
 from lora_inject.convert import convert
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 class Tied(nn.Module):
     def __init__(self):
@@ -49,9 +51,6 @@ class Square(nn.Module):
         return sum(torch.relu(x @ self.up[e].T) @ self.down[e].T for e in range(3))
 
 
-TOKENS = torch.arange(9)
-
-
 @PEFT_WARNS
 def test_fused_weights_are_written_in_the_order_of_the_module(tmp_path):
     base, x = Nested(Square()).eval(), torch.randn(2, 4)
@@ -69,30 +68,30 @@ def test_fused_weights_are_written_in_the_order_of_the_module(tmp_path):
 def test_one_place_of_a_tied_weight_stays_one(place, tmp_path):
     import peft
 
-    base = Tied().eval()
+    base, tokens = Tied().eval(), torch.arange(9)
     model = copy.deepcopy(base)
     inject(model, place, exclude={"emb": "head", "head": "emb"}[place], r=2)
     randomize_adapters(model)
     save(model, tmp_path / "ours")
-    torch.testing.assert_close(load(copy.deepcopy(base), tmp_path / "ours")(TOKENS), model(TOKENS))
+    torch.testing.assert_close(load(copy.deepcopy(base), tmp_path / "ours")(tokens), model(tokens))
     config = peft.LoraConfig(target_modules=[place], init_lora_weights=False, r=2)
     theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
     theirs.save_pretrained(tmp_path / "theirs")
     ours = load(copy.deepcopy(base), tmp_path / "theirs")
-    torch.testing.assert_close(ours(TOKENS), theirs(TOKENS), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(ours(tokens), theirs(tokens), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("portable", [False, True])
 @pytest.mark.parametrize("place", ["emb", "head"])
 def test_tied_adapters_come_back(place, portable, tmp_path):
-    base = Tied()
+    base, tokens = Tied(), torch.arange(9)
     model = copy.deepcopy(base)
     inject(model, place, r=2, alpha=3)
     randomize_adapters(model)
-    expected = model(TOKENS)
+    expected = model(tokens)
     save(model, tmp_path, portable=portable)
-    torch.testing.assert_close(load(copy.deepcopy(base), tmp_path)(TOKENS), expected)
-    torch.testing.assert_close(load(model, tmp_path)(TOKENS), expected)
+    torch.testing.assert_close(load(copy.deepcopy(base), tmp_path)(tokens), expected)
+    torch.testing.assert_close(load(model, tmp_path)(tokens), expected)
     state = lora_state_dict(model)
     assert {key.split(".")[0] for key in state} == {"emb", "head"}
     load_lora_state_dict(model, state)
@@ -281,10 +280,10 @@ def test_bases_that_are_the_same_and_that_are_not(tmp_path):
 
 
 def test_quantized_bases(tmp_path):
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    torchao = pytest.importorskip("torchao.quantization")
 
     model = nn.Sequential(nn.Linear(64, 64))
-    quantize_(model, Int8WeightOnlyConfig())
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
     inject(model, "0", r=2)
     randomize_adapters(model)
     save(model, tmp_path)

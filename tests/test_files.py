@@ -25,6 +25,7 @@ from lora_inject import (
     LoRAInjectError,
     LoRALayer,
     disabled,
+    fingerprint,
     inject,
     load,
     load_lora_state_dict,
@@ -36,6 +37,8 @@ from lora_inject import (
     strip,
     use,
 )
+
+pytestmark = pytest.mark.usefixtures("device")
 
 SAFE = "adapter_model.safetensors"
 
@@ -87,7 +90,7 @@ def test_another_bias_mode_would_lose_something():
 
 
 def test_keys_are_loralibs():
-    import loralib
+    loralib = pytest.importorskip("loralib")
 
     layer = loralib.Linear(8, 6, r=2, lora_alpha=4)
     nn.init.normal_(layer.lora_B)
@@ -324,6 +327,14 @@ def test_resuming_gives_the_same_next_step(way, tmp_path):
         model.state_dict().items(), again.state_dict().items(), strict=True
     ):
         assert torch.equal(a, b), name
+
+
+def test_a_default_device_changes_nothing_about_files(tmp_path):
+    model, x = trained(), ids()
+    fingerprint._places.cache_clear()
+    with torch.device("meta"):
+        save(model, tmp_path)
+    assert torch.equal(load(bare(), tmp_path)(x), model(x))
 
 
 def test_loralib_files(tmp_path):

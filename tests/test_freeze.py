@@ -1,6 +1,5 @@
 """What trains: bias modes, modules in full, gradients that are dropped, statistics that stand."""
 
-import loralib
 import pytest
 import torch
 from families import FAMILIES
@@ -17,6 +16,8 @@ from lora_inject import (
     report,
     strip,
 )
+
+pytestmark = pytest.mark.usefixtures("device")
 
 ADAPTERS = {f"layers.{i}.q_proj.lora_{part}" for i in (0, 1) for part in "AB"}
 
@@ -39,6 +40,7 @@ def test_the_bias_modes_train_exactly_what_they_say(bias):
 
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
 def test_the_bias_modes_agree_with_loralib(bias):
+    loralib = pytest.importorskip("loralib")
     theirs = nn.Sequential(loralib.Linear(4, 4, r=2), nn.LayerNorm(4), nn.Linear(4, 4))
     loralib.mark_only_lora_as_trainable(theirs, bias)
     ours = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4))

@@ -21,6 +21,12 @@ from lora_inject.arithmetic.linear import adapted_linear, linear_down, linear_up
 from lora_inject.arithmetic.masks import HASHED
 from lora_inject.arithmetic.product import adapted_product
 
+pytestmark = pytest.mark.usefixtures("device")
+
+# Elsewhere dropout is torch's own: it keeps a mask, which depends on dtype and strides.
+DROPPED_ON_CPU = pytest.param(0.3, marks=pytest.mark.cpu("dropout keeps seeds there alone"))
+MASKS = pytest.mark.cpu("masks are made of seeds there alone")
+
 I, O, R = 24, 20, 4  # noqa: E741
 SCALING = 1.5
 SHAPES = [(), (5,), (2, 3), (2, 1, 3), (0,), (0, 3)]
@@ -104,6 +110,7 @@ def test_without_dropout_it_is_the_composed_way(way, shape):
     assert_all_close(gradients(y, (x, A, B)), gradients(expected, (x, A, B)))
 
 
+@MASKS
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_with_dropout_it_is_the_composed_way_over_the_same_mask(way, shape, monkeypatch):
@@ -212,7 +219,7 @@ def test_no_input_is_changed(way, dropout):
     assert all(torch.equal(t, kept) for t, kept in zip(tensors, before, strict=True))
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", [0.0, DROPPED_ON_CPU])
 def test_noncontiguous_x(dropout):
     x, W, b, A, B = make(6)
     x = torch.randn(I, 2, 6, dtype=torch.float64).permute(2, 1, 0).requires_grad_()
@@ -233,7 +240,7 @@ def besides_x(dropout):
     return [64 + I // 4, 64 * R] if dropout else [64 * R]
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", [0.0, DROPPED_ON_CPU])
 @pytest.mark.parametrize("shape", [(64,), (4, 16)])
 def test_backward_keeps_x_h_and_what_is_as_small(dropout: float, shape: tuple[int, ...]):
     x, W, b, A, B = make(*shape, dtype=torch.float32)
@@ -262,6 +269,7 @@ def mask_of(shape, p, dtype=torch.float32):
     return HASHED.kept(size, dtype, round(p * 65536), HASHED.draw_seeds(torch.empty(size)))
 
 
+@MASKS
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
 def test_a_mask_keeps_its_share_everywhere(p):
     rows, columns = 2048, 512
@@ -291,6 +299,7 @@ def correlations(rows: Tensor) -> Tensor:
     return torch.corrcoef(rows)[torch.ones(len(rows), len(rows)).triu(1).bool()]
 
 
+@MASKS
 @pytest.mark.parametrize("p", [0.25, 0.5])
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_no_two_rows_or_columns_of_a_mask_depend_on_each_other(p, seed):
@@ -307,6 +316,7 @@ def test_no_two_rows_or_columns_of_a_mask_depend_on_each_other(p, seed):
     assert abs(corners.mean()) < 5 / corners.numel() ** 0.5
 
 
+@MASKS
 @pytest.mark.parametrize("shape", [(3, 5), (7,), (2, 3, 6), (1, 1)])
 def test_a_mask_has_any_shape(shape):
     found = mask_of(shape, 0.1, torch.bfloat16)
@@ -342,7 +352,7 @@ def test_probabilities_at_the_ends_stay_finite(p):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", [0.0, DROPPED_ON_CPU])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("slow", [True, False])
 def test_float32_adapters_on_16_bits(
@@ -364,7 +374,7 @@ def test_float32_adapters_on_16_bits(
     assert_near(wide, gradients(expected, of))
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", [0.0, DROPPED_ON_CPU])
 def test_slow_16_bits_keep_no_float32_copy_of_x_or_W(
     dropout: float, monkeypatch: pytest.MonkeyPatch
 ):
@@ -394,10 +404,10 @@ def test_a_product_in_another_dtype_is_the_float64_one_and_has_all_derivatives()
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_autocast(way, dropout):
+def test_autocast(way, dropout, device):
     x, W, b, A, B = make(2, 16, dtype=torch.float32)
     torch.manual_seed(1)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         y = layer(way, dropout)(x, W, b, A, B)
     assert y.dtype == torch.bfloat16
     found = gradients(y, (x, A, B))
@@ -689,10 +699,10 @@ def test_injecting_changes_no_bit_of_16_bits_at_inference(dtype, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_backward_keeps_no_copy_of_what_is_cast(dtype, autocast, dropout):
+@pytest.mark.parametrize("dropout", [0.0, DROPPED_ON_CPU])
+def test_backward_keeps_no_copy_of_what_is_cast(dtype, autocast, dropout, device):
     x, W, b, A, B = make(64, dtype=dtype, adapters=torch.float32)
-    with saved() as found, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with saved() as found, torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         y = layer("whole", dropout)(x, W.requires_grad_(False), b, A, B)
         assert y.dtype == (torch.bfloat16 if autocast else dtype)
     known = {t.untyped_storage().data_ptr() for t in (x, W, A, B)}

@@ -8,6 +8,8 @@ from helpers import Net
 
 from lora_inject import inject, reset_lora_parameters
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def values(model, path):
     layer = model.get_submodule(path)
@@ -21,7 +23,7 @@ def test_linear_starts_with_a_kaiming_uniform_A_and_a_zero_B():
     bound = 1 / math.sqrt(64)
     assert not B.any()
     assert A.abs().max() <= bound
-    assert A.std() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+    assert A.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
 
 
 def test_embedding_starts_with_a_zero_A_and_a_normal_B():
@@ -29,7 +31,7 @@ def test_embedding_starts_with_a_zero_A_and_a_normal_B():
     inject(model, "embed", r=32)
     A, B = values(model, "embed")
     assert not A.any()
-    assert B.std() == pytest.approx(1, rel=0.1)
+    assert B.std().item() == pytest.approx(1, rel=0.1)
 
 
 def test_values_depend_neither_on_other_targets_nor_on_what_was_drawn_before():
@@ -77,14 +79,14 @@ def test_values_are_the_same_in_every_dtype_but_for_rounding(dtype):
     assert torch.equal(values(model, "layers.1.q_proj")[0], expected)
 
 
-def test_a_model_built_on_meta_gets_the_eager_values():
+def test_a_model_built_on_meta_gets_the_eager_values(device):
     eager = Net()
     with torch.device("meta"):
         model = Net()
     for each in (eager, model):
         inject(each, ["q_proj", "embed"], r=2, bias="all", train_also="head", seed=4)
     assert all(p.is_meta for p in model.parameters())
-    model.to_empty(device="cpu")
+    model.to_empty(device=device)
     base = {k: v for k, v in eager.state_dict().items() if "lora_" not in k}
     assert set(model.load_state_dict(base, strict=False).missing_keys) == {
         k for k in eager.state_dict() if "lora_" in k

@@ -58,6 +58,7 @@ def test_from_meta_or_eagerly_it_is_the_same_model(name, device):
     assert [key for key, value in state.items() if not torch.equal(value, expected[key])] == []
 
 
+@pytest.mark.cpu("nothing is computed")
 def test_a_model_that_is_far_too_large_is_planned_injected_and_reported_on_meta():
     config = tf.LlamaConfig(
         hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, vocab_size=128256,

@@ -11,7 +11,7 @@ from rich.progress import Progress
 from benchmarks import quality
 from lora_inject import demo
 
-pytestmark = PEFT_WARNS
+pytestmark = [PEFT_WARNS, pytest.mark.cpu("it is slow")]
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def compared(steps, dtype=torch.float32):
     return quality.compare(model.to(dtype), words, steps, Progress(disable=True))
 
 
-@pytest.mark.usefixtures("_small_batches")
+@pytest.mark.usefixtures("_small_batches", "demo_packages")
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 def test_minilm_learns_the_same_with_peft(dtype, bound):
     curves = compared(steps=6, dtype=dtype)
@@ -35,7 +35,7 @@ def test_minilm_learns_the_same_with_peft(dtype, bound):
     assert curves["met"]
 
 
-@pytest.mark.usefixtures("_small_batches")
+@pytest.mark.usefixtures("_small_batches", "demo_packages")
 def test_another_scaling_would_be_seen(monkeypatch):
     twins = quality.twins
 

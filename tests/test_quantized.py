@@ -9,23 +9,26 @@ from torch.nn import functional as F
 
 from lora_inject import LoRALayer, UnsupportedLayerError, inject, report, strip
 
-torchao = pytest.importorskip("torchao.quantization")
-granularity = pytest.importorskip("torchao.quantization.granularity")
+pytestmark = pytest.mark.usefixtures("device")
+
+
+def quantize(model, config):
+    torchao = pytest.importorskip("torchao.quantization")
+    granularity = pytest.importorskip("torchao.quantization.granularity")
+    configs = {
+        "int8": torchao.Int8WeightOnlyConfig(),
+        # torchao's packed Int4WeightOnlyConfig needs CUDA or mslk; this one runs on any CPU.
+        "int4": torchao.IntxWeightOnlyConfig(
+            weight_dtype=torch.int4, granularity=granularity.PerGroup(8)
+        ),
+    }
+    torchao.quantize_(model, configs[config])
 
 
 def quantized_llama(config):
     model = llama()
-    torchao.quantize_(model.model, config)  # not the head, whose weight is that of no other layer
+    quantize(model.model, config)  # not the head, whose weight is that of no other layer
     return model.eval()
-
-
-CONFIGS = {
-    "int8": torchao.Int8WeightOnlyConfig(),
-    # torchao's packed Int4WeightOnlyConfig needs CUDA or mslk; this one runs on any CPU.
-    "int4": torchao.IntxWeightOnlyConfig(
-        weight_dtype=torch.int4, granularity=granularity.PerGroup(8)
-    ),
-}
 
 
 def values(model):
@@ -36,9 +39,9 @@ def values(model):
     }
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", ["int8", "int4"])
 def test_torchao(config):
-    model, inputs = quantized_llama(CONFIGS[config]), {"input_ids": torch.randint(3, 60, (2, 7))}
+    model, inputs = quantized_llama(config), {"input_ids": torch.randint(3, 60, (2, 7))}
     before = values(model)
     modules = [(n, type(m), id(m)) for n, m in model.named_modules()]
     parameters = [(n, id(p), p.requires_grad) for n, p in model.named_parameters()]
@@ -67,7 +70,7 @@ def test_quantizing_after_inject_leaves_the_adapters_alone():
     randomize_adapters(model)
     layer = model.model.layers[0].self_attn.q_proj
     A, B = layer.lora_A, layer.lora_B
-    torchao.quantize_(model.model, CONFIGS["int8"])
+    quantize(model.model, "int8")
     assert isinstance(layer, LoRALayer)
     assert layer.lora_A is A
     assert layer.lora_B is B
@@ -79,18 +82,19 @@ def test_quantizing_after_inject_leaves_the_adapters_alone():
 
 
 def test_a_quantized_weight_is_not_added_to():
-    model = quantized_llama(CONFIGS["int8"])
+    model = quantized_llama("int8")
     with pytest.raises(UnsupportedLayerError, match="quantized"):
         inject(model, "q_proj", how="weight")
 
 
 def test_the_report_counts_a_quantized_weight_by_its_logical_shape():
-    plain, model = llama(), quantized_llama(CONFIGS["int8"])
+    plain, model = llama(), quantized_llama("int8")
     assert report(model).total == report(plain).total
     held = report(model.requires_grad_(False)).memory.frozen.weights
     assert held["int8"] > 0
 
 
+@pytest.mark.cpu("its layers are moved there")
 def test_bitsandbytes():
     try:
         import bitsandbytes as bnb

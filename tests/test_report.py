@@ -13,6 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from lora_inject import ArgumentError, inject, lora_parameters, plan, report
 from lora_inject.memory import OPTIMIZER_STATES
 
+pytestmark = pytest.mark.cpu("it counts, and computes next to nothing")
+
 
 @pytest.fixture(scope="module")
 def gpt2_small():

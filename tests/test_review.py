@@ -27,6 +27,8 @@ from lora_inject import (
     strip,
 )
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def linears(*names):
     return nn.ModuleDict({name: nn.Linear(4, 4) for name in names})
@@ -395,7 +397,7 @@ def test_attention_with_a_pruned_weight_is_refused_and_left_by_all_linear():
 )
 def test_an_output_padding_as_large_as_the_stride(layer):
     x = torch.randn(2, 5, *(6,) * len(layer.kernel_size))
-    expected = layer(x)
+    expected = layer.to(x.device)(x)
     inject(layer, type(layer), r=2)
     assert torch.equal(layer(x), expected)
 

@@ -8,6 +8,8 @@ from torch import nn
 from lora_inject import ArgumentError, LoRAInjectError, inject, lora_parameters, param_groups
 from lora_inject.roles import is_bias, roles
 
+pytestmark = pytest.mark.cpu("nothing is computed")
+
 
 def names_of(model, parameters):
     by_id = {id(p): name for name, p in model.named_parameters()}

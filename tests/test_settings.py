@@ -9,6 +9,8 @@ from torch import nn
 
 from lora_inject import ArgumentError, inject, plan
 
+pytestmark = pytest.mark.cpu("nothing is computed")
+
 BAD = [
     *[("r", value) for value in (0, -1, 2.5, 4.0, True, False, "4", None, math.nan, [4])],
     *[("alpha", value) for value in (0, -1, math.nan, math.inf, True, "16", [1])],

@@ -38,6 +38,8 @@ from lora_inject import (
     use,
 )
 
+pytestmark = pytest.mark.usefixtures("device")
+
 NAMES = ["default", "fr", "fr_x", "A"]
 TARGETS = ["q", "k", "conv", "embed", "out"]
 TIED = {"embed", "out"}
@@ -47,7 +49,6 @@ HEAD = {
     "head.0.weight", "head.0.bias", "head.0.running_mean", "head.0.running_var",
     "head.0.num_batches_tracked", "head.1.weight", "head.1.bias",
 }  # fmt: skip
-IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 1], [2, 2, 5, 3]])
 CLOSE = {"atol": 1e-10, "rtol": 1e-10}
 
 weights = st.sampled_from([1.0, 1.0, 0.5, -0.7])
@@ -83,12 +84,17 @@ class Net(nn.Module):
         return torch.cat([self.out(x).mean(1), self.head(x.mean(1))], -1)
 
 
+def ids():
+    """The input, always the same."""
+    return torch.tensor([[1, 2, 3, 4], [5, 6, 0, 1], [2, 2, 5, 3]])
+
+
 def build():
     """The same net at every call, with running statistics that are not the first ones."""
     torch.manual_seed(0)
     model = Net().double()
     for _ in range(3):
-        model(IDS)
+        model(ids())
     return model
 
 
@@ -96,7 +102,7 @@ def run(model):
     """The output in eval mode."""
     training = model.training
     with torch.no_grad():
-        output = model.eval()(IDS)
+        output = model.eval()(ids())
     model.train(training)
     return output
 
@@ -250,7 +256,7 @@ class Adapters(RuleBasedStateMachine):
         """Statistics move where an adapter that trains owns them, and nowhere else."""
         # What has moved while it is merged is not what was there before it was.
         assume(not (self.folded and any(self.known[n].own for n in self.in_use)))
-        self.model.train()(IDS)
+        self.model.train()(ids())
         for name in self.training & self.in_use.keys():
             self.read(name)
 
@@ -389,7 +395,7 @@ class Adapters(RuleBasedStateMachine):
         optimizer = torch.optim.SGD(parameters, lr=0.05)
         for _ in range(2):
             optimizer.zero_grad()
-            (self.model.train()(IDS) - 0.1).square().mean().backward()
+            (self.model.train()(ids()) - 0.1).square().mean().backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)  # large scalings would diverge
             optimizer.step()
         for name in self.training & self.in_use.keys():
@@ -497,5 +503,8 @@ class Adapters(RuleBasedStateMachine):
 
 TestAdapters = Adapters.TestCase
 TestAdapters.settings = settings(
-    max_examples=150, stateful_step_count=25, deadline=None, phases=[Phase.generate]
+    max_examples=settings.default.max_examples * 3 // 2,
+    stateful_step_count=25,
+    deadline=None,
+    phases=[Phase.generate],
 )

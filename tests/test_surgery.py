@@ -37,6 +37,8 @@ from lora_inject import (
     strip,
 )
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def injected(**arguments):
     model = Net()
@@ -394,7 +396,7 @@ class Shared:
         self.made, self.draw = {}, data.draw
 
 
-@settings(max_examples=60)
+@settings(max_examples=settings.default.max_examples * 3 // 5)
 @given(data=st.data(), tree=trees)
 def test_strip_restores_any_model_after_any_injection_and_training(data, tree):
     model = nn.Sequential(build(tree, Shared(data)), nn.Linear(4, 4), nn.Linear(4, 2))

@@ -13,6 +13,8 @@ from torch import nn
 from lora_inject import ArgumentError, LoRAInjectError, NoMatchError, inject, plan
 from lora_inject.targets import braces, parse, walk
 
+pytestmark = pytest.mark.cpu("nothing is computed")
+
 component = st.text("abq_01", min_size=1, max_size=4)
 path = st.lists(component, min_size=1, max_size=5).map(".".join)
 

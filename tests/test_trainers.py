@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers as tf
 from families import llama
-from helpers import Net, changed_parts, randomize_adapters, raw, snapshot
+from helpers import CHECKPOINTING, Net, changed_parts, randomize_adapters, raw, snapshot
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 from torch import nn
@@ -132,8 +132,8 @@ def test_trainer_with_several_adapters_and_checkpointing(tmp_path):
         return model
 
     switch = {
-        "activation_checkpointing": True,
-        "activation_checkpointing_kwargs": {"use_reentrant": True},
+        CHECKPOINTING: True,
+        f"{CHECKPOINTING}_kwargs": {"use_reentrant": True},
     }
     model, again = build(), build()
     trainer(model, tmp_path, **switch).train()
@@ -387,6 +387,7 @@ def test_lightning_refuses_checkpoints_of_other_adapters_and_models_without(tmp_
         fit(Module(llama()), tmp_path)
 
 
+@pytest.mark.usefixtures("device")
 def test_generate_with_adapters_on_disabled_and_merged():
     model = adapted()
     base = llama()

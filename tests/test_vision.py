@@ -96,9 +96,7 @@ class VisionTransformer(nn.Module):
 
 
 def dit():
-    from diffusers import DiTTransformer2DModel
-
-    model = DiTTransformer2DModel(
+    model = pytest.importorskip("diffusers").DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=2,
         norm_num_groups=4, sample_size=8, patch_size=2, num_embeds_ada_norm=10,
     )  # fmt: skip
@@ -106,9 +104,7 @@ def dit():
 
 
 def flux():
-    from diffusers import FluxTransformer2DModel
-
-    return FluxTransformer2DModel(
+    return pytest.importorskip("diffusers").FluxTransformer2DModel(
         patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16,
         num_attention_heads=2, joint_attention_dim=8, pooled_projection_dim=8,
         axes_dims_rope=(4, 4, 8),
