@@ -18,12 +18,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @pytest.fixture
-def philox(request, monkeypatch):
+def philox(device, monkeypatch):
     """The masks, in use at every size, on a GPU or interpreted."""
-    if not INTERPRETED and torch.device(request.config.getoption("--device")).type != "cuda":
+    if not INTERPRETED and device.type != "cuda":
         pytest.skip("needs --device cuda, or TRITON_INTERPRET=1 from the start of the process")
     pytest.importorskip("triton")
-    request.getfixturevalue("device")
     from lora_inject.arithmetic.philox import PHILOX
 
     if INTERPRETED:
@@ -49,10 +48,9 @@ def _multiply_bfloat16(monkeypatch):
     monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
 
 
+@pytest.mark.cpu("on a GPU the compiled kernels are tested")
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
-def test_all_of_this_file_in_the_interpreter(request):
-    if torch.device(request.config.getoption("--device")).type != "cpu":
-        pytest.skip("for the CPU alone: on a GPU the compiled kernels are tested")
+def test_all_of_this_file_in_the_interpreter():
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(
@@ -253,6 +251,7 @@ def test_several_gradients_at_once_have_one_mask(philox):
 # The switch
 
 
+@pytest.mark.cpu("it is about the CPU")
 def test_the_cpu_has_hashed_masks_whatever_is_forced(monkeypatch):
     for value in ("", "torch", "triton"):
         monkeypatch.setenv(KERNELS, value)
@@ -274,6 +273,7 @@ class _OnAGPU:
     is_cpu, is_cuda = False, True
 
 
+@pytest.mark.cpu("a GPU is stood in for")
 def test_an_unknown_value_or_a_missing_triton_is_an_error(monkeypatch):
     monkeypatch.setenv(KERNELS, "fast")
     with pytest.raises(LoRAInjectError, match="LORA_INJECT_KERNELS is 'fast'"):
