@@ -276,6 +276,7 @@ def pairs_of(
     return kind, pairs
 
 
+_TOUCHED = "_lora_inject_touched"
 _classes: dict[tuple[Any, ...], type[LoRALayer]] = {}
 
 
@@ -366,6 +367,9 @@ def change(module: nn.Module, **fields: Any) -> None:
     if placed is not wanted and (placed is state.base or _is_made(placed)):
         _bind_anew(module, wanted)
         module.__class__ = wanted
+        # torch.compile may take a module for unchanged while nothing was written to its __dict__.
+        module.__dict__[_TOUCHED] = None
+        del module.__dict__[_TOUCHED]
 
 
 def _hold_scales(module: nn.Module) -> None:

@@ -7,7 +7,14 @@ import pytest
 import torch
 import transformers as tf
 from families import FAMILIES, llama, unet, vit
-from helpers import changed_parts, checkpoint_blocks, ids, randomize_adapters, snapshot
+from helpers import (
+    HOOKS_OUTSIDE,
+    changed_parts,
+    checkpoint_blocks,
+    ids,
+    randomize_adapters,
+    snapshot,
+)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -15,12 +22,6 @@ from lora_inject import disabled, inject, load, merged, remove, save, strip
 
 pytestmark = pytest.mark.usefixtures("device")
 
-# Earlier versions call the hooks of a block inside of its checkpoint, where ours comes too late.
-# With token ids transformers has a hook of its own on the embedding; others get torch's warning.
-HOOKS_OUTSIDE = pytest.mark.skipif(
-    "__call__" in vars(tf.modeling_layers.GradientCheckpointingLayer),
-    reason="this version of transformers calls the hooks of a block inside of its checkpoint",
-)
 REENTRANT = pytest.mark.parametrize("reentrant", [True, False])
 
 

@@ -286,7 +286,9 @@ def test_a_killed_save_leaves_the_former_files(tmp_path):
     model = trained()
     save(model, tmp_path)
     command = [sys.executable, "-c", DYING, str(tmp_path)]
-    ended = subprocess.run(command, cwd=Path(__file__).parent, timeout=120, check=False)
+    tests = Path(__file__).parent
+    env = {**os.environ, "PYTHONPATH": str(tests.parent)}  # the copy that is tested
+    ended = subprocess.run(command, cwd=tests, env=env, timeout=120, check=False)
     assert ended.returncode == -9
     expected, loaded = lora_state_dict(model), lora_state_dict(load(bare(), tmp_path))
     assert all(torch.equal(loaded[key], expected[key]) for key in expected)

@@ -22,7 +22,7 @@ from lora_inject import (
 )
 from lora_inject.formats import peft as peft_format
 
-pytestmark = PEFT_WARNS
+pytestmark = [PEFT_WARNS, pytest.mark.usefixtures("device")]
 
 
 class Nested(nn.Module):
@@ -75,6 +75,12 @@ KINDS = {
 }
 
 
+def case(kind):
+    """How to build a layer, its inputs on the default device, and options of inject."""
+    build, inputs, options = KINDS[kind]
+    return build, [x.to(torch.get_default_device()) for x in inputs], options
+
+
 def targets_of(kind):
     if kind.startswith("experts"):
         return ["b.up", "b.down"]
@@ -103,7 +109,7 @@ def same_in_double(one, other, inputs):
 @pytest.mark.parametrize("kind", KINDS)
 def test_ours_to_peft_and_back(kind, tmp_path):
     torch.manual_seed(0)
-    build, inputs, options = KINDS[kind]
+    build, inputs, options = case(kind)
     base = Nested(build()).eval()
     model = copy.deepcopy(base)
     inject(model, targets_of(kind), r=2, alpha=3, **options)
@@ -132,7 +138,7 @@ def test_peft_to_ours(kind, tmp_path):
     import peft
 
     torch.manual_seed(0)
-    build, inputs, _ = KINDS[kind]
+    build, inputs, _ = case(kind)
     base = Nested(build()).eval()
     where = (
         {"target_modules": [], "target_parameters": ["b.up", "b.down"]}
@@ -282,7 +288,7 @@ def test_patterns_name_exactly_the_adapted_layers(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_portable_has_one_rank_and_the_same_outputs(kind, tmp_path):
     torch.manual_seed(0)
-    build, inputs, options = KINDS[kind]
+    build, inputs, options = case(kind)
     base = Nested(build()).eval()
     base.c = nn.Linear(4, 4) if kind != "conv1d_hf" else conv1d()
     model = copy.deepcopy(base)

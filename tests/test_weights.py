@@ -135,6 +135,7 @@ def test_the_encoder_computes_the_same_in_every_mode(norm_first, padded, nested)
     assert changed_parts(before, snapshot(model)) == []
 
 
+@pytest.mark.cpu("torch leaves it where a default device is set")
 def test_the_fast_path_is_kept_and_reads_effective_weights(monkeypatch):
     calls = []
     fast = torch._transformer_encoder_layer_fwd
