@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 PYTHONPATH="$PWD"
 python=${PYTHON:-python3}
 
 OMP_NUM_THREADS=2 timeout -s INT -k 10 150 "$python" -m pytest --device cuda -m "not distributed" -n "${WORKERS:-8}" -q \
-    --maxfail 60 --maxschedchunk 4 --tb=short -p no:cacheprovider -rfE >"$out/pytest.log" 2>&1
+    --maxfail 60 --maxschedchunk 4 --tb=short -p no:cacheprovider -p no:benchmark -rfE >"$out/pytest.log" 2>&1
 echo "pytest: exit status $? (124: stopped after 150 seconds)" >"$out/summary.txt"
 
 timeout -k 5 270 "$python" -m benchmarks gpu --out "$out" --minutes 4 >"$out/rows.log" 2>&1

@@ -51,13 +51,17 @@ def pytest_collection_modifyitems(config, items):
     device = _device(config)
     if device.type == "cpu":
         return
+    ignored = (
+        "ignore:RNN module weights are not part",  # cuDNN, where weights are computed when read
+        "ignore:Attempting to run cuBLAS, but there was no current CUDA context",  # a new thread
+    )
     for item in items:
         mark = item.get_closest_marker("cpu")
         if mark is not None or "device" not in item.fixturenames:
             reason = mark.args[0] if mark else "it does not use the fixture 'device'"
             item.add_marker(pytest.mark.skip(reason=f"for the CPU alone: {reason}"))
-        # cuDNN says so of every LSTM whose weights are computed when read
-        item.add_marker(pytest.mark.filterwarnings("ignore:RNN module weights are not part"))
+        for warning in ignored:
+            item.add_marker(pytest.mark.filterwarnings(warning))
     items.sort(key=_rank)
 
 

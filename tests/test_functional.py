@@ -392,11 +392,14 @@ def test_a_product_in_another_dtype_is_the_float64_one_and_has_all_derivatives()
     x, W, b, _, _ = make(4)
     W.requires_grad_(), b.requires_grad_()
     torch.testing.assert_close(
-        adapted_product(x, W, b, torch.float32, []), F.linear(x, W, b).float(), rtol=1e-5, atol=1e-5
+        adapted_product(x, W, b, torch.float32, [], []),
+        F.linear(x, W, b).float(),
+        rtol=1e-5,
+        atol=1e-5,
     )
 
     def fn(*args: Tensor) -> Tensor:
-        return adapted_product(*args, torch.float64, [])
+        return adapted_product(*args, torch.float64, [], [])
 
     assert torch.autograd.gradcheck(fn, (x, W, b))
     assert torch.autograd.gradgradcheck(fn, (x, W, b))

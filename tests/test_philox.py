@@ -144,35 +144,34 @@ def test_masks_differ_from_call_to_call_and_repeat_with_the_seed(philox):
     assert not torch.equal(first, second)
 
 
+def known_mask(philox, x, monkeypatch):
+    """What the next dropout of a quarter multiplies x by."""
+    drawn = philox.draw_seeds(x)
+    monkeypatch.setattr(type(philox), "draw_seeds", lambda self, x: drawn)
+    return philox.kept(x.shape, torch.float32, 1 << 14, drawn) / 0.75
+
+
 @pytest.mark.parametrize("way", ["whole", "composed"])
 @pytest.mark.parametrize("shape", [(5,), (2, 3)])
 def test_a_layer_is_the_composed_way_over_the_same_mask(philox, way, shape, monkeypatch):
-    drawn = []
-    draw_seeds = philox.draw_seeds
-    monkeypatch.setattr(philox, "draw_seeds", lambda x: drawn.append(draw_seeds(x)) or drawn[-1])
     x, W, b, A, B = make(*shape, dtype=torch.float32)
+    kept = known_mask(philox, x, monkeypatch)
     y = layer(way, 0.25)(x, W, b, A, B)
-    dropped_x = x * philox.kept(x.shape, torch.float32, 1 << 14, drawn[0]) / 0.75
-    expected = F.linear(x, W, b) + 1.5 * F.linear(F.linear(dropped_x, A), B)
+    expected = F.linear(x, W, b) + 1.5 * F.linear(F.linear(x * kept, A), B)
     torch.testing.assert_close(y, expected)
     for found, same in zip(gradients(y, (x, A, B)), gradients(expected, (x, A, B)), strict=True):
         torch.testing.assert_close(found, same)
 
 
-def test_it_can_be_differentiated_twice(philox):
+def test_it_can_be_differentiated_twice(philox, monkeypatch):
     x, W, b, A, B = make(6, dtype=torch.float32)
-    drawn = philox.draw_seeds(x)
-    kept = philox.kept(x.shape, torch.float32, 1 << 14, drawn) / 0.75
+    kept = known_mask(philox, x, monkeypatch)
 
     def second(y):
         first = torch.autograd.grad(y.square().sum(), (x, A, B), create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in first), (x, A, B))
 
-    philox_draw, type(philox).draw_seeds = type(philox).draw_seeds, lambda self, x: drawn
-    try:
-        found = second(layer("whole", 0.25)(x, W, b, A, B))
-    finally:
-        type(philox).draw_seeds = philox_draw
+    found = second(layer("whole", 0.25)(x, W, b, A, B))
     expected = second(F.linear(x, W, b) + 1.5 * F.linear(F.linear(x * kept, A), B))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-2)
@@ -211,15 +210,10 @@ def test_both_grad_modes_draw_alike(philox):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("adapters", [None, torch.float32])
-def test_16_bits(philox, dtype, adapters):
+def test_16_bits(philox, dtype, adapters, monkeypatch):
     x, W, b, A, B = make(2, 16, dtype=dtype, adapters=adapters)
-    drawn = philox.draw_seeds(x)
-    kept = philox.kept(x.shape, torch.float64, 1 << 14, drawn) / 0.75
-    philox_draw, type(philox).draw_seeds = type(philox).draw_seeds, lambda self, x: drawn
-    try:
-        y = layer("whole", 0.25)(x, W, b, A, B)
-    finally:
-        type(philox).draw_seeds = philox_draw
+    kept = known_mask(philox, x, monkeypatch).double()
+    y = layer("whole", 0.25)(x, W, b, A, B)
     found = gradients(y, (x, A, B))
     assert y.dtype == dtype
     assert [g.dtype for g in found] == [dtype, A.dtype, B.dtype]

@@ -8,10 +8,11 @@ There are two ways to the same values. The composed way puts torch's operations 
 ``linear_down``, ``linear_up``, and the layer adds the delta. The fast way has fewer passes over x
 and y: ``adapted_linear`` computes a layer and its adapters at once. The Functions of ``product``
 keep x itself for the backward pass where it is dropped out or would be cast, and write the gradient
-of x in one piece. ``may_run_whole``, ``_is_one_function``, ``_masks`` and ``_keeps_x`` decide
+of x in one piece. ``may_run_whole``, ``_dtype_of_function``, ``_masks`` and ``_keeps_x`` decide
 between them, and nothing else does.
 """
 
+import functools
 from collections.abc import Iterable
 from typing import cast
 
@@ -21,7 +22,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from lora_inject.arithmetic.masks import Masks, masks_for
-from lora_inject.arithmetic.product import Added, adapted_product, draw_dropout, product
+from lora_inject.arithmetic.product import Added, adapted_product, cast_to, draw_dropout, product
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
@@ -88,11 +89,16 @@ def _masks(x_NI: Tensor, A_RI: Tensor) -> Masks | None:
     return masks_for(x_NI, _dtype_of_products(x_NI))
 
 
-def _is_one_function(x_MI: Tensor, W_OI: Tensor) -> bool:
-    """Whether a layer and its adapters are one Function, with one backward pass."""
-    fits = x_MI.dtype == W_OI.dtype or _autocast_dtype(x_MI) is not None  # else torch's own error
-    wanted = x_MI.numel() >= _LARGE or _is_slow(x_MI)
-    return fits and wanted and torch.is_grad_enabled() and _is_reverse()
+def _dtype_of_function(x_MI: Tensor, W_OI: Tensor) -> torch.dtype | None:
+    """In which dtype a layer and its adapters are one Function; None for the composed way."""
+    if not torch.is_grad_enabled() or not _is_reverse():
+        return None
+    slow, autocast = _is_slow(x_MI), _autocast_dtype(x_MI)
+    if x_MI.numel() < _LARGE and not slow:
+        return None
+    if x_MI.dtype != W_OI.dtype and autocast is None:
+        return None  # torch has an error for that
+    return autocast or (torch.float32 if slow else x_MI.dtype)
 
 
 def _keeps_x(x_NI: Tensor, A_RI: Tensor) -> bool:
@@ -152,10 +158,15 @@ def _dtype_of_products(x_NI: Tensor) -> torch.dtype:
 def _autocast_dtype(x_NI: Tensor) -> torch.dtype | None:
     """The dtype in which autocast makes products with x, if it does."""
     device = x_NI.device.type
-    known = torch.amp.is_autocast_available(device)  # not for meta, which raises when it is asked
-    if known and torch.is_autocast_enabled(device) and x_NI.dtype != torch.float64:
+    if _has_autocast(device) and torch.is_autocast_enabled(device) and x_NI.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return None
+
+
+@functools.cache
+def _has_autocast(device: str) -> bool:
+    """Not for meta, which raises when it is asked whether autocast is on."""
+    return torch.amp.is_autocast_available(device)
 
 
 # Linear --------------------------------------------------------------------------------------
@@ -181,10 +192,15 @@ def adapted_linear(
     # Flattened first: F.linear returns a view for other shapes, and autograd pays for writing into
     # a view with copies in the backward pass.
     x_MI = x_NI if x_NI.dim() == 2 else x_NI.reshape(-1, x_NI.shape[-1])
-    if _is_one_function(x_MI, W_OI):
-        added = [_added(x_MI, branch) for branch in branches]
-        y_MO = adapted_product(x_MI, W_OI, b_O, _dtype_of_products(x_MI), added)
-        if y_MO.dtype != x_NI.dtype and _is_slow(x_NI):
+    dtype = _dtype_of_function(x_MI, W_OI)
+    if dtype is not None:
+        added, factors = [], []
+        for branch in branches:
+            own, A_RI = _added(x_MI, branch)
+            added.append(own)
+            factors += [A_RI, branch[1]]
+        y_MO = adapted_product(x_MI, W_OI, b_O, dtype, added, factors)
+        if _is_slow(x_MI):
             y_MO = y_MO.to(x_NI.dtype)
     else:
         y_MO = F.linear(x_MI, W_OI, b_O)
@@ -193,7 +209,7 @@ def adapted_linear(
             # y is ours to write: it is new, nobody has seen it, and a product needs no output to
             # find its gradients.
             own_MO = y_MO if part is None else y_MO.narrow(1, *part)
-            own_MO.addmm_(h_MR, _cast(B_OR, h_MR.dtype).mT, alpha=scaling)
+            own_MO.addmm_(h_MR, cast_to(B_OR, h_MR.dtype).mT, alpha=scaling)
     if x_MI is x_NI:
         return y_MO
     shape = [*x_NI.shape[:-1], y_MO.shape[-1]]
@@ -201,14 +217,16 @@ def adapted_linear(
     return y_MO.view(shape) if b_O is not None else cast(Tensor, _unsafe_view(y_MO, shape))
 
 
-def _added(x_MI: Tensor, branch: Branch) -> Added:
+def _added(x_MI: Tensor, branch: Branch) -> tuple[Added, Tensor]:
     """A branch of the one Function: with its A where x is kept for A's gradient anyway, else h."""
-    A_RI, B_OR, scaling, p, part = branch
-    masks = _masks(x_MI, A_RI) if p else None
-    if A_RI.requires_grad and (masks or not p):
-        dropout = draw_dropout(masks, x_MI, p) if masks else None
-        return Added(A_RI, B_OR, None, dropout, scaling, part)
-    return Added(None, B_OR, linear_down(x_MI, A_RI, p), None, scaling, part)
+    A_RI, _, scaling, p, part = branch
+    if A_RI.requires_grad:
+        if not p:
+            return Added(scaling, part), A_RI
+        masks = _masks(x_MI, A_RI)
+        if masks is not None:
+            return Added(scaling, part, False, *draw_dropout(masks, x_MI, p)), A_RI
+    return Added(scaling, part, True), linear_down(x_MI, A_RI, p)
 
 
 def linear_down(x_NI: Tensor, A_RI: Tensor, dropout: float) -> Tensor:
@@ -221,16 +239,11 @@ def linear_down(x_NI: Tensor, A_RI: Tensor, dropout: float) -> Tensor:
     if dropout and masks is None:
         x_NI = F.dropout(x_NI, dropout)
     if masks or (torch.is_grad_enabled() and _keeps_x(x_NI, A_RI)):
-        drawn = draw_dropout(masks, x_NI, dropout) if masks else None
-        return product(x_NI, A_RI, _dtype_of_products(x_NI), drawn)
-    return F.linear(x_NI, _cast(A_RI, x_NI.dtype))
+        drawn = draw_dropout(masks, x_NI, dropout) if masks else (None, 0, None)
+        return product(x_NI, A_RI, _dtype_of_products(x_NI), *drawn)
+    return F.linear(x_NI, cast_to(A_RI, x_NI.dtype))
 
 
 def linear_up(h_NR: Tensor, B_OR: Tensor) -> Tensor:
     """``B h``, of shape (N, O) and in the dtype of h."""
-    return F.linear(h_NR, _cast(B_OR, h_NR.dtype))
-
-
-def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """``value.to(dtype)`` without its dispatch where nothing is to do, which one row would feel."""
-    return value if value.dtype == dtype else value.to(dtype)
+    return F.linear(h_NR, cast_to(B_OR, h_NR.dtype))

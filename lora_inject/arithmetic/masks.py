@@ -160,7 +160,7 @@ def _wants_triton(dtype: torch.dtype) -> bool:
             f"the environment variable {KERNELS} asks for Triton, which is not installed.",
             remedy="Install triton, or unset the variable.",
         )
-    possible = dtype in (torch.bfloat16, torch.float16, torch.float32) and asked != "torch"
+    possible = dtype in (torch.bfloat16, torch.float16) and asked != "torch"
     return possible and (asked == "triton" or (_MEASURED_FASTER and _has_triton()))
 
 

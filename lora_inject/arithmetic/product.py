@@ -7,7 +7,7 @@ Shapes: N any number of leading dimensions, M the rows of N flattened, I in feat
 features, R rank. t_NR is the gradient of h_NR = ``A dropout(x)``.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,43 +16,39 @@ from torch.nn import functional as F
 
 from lora_inject.arithmetic.masks import LANES, Masks, rows
 
-
-class Dropout(NamedTuple):
-    """How x is dropped out.
-
-    Attributes:
-        masks: what makes the mask.
-        dropped: how many of 65,536 elements are dropped on average.
-        seeds: what the mask is made of.
-    """
-
-    masks: Masks
-    dropped: int
-    seeds: Tensor
+Dropout = tuple[Masks, int, Tensor | None]  # what makes the mask, of how many dropped, from what
 
 
-def draw_dropout(masks: Masks, x_NI: Tensor, p: float) -> Dropout | None:
-    """A dropout with new seeds, or None where p is too small to drop anything."""
+def draw_dropout(masks: Masks, x_NI: Tensor, p: float) -> Dropout:
+    """A dropout with new seeds, or none where p is too small to drop anything."""
     dropped = min(round(p * LANES), LANES - 1)
-    return Dropout(masks, dropped, masks.draw_seeds(x_NI)) if dropped else None
+    return masks, dropped, masks.draw_seeds(x_NI) if dropped else None
 
 
 # A product by itself ---------------------------------------------------------------------------
 
 
-def product(x_NI: Tensor, A_RI: Tensor, dtype: torch.dtype, dropout: Dropout | None) -> Tensor:
+def product(
+    x_NI: Tensor,
+    A_RI: Tensor,
+    dtype: torch.dtype,
+    masks: Masks | None,
+    dropped: int,
+    seeds: Tensor | None,
+) -> Tensor:
     """``A dropout(x)``, computed and returned in a dtype.
 
     Args:
         x_NI: the input, in any dtype.
         A_RI: the matrix, in any dtype.
         dtype: the dtype in which the product is made.
-        dropout: what is done to x.
+        masks: what makes the mask of the dropout, or None for none.
+        dropped: how many of 65,536 elements are dropped on average.
+        seeds: what the mask is made of.
 
     Returns:
         A new tensor of shape (N, R).
     """
-    masks, dropped, seeds = dropout or (None, 0, None)
     h_NR: Tensor = _Product.apply(x_NI, A_RI, seeds, dtype, masks, dropped)  # type: ignore[no-untyped-call]
     return h_NR
 
@@ -91,7 +87,7 @@ def _down(
 ) -> Tensor:
     """``A dropout(x)`` in A's dtype."""
     if masks is None or seeds is None:
-        return F.linear(x_NI.to(A_RI.dtype), A_RI)
+        return F.linear(cast_to(x_NI, A_RI.dtype), A_RI)
     return masks.down(x_NI, A_RI, dropped, seeds, _is_watched(x_NI))
 
 
@@ -109,7 +105,7 @@ def _down_gradients(
         again = _is_watched(t_NR)
         return masks.gradients(t_NR, x_NI, A_RI, shape, dropped, seeds, again)
     dx_NI = None if A_RI is None else t_NR @ A_RI
-    dA_RI = None if x_NI is None else rows(t_NR).t() @ rows(x_NI).to(t_NR.dtype)
+    dA_RI = None if x_NI is None else rows(t_NR).t() @ cast_to(rows(x_NI), t_NR.dtype)
     return dx_NI, dA_RI
 
 
@@ -129,26 +125,31 @@ class Added(NamedTuple):
     """What an adapter adds to a layer: ``scaling * B h`` with h = ``A dropout(x)``.
 
     Attributes:
-        A: the first factor, or None where h is given.
-        B: the second factor.
-        h: where A is None: h, made elsewhere.
-        dropout: what is done to x before A.
         scaling: a number.
         part: the first feature of the output that is added to, and how many; None for all.
+        is_made: whether the tensor that stands for A is h already, made elsewhere.
+        masks: what makes the masks of the dropout, or None for none.
+        dropped: how many of 65,536 elements are dropped on average.
+        seeds: what the mask is made of.
     """
 
-    A: Tensor | None
-    B: Tensor
-    h: Tensor | None
-    dropout: Dropout | None
     scaling: float
     part: tuple[int, int] | None
+    is_made: bool = False
+    masks: Masks | None = None
+    dropped: int = 0
+    seeds: Tensor | None = None
 
 
 def adapted_product(
-    x_MI: Tensor, W_OI: Tensor, b_O: Tensor | None, dtype: torch.dtype, branches: list[Added]
+    x_MI: Tensor,
+    W_OI: Tensor,
+    b_O: Tensor | None,
+    dtype: torch.dtype,
+    added: list[Added],
+    factors: list[Tensor],
 ) -> Tensor:
-    """``W x + b`` and what the branches add to it, with one backward pass for all of it.
+    """``W x + b`` and what adapters add to it, with one backward pass for all of it.
 
     The gradient of x is one sum, written by the products themselves: without passes over an (M, I)
     tensor that add one part to the other.
@@ -158,20 +159,14 @@ def adapted_product(
         W_OI: the layer's weight, in any dtype.
         b_O: the layer's bias.
         dtype: the dtype in which the products are made.
-        branches: the adapters.
+        added: how each adapter adds.
+        factors: A and B of each adapter in turn, in any dtype; h in place of A where it is made.
 
     Returns:
         A new matrix of shape (M, O) in that dtype.
     """
-    settings = [(a.scaling, a.part, *(a.dropout or (None, 0))[:2]) for a in branches]
-    # A Function finds tensors only where they are arguments of their own.
-    tensors = [t for a in branches for t in (a.A, a.B, a.h, a.dropout and a.dropout.seeds)]
-    y_MO: Tensor = _AdaptedProduct.apply(x_MI, W_OI, b_O, dtype, settings, *tensors)  # type: ignore[no-untyped-call]
+    y_MO: Tensor = _AdaptedProduct.apply(x_MI, W_OI, b_O, dtype, added, *factors)  # type: ignore[no-untyped-call]
     return y_MO
-
-
-# Of each branch: its scaling, its part of the output, and the masks and rate of its dropout.
-_Setting = tuple[float, tuple[int, int] | None, Masks | None, int]
 
 
 class _AdaptedProduct(torch.autograd.Function):
@@ -184,92 +179,85 @@ class _AdaptedProduct(torch.autograd.Function):
         W_OI: Tensor,
         b_O: Tensor | None,
         dtype: torch.dtype,
-        settings: list[_Setting],
-        *tensors: Tensor | None,
+        added: list[Added],
+        *factors: Tensor,
     ) -> Tensor:
-        needs_x, needs_W = ctx.needs_input_grad[:2]
-        cast_MI = x_MI.to(dtype)
-        y_MO = F.linear(cast_MI, W_OI.to(dtype), None if b_O is None else b_O.to(dtype))
-        made = []
-        for (scaling, part, masks, dropped), (A_RI, B_OR, h_MR, seeds) in _each(settings, tensors):
-            if h_MR is None:
-                h_MR = _down(cast_MI, A_RI.to(dtype), seeds, masks, dropped)
-            made.append(h_MR)
-            _part(y_MO, part).addmm_(h_MR.to(dtype), B_OR.to(dtype).t(), alpha=scaling)
-        reads_x = needs_W or any(A_RI is not None for A_RI in tensors[::4])
-        kept = x_MI if reads_x else None, W_OI if needs_x else None
-        ctx.save_for_backward(*kept, *tensors, *made)
-        ctx.shape, ctx.dtype, ctx.settings = x_MI.shape, dtype, settings
+        cast_MI = cast_to(x_MI, dtype)
+        y_MO = F.linear(cast_MI, cast_to(W_OI, dtype), None if b_O is None else cast_to(b_O, dtype))
+        made, reads_x = [], ctx.needs_input_grad[1]
+        for i, (scaling, part, is_made, masks, dropped, seeds) in enumerate(added):
+            A_RI, B_OR = cast_to(factors[2 * i], dtype), cast_to(factors[2 * i + 1], dtype)
+            h_MR = A_RI if is_made else _down(cast_MI, A_RI, seeds, masks, dropped)
+            own_MO = y_MO if part is None else y_MO.narrow(1, *part)
+            own_MO.addmm_(h_MR, B_OR.t(), alpha=scaling)
+            made += [h_MR, seeds]
+            reads_x = reads_x or not is_made
+        x_needed = x_MI if reads_x else None
+        W_needed = W_OI if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(x_needed, W_needed, *factors, *made)
+        ctx.shape, ctx.dtype, ctx.added = x_MI.shape, dtype, [a._replace(seeds=None) for a in added]
         return y_MO
 
     @staticmethod
     def backward(ctx: Any, g_MO: Tensor) -> tuple[Tensor | None, ...]:
-        needs_x, needs_W, needs_b, _, _, *needs = ctx.needs_input_grad
         x_MI, W_OI, *saved = ctx.saved_tensors
-        n = len(needs)
-        made, dx_MI, found = saved[n:], None, []
-        for i, (setting, own) in enumerate(_each(ctx.settings, saved[:n])):
-            own_needs = needs_x, *needs[4 * i : 4 * i + 4]
-            own_dx_MI, *own_found = _branch_gradients(
-                g_MO, x_MI, setting, own, made[i], ctx.dtype, own_needs
-            )
-            found += own_found
+        needs, dtype, n = ctx.needs_input_grad, ctx.dtype, 2 * len(ctx.added)
+        dx_MI, found = None, []
+        for i, own in enumerate(ctx.added):
+            own_dx_MI, dA_RI, dB_OR = _gradients_of_added(
+                g_MO, x_MI, own, saved[2 * i : 2 * i + 2], saved[n + 2 * i : n + 2 * i + 2],
+                dtype, (needs[0], *needs[5 + 2 * i : 7 + 2 * i]),
+            )  # fmt: skip
+            found += [dA_RI, dB_OR]
             if own_dx_MI is not None:
                 dx_MI = own_dx_MI if dx_MI is None else dx_MI.add_(own_dx_MI)
-        if needs_x:
-            W_OI = W_OI.to(ctx.dtype)
-            # On top of what the branches wrote: a large product adds while it works.
+        if W_OI is not None:
+            W_OI = cast_to(W_OI, dtype)
+            # On top of what the adapters wrote: a large product adds while it works.
             dx_MI = g_MO @ W_OI if dx_MI is None else dx_MI.addmm_(g_MO, W_OI)
-        dW_OI = g_MO.t() @ x_MI.to(ctx.dtype) if needs_W else None
-        db_O = g_MO.sum(0) if needs_b else None
+        dW_OI = g_MO.t() @ cast_to(x_MI, dtype) if needs[1] else None
+        db_O = g_MO.sum(0) if needs[2] else None
         return dx_MI, dW_OI, db_O, None, None, *found
 
 
-def _each(settings: list[_Setting], tensors: Sequence[Tensor | None]) -> Iterator[Any]:
-    """The settings of each branch, with its A, B, given h and seeds."""
-    return zip(settings, zip(*[iter(tensors)] * 4, strict=True), strict=True)
-
-
-def _part(y_MO: Tensor, part: tuple[int, int] | None) -> Tensor:
-    return y_MO if part is None else y_MO.narrow(1, *part)
-
-
-def _branch_gradients(
+def _gradients_of_added(
     g_MO: Tensor,
     x_MI: Tensor,
-    setting: _Setting,
-    tensors: tuple[Any, ...],
-    h_MR: Tensor,
+    added: Added,
+    factors: Sequence[Tensor],
+    made: Sequence[Tensor],
     dtype: torch.dtype,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    """What one branch adds to the gradient of x, and the gradients of its A, B, h and seeds.
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What one adapter adds to the gradient of x, and the gradients of A, or the made h, and of B.
 
     Args:
         g_MO: the gradient of the layer's output.
-        x_MI: the input; not read where h was given.
-        setting: the branch's.
-        tensors: its A, B, given h and seeds.
-        h_MR: h, whoever made it.
+        x_MI: the input; not read where h was made elsewhere.
+        added: how the adapter adds.
+        factors: A, or h, and B.
+        made: h, whoever made it, and the seeds of the dropout.
         dtype: that of the products.
-        needs: whether x and each of the four tensors need their gradients.
+        needs: whether x, A, or h, and B need their gradients.
     """
-    scaling, part, masks, dropped = setting
-    A_RI, B_OR, given_MR, seeds = tensors
-    needs_x, needs_A, needs_B, needs_h, _ = needs
-    needs_x = needs_x and A_RI is not None
-    own_MO, dx_MI, dA_RI, dB_OR, t_MR = _part(g_MO, part), None, None, None, None
-    if needs_x or needs_A or needs_h:
-        t_MR = _scaled(own_MO, B_OR.to(dtype), scaling)
-    if t_MR is not None and A_RI is not None:
-        sources = x_MI if needs_A else None, A_RI.to(dtype) if needs_x else None
-        dx_MI, dA_RI = _down_gradients(t_MR, *sources, x_MI.shape, seeds, masks, dropped)
+    scaling, part, is_made, masks, dropped, _ = added
+    (A_RI, B_OR), (h_MR, seeds), (needs_x, needs_A, needs_B) = factors, made, needs
+    own_MO = g_MO if part is None else g_MO.narrow(1, *part)
+    dx_MI = dA_RI = dB_OR = None
+    if needs_A or (needs_x and not is_made):
+        dA_RI = t_MR = _scaled(own_MO, cast_to(B_OR, dtype), scaling)
+        if not is_made:
+            A_RI = cast_to(A_RI, dtype)
+            dx_MI, dA_RI = _down_gradients(
+                t_MR, x_MI if needs_A else None, A_RI if needs_x else None,
+                x_MI.shape, seeds, masks, dropped,
+            )  # fmt: skip
     if needs_B:
-        if given_MR is None and torch.is_grad_enabled():  # as a function of x and A
-            h_MR = _down(x_MI.to(dtype), A_RI.to(dtype), seeds, masks, dropped)
+        if not is_made and torch.is_grad_enabled():  # h as a function of x and A
+            h_MR = _down(cast_to(x_MI, dtype), cast_to(A_RI, dtype), seeds, masks, dropped)
         # h^T g and not g^T h, which is slower on a CPU.
-        dB_OR = _scaled(h_MR.to(dtype).t(), own_MO, scaling).t().contiguous()
-    return dx_MI, dA_RI, dB_OR, t_MR if needs_h else None, None
+        dB_OR = _scaled(h_MR.t(), own_MO, scaling).t().contiguous()
+    return dx_MI, dA_RI, dB_OR
 
 
 def _scaled(left: Tensor, right: Tensor, scaling: float) -> Tensor:
@@ -277,3 +265,8 @@ def _scaled(left: Tensor, right: Tensor, scaling: float) -> Tensor:
     if scaling == 1:
         return left @ right
     return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scaling)
+
+
+def cast_to(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """``value.to(dtype)`` without its dispatch where nothing is to do, which small layers feel."""
+    return value if value.dtype == dtype else value.to(dtype)
