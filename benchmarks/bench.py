@@ -3,7 +3,7 @@
 import gc
 import math
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -14,6 +14,7 @@ from benchmarks.harness import Action, Clock, Result, Timings, event_seconds, in
 from benchmarks.limits import Ceilings
 
 T = TypeVar("T")
+Around = Mapping[str, Callable[[], AbstractContextManager[object]]]  # in what an action runs
 BF16 = torch.bfloat16
 PEERS = ("PEFT", "eager")
 
@@ -58,13 +59,19 @@ class Bench:
         actions: Mapping[str, Action],
         repeats: int,
         within: float = 3.0,
-        around: Mapping[str, Callable[[], AbstractContextManager[object]]] | None = None,
+        around: Around | None = None,
         rounds: int = 30,
     ) -> Timings:
         """Time actions in turns, for about as long as ``within`` says."""
         if self.quick:
             rounds, repeats = 2, 1
         return interleaved(actions, rounds, repeats, clock=self.clock, within=within, around=around)
+
+    def graphed(self, actions: Mapping[str, Action]) -> dict[str, Action]:
+        """The actions as CUDA graphs, of which a CPU has none."""
+        return {
+            name: Graphed(action) if self.is_gpu else action for name, action in actions.items()
+        }
 
     def random(self, *shape: int, dtype: torch.dtype = BF16) -> Tensor:
         """Normal random values."""
@@ -110,6 +117,32 @@ class Bench:
             torch.cuda.empty_cache()
 
 
+class Graphed:
+    """An action as a CUDA graph, recorded at its first call: launches cost almost nothing then."""
+
+    def __init__(self, action: Action) -> None:
+        self.action, self.graph = action, None
+
+    def __call__(self) -> None:
+        """Play the graph."""
+        if self.graph is None:
+            self.graph, self.held = self._recorded()
+        self.graph.replay()
+
+    def _recorded(self) -> tuple[torch.cuda.CUDAGraph, object]:
+        """The graph, and what must not be freed while it is there."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.action()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            held = self.action()
+        return graph, held
+
+
 class Failing(nn.Module):
     """Stands for a model that could not be made; it raises what that raised."""
 
@@ -130,12 +163,15 @@ def attempted(make: Callable[[], nn.Module]) -> nn.Module:
         return Failing(error)
 
 
-def working(steps: Mapping[str, Action]) -> tuple[dict[str, Action], list[str]]:
+def working(
+    steps: Mapping[str, Action], around: Around | None = None
+) -> tuple[dict[str, Action], list[str]]:
     """The steps without those of peers that fail, and what is to be said of them."""
     found, failures = {}, []
     for name, step in steps.items():
         try:
-            step()
+            with (around or {}).get(name, nullcontext)():
+                step()
         except Exception as error:
             if not name.startswith(PEERS):
                 raise

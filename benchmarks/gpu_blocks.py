@@ -5,16 +5,15 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from itertools import cycle
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.arithmetic import Case, adapted, layer_step
+from benchmarks.arithmetic import Case, adapted, forward_of, layer_step
 from benchmarks.bench import BF16, Bench, against, shown, working
-from benchmarks.harness import Action, Result
+from benchmarks.harness import Result
 from benchmarks.limits import Pass, adapter_passes
 from benchmarks.peers import PROJECTIONS, LlamaBlock
 from benchmarks.shared_input import shared_input
@@ -100,12 +99,12 @@ def decode(bench: Bench, graphs: bool) -> Iterator[Result]:
         models |= {f"{name} {mode}": copy.deepcopy(models[name]) for mode in MODES}
     merge(models["ours merged"])
     models["PEFT merged"].merge_adapter()  # type: ignore[operator]
-    xs = [bench.random(1, 1, floor.hidden_size) for _ in range(4)]
+    pairs = bench.pairs(1, 1, floor.hidden_size)
     with ExitStack() as stack, torch.no_grad():
         stack.enter_context(disabled(models["ours disabled"]))
         stack.enter_context(models["PEFT disabled"].disable_adapter())  # type: ignore[operator]
-        make = _graphed if graphs and bench.is_gpu else _called
-        calls, failures = working({n: make(model.eval(), xs) for n, model in models.items()})
+        calls = {name: forward_of(model.eval(), pairs) for name, model in models.items()}
+        calls, failures = working(bench.graphed(calls) if graphs else calls)
         timings = bench.timed(calls, 50, rounds=21)
     ratios = [timings.ratio(f"ours {mode}", "floor") for mode in MODES]
     how = "in CUDA graphs" if graphs else "eager"
@@ -114,29 +113,6 @@ def decode(bench: Bench, graphs: bool) -> Iterator[Result]:
     found = against("decode", workload, timings, 0, extra=extra, notes=failures)
     goal = "merged and disabled 1.00x floor (to 2 %)"
     yield replace(found, goal=goal, met=max(ratios) <= 1.02)
-
-
-def _called(model: nn.Module, xs: list[Tensor]) -> Action:
-    turns = cycle(xs)
-    return lambda: model(next(turns))
-
-
-def _graphed(model: nn.Module, xs: list[Tensor]) -> Action:
-    """A call as a CUDA graph: the launches cost almost nothing then."""
-    stream, x = torch.cuda.Stream(), xs[0].clone()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            model(x)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = model(x)
-
-    def replay(held: tuple[Tensor, Tensor] = (x, y)) -> None:
-        graph.replay()
-
-    return replay
 
 
 def compiled(bench: Bench, whole: bool) -> Iterator[Result]:

@@ -22,26 +22,31 @@ from lora_inject import inject, per_row, use
 
 
 def layer(bench: Bench, dropout: float, wide: bool, goal: float) -> Iterator[Result]:
-    """One Linear, forward and backward."""
+    """One Linear, forward and backward: as it is called, and as a CUDA graph.
+
+    A single layer keeps a fast GPU waiting for its launches; in a graph only the GPU's work counts,
+    as where other layers keep it busy meanwhile.
+    """
     rows, d, r = bench.pick((4096, 4096, 16), (8, 32, 16))
     case = Case(rows, d, r, dropout, dtype=BF16, adapters=torch.float32 if wide else BF16)
     models = adapted(nn.Linear(d, d, device=bench.device, dtype=BF16), [], case)
-    pairs = bench.pairs(rows, d)
-    steps = {name: layer_step(model, pairs) for name, model in models.items()}
-    ways = WAYS_OF_DROPOUT if dropout else WAYS
-    ours = dict.fromkeys(ways, steps.pop("ours"))
-    alone = {"parts alone": parts(models["ours"][0], cycle(pairs))}
-    steps, failures = working({"floor": steps["floor"], **ours, **steps, **alone})
-    timings = bench.timed(steps, 10, around=ways)
-    if wide:
-        failures.append("the plain composition has no other dtype than its layer")
+    pairs, ways = bench.pairs(rows, d), WAYS_OF_DROPOUT if dropout else WAYS
+    passes = adapter_passes(rows, d, d, r)
+    limits = {
+        "extra": bench.ceilings.seconds(passes),
+        "fused": bench.ceilings.seconds([p for p in passes if not p.adds]),
+    }
+    notes = ["the plain composition has no other dtype than its layer"] if wide else []
     what = "fp32 adapters" if wide else f"p={dropout:g}"
     workload = f"layer {d}x{d} bf16, {rows:,} rows, r={r}, forward + backward: {what}"
-    passes = adapter_passes(rows, d, d, r)
-    yield against(
-        "layer", workload, timings, goal, extra=bench.ceilings.seconds(passes),
-        fused=bench.ceilings.seconds([p for p in passes if not p.adds]), notes=failures,
-    )  # fmt: skip
+    for graphs in (False, True):
+        steps = {name: layer_step(model, pairs) for name, model in models.items()}
+        ours = {way: layer_step(models["ours"], pairs) for way in ways}
+        steps = {**steps, **ours, "parts alone": parts(models["ours"][0], cycle(pairs))}
+        steps, failures = working(bench.graphed(steps) if graphs else steps, ways)
+        timings = bench.timed(steps, 10, around=ways)
+        how = ", in CUDA graphs" if graphs else ""
+        yield against("layer", workload + how, timings, goal, notes=[*notes, *failures], **limits)
 
 
 class Experts(nn.Module):
