@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from lora_inject.errors import LoRAInjectError
 from lora_inject.memory import stored_tensors
 from lora_inject.shards import Products, blocks
+from lora_inject.torch_private import is_functorch_wrapped, tree_leaves
 from lora_inject.without_values import as_on_accelerators
 
 # What a model finds when it looks at values that are not there: no padding, nothing packed, nothing
@@ -219,5 +219,5 @@ def _products(found: set[Products | None], inherits: bool) -> Products | None:
 
 def _tensors(tree: Any) -> Iterable[Tensor]:
     # Those inside torch.func.vmap (masks are made there) have no storage of their own.
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and not wrapped(leaf)]
+    tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    return [tensor for tensor in tensors if not is_functorch_wrapped(tensor)]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.errors import LoRAInjectError
+from lora_inject.torch_private import offset_of_shard
 
 
 def is_distributed(tensor: Tensor) -> bool:
@@ -118,11 +119,12 @@ def elements(tensor: Tensor, places: Tensor) -> Tensor:
     if not is_distributed(tensor):
         return tensor.reshape(-1)[places.to(tensor.device)]
     from torch.distributed.tensor import DTensor, Partial, Replicate
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     own = cast(DTensor, tensor)
     local, mesh = own.to_local(), own.device_mesh
-    _, offset = compute_local_shape_and_global_offset(own.shape, mesh, own.placements)
+    offset = offset_of_shard(own.shape, mesh, own.placements)
+    if offset is None:
+        return elements(whole(tensor), places)
     at = torch.unravel_index(places, own.shape)
     index = [i - start for i, start in zip(at, offset, strict=True)]
     inside = [(i >= 0) & (i < size) for i, size in zip(index, local.shape, strict=True)]

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 
 from lora_inject.errors import ArgumentError, LoRAInjectError
+from lora_inject.torch_private import tree_map
 
 
 def on_meta(model: nn.Module) -> nn.Module:
@@ -77,7 +77,7 @@ def example_inputs(model: nn.Module, batch: int, seq: int | None) -> dict[str, T
 
 def to_meta(inputs: Any) -> Any:
     """The same inputs without values."""
-    return tree_map_only(Tensor, lambda tensor: tensor.to("meta"), inputs)
+    return tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, inputs)
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

@@ -18,13 +18,16 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from lora_inject.arithmetic.masks import Masks, masks_for
 from lora_inject.arithmetic.product import Added, adapted_product, cast_to, draw_dropout, product
-
-_unsafe_view = torch.ops.aten._unsafe_view.default
+from lora_inject.torch_private import (
+    has_instructions,
+    is_forward_mode,
+    is_transformed,
+    unsafe_view,
+)
 
 # Which way -----------------------------------------------------------------------------------
 
@@ -42,10 +45,10 @@ Branch = tuple[Tensor, Tensor, float, float, tuple[int, int] | None]
 def _slow_dtypes() -> frozenset[torch.dtype]:
     """The dtypes that this CPU multiplies slower than it casts to float32 and multiplies there."""
     slow = set()
-    if torch.cpu._is_avx2_supported():  # x86: other processors do not say what they can do
-        if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+    if has_instructions("avx2"):  # x86: other processors do not say what they can do
+        if not (has_instructions("avx512_bf16") or has_instructions("amx_tile")):
             slow.add(torch.bfloat16)
-        if not torch.cpu._is_amx_fp16_supported():
+        if not has_instructions("amx_fp16"):
             slow.add(torch.float16)
     return frozenset(slow)
 
@@ -68,7 +71,7 @@ def may_run_whole(x_NI: Tensor, W_OI: Tensor | None, branches: Iterable[Branch])
         type(x_NI) in _PLAIN
         and type(W_OI) in _PLAIN
         and (x_NI.dim() == 2 or _is_flattened(x_NI))
-        and not _is_transformed()
+        and not is_transformed()
     )
 
 
@@ -91,7 +94,7 @@ def _masks(x_NI: Tensor, A_RI: Tensor) -> Masks | None:
 
 def _dtype_of_function(x_MI: Tensor, W_OI: Tensor) -> torch.dtype | None:
     """In which dtype a layer and its adapters are one Function; None for the composed way."""
-    if not torch.is_grad_enabled() or not _is_reverse():
+    if not torch.is_grad_enabled() or is_forward_mode():
         return None
     slow, autocast = _is_slow(x_MI), _autocast_dtype(x_MI)
     if x_MI.numel() < _LARGE and not slow:
@@ -112,26 +115,7 @@ def _keeps_x(x_NI: Tensor, A_RI: Tensor) -> bool:
 def _may_use_function(x_NI: Tensor, A_RI: Tensor) -> bool:
     """Whether a Function is right for these tensors."""
     plain = type(x_NI) in _PLAIN and type(A_RI) in _PLAIN
-    return plain and _is_reverse() and not _is_transformed()
-
-
-def _is_reverse() -> bool:
-    """Whether no forward-mode derivative is being taken, which a Function would not carry."""
-    return forward_ad._current_level < 0
-
-
-def _is_transformed() -> bool:
-    """Whether operations are traced, batched or watched, rather than just carried out.
-
-    A compiler fuses the composed way by itself, ``torch.func`` cannot always write in place, and a
-    dispatch mode may keep what an operation returned (selective checkpointing does).
-    """
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._is_tracing()
-    )
+    return plain and not is_forward_mode() and not is_transformed()
 
 
 def _is_slow(x_NI: Tensor) -> bool:
@@ -214,7 +198,7 @@ def adapted_linear(
         return y_MO
     shape = [*x_NI.shape[:-1], y_MO.shape[-1]]
     # As F.linear returns it: a view with a bias, and without one what may be used more freely.
-    return y_MO.view(shape) if b_O is not None else cast(Tensor, _unsafe_view(y_MO, shape))
+    return y_MO.view(shape) if b_O is not None else cast(Tensor, unsafe_view(y_MO, shape))
 
 
 def _added(x_MI: Tensor, branch: Branch) -> tuple[Added, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_inject.arithmetic.masks import LANES, Masks, rows
+from lora_inject.torch_private import is_batched
 
 Dropout = tuple[Masks, int, Tensor | None]  # what makes the mask, of how many dropped, from what
 
@@ -111,11 +112,7 @@ def _down_gradients(
 
 def _is_watched(value: Tensor) -> bool:
     """Whether operations on this are differentiated or batched, here within a Function."""
-    return (
-        torch.is_grad_enabled()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._functorch.is_legacy_batchedtensor(value)  # is_grads_batched
-    )
+    return torch.is_grad_enabled() or is_batched(value)
 
 
 # A layer with its adapters ---------------------------------------------------------------------

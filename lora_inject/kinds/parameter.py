@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lora_inject import initial
 from lora_inject.kinds.base import Form, Kind, MatrixKind, Pair, Spec, Way
 from lora_inject.settings import Settings
+from lora_inject.torch_private import tree_map
 
 
 class ParameterKind(MatrixKind):
@@ -94,7 +95,7 @@ class ExpertWeights:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = torch.utils._pytree.tree_map(_as_tensor, (args, kwargs or {}))
+        args, kwargs = tree_map(_as_tensor, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def _tensor(self) -> Tensor:

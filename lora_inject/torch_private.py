@@ -1,0 +1,106 @@
+"""Every private name of torch that this library uses, and what it does where torch has it no more.
+
+Nothing depends on one of them for what is true: where a name is gone the library takes the slower
+way that is always right. (Names that a kind of layer is made of, such as ``_flat_weights`` of
+``nn.LSTM``, stand with that kind.)
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def _named(path: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    """What stands under a dotted name in torch, or what takes its place."""
+    found: Any = torch
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    return otherwise if found is None else found
+
+
+def _yes(*_: object) -> bool:
+    return True
+
+
+def _no(*_: object) -> bool:
+    return False
+
+
+# Without these: every tensor counts as watched, and the composed way runs.
+_is_functorch_active = _named("_C._are_functorch_transforms_active", _yes)
+_count_dispatch_modes = _named("_C._len_torch_dispatch_stack", _yes)
+_is_legacy_batched = _named("_C._functorch.is_legacy_batchedtensor", _yes)
+# Without this: tensors inside of torch.func count as ordinary ones, of which capacity says that it
+# cannot follow them.
+is_functorch_wrapped = _named("_C._functorch.is_functorch_wrapped_tensor", _no)
+# Without this: an output is a view of the product, which allows a little less to be done with it.
+unsafe_view = _named("ops.aten._unsafe_view.default", Tensor.view)
+
+
+def _map_containers(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Nested tuples, lists and dictionaries with a function's results in place of what they hold.
+
+    It stands for torch's own, which knows further containers.
+    """
+    if isinstance(tree, dict):
+        return {key: _map_containers(function, value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)([_map_containers(function, value) for value in tree])
+    return function(tree)
+
+
+tree_map = _named("utils._pytree.tree_map", _map_containers)
+
+
+def tree_leaves(tree: Any) -> list[Any]:
+    """What stands in nested containers."""
+    leaves: list[Any] = []
+    tree_map(leaves.append, tree)
+    return leaves
+
+
+def is_transformed() -> bool:
+    """Whether operations are traced, batched or watched, rather than just carried out.
+
+    A compiler fuses the composed way by itself, ``torch.func`` cannot always write in place, and a
+    dispatch mode may keep what an operation returned (selective checkpointing does).
+    """
+    return bool(
+        torch.compiler.is_compiling()
+        or _is_functorch_active()
+        or _count_dispatch_modes() > 0
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    )
+
+
+def is_batched(value: Tensor) -> bool:
+    """Whether operations on this are batched, by ``torch.func.vmap`` or ``is_grads_batched``."""
+    return bool(_is_functorch_active() or _is_legacy_batched(value))
+
+
+def is_forward_mode() -> bool:
+    """Whether forward-mode derivatives are being taken; yes where torch does not say."""
+    return getattr(forward_ad, "_current_level", 0) >= 0
+
+
+def has_instructions(name: str) -> bool:
+    """Whether the CPU has some instructions, such as ``"avx512_bf16"``; no where torch cannot say.
+
+    Products of 16-bit numbers are then made as torch makes them by itself.
+    """
+    return bool(_named(f"cpu._is_{name}_supported", _no)())
+
+
+def offset_of_shard(shape: Any, mesh: Any, placements: Any) -> tuple[int, ...] | None:
+    """Where this rank's part of a DTensor begins in the whole one; None where torch does not say.
+
+    The whole tensor is gathered then.
+    """
+    try:
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    except ImportError:
+        return None
+    return tuple(compute_local_shape_and_global_offset(shape, mesh, placements)[1])
