@@ -12,7 +12,7 @@ from torch import nn
 
 from benchmarks.harness import Result, row, seconds
 from benchmarks.peers import PROJECTIONS, llama_of_48_layers
-from lora_inject import inject, plan, strip
+from lora_inject import inject, plan, strip, use
 
 
 def _timing(name: str, workload: str, timings: list[float], limit: int) -> Result:
@@ -50,6 +50,19 @@ def _of_inject() -> str:
         f"of {1e3 * whole:.0f} ms in a run of its own, checking all targets before anything is "
         f"changed takes {1e3 * planned:.0f} ms and drawing the values of A {1e3 * draws:.0f} ms."
     )
+
+
+@row("use")
+def switching(rounds: int) -> list[Result]:
+    model = llama_of_48_layers()
+    inject(model, PROJECTIONS, r=8, adapter="fr")
+    use(model)
+    inject(model, PROJECTIONS, r=8, adapter="de")
+    choices = (("fr",), ("de",), ())
+    taken = [seconds(lambda c=c: use(model, *c)) for _ in range(3 * rounds) for c in choices]
+    value = f"{1e3 * median(taken):.1f} ms"
+    workload = "choose one of two adapters, or none, on 336 layers of a Llama"
+    return [Result("use", workload, value, "<= 4 ms", median(taken) <= 4e-3)]
 
 
 @row("small-layers")

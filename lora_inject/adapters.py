@@ -5,19 +5,17 @@ from typing import Any
 
 from torch import nn
 
-from lora_inject.errors import ArgumentError, LoRAInjectError
+from lora_inject.core.look import Look
+from lora_inject.errors import ArgumentError
 from lora_inject.in_place import Slot, show
 from lora_inject.layer import detach
 from lora_inject.record import (
     Record,
-    records_in,
-    require_known,
-    require_own_record,
     set_in_use,
     set_trainable,
     uninstall,
 )
-from lora_inject.refusals import require_intact, require_ready, require_switchable
+from lora_inject.refusals import require_switchable
 from lora_inject.settings import check_names, check_weights
 from lora_inject.statistics import has_statistics, hold
 
@@ -55,21 +53,21 @@ def use(model: nn.Module, *adapters: Any, train: Any = None) -> nn.Module:
     one_mapping = len(adapters) == 1 and isinstance(adapters[0], Mapping)
     given = adapters[0] if one_mapping else dict.fromkeys(check_names(adapters, "adapters"), 1.0)
     wanted = check_weights(given)
-    records = [record for _, _, record in records_in(model)]
-    if not records:
-        require_own_record(model)
-        raise LoRAInjectError("the model has no adapters.", remedy="Call inject first.")
+    look = Look(model)
+    if not look.records:
+        look.require_own_record()
+    look.require_adapters()
     training = set(wanted if train is None else check_names(train, "train"))
-    require_known(records, wanted, "adapters")
-    require_known(records, training, "train")
-    for record in records:
-        record.require_ready()
+    look.require_known(wanted, "adapters")
+    look.require_known(training, "train")
+    look.require_awake()
+    for record in look.records:
         for path, layer, _ in record.adapters:
             require_switchable(path, layer)
-    slots = {s: _owner(s, wanted) for record in records for s in record.all_slots()}
+    slots = {slot: _owner(slot, wanted) for slot in look.slots}
 
-    show(model, slots)
-    for record in records:
+    show(look, slots)
+    for record in look.records:
         set_in_use(record, wanted)
         record.training = training & record.modes.keys()
         set_training(record)
@@ -98,18 +96,16 @@ def remove(model: nn.Module, adapters: Any) -> nn.Module:
             former value cannot be put back. Nothing has changed then.
     """
     names = check_names(adapters, "adapters")
-    require_own_record(model)
-    records = records_in(model)
-    require_known((record for _, _, record in records), names, "adapters")
-    for _, _, record in records:
-        for path, layer, _ in record.adapters:
-            require_intact(path, layer)
-            require_ready(path, layer)
-        for slot in record.all_slots():
-            if slot.trains.keys() & set(names):
-                slot.check_restorable()
+    look = Look(model)
+    look.require_own_record()
+    look.require_known(names, "adapters")
+    look.require_intact()
+    look.require_awake()
+    for slot in look.slots:
+        if slot.trains.keys() & set(names):
+            slot.check_restorable()
 
-    for _, holder, record in records:
+    for _, holder, record in look.holders:
         if record.modes.keys() <= set(names):
             record.restore()
             uninstall(holder)

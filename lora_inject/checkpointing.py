@@ -16,9 +16,9 @@ from torch import Tensor, nn
 _SWITCH = "gradient_checkpointing"
 
 
-def checkpointed_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules that have the switch by which transformers and diffusers checkpoint them."""
-    return [module for module in model.modules() if isinstance(_switch(module), bool)]
+def checkpointed(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Those of the modules with the switch by which transformers and diffusers checkpoint them."""
+    return [module for module in modules if isinstance(_switch(module), bool)]
 
 
 def _switch(module: nn.Module) -> Any:

@@ -24,13 +24,13 @@ from torch.nn import functional as F
 
 from lora_inject import initial
 from lora_inject.adapter import Adapter, Term
+from lora_inject.core.look import Look
 from lora_inject.errors import ArgumentError, UnsupportedLayerError
 from lora_inject.kinds.base import Kind, Spec
 from lora_inject.layer import attach, detach, oriented
 from lora_inject.low_rank import difference_norm, product_norm, side_by_side, truncated
 from lora_inject.placements import whole
-from lora_inject.record import Mode, Record, records_in, require_known, require_own_record
-from lora_inject.refusals import require_intact
+from lora_inject.record import Mode, Record
 from lora_inject.settings import (
     Settings,
     check_adapter,
@@ -126,20 +126,18 @@ def combine(
     """
     name, how = check_adapter(name), check_choice(how, "how", How)
     weights = check_weights(adapters)
-    require_own_record(model)
-    records = [record for _, _, record in records_in(model)]
-    _check_names(records, weights, name)
+    look = Look(model)
+    look.require_own_record()
+    _check_names(look, weights, name)
     rule = _Rule(how, *_check_options(how, r, density, seed), name)
-    for record in records:
-        record.require_ready()
-        for path, layer, _ in record.adapters:
-            require_intact(path, layer)
+    look.require_awake()
+    look.require_intact()
 
     with torch.inference_mode(False), torch.no_grad():  # tensors made in it could never train
-        made = {id(record): _combined(record, weights, name, rule) for record in records}
+        made = {id(record): _combined(record, weights, name, rule) for record in look.records}
     attached: list[_Made] = []
     try:
-        for record in records:
+        for record in look.records:
             for new in made[id(record)]:
                 new.attach()
                 attached.append(new)
@@ -147,7 +145,7 @@ def combine(
         for new in reversed(attached):
             detach(new.layer, new.adapter)
         raise
-    for record in records:
+    for record in look.records:
         for new in made[id(record)]:
             record.adapters.append((new.path, new.layer, new.adapter))
             record.modes.setdefault(name, Mode())
@@ -344,13 +342,13 @@ def _shaped(
     return Spec(old.weight, n_in, n_out, *shapes, old.part, old.start, old.experts), (A, B)
 
 
-def _check_names(records: list[Record], weights: Mapping[str, float], name: str) -> None:
-    require_known(records, weights, "adapters")
+def _check_names(look: Look, weights: Mapping[str, float], name: str) -> None:
+    look.require_known(weights, "adapters")
     if not weights:
         raise ArgumentError('adapters must name at least one adapter: {"fr": 0.7, "de": 0.3}.')
-    if any(name in record.modes for record in records):
+    if any(name in record.modes for record in look.records):
         raise ArgumentError(f"name: there is an adapter {name!r} already.")
-    for slot in (slot for record in records for slot in record.all_slots()):
+    for slot in look.slots:
         for other in weights.keys() & slot.trains.keys():
             raise ArgumentError(f"{other!r} trained {slot.text}, which cannot be combined.")
 

@@ -5,12 +5,10 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from lora_inject.adapter import state_of
-from lora_inject.errors import LoRAInjectError
+from lora_inject.core.look import Look
 from lora_inject.in_place import own_tensor, show
 from lora_inject.layer import change
-from lora_inject.record import adapted_layers, exchange, records_in, require_own_record
-from lora_inject.refusals import require_kept
+from lora_inject.record import exchange
 
 
 @contextmanager
@@ -34,30 +32,27 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         LoRAInjectError: the model has no adapters, or their weights were not kept when merging.
     """
-    require_own_record(model)
-    layers = adapted_layers(model)
-    if not layers:
-        raise LoRAInjectError("the model has no adapters.", remedy="Call inject first.")
-    for path, layer in layers.items():
-        require_kept(path, layer)
-    states = {layer: state for layer in layers.values() if (state := state_of(layer)) is not None}
-    running = [layer for layer, state in states.items() if not state.disabled]
+    look = Look(model)
+    look.require_own_record()
+    look.require_layers()
+    look.require_kept()
+    running = [layer for layer, state in look.states.items() if not state.disabled]
     folded = [
         (weight, former, weight.detach())
-        for layer, state in states.items()
+        for layer, state in look.states.items()
         for name, former in state.former.items()
         if former is not None and (weight := own_tensor(layer, name)) is not None
     ]
-    slots = {slot: slot.inside for _, _, r in records_in(model) for slot in r.all_slots()}
+    slots = {slot: slot.inside for slot in look.slots}
     try:
         for layer in running:
             change(layer, disabled=True)
         for weight, unmerged, _ in folded:
             exchange(weight, unmerged)
-        show(model, dict.fromkeys(slots))
+        show(look, dict.fromkeys(slots))
         yield model
     finally:
-        show(model, slots)
+        show(Look(model), slots)
         for weight, _, now in folded:
             exchange(weight, now)
         for layer in running:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_inject.core.index import Index
 from lora_inject.errors import ArgumentError, UnsupportedLayerError
 from lora_inject.in_place import own_tensor
 from lora_inject.layer import LoRALayer
@@ -114,7 +115,7 @@ def extract(
         UnsupportedLayerError: a selected layer cannot be adapted.
     """
     for name, model in (("base", base), ("tuned", tuned)):
-        if any(isinstance(module, LoRALayer) for module in model.modules()):
+        if any(isinstance(module, LoRALayer) for module in Index(model).modules):
             raise ArgumentError(
                 f"{name}: it has adapters in use, which would be taken for its weights.",
                 remedy="Call use(model) or strip(model) first.",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_inject.core.look import Look
 from lora_inject.errors import ArgumentError, FormatError
 from lora_inject.fit import Fitted
 from lora_inject.formats import named_format, read_adapter
@@ -21,7 +22,6 @@ from lora_inject.kinds.base import name_prefix
 from lora_inject.paths import first_paths
 from lora_inject.placements import is_distributed, on_first_rank
 from lora_inject.plan import Plan, plan
-from lora_inject.record import records_in
 from lora_inject.settings import check_adapter, check_bias
 from lora_inject.state import Stored, require_fit
 from lora_inject.surgery import apply
@@ -110,20 +110,19 @@ def load(
     """
     adapter = check_adapter(adapter)
     file = _path(path)
-    records = [record for _, _, record in records_in(model)]
-    for record in records:
-        record.require_ready()
+    look = Look(model)
+    look.require_awake()
     data = read_adapter(file, format, model, alpha)
-    wanted = Fitted(model, data)
+    wanted = Fitted(look, data)
     if not other_base:
         wanted.check_base()
-    if any(adapter in record.modes for record in records):
-        stored = Stored(model, adapter)
+    if any(adapter in record.modes for record in look.records):
+        stored = Stored(model, adapter, look)
         if data.bias:
             stored.check_bias(check_bias(data.bias))
         stored.fill({**wanted.tensors, **wanted.pairs_by_key}, wanted.scalings)
         return model
-    used = any(record.in_use for record in records)
+    used = any(record.in_use for record in look.records)
     _inject(model, wanted, adapter, dtype, use=not used)
     return model
 
@@ -177,7 +176,7 @@ def _inject(
     all_biases = all(name.endswith("bias") for _, name in places)
     bias = check_bias(wanted.data.bias or (guess if places and all_biases else "none"))
     expected = bias if wanted.data.bias else "none"
-    trained = in_place(model, layers, expected, [*in_full.values()])
+    trained = in_place(drawn.look, layers, expected, [*in_full.values()])
     _check_tensors(wanted, trained, places)
     trained = dict.fromkeys(places, True) | trained
     complete: Plan = replace(drawn, bias=bias, train_also=in_full, in_place=trained)

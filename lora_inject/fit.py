@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from lora_inject.core.look import Look
 from lora_inject.errors import FormatError
 from lora_inject.fingerprint import differs
 from lora_inject.formats.data import AdapterData, PairData
-from lora_inject.in_place import Place, own_tensor, places_of
+from lora_inject.in_place import Place, own_tensor
 from lora_inject.kinds import find_kind
 from lora_inject.kinds.parameter import layout_of
 from lora_inject.low_rank import same_product
@@ -46,10 +47,10 @@ class Fitted:
         FormatError: a module of the file is not in the model.
     """
 
-    def __init__(self, model: nn.Module, data: AdapterData) -> None:
-        self.model, self.data = model, data
-        self.modules = bare_modules(model)
-        real = {module: path for path, module in reversed(list(model.named_modules()))}
+    def __init__(self, look: Look, data: AdapterData) -> None:
+        self.look, self.data = look, data
+        self.modules = bare_modules(look.index.by_path)
+        real = {module: paths[0] for module, paths in look.index.paths.items()}
         self.all_pairs: list[FittedPair] = []
         unknown = []
         for pair in data.pairs:
@@ -74,11 +75,11 @@ class Fitted:
             shown = ", ".join(name[:200] for name in unknown[:3])
             raise FormatError(
                 f"{len(unknown):,} of the file's layers and tensors are not in this "
-                f"{type(model).__name__}: {shown}{', ...' if unknown[3:] else ''}.",
+                f"{type(look.model).__name__}: {shown}{', ...' if unknown[3:] else ''}.",
                 remedy="Nothing was loaded. Is it for another model?",
             )
         order = {module: i for i, module in enumerate(real)}
-        self.all_pairs.sort(key=lambda fitted: -order[fitted.module])  # files sort by name
+        self.all_pairs.sort(key=lambda fitted: order[fitted.module])  # files sort by name
         self.pairs = self._without_tied()
 
     @property
@@ -98,7 +99,7 @@ class Fitted:
         ids = {id(f.module._parameters.get(f.pair.weight)) for f in self.all_pairs} - {id(None)}
         return {
             path
-            for path, module in self.model.named_modules(remove_duplicate=False)
+            for path, module in self.look.index.by_path.items()
             if module not in named and ids & {id(p) for p in module._parameters.values()}
         }
 
@@ -109,7 +110,7 @@ class Fitted:
             FormatError: there are such.
         """
         given = self.places()
-        for tied in places_of(self.model).values() if given else ():
+        for tied in self.look.tensor_places.values() if given else ():
             values = [given[place] for place in tied if place in given]
             if values and (len(values) < len(tied) or not all(
                 torch.equal(values[0], value) for value in values[1:]

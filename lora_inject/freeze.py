@@ -5,24 +5,12 @@ from typing import Any
 
 from torch import nn
 
+from lora_inject.core.look import Look
 from lora_inject.errors import ArgumentError, UnsupportedLayerError
-from lora_inject.in_place import Place, own_tensor, places_of
+from lora_inject.in_place import Place, own_tensor
 from lora_inject.placements import is_placeholder
-from lora_inject.record import (
-    Before,
-    Mode,
-    Record,
-    adapted_layers,
-    former_flags,
-    gather,
-    install,
-    records_in,
-    require_awake,
-    require_own_record,
-    require_same_use,
-    set_trainable,
-)
-from lora_inject.report import Report, report
+from lora_inject.record import Before, Mode, Record, install, set_trainable
+from lora_inject.report import Report, report_of
 from lora_inject.roles import is_bias
 from lora_inject.selection import View
 from lora_inject.settings import BiasMode, check_bias
@@ -62,19 +50,19 @@ def freeze(model: nn.Module, bias: BiasMode = "none", train_also: Any = ()) -> R
         LoRAInjectError: the model is part of one that was adapted as a whole.
     """
     bias = check_bias(bias)
-    in_full = list(select_in_full(View(model), train_also).values())
-    layers = adapted_layers(model).values()
-    if {module for top in in_full for module in top.modules()} & set(layers):
+    look = Look(model)
+    in_full = list(select_in_full(View(look), train_also).values())
+    if any(module in look.states for top in in_full for module in look.index.below(top)):
         raise UnsupportedLayerError("train_also: an adapted layer cannot train in full.")
-    require_own_record(model)
-    require_awake(model)
-    require_same_use(model)
+    look.require_own_record()
+    look.require_awake()
+    look.require_same_use()
 
     changes = Before()
-    changes.keep(model.modules())
-    record = gather(model, changes)
+    changes.keep(look.index.modules)
+    record = look.gathered(changes)
     used = [layer for _, layer, a in record.adapters if a.name in record.in_use]
-    tensors = in_place(model, used, bias, in_full)
+    tensors = in_place(look, used, bias, in_full)
     if record.adapters and tensors and list(record.in_use.values()) != [1.0]:
         raise ArgumentError(
             f"{len(record.in_use)} adapters are in use, and what trains in place belongs to one, "
@@ -85,12 +73,12 @@ def freeze(model: nn.Module, bias: BiasMode = "none", train_also: Any = ()) -> R
         slot.trains |= dict.fromkeys(slot.trains.keys() & record.in_use.keys(), False)
     for name in record.in_use:
         record.modes[name] = Mode(bias, in_full)
-        take(model, record, name, tensors)
-    mark(list(model.modules()), _adapters_in_use(record), tensors, in_full)
+        take(look, record, name, tensors)
+    mark(look, look.index.modules, _adapters_in_use(record), tensors, in_full)
     if record.adapters:
         record.training = set(record.in_use)
-        install(model, record)
-    return report(model)
+        install(look, record)
+    return report_of(look.again())
 
 
 mark_only_lora_as_trainable = freeze  # loralib's name
@@ -109,7 +97,7 @@ def select_in_full(view: View, train_also: Any) -> dict[str, nn.Module]:
 
 
 def in_place(
-    model: nn.Module,
+    look: Look,
     layers: Iterable[nn.Module],
     bias: BiasMode,
     train_also: Sequence[nn.Module],
@@ -117,19 +105,19 @@ def in_place(
     """What is to train in place, and whether it trains itself or only moves, as statistics do.
 
     Args:
-        model: the model.
+        look: the model.
         layers: the layers whose biases mode "lora_only" names.
         bias: the bias mode.
         train_also: the modules that train in full.
     """
     if bias == "none" and not train_also:
         return {}
-    layers, former = set(layers), former_flags(model)
-    waiting = {p for _, _, r in records_in(model) for s in r.all_slots() for p in s.waiting}
-    in_full = {module for top in train_also for module in top.modules()}
+    layers, former = set(layers), look.former_flags
+    waiting = {place for slot in look.slots for place in slot.waiting}
+    in_full = {module for top in train_also for module in look.index.below(top)}
     found = {
         (module, name): True
-        for module in model.modules()
+        for module in look.index.modules
         for name, parameter in module._parameters.items()
         if parameter is not None and (parameter.is_floating_point() or parameter.is_complex())
         if (module, name) not in waiting
@@ -152,14 +140,14 @@ def in_place(
 
 
 def take(
-    model: nn.Module,
+    look: Look,
     record: Record,
     adapter: str,
     tensors: dict[Place, bool],
     inside: bool = True,
 ) -> None:
     """Make an adapter an owner of these tensors; one in use stands inside, and is the only one."""
-    places = places_of(model) if tensors else {}
+    places = look.tensor_places if tensors else {}
     for (module, name), trains in tensors.items():
         tensor = own_tensor(module, name)
         slot = record.slot(places.get(id(tensor), [(module, name)]))
@@ -167,6 +155,7 @@ def take(
 
 
 def mark(
+    look: Look,
     owners: Collection[nn.Module],
     adapters: set[nn.Parameter],
     tensors: dict[Place, bool],
@@ -175,6 +164,7 @@ def mark(
     """Freeze what these owners hold, then let what is to train do so.
 
     Args:
+        look: the model.
         owners: the modules to freeze: all of them, but for those an earlier call has decided about.
         adapters: the A and B that train.
         tensors: what trains in place.
@@ -182,9 +172,10 @@ def mark(
     """
     own = {own_tensor(module, name) for (module, name), trains in tensors.items() if trains}
     trainable = adapters | {p for p in own if isinstance(p, nn.Parameter)}
-    set_trainable({p for m in owners for p in m.parameters(recurse=False)} - trainable, False)
+    held = {p for module in owners for p in module._parameters.values() if p is not None}
+    set_trainable(held - trainable, False)
     set_trainable(trainable, True)
-    in_full = {module for top in train_also for module in top.modules()}
+    in_full = {module for top in train_also for module in look.index.below(top)}
     for module in {*owners, *in_full}:
         if has_statistics(module):
             hold(module, module not in in_full)

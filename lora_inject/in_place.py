@@ -8,6 +8,7 @@ with one stays valid.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,18 +34,7 @@ def waiting_name(name: str, adapter: str) -> str:
     return f"lora_{len(adapter)}_{adapter}_{name}_kept"
 
 
-def places_of(model: nn.Module) -> dict[int, list[Place]]:
-    """Every place where a parameter or buffer is registered, by the id of the tensor."""
-    places: dict[int, list[Place]] = {}
-    for module in model.modules():
-        for owned in (module._parameters, module._buffers):
-            for name, tensor in owned.items():
-                if tensor is not None:
-                    places.setdefault(id(tensor), []).append((module, name))
-    return places
-
-
-def show(model: nn.Module, wanted: "dict[Slot, str | None]") -> None:
+def show(look: Any, wanted: "dict[Slot, str | None]") -> None:
     """Put an adapter's tensor, or the former value, into each slot, wherever it is tied now.
 
     Raises:
@@ -53,7 +43,7 @@ def show(model: nn.Module, wanted: "dict[Slot, str | None]") -> None:
     moving = {slot: name for slot, name in wanted.items() if slot.inside != name}
     for slot in moving:
         slot.check_restorable()
-    places = places_of(model) if moving else {}
+    places = look.tensor_places if moving else {}
     former = {slot: slot.inside for slot in moving}
     try:
         for slot, name in moving.items():

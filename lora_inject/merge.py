@@ -6,7 +6,6 @@ autograd notice a merge between a forward and its backward pass. The layer has i
 meanwhile and costs what it cost before.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,19 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.adapter import LayerState, Term, adapters_of, is_merged, state_of
+from lora_inject.core.look import Look
 from lora_inject.errors import ArgumentError, LoRAInjectError, UnsupportedLayerError
 from lora_inject.in_place import own_tensor
 from lora_inject.kinds.base import is_plain, own_class
 from lora_inject.layer import change, pairs_of
 from lora_inject.placements import is_fully_sharded, is_partial
-from lora_inject.record import (
-    adapted_layers,
-    exchange,
-    put_back_merged,
-    records_in,
-    require_own_record,
-)
-from lora_inject.refusals import require_kept, require_no_block, require_ready
+from lora_inject.record import exchange, put_back_merged
 from lora_inject.settings import check_names
 from lora_inject.tables import Section, Tables
 
@@ -104,19 +97,21 @@ def merge(model: nn.Module, adapters: Any = None, *, keep: Keep = "device") -> M
     """
     if keep is not False and keep not in ("device", "cpu"):
         raise ArgumentError(f'keep must be "device", "cpu" or False, not {keep!r}.')
-    require_own_record(model)
-    states = _states(model)
-    for path, (layer, _) in states.items():
-        require_no_block(path, layer)
-    names = _names_in_use(model, adapters)
+    return fold(Look(model), adapters, keep)
+
+
+def fold(look: Look, adapters: Any = None, keep: Keep = "device") -> MergeReport:
+    """``merge`` for a model that has been looked at."""
+    look.require_own_record()
+    look.require_no_block()
+    names = _names_in_use(look, adapters)
     todo = {
         path: (layer, state, new)
-        for path, (layer, state) in states.items()
-        if (new := frozenset(_running(state) & names))
+        for path, layer in look.layers.items()
+        if (new := frozenset(_running(state := look.states[layer]) & names))
     }
     if not todo:
-        for path, (layer, _) in states.items():
-            require_ready(path, layer)
+        look.require_awake()
         raise LoRAInjectError(
             "the model has no adapters in use to merge.", remedy="Call inject or use first."
         )
@@ -125,7 +120,7 @@ def merge(model: nn.Module, adapters: Any = None, *, keep: Keep = "device") -> M
         for path, (layer, _, new) in todo.items()
         for weight in _weights(layer, new)
     ]
-    _check_mergeable(model, [place[:3] for place in places])
+    _check_mergeable(look, [place[:3] for place in places])
     merged, undo = [], []
     try:
         for path, layer, weight, new in places:
@@ -161,14 +156,14 @@ def unmerge(model: nn.Module) -> nn.Module:
     Raises:
         LoRAInjectError: nothing is merged, or the former weights were not kept.
     """
-    require_own_record(model)
-    layers = {path: m for path, m in adapted_layers(model).items() if is_merged(m)}
+    look = Look(model)
+    look.require_own_record()
+    layers = [layer for layer in look.states if is_merged(layer)]
     if not layers:
         raise LoRAInjectError("nothing in the model is merged.", remedy="Call merge first.")
-    for path, layer in layers.items():
-        require_no_block(path, layer)
-        require_kept(path, layer)
-    for layer in layers.values():
+    look.require_no_block()
+    look.require_kept()
+    for layer in layers:
         put_back_merged(layer)
     return model
 
@@ -204,22 +199,14 @@ def merged(
         unmerge(model)
 
 
-def _states(model: nn.Module) -> dict[str, tuple[nn.Module, LayerState]]:
-    return {
-        path: (layer, state)
-        for path, layer in adapted_layers(model).items()
-        if (state := state_of(layer)) is not None
-    }
-
-
 def _running(state: LayerState) -> set[str]:
     """The adapters of a layer that are in use and not merged yet."""
     return {a.name for a in state.adapters if a.name in state.in_use} - state.folded
 
 
-def _names_in_use(model: nn.Module, adapters: Any) -> frozenset[str]:
+def _names_in_use(look: Look, adapters: Any) -> frozenset[str]:
     """The names to merge, which must be in use: else the model would not compute the same."""
-    used = frozenset(name for _, _, record in records_in(model) for name in record.in_use)
+    used = frozenset(name for record in look.records for name in record.in_use)
     wanted = used if adapters is None else frozenset(check_names(adapters, "adapters"))
     for name in wanted - used:
         raise ArgumentError(
@@ -235,13 +222,7 @@ def _weights(layer: nn.Module, names: frozenset[str]) -> list[str]:
     return list(dict.fromkeys(spec.weight for spec in specs))
 
 
-def _check_mergeable(model: nn.Module, places: list[tuple[str, nn.Module, str]]) -> None:
-    owners = Counter(
-        id(parameter)
-        for module in model.modules()
-        for parameter in module._parameters.values()
-        if parameter is not None
-    )
+def _check_mergeable(look: Look, places: list[tuple[str, nn.Module, str]]) -> None:
     for path, layer, name in places:
         adapter = next(a for a in adapters_of(layer) if name in [s.weight for s in a.specs])
         weight = layer._parameters.get(name)
@@ -252,7 +233,7 @@ def _check_mergeable(model: nn.Module, places: list[tuple[str, nn.Module, str]])
             reason = f"its {name} is quantized or parametrized, so that nothing can be added to it."
         elif reason is None and weight is not None and weight.is_meta:
             reason = "it is on the meta device and has no values."
-        elif reason is None and owners[id(weight)] > 1:
+        elif reason is None and len(look.tensor_places[id(weight)]) > 1:
             reason = f"its {name} is tied to that of another layer, which would change with it."
         if reason is not None:
             raise UnsupportedLayerError(

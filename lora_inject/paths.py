@@ -26,11 +26,11 @@ def bare(model: nn.Module) -> nn.Module:
     return model
 
 
-def bare_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module by every path that it has, without the names that wrappers put in."""
+def bare_modules(by_path: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Modules by every path that they have, without the names that wrappers put in."""
     modules: dict[str, nn.Module] = {}
     shown: dict[str, tuple[str, str | None]] = {}  # path without wrappers, name of what is wrapped
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in by_path.items():
         parent, _, name = path.rpartition(".")
         above, inside = shown[parent] if path else ("", "")
         own = above if name == inside else f"{above}.{name}".lstrip(".")

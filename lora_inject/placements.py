@@ -7,7 +7,7 @@ imported where it is used: it costs as much as the whole library.
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -48,10 +48,10 @@ def is_fully_sharded(module: nn.Module) -> bool:
     return bool(getattr(module, "_is_fsdp_managed_module", False))
 
 
-def reshard(model: nn.Module) -> None:
+def reshard(modules: Iterable[nn.Module]) -> None:
     """Let ``fully_shard`` put the shards back in place of what it gathered for a forward pass."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    for module in model.modules() if fsdp else ():
+    for module in modules if fsdp else ():
         if isinstance(module, fsdp.FSDPModule):  # type: ignore[union-attr]
             module.reshard()
 

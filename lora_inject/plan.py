@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_inject import settings as check
 from lora_inject import targets as grammar
-from lora_inject.adapter import adapters_of
+from lora_inject.core.look import Look
 from lora_inject.errors import (
     AlreadyAdaptedError,
     ArgumentError,
@@ -18,7 +18,6 @@ from lora_inject.errors import (
 )
 from lora_inject.freeze import in_place, is_given, select_in_full
 from lora_inject.in_place import Place
-from lora_inject.record import records_in, require_awake, require_own_record, require_same_use
 from lora_inject.selection import (
     ALL_LINEAR,
     Choice,
@@ -39,7 +38,7 @@ class Plan:
     """What ``inject`` would do to a model; ``print`` shows it as a table.
 
     Attributes:
-        model: the model it is for.
+        look: the model it is for, as it was looked at.
         sites: the layers to adapt, in registration order.
         skipped: what was selected and is left alone, with reasons.
         train_also: the modules that will train in full, by path.
@@ -49,7 +48,7 @@ class Plan:
         seed: the seed of the starting values; None draws one.
     """
 
-    model: nn.Module = field(repr=False)
+    look: Look = field(repr=False)
     sites: tuple[Site, ...]
     skipped: tuple[Skip, ...]
     train_also: dict[str, nn.Module] = field(repr=False)
@@ -57,6 +56,11 @@ class Plan:
     adapter: str
     bias: BiasMode
     seed: int | None
+
+    @property
+    def model(self) -> nn.Module:
+        """The model it is for."""
+        return self.look.model
 
     @property
     def oversized(self) -> list[Site]:
@@ -152,27 +156,28 @@ def plan(
         for p in patterns
     }
 
-    view = View(model)
+    look = Look(model)
+    view = View(look)
     _check_tree(view)
-    require_own_record(model)
-    require_awake(model)
-    require_same_use(model)
-    _check_extension(model, adapter, bias)
+    look.require_own_record()
+    look.require_awake()
+    look.require_same_use()
+    _check_extension(look, adapter, bias)
     in_full = select_in_full(view, train_also)
     limits = Limits(
         excluded=view.subtrees("exclude", excluded),
-        in_full=frozenset(m for top in in_full.values() for m in top.modules()),
+        in_full=frozenset(m for top in in_full.values() for m in look.index.below(top)),
         layers=indices,
     )
     draft = Draft(view, adapter, settings, _parts_by_module(view, to_part), limits)
     choices, skips = choose(view, patterns, limits, draft.refusal)
     _check_not_adapted(choices, adapter)
-    _check_in_full(model, choices, in_full)
+    _check_in_full(look, choices, in_full)
     sites = _with_followers(draft, [draft.site(choice, dtype) for choice in choices])
     _check_parts_used(view, to_part, sites)
-    tensors = in_place(model, [s.module for s in sites], bias, [*in_full.values()])
-    _check_in_place(model, adapter, tensors)
-    return Plan(model, sites, tuple(skips), in_full, tensors, adapter, bias, seed)
+    tensors = in_place(look, [s.module for s in sites], bias, [*in_full.values()])
+    _check_in_place(look, adapter, tensors)
+    return Plan(look, sites, tuple(skips), in_full, tensors, adapter, bias, seed)
 
 
 def _check_model(model: Any) -> None:
@@ -205,9 +210,9 @@ def _check_tree(view: View) -> None:
             raise UnsupportedLayerError(problem, path=place.path, remedy=remedy)
 
 
-def _check_extension(model: nn.Module, adapter: str, bias: BiasMode) -> None:
+def _check_extension(look: Look, adapter: str, bias: BiasMode) -> None:
     """Refuse to extend an adapter that is not in use as it is, or in another bias mode."""
-    for _, _, record in records_in(model):
+    for record in look.records:
         mode = record.modes.get(adapter)
         if mode is not None and record.in_use.get(adapter) != 1.0:
             raise ArgumentError(
@@ -221,9 +226,9 @@ def _check_extension(model: nn.Module, adapter: str, bias: BiasMode) -> None:
             )
 
 
-def _check_in_place(model: nn.Module, adapter: str, tensors: Collection[Place]) -> None:
+def _check_in_place(look: Look, adapter: str, tensors: Collection[Place]) -> None:
     """Refuse to train in place what another adapter in use has trained: one value at a time."""
-    for _, _, record in records_in(model):
+    for record in look.records:
         for module, name in tensors:
             slot = record.slots.get(module, {}).get(name)
             if slot is not None and slot.inside not in (None, adapter):
@@ -272,28 +277,20 @@ def _check_parts_used(view: View, to_part: Mapping[Pattern, Parts], sites: Seque
             raise NoMatchError(f"parts: {pattern.label!r} selects no layer that targets choose.")
 
 
-def _check_in_full(
-    model: nn.Module, choices: Sequence[Choice], in_full: Mapping[str, nn.Module]
-) -> None:
+def _check_in_full(look: Look, choices: Sequence[Choice], in_full: Mapping[str, nn.Module]) -> None:
     """Refuse to adapt what another adapter trains in full, and the other way round."""
-    trained = {
-        module: name
-        for _, _, record in records_in(model)
-        for name, mode in record.modes.items()
-        for module in mode.in_full
-    }
     for choice in choices:
-        if (name := trained.get(choice.target.module)) is not None:
+        if (name := look.in_full.get(choice.target.module)) is not None:
             raise UnsupportedLayerError(
                 f"the adapter {name!r} trains it in full.",
                 path=choice.target.path,
                 remedy="Exclude it.",
             )
     for path, top in in_full.items():
-        for module in top.modules():
-            if own := adapters_of(module):
+        for module in look.index.below(top):
+            if (state := look.states.get(module)) is not None:
                 raise UnsupportedLayerError(
-                    f"train_also: the adapter {own[0].name!r} stands on a layer in it.",
+                    f"train_also: the adapter {state.adapters[0].name!r} stands on a layer in it.",
                     path=path,
                     remedy="Take it out of train_also.",
                 )

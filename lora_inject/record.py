@@ -13,17 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_inject.adapter import Adapter, adapters_of, state_of
-from lora_inject.checkpointing import checkpointed_modules, hook, unhook
-from lora_inject.errors import ArgumentError, LoRAInjectError
+from lora_inject.adapter import Adapter, state_of
+from lora_inject.checkpointing import checkpointed, hook, unhook
 from lora_inject.in_place import Place, Slot, own_tensor
 from lora_inject.layer import change, detach
-from lora_inject.refusals import require_intact, require_kept, require_no_block, require_ready
+from lora_inject.refusals import require_intact, require_kept, require_no_block
 from lora_inject.settings import BiasMode
 from lora_inject.statistics import has_statistics, hold, is_held
 
-_RECORD = "_lora_inject_record"
-_TRAINED = "_lora_inject_trained"  # marks modules of which something trains in place
+RECORD = "_lora_inject_record"
+TRAINED = "_lora_inject_trained"  # marks modules of which something trains in place
 
 
 @dataclass
@@ -136,16 +135,6 @@ class Record:
                 for name, shared in zip(adapter.parameters, first.parameters, strict=True):
                     layer._parameters[name] = leader.get_parameter(shared)
 
-    def require_ready(self) -> None:
-        """Refuse a record with merged layers, or inside a block that changes what runs.
-
-        Raises:
-            LoRAInjectError: it is.
-        """
-        paths = {layer: path for path, layer, _ in self.adapters}
-        for layer, path in paths.items():
-            require_ready(path, layer)
-
     def all_slots(self) -> Iterator[Slot]:
         """Every slot once."""
         found = {slot: None for slots in self.slots.values() for slot in slots.values()}
@@ -157,7 +146,7 @@ class Record:
         slot = known[0] if known else Slot(places)
         for module, name in places:
             self.slots[module] = {**self.slots.get(module, {}), name: slot}
-            module.__dict__[_TRAINED] = True
+            module.__dict__[TRAINED] = True
         return slot
 
     def disown(self, adapters: Iterable[str]) -> None:
@@ -171,7 +160,7 @@ class Record:
         """Drop the slots that no adapter owns any more."""
         owned = {m: {n: s for n, s in own.items() if s.trains} for m, own in self.slots.items()}
         for module in [module for module, own in owned.items() if not own]:
-            module.__dict__.pop(_TRAINED, None)
+            module.__dict__.pop(TRAINED, None)
         self.slots = {module: own for module, own in owned.items() if own}
 
     def check_restorable(self, values: bool = True) -> None:
@@ -232,56 +221,24 @@ def exchange(tensor: Tensor, value: Tensor) -> None:
     tensor.set_(value.to(tensor.device, tensor.dtype))  # type: ignore[call-overload]
 
 
-def records_in(model: nn.Module) -> list[tuple[str, nn.Module, Record]]:
-    """(path, module, record) of every record in the model, the newest first."""
-    holders = {m: m.__dict__[_RECORD] for m in _all_modules(model) if _RECORD in m.__dict__}
-    if holders.keys() <= {model}:  # the usual case, without the cost of every path
-        return [("", m, record) for m, record in holders.items()]
-    found = [(path, m, holders[m]) for path, m in model.named_modules() if m in holders]
-    return sorted(found, key=lambda item: -item[2].created)
+Holders = list[tuple[str, nn.Module, Record]]  # the path of a record's module, it, the record
 
 
-def _all_modules(model: nn.Module) -> set[nn.Module]:
-    """``model.modules()`` in no order, without its cost: switching adapters asks for it."""
-    found, open_ends = {model}, [model]
-    while open_ends:
-        children = open_ends.pop()._modules.values()
-        new = [m for m in children if m is not None and m not in found]
-        found.update(new)
-        open_ends += new
-    return found
+def install(look: Any, record: Record) -> None:
+    """Put the record on the model, in place of those of its submodules, which it has adopted."""
+    record.hooked = checkpointed(look.index.modules)
+    reinstall(look.holders, [("", look.model, record)])
 
 
-def gather(model: nn.Module, changes: Before) -> Record:
-    """One record of everything that was done to the model, these changes being the last."""
-    record = Record(before=changes)
-    for path, _, older in records_in(model):
-        record.adopt(older, path)
-    return record
-
-
-def former_flags(model: nn.Module) -> dict[nn.Module, dict[str, bool]]:
-    """``requires_grad`` of every parameter, by owner and name, before any call changed it."""
-    now = Before()
-    now.keep(model.modules())
-    return gather(model, now).before.requires_grad
-
-
-def install(module: nn.Module, record: Record) -> None:
-    """Put the record on the module, in place of those of its submodules, which it has adopted."""
-    record.hooked = checkpointed_modules(module)
-    reinstall(module, [("", module, record)])
-
-
-def reinstall(model: nn.Module, records: list[tuple[str, nn.Module, Record]]) -> None:
-    """Make these the records in the model again, and theirs the hooks in it."""
-    former = [module for _, _, record in records_in(model) for module in record.hooked]
-    for _, holder, _ in records_in(model):
-        del holder.__dict__[_RECORD]
-    for _, holder, record in records:
-        holder.__dict__[_RECORD] = record
-    hooked = {module: None for _, _, record in records for module in record.hooked}
-    unhook(module for module in former if module not in hooked)
+def reinstall(former: Holders, holders: Holders) -> None:
+    """Make these the records in a model, in place of former ones, and theirs the hooks in it."""
+    for _, holder, _ in former:
+        holder.__dict__.pop(RECORD, None)
+    for _, holder, record in holders:
+        holder.__dict__[RECORD] = record
+    hooked = {module: None for _, _, record in holders for module in record.hooked}
+    had = [module for _, _, record in former for module in record.hooked]
+    unhook(module for module in had if module not in hooked)
     hook(hooked)
 
 
@@ -304,92 +261,15 @@ def set_trainable(parameters: Iterable[nn.Parameter], trainable: bool) -> None:
             parameter.grad = None
 
 
-def lend(module: nn.Module, name: str, value: Any) -> None:
+def lend(record: Record, module: nn.Module, name: str, value: Any) -> None:
     """Put an attribute on an adapted model for a while; it goes with the adapters at the latest."""
     module.__dict__[name] = value
-    records_in(module)[0][2].lent.append((module, name))
+    record.lent.append((module, name))
 
 
 def uninstall(module: nn.Module) -> None:
     """Take the record off the module, and the hooks and attributes that it lists."""
-    record: Record = module.__dict__.pop(_RECORD)
+    record: Record = module.__dict__.pop(RECORD)
     unhook(record.hooked)
     for owner, name in record.lent:
         owner.__dict__.pop(name, None)
-
-
-def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every adapted layer of the model by its path in it, awake or not, whoever adapted it."""
-    return {path: module for path, module in model.named_modules() if adapters_of(module)}
-
-
-def require_own_record(model: nn.Module) -> None:
-    """Refuse a part of a model that was adapted as a whole: the way back is kept by the whole.
-
-    Raises:
-        LoRAInjectError: the model has adapted layers of which none of its records knows.
-    """
-    records = [record for _, _, record in records_in(model)]
-    known = {layer for record in records for layer in (*record.layers, *record.slots)}
-    touched = {
-        path: m for path, m in model.named_modules() if adapters_of(m) or _TRAINED in vars(m)
-    }
-    for path, layer in touched.items():
-        if layer not in known:
-            raise LoRAInjectError(
-                "it was adapted as part of a larger model.",
-                path=path,
-                remedy="Call this on the model that inject was called on.",
-            )
-
-
-def require_known(records: Iterable[Record], names: Iterable[str], argument: str) -> None:
-    """Refuse names of adapters that are not there.
-
-    Raises:
-        ArgumentError: one is not; the message starts with the argument's name.
-    """
-    known = {name for record in records for name in record.modes}
-    for name in names:
-        if name not in known:
-            raise ArgumentError(
-                f"{argument}: there is no adapter {name!r}; known: {sorted(known)}."
-            )
-
-
-def require_same_use(model: nn.Module) -> None:
-    """Refuse parts of a model that were adapted on their own and use one adapter differently.
-
-    Raises:
-        LoRAInjectError: they do, so that they cannot become one.
-    """
-    records = [record for _, _, record in records_in(model)]
-    for name in {name for record in records for name in record.modes}:
-        if len({record.in_use.get(name) for record in records if name in record.modes}) > 1:
-            raise LoRAInjectError(
-                f"parts of the model use the adapter {name!r} with different weights.",
-                remedy="Call use on the whole model first.",
-            )
-
-
-def require_awake(model: nn.Module) -> None:
-    """Refuse a model whose adapters are merged, or inside a block that changes what runs.
-
-    Raises:
-        LoRAInjectError: they are.
-    """
-    for path, layer in adapted_layers(model).items():
-        require_ready(path, layer)
-
-
-def adapter_parameters(
-    layers: Iterable[nn.Module],
-) -> tuple[set[nn.Parameter], set[nn.Parameter]]:
-    """(all A, all B) of these layers, known from their adapters and not by name."""
-    A, B = set(), set()
-    for layer in layers:
-        for adapter in adapters_of(layer):
-            for _, A_name, B_name in adapter.pairs:
-                A.add(layer.get_parameter(A_name))
-                B.add(layer.get_parameter(B_name))
-    return A, B

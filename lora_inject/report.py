@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_inject.adapter import adapters_of, state_of
+from lora_inject.core.look import Look
 from lora_inject.in_place import own_tensor
 from lora_inject.memory import (
     Bytes,
@@ -16,7 +16,6 @@ from lora_inject.memory import (
     optimizer_states,
     training_bytes,
 )
-from lora_inject.record import Record, adapted_layers, former_flags, records_in
 from lora_inject.roles import ADAPTER_ROLES, ROLES, is_bias, roles
 from lora_inject.statistics import is_held
 from lora_inject.tables import Section, Tables, count, plural, size
@@ -182,31 +181,36 @@ def report(model: nn.Module, optimizer: str = "adamw") -> Report:
     Raises:
         ArgumentError: the optimizer is not known.
     """
+    return report_of(Look(model), optimizer)
+
+
+def report_of(look: Look, optimizer: str = "adamw") -> Report:
+    """``report`` for a model that has been looked at."""
     states = optimizer_states(optimizer)
-    role_of = roles(model)
+    role_of = roles(look)
     trainable = [p for p in role_of if p.requires_grad]
     frozen = [p for p in role_of if not p.requires_grad]
-    records = [record for _, _, record in records_in(model)]
-    waiting = {own_tensor(*p) for r in records for s in r.all_slots() for p in s.waiting}
+    modes = [mode for record in look.records for mode in record.modes.values()]
+    waiting = {own_tensor(*place) for slot in look.slots for place in slot.waiting}
     base = [
         p
         for p, role in role_of.items()
         if role not in ADAPTER_ROLES and can_train(p) and p not in waiting
     ]
     return Report(
-        model=type(model).__name__,
+        model=type(look.model).__name__,
         trainable=_elements(trainable),
         frozen=_elements(frozen),
         split={role: _elements(p for p in trainable if role_of[p] == role) for role in ROLES},
-        patterns=_pattern_rows(adapted_layers(model).values()),
-        bias=" + ".join(dict.fromkeys(m.bias for r in records for m in r.modes.values())) or None,
+        patterns=_pattern_rows(look),
+        bias=" + ".join(dict.fromkeys(mode.bias for mode in modes)) or None,
         memory=Memory(
             optimizer,
             trainable=training_bytes(trainable, states),
             frozen=frozen_bytes(frozen),
             full=training_bytes(base, states),
         ),
-        notes=_notes(model, trainable, records),
+        notes=_notes(look, trainable),
     )
 
 
@@ -214,12 +218,12 @@ def _elements(parameters: Iterable[Tensor]) -> int:
     return sum(map(logical_numel, parameters))
 
 
-def _pattern_rows(layers: Iterable[nn.Module]) -> tuple[PatternRow, ...]:
+def _pattern_rows(look: Look) -> tuple[PatternRow, ...]:
     groups: dict[tuple[str, str], list[tuple[int, int]]] = {}
     in_use: dict[str, float] = {}
-    for layer in layers:
-        in_use |= state.in_use if (state := state_of(layer)) else {}
-        for adapter in adapters_of(layer):
+    for state in look.states.values():
+        in_use |= state.in_use
+        for adapter in state.adapters:
             if adapter.follows:
                 continue  # it has no parameters of its own
             found = groups.setdefault((adapter.pattern, adapter.name), [])
@@ -237,15 +241,10 @@ def _pattern_rows(layers: Iterable[nn.Module]) -> tuple[PatternRow, ...]:
     )
 
 
-def _notes(
-    model: nn.Module, trainable: list[nn.Parameter], records: list[Record]
-) -> tuple[str, ...]:
+def _notes(look: Look, trainable: list[nn.Parameter]) -> tuple[str, ...]:
     notes = [] if trainable else ["No parameter trains."]
-    former = (
-        former_flags(model)
-        if any(m.bias != "none" for r in records for m in r.modes.values())
-        else {}
-    )
+    trains_biases = any(m.bias != "none" for r in look.records for m in r.modes.values())
+    former = look.former_flags if trains_biases else {}
     still = sum(
         not flag and is_bias(module, name)
         for module, flags in former.items()
@@ -254,7 +253,7 @@ def _notes(
     )
     if still:
         notes.append(f"{plural(still, 'bias parameter')} had been frozen before and stay so.")
-    held = [m for m in model.modules() if is_held(m)]
+    held = [module for module in look.index.modules if is_held(module)]
     if held:
         notes.append(
             f"The running statistics of {plural(len(held), 'normalisation layer')} stand still; in "

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from lora_inject.core.look import Look
 from lora_inject.errors import ArgumentError, LoRAInjectError
-from lora_inject.record import adapted_layers, adapter_parameters, records_in
 
 ADAPTER_ROLES = ("lora_A", "lora_B")
 ROLES = (*ADAPTER_ROLES, "bias", "train_also", "other")
@@ -31,22 +31,16 @@ def is_bias(owner: nn.Module, name: str) -> bool:
     )
 
 
-def roles(model: nn.Module) -> dict[nn.Parameter, str]:
+def roles(look: Look) -> dict[nn.Parameter, str]:
     """The role of every parameter, each once, in registration order."""
-    A, B = adapter_parameters(adapted_layers(model).values())
-    in_full = {
-        parameter
-        for _, _, record in records_in(model)
-        for mode in record.modes.values()
-        for module in mode.train_also
-        for parameter in module.parameters()
-    }
-    biases = _biases(model)
-    members = {"lora_A": A, "lora_B": B, "train_also": in_full, "bias": biases}
-    return {
-        p: next((role for role, group in members.items() if p in group), "other")
-        for p in model.parameters()
-    }
+    found = dict.fromkeys(look.parameters, "other")
+    found |= dict.fromkeys(biases(look), "bias")
+    for module in look.in_full:
+        found |= {p: "train_also" for p in module._parameters.values() if p is not None}
+    for layer, state in look.states.items():
+        for _, A, B in (pair for adapter in state.adapters for pair in adapter.pairs):
+            found[layer.get_parameter(A)], found[layer.get_parameter(B)] = ADAPTER_ROLES
+    return found
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -58,7 +52,11 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     Raises:
         LoRAInjectError: nothing trains, so that an optimizer would have nothing to do.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    return _trainable(Look(model))
+
+
+def _trainable(look: Look) -> list[nn.Parameter]:
+    parameters = [p for p in look.parameters if p.requires_grad]
     if not parameters:
         raise LoRAInjectError("no parameter of this model trains.", remedy="Call inject first.")
     return parameters
@@ -94,10 +92,11 @@ def param_groups(
             raise ArgumentError(f"{name} must be above 0, not {value!r}.")
     if not weight_decay >= 0:
         raise ArgumentError(f"weight_decay must be at least 0, not {weight_decay!r}.")
-    trainable, role_of, biases = lora_parameters(model), roles(model), _biases(model)
+    look = Look(model)
+    trainable, role_of, without_decay = _trainable(look), roles(look), biases(look)
     named: dict[str, list[nn.Parameter]] = {role: [] for role in ROLES}
     for parameter in trainable:
-        named["bias" if parameter in biases else role_of[parameter]].append(parameter)
+        named["bias" if parameter in without_decay else role_of[parameter]].append(parameter)
     return [
         {
             "name": role,
@@ -110,17 +109,17 @@ def param_groups(
     ]
 
 
-def _biases(model: nn.Module) -> set[nn.Parameter]:
+def biases(look: Look) -> set[nn.Parameter]:
+    """Every bias, those included that wait while another adapter's stands in their place."""
     waiting = [
         module._parameters[name]
-        for _, _, record in records_in(model)
-        for slot in record.all_slots()
-        if slot.places[0][1] in slot.places[0][0]._parameters and is_bias(*slot.places[0])
+        for slot in look.slots
+        if slot.is_parameter and is_bias(*slot.places[0])
         for module, name in slot.waiting
     ]
     return {p for p in waiting if p is not None} | {
         parameter
-        for module in model.modules()
+        for module in look.index.modules
         for name, parameter in module._parameters.items()
         if parameter is not None and is_bias(module, name)
     }

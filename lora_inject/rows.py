@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.adapter import Adapter, Term, adapters_of, state_of
+from lora_inject.core.look import Look
 from lora_inject.errors import ArgumentError, LoRAInjectError, UnsupportedLayerError
 from lora_inject.in_place import show
 from lora_inject.layer import add, change, oriented
 from lora_inject.low_rank import side_by_side
 from lora_inject.placements import alongside
-from lora_inject.record import records_in, require_known, require_own_record
 from lora_inject.refusals import require_ready
 
 
@@ -54,12 +54,12 @@ def per_row(model: nn.Module, adapters: Iterable[str | None]) -> Iterator[nn.Mod
     """
     names = _check_rows(adapters)
     wanted = frozenset(name for name in names if name is not None)
-    require_own_record(model)
-    records = [record for _, _, record in records_in(model)]
-    require_known(records, wanted, "adapters")
-    paths = {layer: path for record in records for path, layer, _ in record.adapters}
+    look = Look(model)
+    look.require_own_record()
+    look.require_known(wanted, "adapters")
+    paths = {layer: path for record in look.records for path, layer, _ in record.adapters}
     _check_layers(paths, wanted)
-    slots = {slot: slot.inside for record in records for slot in record.all_slots()}
+    slots = {slot: slot.inside for slot in look.slots}
     for slot in slots:
         for name in wanted & slot.trains.keys():
             raise ArgumentError(
@@ -69,7 +69,7 @@ def per_row(model: nn.Module, adapters: Iterable[str | None]) -> Iterator[nn.Mod
 
     former = {layer: _rows_of(layer) for layer in paths}
     try:
-        show(model, dict.fromkeys(slots))
+        show(look, dict.fromkeys(slots))
         for layer, path in paths.items():
             own = [adapter for adapter in adapters_of(layer) if adapter.name in wanted]
             change(layer, rows=Rows(path, names, own))
@@ -77,7 +77,7 @@ def per_row(model: nn.Module, adapters: Iterable[str | None]) -> Iterator[nn.Mod
     finally:
         for layer, rows in former.items():
             change(layer, rows=rows)
-        show(model, slots)
+        show(Look(model), slots)
 
 
 class Rows:

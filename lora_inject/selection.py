@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from lora_inject.core.look import Look
 from lora_inject.errors import LoRAInjectError, NoMatchError, UnsupportedLayerError
 from lora_inject.heads import find_heads
 from lora_inject.kinds import find_kind
 from lora_inject.placements import whole_shape
 from lora_inject.roles import is_bias
 from lora_inject.tables import plural
-from lora_inject.targets import Pattern, Place, close_names, in_blocks, walk
+from lora_inject.targets import Pattern, Place, close_names, in_blocks
 
 ALL_LINEAR = "all-linear"
 
@@ -97,13 +98,14 @@ def is_linear_like(path: str, module: nn.Module) -> bool:
 
 
 class View:
-    """A model as planning sees it: its modules, found once, and the questions asked of them."""
+    """A model as planning sees it, and the questions asked of it."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.places = walk(model)
+    def __init__(self, look: Look) -> None:
+        self.look = look
+        self.model = look.model
+        self.places = look.index.places
         self.kinds = {place.module: find_kind(place.module) for place in self.places}
-        self.by_path = {path: place.module for place in self.places for path in place.paths}
+        self.by_path = look.index.by_path
         self.owners: dict[nn.Parameter, list[tuple[Place, str]]] = {}
         for place in self.places:
             for name, parameter in place.module._parameters.items():
@@ -174,7 +176,7 @@ class View:
             module: pattern.label
             for pattern in patterns
             for place in self.modules_of(argument, pattern)
-            for module in place.module.modules()
+            for module in self.look.index.below(place.module)
         }
 
     def trainable_modules(self, argument: str, patterns: Iterable[Pattern]) -> dict[str, nn.Module]:
@@ -186,11 +188,7 @@ class View:
         selected: dict[str, nn.Module] = {}
         for pattern in patterns:
             places = self.modules_of(argument, pattern)
-            able = {
-                place.path: place.module
-                for place in places
-                if any(p.is_floating_point() for p in place.module.parameters())
-            }
+            able = {place.path: place.module for place in places if self._can_train(place.module)}
             if not able:
                 raise NoMatchError(
                     f"{argument}: {pattern.label!r} selects no module with floating-point "
@@ -201,6 +199,10 @@ class View:
             selected |= able
         return selected
 
+    def _can_train(self, top: nn.Module) -> bool:
+        own = [p for module in self.look.index.below(top) for p in module._parameters.values()]
+        return any(p is not None and p.is_floating_point() for p in own)
+
     def adaptable_names(self) -> list[str]:
         """The last components of the paths of everything that has a kind."""
         names = [p.path.rpartition(".")[2] for p in self.places if self.kinds[p.module] is not None]
@@ -208,7 +210,7 @@ class View:
 
     def adaptable_below(self, targets: Iterable[Target]) -> list[str]:
         """Paths of layers with a kind inside these modules."""
-        inside = {module for target in targets for module in target.module.modules()}
+        inside = {m for target in targets for m in self.look.index.below(target.module)}
         return [p.path for p in self.places if p.module in inside and self.kinds[p.module]]
 
 
@@ -305,7 +307,7 @@ def _reason_to_leave(
     if pattern.label == ALL_LINEAR and module in view.heads:
         return view.heads[module]
     if target.parameter is None and view.kinds[module] is None:
-        owns = any(True for _ in module.parameters(recurse=False))
+        owns = any(p is not None for p in module._parameters.values())
         return "no kind of layer that can be adapted" if owns else None
     return None
 

@@ -12,6 +12,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from lora_inject.adapter import adapters_of
+from lora_inject.core.look import Look
 from lora_inject.memory import stored_tensors
 from lora_inject.roles import ADAPTER_ROLES, roles
 
@@ -116,7 +117,7 @@ class Held:
         block_of = {p: i for i, block in enumerate(blocks(model)) for p in block.parameters()}
         self._parameters = [
             _Parameter(p, shares.get(p, _UNDIVIDED), role in ADAPTER_ROLES, block_of.get(p), tp)
-            for p, role in roles(model).items()
+            for p, role in roles(Look(model)).items()
         ]
 
     def sharded(self, fsdp: int) -> tuple[int, int, int, int]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_inject.adapter import Adapter
+from lora_inject.core.look import Look
 from lora_inject.errors import ArgumentError, FormatError, LoRAInjectError
 from lora_inject.fingerprint import fingerprint
 from lora_inject.formats.data import AdapterData, PairData, is_usable
@@ -33,7 +34,7 @@ from lora_inject.placements import (
     reshard,
     whole,
 )
-from lora_inject.record import Record, records_in, require_known, require_own_record
+from lora_inject.record import Record
 from lora_inject.settings import BiasMode, check_adapter
 
 
@@ -137,21 +138,21 @@ class Stored:
     Args:
         model: an adapted model, or a wrapper that holds it.
         adapter: its name; None for the only one, or the only one in use.
+        look: the model, where it has been looked at.
     """
 
-    def __init__(self, model: nn.Module, adapter: str | None) -> None:
-        require_own_record(model)
-        reshard(model)
+    def __init__(self, model: nn.Module, adapter: str | None, look: Look | None = None) -> None:
+        look = look or Look(model)
+        look.require_own_record()
+        reshard(look.index.modules)
         self.model = model
-        self.records = [record for _, _, record in records_in(model)]
-        if not self.records:
-            raise LoRAInjectError("the model has no adapters.", remedy="Call inject first.")
-        self.name = adapter_name(self.records, adapter)
-        self.modules = bare_modules(model)
+        look.require_adapters()
+        self.records = look.records
+        self.name = adapter_name(look, adapter)
+        self.modules = bare_modules(look.index.by_path)
         self.paths = first_paths(self.modules)
         self.real_prefixes = [name for name in ("module", "base_model") if name in self.modules]
-        for record in self.records:
-            record.require_ready()
+        look.require_awake()
         for path, layer in ((p, m) for r in self.records for p, m, _ in r.adapters):
             if layer not in self.paths:
                 raise LoRAInjectError(
@@ -445,17 +446,17 @@ def not_finite(tensors: Mapping[Any, Tensor]) -> list[Any]:
     return [key for key in doubtful if not floating[key].isfinite().all()]
 
 
-def adapter_name(records: list[Record], adapter: str | None) -> str:
+def adapter_name(look: Look, adapter: str | None) -> str:
     """The adapter that is meant: that of the name, the only one, or the only one in use.
 
     Raises:
         ArgumentError: there is none of this name, or None could mean several.
     """
     if adapter is not None:
-        require_known(records, [check_adapter(adapter)], "adapter")
+        look.require_known([check_adapter(adapter)], "adapter")
         return adapter
-    known = sorted({name for record in records for name in record.modes})
-    used = sorted({name for record in records for name in record.in_use})
+    known = sorted({name for record in look.records for name in record.modes})
+    used = sorted({name for record in look.records for name in record.in_use})
     for names in (known, used):
         if len(names) == 1:
             return names[0]

@@ -10,30 +10,27 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject import initial
-from lora_inject.adapter import Adapter, adapters_of, state_of
+from lora_inject.adapter import Adapter
+from lora_inject.core.look import Look
 from lora_inject.errors import LoRAInjectError, LoRAInjectWarning
 from lora_inject.freeze import mark, take
 from lora_inject.in_place import Place
 from lora_inject.kinds import Spec
 from lora_inject.layer import attach, detach
-from lora_inject.merge import merge as fold
+from lora_inject.merge import fold
 from lora_inject.placements import fill, require_whole, reshard
 from lora_inject.plan import Plan, plan
 from lora_inject.record import (
     Before,
     Mode,
     Record,
-    adapted_layers,
-    gather,
     install,
-    records_in,
     reinstall,
-    require_own_record,
     set_in_use,
     set_trainable,
     uninstall,
 )
-from lora_inject.report import Report, report
+from lora_inject.report import Report, report_of
 from lora_inject.selection import ALL_LINEAR
 from lora_inject.settings import BiasMode
 from lora_inject.sites import Site
@@ -132,7 +129,7 @@ def inject(
     )
     undo = apply(wanted)
     try:
-        return _with_notes(report(model), wanted)
+        return _with_notes(report_of(wanted.look.again()), wanted)
     except BaseException:
         undo()
         raise
@@ -158,15 +155,15 @@ def apply(
     Returns:
         What makes the model what it was before this call, until something else changes it.
     """
-    model, earlier = wanted.model, records_in(wanted.model)
-    decided = {module for _, _, record in earlier for module in record.before.training}
-    undecided = [module for module in model.modules() if module not in decided]
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    look, modules = wanted.look, wanted.look.index.modules
+    decided = {module for record in look.records for module in record.before.training}
+    undecided = [module for module in modules if module not in decided]
+    gradients = [(parameter, parameter.grad) for parameter in look.parameters]
     seed = initial.draw_seed() if wanted.seed is None else wanted.seed
 
     changes, attached = Before(), dict[str, tuple[nn.Module, Adapter]]()
-    changes.keep(model.modules())
-    record = gather(model, copy(changes))
+    changes.keep(modules)
+    record = look.gathered(copy(changes))
     owned = {slot: set(slot.trains) for slot in record.all_slots()}
 
     def undo() -> None:
@@ -179,9 +176,9 @@ def apply(
         changes.restore()
         for parameter, gradient in gradients:
             parameter.grad = gradient
-        for _, _, former in earlier:
+        for former in look.records:
             set_in_use(former, former.in_use)
-        reinstall(model, earlier)
+        reinstall(look.again().holders, look.holders)
 
     try:
         for site in wanted.sites:
@@ -189,7 +186,7 @@ def apply(
             attached[site.path] = _adapt(site, wanted.adapter, seed, shared, values)
         _enter(record, wanted, attached, undecided, use)
         _fill_slots(record, wanted.adapter, tensors or {})
-        install(model, record)
+        install(look, record)
     except BaseException:
         undo()
         raise
@@ -205,12 +202,12 @@ def _enter(
 ) -> None:
     """Write a new adapter into the record; put it in use beside the others, and let it train."""
     name, in_full = wanted.adapter, list(wanted.train_also.values())
-    take(wanted.model, record, name, wanted.in_place, inside=use)
+    take(wanted.look, record, name, wanted.in_place, inside=use)
     parameters = {m.get_parameter(n) for m, a in attached.values() for n in a.parameters}
     record.adapters += [(path, *pair) for path, pair in attached.items()]
     record.modes.setdefault(name, Mode(wanted.bias)).train_also += in_full
     if use:
-        mark(undecided, parameters, wanted.in_place, in_full)
+        mark(wanted.look, undecided, parameters, wanted.in_place, in_full)
         record.training = record.training | {name}
         set_in_use(record, {name: 1.0, **record.in_use})
     else:
@@ -298,12 +295,12 @@ def reset_lora_parameters(model: nn.Module) -> None:
     Raises:
         LoRAInjectError: an adapter is still on the meta device; nothing is changed.
     """
-    reshard(model)
-    layers = adapted_layers(model)
+    look = Look(model)
+    reshard(look.index.modules)
     pairs = [
         (path, adapter, spec, layer.get_parameter(A_name), layer.get_parameter(B_name))
-        for path, layer in layers.items()
-        for adapter in adapters_of(layer)
+        for path, layer in look.layers.items()
+        for adapter in look.states[layer].adapters
         if not adapter.follows
         for spec, A_name, B_name in adapter.pairs
     ]
@@ -316,15 +313,14 @@ def reset_lora_parameters(model: nn.Module) -> None:
                 path=path,
                 remedy='Call model.to_empty(device="cpu") first, then load the base weights.',
             )
-    for _, _, record in records_in(model):
+    for record in look.records:
         record.tie()
     with torch.no_grad():
         for _, adapter, spec, A, B in pairs:
             for parameter, value in zip((A, B), _starting_values(adapter, spec), strict=True):
                 fill(parameter, value, source=0)  # whatever seed the other ranks drew
-    for _, _, record in records_in(model):
-        for slot in record.all_slots():
-            slot.keep_unknown()
+    for slot in look.slots:
+        slot.keep_unknown()
 
 
 def strip(model: nn.Module, merge: bool = False) -> nn.Module:
@@ -355,15 +351,15 @@ def strip(model: nn.Module, merge: bool = False) -> nn.Module:
     Raises:
         LoRAInjectError: the model cannot be put back exactly; nothing is changed.
     """
-    require_own_record(model)
-    records = records_in(model)
-    if not records:
+    look = Look(model)
+    look.require_own_record()
+    if not look.records:
         warnings.warn("strip: the model has no adapters.", LoRAInjectWarning, stacklevel=2)
-    for _, _, record in records:
+    for record in look.records:
         record.check_restorable(values=not merge)
-    if merge and any(s.running for m in model.modules() if (s := state_of(m))):
-        fold(model, keep=False)
-    for _, holder, record in records:
+    if merge and any(state.running for state in look.states.values()):
+        fold(look, keep=False)
+    for _, holder, record in look.holders:
         if merge:
             record.forget_values()
         record.restore()

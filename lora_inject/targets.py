@@ -64,14 +64,6 @@ class Pattern:
 _NOTHING = nn.Identity()
 
 
-def walk(model: nn.Module) -> list[Place]:
-    """Every module of the model once, in registration order, with all of its names."""
-    paths: dict[nn.Module, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        paths.setdefault(module, []).append(path)
-    return [Place(module, tuple(names)) for module, names in paths.items()]
-
-
 def parse(
     spec: Any,
     argument: str,

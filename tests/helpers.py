@@ -19,13 +19,23 @@ def snapshot(model):
             (name, id(p), p.requires_grad)
             for name, p in model.named_parameters(remove_duplicate=False)
         ],
-        "buffers": [(name, id(b)) for name, b in model.named_buffers(remove_duplicate=False)],
+        "order": [
+            (name, list(m._parameters), list(m._buffers)) for name, m in model.named_modules()
+        ],
+        "gradients": [
+            (name, None if p.grad is None else (id(p.grad), raw(p.grad)))
+            for name, p in model.named_parameters(remove_duplicate=False)
+        ],
+        "buffers": [
+            (name, id(b), raw(b)) for name, b in model.named_buffers(remove_duplicate=False)
+        ],
         "state": [(name, t.dtype, raw(t)) for name, t in model.state_dict().items()],
         "attributes": [
             (name, sorted(vars(m)), plain(m)) for name, m in model.named_modules()
         ],
         "hooks": [
-            (name, [list(hooks) for hooks in hook_dicts(m)]) for name, m in model.named_modules()
+            (name, [[(k, id(hook)) for k, hook in hooks.items()] for hooks in hook_dicts(m)])
+            for name, m in model.named_modules()
         ],
     }  # fmt: skip
 

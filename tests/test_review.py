@@ -189,7 +189,7 @@ def test_an_error_in_the_report_leaves_the_model_as_it_was(monkeypatch):
     model = Net()
     inject(model, "q_proj", r=1)
     before = snapshot(model)
-    monkeypatch.setattr("lora_inject.surgery.report", lambda model: 1 / 0)
+    monkeypatch.setattr("lora_inject.surgery.report_of", lambda look: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         inject(model, "v_proj", r=1)
     assert changed_parts(before, snapshot(model)) == []

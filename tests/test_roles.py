@@ -6,6 +6,7 @@ from helpers import Net, ids, trainable_names
 from torch import nn
 
 from lora_inject import ArgumentError, LoRAInjectError, inject, lora_parameters, param_groups
+from lora_inject.core.look import Look
 from lora_inject.roles import is_bias, roles
 
 pytestmark = pytest.mark.cpu("nothing is computed")
@@ -99,7 +100,7 @@ def test_every_parameter_has_one_role():
     model.tied = nn.Linear(8, 11, bias=False)
     model.tied.weight = model.embed.weight
     inject(model, "q_proj", train_also="tied")
-    role_of = roles(model)
+    role_of = roles(Look(model))
     assert list(role_of) == list(model.parameters())
     assert role_of[model.embed.weight] == "train_also"
     assert role_of[model.layers[0].q_proj.lora_A] == "lora_A"

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_inject.core.index import Index
 from lora_inject.errors import FormatError
 from lora_inject.formats import peft
 from lora_inject.formats.data import AdapterData
@@ -88,7 +89,7 @@ def _component_in(
         for c in _ALL_COMPONENTS
         if any(key.startswith(f"{c}.") for key in tensors) and (not config or f'"{c}.' in config)
     ]
-    modules = set() if model is None else set(bare_modules(model))
+    modules = set() if model is None else set(bare_modules(Index(model).by_path))
     fitting = [c for c in there if any(_owner(key.removeprefix(f"{c}.")) in modules
                                        for key in tensors)]  # fmt: skip
     if model is not None and any(_owner(key) in modules for key in tensors):

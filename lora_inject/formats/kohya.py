@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lora_inject.core.index import Index
 from lora_inject.errors import FormatError
 from lora_inject.formats.data import AdapterData, PairData
 from lora_inject.formats.pairs import whole_layers
@@ -117,7 +118,7 @@ def write(data: AdapterData, path: Path) -> None:
 def _names(model: nn.Module) -> dict[str, list[str]]:
     """Every module's path by each flattened name that it can have."""
     names: dict[str, list[str]] = {}
-    for path in bare_modules(model):
+    for path in bare_modules(Index(model).by_path):
         for prefix in _ALL_PREFIXES if path else ():
             names.setdefault(module_key(prefix, path), []).append(path)
     return names

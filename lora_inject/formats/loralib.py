@@ -10,6 +10,7 @@ import regex
 import torch
 from torch import Tensor, nn
 
+from lora_inject.core.index import Index
 from lora_inject.errors import FormatError
 from lora_inject.formats.data import AdapterData, PairData
 from lora_inject.formats.storage import read_pickled, replaced_together
@@ -44,7 +45,7 @@ def read(path: Path, model: nn.Module | None = None, alpha: float | None = None)
         else:
             halves.setdefault((match[1] or "", match[2] or ""), {})[match[3]] = tensor
     pairs = []
-    modules = {} if model is None else bare_modules(model)
+    modules = {} if model is None else bare_modules(Index(model).by_path)
     for (owner, prefix), half in halves.items():
         if half.keys() != {"A", "B"}:
             raise FormatError(f"{path}: {owner} has only one of lora_A and lora_B.")

@@ -14,6 +14,7 @@ from typing import Any
 import regex
 from torch import Tensor, nn
 
+from lora_inject.core.index import Index
 from lora_inject.errors import FormatError
 from lora_inject.formats.data import AdapterData, PairData
 from lora_inject.formats.pairs import (
@@ -215,7 +216,7 @@ def _nested_parameters(
     wanted, paths = tuple(config.get("target_parameters") or ()), list(found)
     if not wanted or model is None:
         return {}
-    modules, result = bare_modules(model), {}
+    modules, result = bare_modules(Index(model).by_path), {}
     for path in {_unwrapped(name) for name in paths}:
         module = modules.get(path)
         if module is None:

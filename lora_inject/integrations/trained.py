@@ -4,10 +4,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from lora_inject.adapter import adapters_of
-from lora_inject.errors import LoRAInjectError
+from lora_inject.core.look import Look
 from lora_inject.in_place import own_tensor, waiting_name
-from lora_inject.record import records_in, require_awake, require_own_record
 from lora_inject.settings import BASE
 from lora_inject.state import require_fit
 
@@ -35,19 +33,20 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         LoRAInjectError: the model has no adapters, is merged or inside a block.
     """
-    require_own_record(model)
-    require_awake(model)
-    records = [record for _, _, record in records_in(model)]
-    if not records:
-        raise LoRAInjectError("the model has no adapters.", remedy="Call inject first.")
-    owned = {m: {name for a in adapters_of(m) for name in a.parameters} for m in model.modules()}
-    for slot in (slot for record in records for slot in record.all_slots()):
+    look = Look(model)
+    look.require_own_record()
+    look.require_awake()
+    look.require_adapters()
+    owned = {module: set[str]() for module in look.index.modules}
+    for layer, state in look.states.items():
+        owned[layer] |= {name for adapter in state.adapters for name in adapter.parameters}
+    for slot in look.slots:
         former = {(module, waiting_name(name, BASE)) for module, name in slot.places}
         for module, name in {*slot.places, *slot.waiting} - former:
             owned[module].add(name)
-    frozen = {part for _, holder, _ in records_in(model) for part in holder.modules()}
+    frozen = {part for _, holder, _ in look.holders for part in look.index.below(holder)}
     found: dict[int, tuple[str, Tensor]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in look.index.by_path.items():
         for name in (*module._parameters, *module._buffers):
             tensor = own_tensor(module, name)
             if tensor is None or name in module._non_persistent_buffers_set:

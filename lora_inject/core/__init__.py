@@ -1,0 +1,1 @@
+"""The main job: choose, plan, change, remember, undo."""
