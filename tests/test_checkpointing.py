@@ -155,14 +155,14 @@ def test_an_injection_that_fails_leaves_the_hooks_as_they_were(monkeypatch):
     model = vit()
     before = snapshot(model)
     with monkeypatch.context() as patch:
-        patch.setattr(surgery, "report", fails)
+        patch.setattr(surgery, "report_of", fails)
         with pytest.raises(RuntimeError, match="late"):
             inject(model, ["q_proj"], r=2)
     assert changed_parts(before, snapshot(model)) == []
     inject(model, ["q_proj"], r=2)
     before = snapshot(model)
     with monkeypatch.context() as patch:
-        patch.setattr(surgery, "report", fails)
+        patch.setattr(surgery, "report_of", fails)
         with pytest.raises(RuntimeError, match="late"):
             inject(model, ["v_proj"], r=2, adapter="fr")
     assert changed_parts(before, snapshot(model)) == []
