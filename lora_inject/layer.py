@@ -9,7 +9,7 @@ merged, no adapter in use) has its own class, and costs what it cost before.
 import inspect
 import threading
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -277,26 +277,50 @@ def pairs_of(
 
 
 _TOUCHED = "_lora_inject_touched"
-_classes: dict[tuple[Any, ...], type[LoRALayer]] = {}
+# The classes that were made of a class stand on it, so that none outlives it: a notebook's cell
+# that is run again makes new classes, and what their methods refer to is to go with the old ones.
+_MADE = "_lora_inject_classes"
+_making = threading.RLock()  # two threads must not get two classes for one
 
 
 def lora_class(base: type[nn.Module], adapters: tuple[Adapter, ...]) -> type[LoRALayer]:
     """The subclass of a module class for such adapters; the same one at every call."""
     kind, way = adapters[0].kind, adapters[0].way
-    key: tuple[Any, ...] = (base, type(kind))
+    key: Any = type(kind)
     if way == "weight":
-        key = (base, frozenset((type(a.kind), s.weight) for a in adapters for s in a.specs))
-    if key not in _classes:
-        name = f"LoRA{base.__name__}"
-        body: dict[str, Any] = {"__module__": __name__, "__qualname__": name}
-        for adapter in adapters if way == "weight" else ():
-            body |= adapter.kind.members(tuple(spec.weight for spec in adapter.specs))
-        body["_lora_transposed"] = kind.transposes
-        body["_lora_input"] = _first_argument(base if kind.below is None else kind.below)
-        _classes[key] = types.new_class(
-            name, _bases(base, kind, way), exec_body=lambda space: space.update(body)
-        )
-    return _classes[key]
+        key = frozenset((type(a.kind), s.weight) for a in adapters for s in a.specs)
+    found: type[LoRALayer] | None = vars(base).get(_MADE, {}).get(key)
+    return _make(base, key, adapters) if found is None else found
+
+
+def _make(base: type[nn.Module], key: Any, adapters: tuple[Adapter, ...]) -> type[LoRALayer]:
+    """Make the class that the key stands for, unless another thread just has."""
+    kind, way = adapters[0].kind, adapters[0].way
+    name = f"LoRA{base.__name__}"
+    body: dict[str, Any] = {"__module__": __name__, "__qualname__": name}
+    for adapter in adapters if way == "weight" else ():
+        body |= adapter.kind.members(tuple(spec.weight for spec in adapter.specs))
+    body["_lora_transposed"] = kind.transposes
+    body["_lora_input"] = _first_argument(base if kind.below is None else kind.below)
+    made: type[LoRALayer] = _made_on(base, key, name, lambda: _bases(base, kind, way), body)
+    return made
+
+
+def _made_on(
+    base: type[nn.Module],
+    key: Any,
+    name: str,
+    bases: Callable[[], tuple[type, ...]],
+    body: dict[str, Any],
+) -> Any:
+    """The class that stands on another one under a key; it is made where there is none."""
+    with _making:
+        if _MADE not in vars(base):
+            setattr(base, _MADE, {})
+        made = vars(base)[_MADE]
+        if key not in made:
+            made[key] = types.new_class(name, bases(), exec_body=lambda space: space.update(body))
+        return made[key]
 
 
 def _first_argument(base: type[nn.Module]) -> str:
@@ -311,10 +335,8 @@ def _bases(base: type[nn.Module], kind: Kind, way: Way) -> tuple[type, ...]:
     if kind.below is None or kind.below is base:
         return (WholeLayer if kind.is_product(base) else BranchLayer, base)
     # base.forward calls super().forward, which finds the branch in front of kind.below.
-    key = (kind.below, "below")
-    if key not in _classes:
-        _classes[key] = types.new_class("BranchBelow", (BranchLayer, kind.below))
-    return (base, _classes[key])
+    below = kind.below
+    return (base, _made_on(below, "below", "BranchBelow", lambda: (BranchLayer, below), {}))
 
 
 def attach(module: nn.Module, adapter: Adapter, values: Sequence[tuple[Tensor, Tensor]]) -> None:
