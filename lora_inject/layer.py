@@ -316,7 +316,7 @@ def _made_on(
     """The class that stands on another one under a key; it is made where there is none."""
     with _making:
         if _MADE not in vars(base):
-            setattr(base, _MADE, {})
+            type.__setattr__(base, _MADE, {})  # whatever its own class says of attributes
         made = vars(base)[_MADE]
         if key not in made:
             made[key] = types.new_class(name, bases(), exec_body=lambda space: space.update(body))

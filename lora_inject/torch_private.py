@@ -48,7 +48,8 @@ def _map_containers(function: Callable[[Any], Any], tree: Any) -> Any:
     if isinstance(tree, dict):
         return {key: _map_containers(function, value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return type(tree)([_map_containers(function, value) for value in tree])
+        values = [_map_containers(function, value) for value in tree]
+        return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
     return function(tree)
 
 
@@ -86,12 +87,14 @@ def is_forward_mode() -> bool:
     return getattr(forward_ad, "_current_level", 0) >= 0
 
 
-def has_instructions(name: str) -> bool:
-    """Whether the CPU has some instructions, such as ``"avx512_bf16"``; no where torch cannot say.
+def has_instructions(name: str, otherwise: bool) -> bool:
+    """Whether the CPU has some instructions, such as ``"avx512_bf16"``.
 
-    Products of 16-bit numbers are then made as torch makes them by itself.
+    Args:
+        name: of the instructions.
+        otherwise: the answer where torch cannot say.
     """
-    return bool(_named(f"cpu._is_{name}_supported", _no)())
+    return bool(_named(f"cpu._is_{name}_supported", lambda: otherwise)())
 
 
 def offset_of_shard(shape: Any, mesh: Any, placements: Any) -> tuple[int, ...] | None:

@@ -801,3 +801,47 @@ def test_gradients_are_contiguous_whatever_the_size():
     x, W, b, A, B = make(40)
     y = layer("whole", 0.0)(x, W, b, A, B)
     assert all(g.is_contiguous() for g in gradients(y, (x, A, B)))
+
+
+@pytest.mark.parametrize("forward", [None, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("way", WAYS)
+def test_autocast_around_the_backward_pass_changes_nothing(way, dropout, forward, device):
+    tensors = make(2, 16, dtype=torch.float32)
+    of = (tensors[0], tensors[3], tensors[4])
+    torch.manual_seed(1)
+    with torch.autocast(device.type, forward, enabled=forward is not None):
+        y = layer(way, dropout)(*tensors)
+    expected = gradients(y, of, retain=True)
+    with torch.autocast(device.type, torch.bfloat16 if forward is None else torch.float16):
+        found = gradients(y, of)
+    assert_near(found, expected)
+    if way == "whole" and (device.type == "cpu" or not dropout):
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_dtypes_that_torch_refuses_are_refused_in_training_too():
+    x, W, b, A, B = make(16, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match="dtype"):
+        layer("whole", 0.0)(x, W, b.double(), A, B)
+
+
+@pytest.mark.parametrize("trains", ["A", "B", "W"])
+def test_what_the_backward_pass_does_not_read_may_be_written_to_before_it(trains):
+    x, W, b, A, B = (t.detach() for t in make(16))
+    tensors = {"A": A, "B": B, "W": W}
+    tensors[trains].requires_grad_()
+    y = layer("whole", 0.0)(x, W, b, A, B)
+    with torch.no_grad():
+        tensors[trains].add_(1)
+    (found,) = gradients(y, [tensors[trains]])
+    assert found.isfinite().all()
+
+
+def test_a_made_h_is_kept_once():
+    x, W, b, A, B = make(64, dtype=torch.float32)
+    A.requires_grad_(False)
+    with saved() as found:
+        layer("whole", 0.3)(x, W, b, A, B)
+    assert len([t for t in found if t.shape == (64, R)]) == 1

@@ -5,6 +5,7 @@ import builtins
 import inspect
 import re
 import sys
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -42,15 +43,17 @@ def test_they_stand_in_one_file():
 def test_a_name_that_is_gone_has_its_place_taken():
     assert torch_private._named("_C._no_such_name", torch_private._yes) is torch_private._yes
     assert torch_private._named("no.such.name", torch_private._no)() is False
-    assert not torch_private.has_instructions("no_such")
+    for otherwise in (True, False):
+        assert torch_private.has_instructions("no_such", otherwise) is otherwise
 
 
 def test_containers_are_known_without_torch():
-    tree = {"a": [1, (2, {"b": 3})], "c": 4}
-    expected = {"a": [10, (20, {"b": 30})], "c": 40}
+    pair = namedtuple("pair", "one two")
+    tree = {"a": [1, (2, {"b": pair(3, 4)})], "c": 5}
+    expected = {"a": [10, (20, {"b": pair(30, 40)})], "c": 50}
     for tree_map in (torch_private.tree_map, torch_private._map_containers):
         assert tree_map(lambda leaf: 10 * leaf, tree) == expected
-    assert torch_private.tree_leaves(tree) == [1, 2, 3, 4]
+    assert torch_private.tree_leaves(tree) == [1, 2, 3, 4, 5]
 
 
 def test_without_the_name_of_forward_mode_it_counts_as_on(monkeypatch):

@@ -12,7 +12,6 @@ of x in one piece. ``may_run_whole``, ``_dtype_of_function``, ``_masks`` and ``_
 between them, and nothing else does.
 """
 
-import functools
 from collections.abc import Iterable
 from typing import cast
 
@@ -21,7 +20,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_inject.arithmetic.masks import Masks, masks_for
-from lora_inject.arithmetic.product import Added, adapted_product, cast_to, draw_dropout, product
+from lora_inject.arithmetic.product import (
+    Added,
+    adapted_product,
+    cast_to,
+    draw_dropout,
+    has_autocast,
+    product,
+)
 from lora_inject.torch_private import (
     has_instructions,
     is_forward_mode,
@@ -33,6 +39,7 @@ from lora_inject.torch_private import (
 
 # Exactly these: a subclass may do anything in its operations.
 _PLAIN = frozenset({Tensor, nn.Parameter})
+_CAST_BY_AUTOCAST = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _LARGE = 1 << 14  # with fewer elements, a Function costs more than it saves
 _ROWS_TO_UPCAST = 16  # with fewer rows, casting W costs more than it saves
 
@@ -45,10 +52,10 @@ Branch = tuple[Tensor, Tensor, float, float, tuple[int, int] | None]
 def _slow_dtypes() -> frozenset[torch.dtype]:
     """The dtypes that this CPU multiplies slower than it casts to float32 and multiplies there."""
     slow = set()
-    if has_instructions("avx2"):  # x86: other processors do not say what they can do
-        if not (has_instructions("avx512_bf16") or has_instructions("amx_tile")):
+    if has_instructions("avx2", False):  # x86: other processors do not say what they can do
+        if not (has_instructions("avx512_bf16", True) or has_instructions("amx_tile", True)):
             slow.add(torch.bfloat16)
-        if not has_instructions("amx_fp16"):
+        if not has_instructions("amx_fp16", True):
             slow.add(torch.float16)
     return frozenset(slow)
 
@@ -92,16 +99,22 @@ def _masks(x_NI: Tensor, A_RI: Tensor) -> Masks | None:
     return masks_for(x_NI, _dtype_of_products(x_NI))
 
 
-def _dtype_of_function(x_MI: Tensor, W_OI: Tensor) -> torch.dtype | None:
-    """In which dtype a layer and its adapters are one Function; None for the composed way."""
+def _dtype_of_function(x_MI: Tensor, W_OI: Tensor, b_O: Tensor | None) -> torch.dtype | None:
+    """In which dtype a layer and its adapters are one Function; None for the composed way.
+
+    The composed way also where torch refuses the layer's own tensors: it has an error for that.
+    """
     if not torch.is_grad_enabled() or is_forward_mode():
         return None
     slow, autocast = _is_slow(x_MI), _autocast_dtype(x_MI)
-    if x_MI.numel() < _LARGE and not slow:
+    if max(x_MI.numel(), x_MI.shape[0] * W_OI.shape[0]) < _LARGE and not slow:
         return None
-    if x_MI.dtype != W_OI.dtype and autocast is None:
-        return None  # torch has an error for that
-    return autocast or (torch.float32 if slow else x_MI.dtype)
+    dtypes = {x_MI.dtype, W_OI.dtype, W_OI.dtype if b_O is None else b_O.dtype}
+    if autocast is not None:
+        return autocast if dtypes <= _CAST_BY_AUTOCAST else None
+    if len(dtypes) > 1:
+        return None
+    return torch.float32 if slow else x_MI.dtype
 
 
 def _keeps_x(x_NI: Tensor, A_RI: Tensor) -> bool:
@@ -142,15 +155,9 @@ def _dtype_of_products(x_NI: Tensor) -> torch.dtype:
 def _autocast_dtype(x_NI: Tensor) -> torch.dtype | None:
     """The dtype in which autocast makes products with x, if it does."""
     device = x_NI.device.type
-    if _has_autocast(device) and torch.is_autocast_enabled(device) and x_NI.dtype != torch.float64:
+    if has_autocast(device) and torch.is_autocast_enabled(device) and x_NI.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return None
-
-
-@functools.cache
-def _has_autocast(device: str) -> bool:
-    """Not for meta, which raises when it is asked whether autocast is on."""
-    return torch.amp.is_autocast_available(device)
 
 
 # Linear --------------------------------------------------------------------------------------
@@ -176,7 +183,7 @@ def adapted_linear(
     # Flattened first: F.linear returns a view for other shapes, and autograd pays for writing into
     # a view with copies in the backward pass.
     x_MI = x_NI if x_NI.dim() == 2 else x_NI.reshape(-1, x_NI.shape[-1])
-    dtype = _dtype_of_function(x_MI, W_OI)
+    dtype = _dtype_of_function(x_MI, W_OI, b_O)
     if dtype is not None:
         added, factors = [], []
         for branch in branches:

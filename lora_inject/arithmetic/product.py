@@ -7,7 +7,8 @@ Shapes: N any number of leading dimensions, M the rows of N flattened, I in feat
 features, R rank. t_NR is the gradient of h_NR = ``A dropout(x)``.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from lora_inject.arithmetic.masks import LANES, Masks, rows
 from lora_inject.torch_private import is_batched
 
+Backward = Callable[[Any, Tensor], tuple[Tensor | None, ...]]
 Dropout = tuple[Masks, int, Tensor | None]  # what makes the mask, of how many dropped, from what
 
 
@@ -24,6 +26,26 @@ def draw_dropout(masks: Masks, x_NI: Tensor, p: float) -> Dropout:
     """A dropout with new seeds, or none where p is too small to drop anything."""
     dropped = min(round(p * LANES), LANES - 1)
     return masks, dropped, masks.draw_seeds(x_NI) if dropped else None
+
+
+def _without_autocast(backward: Backward) -> Backward:
+    """A backward pass in the dtypes of the forward one, wherever it is called."""
+
+    @functools.wraps(backward)
+    def called(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        device = gradient.device.type
+        if not (has_autocast(device) and torch.is_autocast_enabled(device)):
+            return backward(ctx, gradient)
+        with torch.autocast(device, enabled=False):
+            return backward(ctx, gradient)
+
+    return called
+
+
+@functools.cache
+def has_autocast(device: str) -> bool:
+    """Whether a kind of device has autocast; meta raises when it is asked whether it is on."""
+    return torch.amp.is_autocast_available(device)
 
 
 # A product by itself ---------------------------------------------------------------------------
@@ -76,6 +98,7 @@ class _Product(torch.autograd.Function):
         return _down(x_NI, A_RI.to(dtype), seeds, masks, dropped)
 
     @staticmethod
+    @_without_autocast
     def backward(ctx: Any, t_NR: Tensor) -> tuple[Tensor | None, ...]:
         x_NI, A_RI, seeds = ctx.saved_tensors
         A_RI = None if A_RI is None else A_RI.to(ctx.dtype)
@@ -187,15 +210,17 @@ class _AdaptedProduct(torch.autograd.Function):
             h_MR = A_RI if is_made else _down(cast_MI, A_RI, seeds, masks, dropped)
             own_MO = y_MO if part is None else y_MO.narrow(1, *part)
             own_MO.addmm_(h_MR, B_OR.t(), alpha=scaling)
-            made += [h_MR, seeds]
+            made += [None if is_made else h_MR, seeds]
             reads_x = reads_x or not is_made
         x_needed = x_MI if reads_x else None
         W_needed = W_OI if ctx.needs_input_grad[0] else None
-        ctx.save_for_backward(x_needed, W_needed, *factors, *made)
+        read = _read_by_backward(factors, added, ctx.needs_input_grad)
+        ctx.save_for_backward(x_needed, W_needed, *read, *made)
         ctx.shape, ctx.dtype, ctx.added = x_MI.shape, dtype, [a._replace(seeds=None) for a in added]
         return y_MO
 
     @staticmethod
+    @_without_autocast
     def backward(ctx: Any, g_MO: Tensor) -> tuple[Tensor | None, ...]:
         x_MI, W_OI, *saved = ctx.saved_tensors
         needs, dtype, n = ctx.needs_input_grad, ctx.dtype, 2 * len(ctx.added)
@@ -217,6 +242,19 @@ class _AdaptedProduct(torch.autograd.Function):
         return dx_MI, dW_OI, db_O, None, None, *found
 
 
+def _read_by_backward(
+    factors: tuple[Tensor, ...], added: list[Added], needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The factors that the backward pass reads: others may be written to before it."""
+    kept: list[Tensor | None] = []
+    for i, own in enumerate(added):
+        needs_A, needs_B = needs[5 + 2 * i : 7 + 2 * i]
+        reads_A = own.is_made or needs[0] or needs_B  # the last for second derivatives
+        reads_B = needs_A or (needs[0] and not own.is_made)
+        kept += [factors[2 * i] if reads_A else None, factors[2 * i + 1] if reads_B else None]
+    return tuple(kept)
+
+
 def _gradients_of_added(
     g_MO: Tensor,
     x_MI: Tensor,
@@ -233,7 +271,7 @@ def _gradients_of_added(
         x_MI: the input; not read where h was made elsewhere.
         added: how the adapter adds.
         factors: A, or h, and B.
-        made: h, whoever made it, and the seeds of the dropout.
+        made: h, where it was not made elsewhere, and the seeds of the dropout.
         dtype: that of the products.
         needs: whether x, A, or h, and B need their gradients.
     """
@@ -244,13 +282,14 @@ def _gradients_of_added(
     if needs_A or (needs_x and not is_made):
         dA_RI = t_MR = _scaled(own_MO, cast_to(B_OR, dtype), scaling)
         if not is_made:
-            A_RI = cast_to(A_RI, dtype)
+            read_A = cast_to(A_RI, dtype) if needs_x else None
             dx_MI, dA_RI = _down_gradients(
-                t_MR, x_MI if needs_A else None, A_RI if needs_x else None,
-                x_MI.shape, seeds, masks, dropped,
-            )  # fmt: skip
+                t_MR, x_MI if needs_A else None, read_A, x_MI.shape, seeds, masks, dropped
+            )
     if needs_B:
-        if not is_made and torch.is_grad_enabled():  # h as a function of x and A
+        if is_made:
+            h_MR = cast_to(A_RI, dtype)
+        elif torch.is_grad_enabled():  # h as a function of x and A
             h_MR = _down(cast_to(x_MI, dtype), cast_to(A_RI, dtype), seeds, masks, dropped)
         # h^T g and not g^T h, which is slower on a CPU.
         dB_OR = _scaled(h_MR.t(), own_MO, scaling).t().contiguous()
