@@ -22,6 +22,7 @@ from lora_inject.errors import (
 from lora_inject.extract import ExtractReport, extract
 from lora_inject.files import load, save
 from lora_inject.freeze import freeze, mark_only_lora_as_trainable
+from lora_inject.inject import inject, reset_lora_parameters, strip
 from lora_inject.kinds import Kind, Spec, register_kind
 from lora_inject.layer import LoRALayer
 from lora_inject.merge import MergeReport, merge, merged, unmerge
@@ -30,7 +31,6 @@ from lora_inject.report import Report, report
 from lora_inject.roles import lora_parameters, param_groups
 from lora_inject.rows import per_row
 from lora_inject.state import load_lora_state_dict, lora_state_dict
-from lora_inject.surgery import inject, reset_lora_parameters, strip
 
 __all__ = [
     "AlreadyAdaptedError",

@@ -13,13 +13,13 @@ from torch import nn
 
 from lora_inject.capacity import capacity
 from lora_inject.convert import convert, inspect
+from lora_inject.core.request import ALL_LINEAR
 from lora_inject.errors import ArgumentError, LoRAInjectError
 from lora_inject.formats import FORMATS
+from lora_inject.inject import inject
 from lora_inject.memory import OPTIMIZER_STATES
 from lora_inject.plan import plan
 from lora_inject.report import report
-from lora_inject.selection import ALL_LINEAR
-from lora_inject.surgery import inject
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _CAPACITY = ("seq", "batch", "fsdp", "tp", "checkpointing")

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.errors import ArgumentError
+from lora_inject.inject import inject, strip
 from lora_inject.plan import plan
 from lora_inject.roles import param_groups
-from lora_inject.surgery import inject, strip
 
 HELD_OUT = 1000
 BATCH = 64

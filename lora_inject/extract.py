@@ -1,22 +1,24 @@
 """A LoRA out of a full fine-tune: the difference of two models, truncated to a low rank."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_inject.core.adaptation import Content
 from lora_inject.core.index import Index
+from lora_inject.core.look import Look
+from lora_inject.core.request import ALL_LINEAR, Request, optional_patterns, settings_by_pattern
+from lora_inject.core.site import Site
 from lora_inject.errors import ArgumentError, UnsupportedLayerError
 from lora_inject.in_place import own_tensor
 from lora_inject.layer import LoRALayer
 from lora_inject.low_rank import dominant
 from lora_inject.placements import is_partial
-from lora_inject.plan import plan
-from lora_inject.selection import ALL_LINEAR
-from lora_inject.sites import Site
-from lora_inject.surgery import apply
+from lora_inject.plan import plan_for
+from lora_inject.settings import check_adapter, check_dtype, check_layers
 from lora_inject.tables import Section, Tables
 
 OVERSAMPLING, ITERATIONS = 10, 4  # of the randomized decomposition: within 1 % of the exact one
@@ -114,19 +116,39 @@ def extract(
         NoMatchError: a pattern selects nothing.
         UnsupportedLayerError: a selected layer cannot be adapted.
     """
-    for name, model in (("base", base), ("tuned", tuned)):
-        if any(isinstance(module, LoRALayer) for module in Index(model).modules):
+    look = Look(base)
+    for name, modules in (("base", look.index.modules), ("tuned", Index(tuned).modules)):
+        if any(isinstance(module, LoRALayer) for module in modules):
             raise ArgumentError(
                 f"{name}: it has adapters in use, which would be taken for its weights.",
                 remedy="Call use(model) or strip(model) first.",
             )
-    drawn = plan(
-        base, targets, r=r, exclude=exclude, layers=layers, dtype=dtype, seed=0, adapter=adapter
+    request = Request(
+        settings_by_pattern(targets, {"r": r}),
+        excluded=optional_patterns(exclude, "exclude"),
+        layers=check_layers(layers),
+        dtype=check_dtype(dtype),
+        seed=0,
+        adapter=check_adapter(adapter),
     )
-    leaders = [site for site in drawn.sites if not site.follows]
-    pairs = [(site, _tuned_weights(site, tuned)) for site in leaders]
+    reports: list[ExtractReport] = []
+
+    def content(sites: Sequence[Site]) -> Content:
+        values, report = _difference(base, tuned, [site for site in sites if not site.follows], r)
+        reports.append(report)
+        return Content(values=values)
+
+    plan_for(look, request, content).apply()
+    return reports[0]
+
+
+def _difference(
+    base: nn.Module, tuned: nn.Module, sites: Sequence[Site], r: int
+) -> tuple[dict[tuple[str, str], tuple[Tensor, Tensor]], ExtractReport]:
+    """A and B by path and prefix of each pair, and what they could not hold."""
+    tuned_weights = [_tuned_weights(site, tuned) for site in sites]
     values, found, held = {}, [], set[int]()
-    for site, weights in pairs:
+    for site, weights in zip(sites, tuned_weights, strict=True):
         for spec in site.specs:
             W = site.kind.weight(site.module, spec.weight)
             A, B, lost = _extracted(site, W, weights[spec.weight], r)
@@ -136,8 +158,7 @@ def extract(
                 ExtractedWeight(f"{_module_path(site)}.{spec.weight}".lstrip("."), r, lost)
             )
     others = tuple(_others(base, tuned, {weight.path for weight in found}, held))
-    apply(drawn, values)
-    return ExtractReport(tuple(found), others)
+    return values, ExtractReport(tuple(found), others)
 
 
 def _tuned_weights(site: Site, tuned: nn.Module) -> dict[str, Tensor]:

@@ -1,8 +1,7 @@
 """Save an adapter to disk and load it into a model, in any format; strict, and all or nothing."""
 
-import functools
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -10,21 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_inject.core.adaptation import Content
 from lora_inject.core.look import Look
+from lora_inject.core.request import Request, settings_by_pattern
+from lora_inject.core.site import Site
+from lora_inject.core.training import in_place
 from lora_inject.errors import ArgumentError, FormatError
 from lora_inject.fit import Fitted
 from lora_inject.formats import named_format, read_adapter
 from lora_inject.formats.data import PairData
 from lora_inject.formats.pairs import as_portable
-from lora_inject.freeze import in_place
 from lora_inject.in_place import Place, own_tensor
 from lora_inject.kinds.base import name_prefix
 from lora_inject.paths import first_paths
 from lora_inject.placements import is_distributed, on_first_rank
-from lora_inject.plan import Plan, plan
-from lora_inject.settings import check_adapter, check_bias
+from lora_inject.plan import plan_for
+from lora_inject.settings import check_adapter, check_bias, check_dtype
 from lora_inject.state import Stored, require_fit
-from lora_inject.surgery import apply
 from lora_inject.targets import Pattern, Predicate
 
 
@@ -62,7 +63,7 @@ def save(
     writer = named_format(format, "format")
     file, stored = _path(path), Stored(model, adapter)
     data = stored.data()
-    write = functools.partial(writer.write, as_portable(data) if portable else data, file)
+    write = partial(writer.write, as_portable(data) if portable else data, file)
     if any(is_distributed(tensor) for tensor in stored.tensors().values()):
         on_first_rank(write)
     else:
@@ -123,7 +124,7 @@ def load(
         stored.fill({**wanted.tensors, **wanted.pairs_by_key}, wanted.scalings)
         return model
     used = any(record.in_use for record in look.records)
-    _inject(model, wanted, adapter, dtype, use=not used)
+    _inject(wanted, adapter, dtype, use=not used)
     return model
 
 
@@ -134,33 +135,59 @@ def _path(path: Any) -> Path:
         raise ArgumentError(f"path must be a path, not {path!r}.") from error
 
 
-def _inject(
-    model: nn.Module, wanted: Fitted, adapter: str, dtype: torch.dtype | str | None, use: bool
-) -> None:
+def _inject(wanted: Fitted, adapter: str, dtype: torch.dtype | str | None, use: bool) -> None:
     """Put the file's adapter into the model as a new one."""
     wanted.require_tied()
     elsewhere = wanted.elsewhere()
-    outside = [Pattern("elsewhere", _within(elsewhere), by_name=True)] if elsewhere else ()
-    drawn = plan(
-        model, _targets(wanted), adapter=adapter, dtype=dtype, seed=0, exclude=outside,
-        parts=_parts(wanted) or None,
-    )  # fmt: skip
-    for site in drawn.sites:
+    outside = (Pattern("elsewhere", _within(elsewhere), by_name=True),) if elsewhere else ()
+    request = Request(
+        settings_by_pattern(_targets(wanted), {}),
+        excluded=outside,
+        parts=_parts(wanted),
+        dtype=check_dtype(dtype),
+        seed=0,
+        adapter=adapter,
+    )
+    plan_for(wanted.look, request, partial(_content, wanted, use)).apply()
+
+
+def _content(wanted: Fitted, use: bool, sites: Sequence[Site]) -> Content:
+    """What the file holds for the sites.
+
+    Raises:
+        FormatError: it does not fit them.
+    """
+    for site in sites:
         if site.kind.weight(site.module, site.specs[0].weight).is_meta:
             raise FormatError(
                 "it is on the meta device, where nothing can be loaded.",
                 path=site.path,
                 remedy='Call model.to_empty(device="cpu") and load the base weights first.',
             )
-    own = {site.path: site for site in drawn.sites if not site.follows}
+    values = _values(wanted, {site.path: site for site in sites if not site.follows})
+    places, layers = wanted.places(), [site.module for site in sites]
+    in_full = _in_full(wanted, places)
+    guess = "lora_only" if {module for module, _ in places} <= set(layers) else "all"
+    all_biases = all(name.endswith("bias") for _, name in places)
+    bias = check_bias(wanted.data.bias or (guess if places and all_biases else "none"))
+    expected = bias if wanted.data.bias else "none"
+    trained = in_place(wanted.look, layers, expected, [*in_full.values()])
+    _check_tensors(wanted, trained, places)
+    return Content(bias, in_full, dict.fromkeys(places, True) | trained, values, places, use)
+
+
+def _values(
+    wanted: Fitted, sites: Mapping[str, Site]
+) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
+    """A and B by path and prefix of each pair, all that the sites need and no others."""
     values: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
     for f in wanted.pairs:
-        to = own[f.target].dtype if f.target in own else f.pair.A.dtype
+        to = sites[f.target].dtype if f.target in sites else f.pair.A.dtype
         prefix = name_prefix(f.pair.weight, f.pair.part)
         values[f.target, prefix] = f.pair.A.to(to), f.pair.B.to(to)
     shapes = {
         f"{path}.{spec.prefix}lora_{x}": shape
-        for path, site in own.items()
+        for path, site in sites.items()
         for spec in site.specs
         for x, shape in (("A", spec.A_shape), ("B", spec.B_shape))
     }
@@ -170,17 +197,7 @@ def _inject(
         for x, tensor in zip("AB", pair, strict=True)
     }
     require_fit("the file's A and B do not fit the model", shapes, given)
-    places, layers = wanted.places(), [site.module for site in drawn.sites]
-    in_full = _in_full(wanted, places)
-    guess = "lora_only" if {module for module, _ in places} <= set(layers) else "all"
-    all_biases = all(name.endswith("bias") for _, name in places)
-    bias = check_bias(wanted.data.bias or (guess if places and all_biases else "none"))
-    expected = bias if wanted.data.bias else "none"
-    trained = in_place(drawn.look, layers, expected, [*in_full.values()])
-    _check_tensors(wanted, trained, places)
-    trained = dict.fromkeys(places, True) | trained
-    complete: Plan = replace(drawn, bias=bias, train_also=in_full, in_place=trained)
-    apply(complete, values, places, use=use)
+    return values
 
 
 def _in_full(wanted: Fitted, places: Mapping[Place, Tensor]) -> dict[str, nn.Module]:

@@ -1,21 +1,17 @@
 """What trains and what stands still: bias modes, modules that train in full, running statistics."""
 
-from collections.abc import Collection, Iterable, Sequence, Sized
 from typing import Any
 
 from torch import nn
 
 from lora_inject.core.look import Look
+from lora_inject.core.request import optional_patterns
+from lora_inject.core.training import in_place, mark, take
 from lora_inject.errors import ArgumentError, UnsupportedLayerError
-from lora_inject.in_place import Place, own_tensor
-from lora_inject.placements import is_placeholder
-from lora_inject.record import Before, Mode, Record, install, set_trainable
+from lora_inject.record import Before, Mode, Record, install
 from lora_inject.report import Report, report_of
-from lora_inject.roles import is_bias
 from lora_inject.selection import View
 from lora_inject.settings import BiasMode, check_bias
-from lora_inject.statistics import has_statistics, hold
-from lora_inject.targets import parse
 
 
 def freeze(model: nn.Module, bias: BiasMode = "none", train_also: Any = ()) -> Report:
@@ -51,7 +47,8 @@ def freeze(model: nn.Module, bias: BiasMode = "none", train_also: Any = ()) -> R
     """
     bias = check_bias(bias)
     look = Look(model)
-    in_full = list(select_in_full(View(look), train_also).values())
+    patterns = optional_patterns(train_also, "train_also")
+    in_full = list(View(look).trainable_modules("train_also", patterns).values())
     if any(module in look.states for top in in_full for module in look.index.below(top)):
         raise UnsupportedLayerError("train_also: an adapted layer cannot train in full.")
     look.require_own_record()
@@ -82,103 +79,6 @@ def freeze(model: nn.Module, bias: BiasMode = "none", train_also: Any = ()) -> R
 
 
 mark_only_lora_as_trainable = freeze  # loralib's name
-
-
-def is_given(patterns: Any) -> bool:
-    """Whether an optional argument of patterns holds any."""
-    return not (patterns is None or (isinstance(patterns, Sized) and len(patterns) == 0))
-
-
-def select_in_full(view: View, train_also: Any) -> dict[str, nn.Module]:
-    """The modules that ``train_also`` selects, by path."""
-    if not is_given(train_also):
-        return {}
-    return view.trainable_modules("train_also", parse(train_also, "train_also"))
-
-
-def in_place(
-    look: Look,
-    layers: Iterable[nn.Module],
-    bias: BiasMode,
-    train_also: Sequence[nn.Module],
-) -> dict[Place, bool]:
-    """What is to train in place, and whether it trains itself or only moves, as statistics do.
-
-    Args:
-        look: the model.
-        layers: the layers whose biases mode "lora_only" names.
-        bias: the bias mode.
-        train_also: the modules that train in full.
-    """
-    if bias == "none" and not train_also:
-        return {}
-    layers, former = set(layers), look.former_flags
-    waiting = {place for slot in look.slots for place in slot.waiting}
-    in_full = {module for top in train_also for module in look.index.below(top)}
-    found = {
-        (module, name): True
-        for module in look.index.modules
-        for name, parameter in module._parameters.items()
-        if parameter is not None and (parameter.is_floating_point() or parameter.is_complex())
-        if (module, name) not in waiting
-        if module in in_full
-        or (
-            (bias == "all" or (bias == "lora_only" and module in layers))
-            and is_bias(module, name)
-            and former[module].get(name, False)
-        )
-    }
-    for module, name in found:
-        if is_placeholder(module._parameters[name]):  # type: ignore[arg-type]
-            raise UnsupportedLayerError(
-                f"{name} of a {type(module).__name__} is to train in place, and ZeRO-3 has "
-                "partitioned it, so that its former value cannot be kept.",
-                remedy="Call inject inside deepspeed.zero.GatheredParameters(model.parameters()).",
-            )
-    statistics = [(module, name) for module in in_full for name in module._buffers]
-    return found | {place: False for place in statistics if place not in waiting}
-
-
-def take(
-    look: Look,
-    record: Record,
-    adapter: str,
-    tensors: dict[Place, bool],
-    inside: bool = True,
-) -> None:
-    """Make an adapter an owner of these tensors; one in use stands inside, and is the only one."""
-    places = look.tensor_places if tensors else {}
-    for (module, name), trains in tensors.items():
-        tensor = own_tensor(module, name)
-        slot = record.slot(places.get(id(tensor), [(module, name)]))
-        slot.own(adapter, trains, inside)
-
-
-def mark(
-    look: Look,
-    owners: Collection[nn.Module],
-    adapters: set[nn.Parameter],
-    tensors: dict[Place, bool],
-    train_also: Sequence[nn.Module],
-) -> None:
-    """Freeze what these owners hold, then let what is to train do so.
-
-    Args:
-        look: the model.
-        owners: the modules to freeze: all of them, but for those an earlier call has decided about.
-        adapters: the A and B that train.
-        tensors: what trains in place.
-        train_also: the modules that train in full.
-    """
-    own = {own_tensor(module, name) for (module, name), trains in tensors.items() if trains}
-    trainable = adapters | {p for p in own if isinstance(p, nn.Parameter)}
-    held = {p for module in owners for p in module._parameters.values() if p is not None}
-    set_trainable(held - trainable, False)
-    set_trainable(trainable, True)
-    in_full = {module for top in train_also for module in look.index.below(top)}
-    for module in {*owners, *in_full}:
-        if has_statistics(module):
-            hold(module, module not in in_full)
 
 
 def _adapters_in_use(record: Record) -> set[nn.Parameter]:

@@ -21,10 +21,13 @@ _OUTSIDE = ("__init__", "reset_parameters", "_reset_parameters", "init_weights",
             "extra_repr", "__repr__", "tie_weights", "_tie_weights", "__setstate__")  # fmt: skip
 
 
-def is_read_by(ancestor: nn.Module, path: str) -> bool:
-    """Whether the ancestor's methods read the weight of the module at this path below it."""
-    weight = f"{path}.weight"
-    return any(weight in _reads(cls) for cls in _classes_above(ancestor, nn.Module))
+def weights_read_below(module: nn.Module) -> frozenset[str]:
+    """The paths of the weights of modules inside of this one that its own methods read."""
+    cls = own_class(module)
+    if cls not in _known_below:
+        read = [_reads(above) for above in _classes_above(module, nn.Module)]
+        _known_below[cls] = frozenset(path for paths in read for path in paths if "." in path)
+    return _known_below[cls]
 
 
 def reads_own_weight(module: nn.Module, base: type[nn.Module]) -> bool:
@@ -45,6 +48,7 @@ def _classes_above(module: nn.Module, base: type[nn.Module]) -> tuple[type, ...]
 
 
 _known: dict[type, frozenset[str]] = {}
+_known_below: dict[type, frozenset[str]] = {}
 
 
 def _reads(cls: type) -> frozenset[str]:

@@ -6,19 +6,25 @@ A pattern that ends up choosing nothing is always an error, which tells what it 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import nn
 
 from lora_inject.core.look import Look
-from lora_inject.errors import LoRAInjectError, NoMatchError, UnsupportedLayerError
+from lora_inject.core.request import ALL_LINEAR
+from lora_inject.core.site import Refusal, Site
+from lora_inject.errors import (
+    AlreadyAdaptedError,
+    LoRAInjectError,
+    NoMatchError,
+    UnsupportedLayerError,
+)
 from lora_inject.heads import find_heads
 from lora_inject.kinds import find_kind
 from lora_inject.placements import whole_shape
 from lora_inject.roles import is_bias
 from lora_inject.tables import plural
 from lora_inject.targets import Pattern, Place, close_names, in_blocks
-
-ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True)
@@ -75,26 +81,12 @@ class Skip:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A target to adapt: the first pattern that selects it is the one that chose it."""
-
-    target: Target
-    pattern: Pattern
-
-
-@dataclass(frozen=True)
 class Limits:
     """What the targets may select and the plan still leaves alone, module by module."""
 
     excluded: Mapping[nn.Module, str] = field(default_factory=dict)
     in_full: frozenset[nn.Module] = frozenset()
     layers: tuple[int, ...] | None = None
-
-
-def is_linear_like(path: str, module: nn.Module) -> bool:
-    """The test behind ``"all-linear"``, before heads are left out."""
-    kind = find_kind(module)
-    return kind is not None and kind.linear_like
 
 
 class View:
@@ -111,29 +103,23 @@ class View:
             for name, parameter in place.module._parameters.items():
                 if parameter is not None:
                     self.owners.setdefault(parameter, []).append((place, name))
-        self._heads: dict[nn.Module, str] | None = None
-        self._matrices: list[Target] | None = None
 
-    @property
+    @cached_property
     def heads(self) -> dict[nn.Module, str]:
         """The output heads, looked for when somebody asks."""
-        if self._heads is None:
-            self._heads = find_heads(self.places)
-        return self._heads
+        return find_heads(self.places)
 
-    @property
+    @cached_property
     def matrices(self) -> list[Target]:
         """Parameters of two dimensions or more that belong to no layer with a kind."""
-        if self._matrices is None:
-            self._matrices = [
-                Target(place, name)
-                for place in self.places
-                if self.kinds[place.module] is None
-                for name, parameter in place.module._parameters.items()
-                if parameter is not None and len(whole_shape(parameter)) > 1
-                if not is_bias(place.module, name)
-            ]
-        return self._matrices
+        return [
+            Target(place, name)
+            for place in self.places
+            if self.kinds[place.module] is None
+            for name, parameter in place.module._parameters.items()
+            if parameter is not None and len(whole_shape(parameter)) > 1
+            if not is_bias(place.module, name)
+        ]
 
     def modules_of(self, argument: str, pattern: Pattern) -> list[Place]:
         """The modules that a pattern of ``exclude`` or ``train_also`` selects.
@@ -141,7 +127,7 @@ class View:
         Raises:
             NoMatchError: there is none.
         """
-        places = [place for place in self.places if pattern.selects(place)]
+        places = self._selected(pattern)
         if places:
             return places
         named = pattern.by_name and any(
@@ -150,13 +136,28 @@ class View:
         remedy = "It names a parameter; name the module that owns it." if named else ""
         raise NoMatchError(f"{argument}: {self.no_match(pattern)}", remedy=remedy)
 
+    def _selected(self, pattern: Pattern) -> list[Place]:
+        """The modules that a pattern selects; of a plain name only those that end so are asked."""
+        if pattern.last is None:
+            return [place for place in self.places if pattern.selects(place)]
+        return [place for place in self._by_last.get(pattern.last, ()) if pattern.selects(place)]
+
+    @cached_property
+    def _by_last(self) -> dict[str, list[Place]]:
+        """The modules by the last components of their paths."""
+        found: dict[str, list[Place]] = {}
+        for place in self.places:
+            for last in {path.rpartition(".")[2] for path in place.paths}:
+                found.setdefault(last, []).append(place)
+        return found
+
     def targets_of(self, pattern: Pattern) -> list[Target]:
         """What a target pattern selects: modules, and parameters that it names.
 
         A glob or an expression names parameters only if it selects no layer: written for layers,
         it would otherwise catch every matrix on the way.
         """
-        selected = [Target(place) for place in self.places if pattern.selects(place)]
+        selected = [Target(place) for place in self._selected(pattern)]
         exact = pattern.by_name and not pattern.wide
         adaptable = any(self.kinds[target.module] is not None for target in selected)
         if exact or (pattern.by_name and not adaptable):
@@ -218,20 +219,21 @@ def choose(
     view: View,
     patterns: Sequence[Pattern],
     limits: Limits,
-    refusal: Callable[[Target, Pattern], str | None],
-) -> tuple[list[Choice], list[Skip]]:
+    resolve: Callable[[Target, Pattern], Site | Refusal],
+) -> tuple[list[Site], list[Skip]]:
     """What to adapt, in registration order, and what is left alone.
 
     Args:
         view: the model.
         patterns: the targets; the first one that selects a layer chooses it.
         limits: what to leave alone.
-        refusal: why a target cannot be adapted, or None. ``"all-linear"`` leaves such layers alone,
-            other patterns have asked for them, so that it is an error.
+        resolve: the site that a target is, or why it cannot be one. ``"all-linear"`` leaves what
+            is refused alone, other patterns have asked for it, so that it is an error.
 
     Raises:
         NoMatchError: a pattern chooses nothing.
         UnsupportedLayerError: a layer that a pattern asks for cannot be adapted.
+        AlreadyAdaptedError: a chosen layer carries an adapter of this name.
     """
     selected = {pattern: view.targets_of(pattern) for pattern in patterns}
     lost = [pattern for pattern, targets in selected.items() if not targets]
@@ -241,32 +243,41 @@ def choose(
             remedy=f"Names that can be adapted: {listed(view.adaptable_names())}.",
         )
     outside = _outside(view, selected.values(), limits.layers)
-    chosen: dict[tuple[nn.Module, str | None], Choice] = {}
+    chosen: dict[tuple[nn.Module, str | None], tuple[Target, Pattern, Site | Refusal]] = {}
     skips: dict[str, Skip] = {}
     refused: dict[str, str] = {}
     for pattern, targets in selected.items():
         for target in targets:
             reason = _reason_to_leave(view, target, pattern, limits, outside)
             able = view.kinds[target.module] is not None or target.parameter is not None
-            refusing = refusal(target, pattern) if reason is None and able else None
-            if refusing is not None and pattern.label != ALL_LINEAR:
-                refused.setdefault(target.path, refusing)
-            if reason or refusing:
-                skip = Skip(
-                    target.path, target.type, pattern.label, reason or refusing or "", not reason
-                )
+            found = resolve(target, pattern) if reason is None and able else None
+            refusal = found if isinstance(found, Refusal) and not found.conflict else None
+            if refusal is not None and pattern.label != ALL_LINEAR:
+                refused.setdefault(target.path, refusal.reason)
+            if reason or refusal:
+                why = refusal.reason if refusal else reason or ""
+                skip = Skip(target.path, target.type, pattern.label, why, wanted=bool(refusal))
                 skips.setdefault(target.path, skip)
-            elif able:
-                chosen.setdefault((target.module, target.parameter), Choice(target, pattern))
+            elif found is not None:
+                key = (target.module, target.parameter)
+                chosen.setdefault(key, (target, pattern, found))
         if pattern.label == ALL_LINEAR:
             _note_matrices(view, limits, skips)
     _raise_refused(refused)
     for pattern, targets in selected.items():
-        _require_choice(view, pattern, targets, chosen, skips)
+        winners = {key: winner for key, (_, winner, _) in chosen.items()}
+        _require_choice(view, pattern, targets, winners, skips)
     order = {place.module: index for index, place in enumerate(view.places)}
-    ordered = sorted(chosen.values(), key=lambda choice: order[choice.target.module])
-    taken = {choice.target.path for choice in ordered}
-    return ordered, [skip for skip in skips.values() if skip.path not in taken]
+    sites: dict[str, Site] = {}
+    for target, _, found in sorted(chosen.values(), key=lambda choice: order[choice[0].module]):
+        if isinstance(found, Refusal):
+            raise AlreadyAdaptedError(
+                found.reason,
+                path=target.path,
+                remedy="Name the new one by adapter=, exclude the layer, or remove the old one.",
+            )
+        sites[target.path] = found
+    return [*sites.values()], [skip for skip in skips.values() if skip.path not in sites]
 
 
 def _note_matrices(view: View, limits: Limits, skips: dict[str, Skip]) -> None:
@@ -326,12 +337,12 @@ def _require_choice(
     view: View,
     pattern: Pattern,
     targets: Sequence[Target],
-    chosen: Mapping[tuple[nn.Module, str | None], Choice],
+    chosen: Mapping[tuple[nn.Module, str | None], Pattern],
     skips: Mapping[str, Skip],
 ) -> None:
     """Raise unless the pattern chose a layer, or had nothing to add to what chose them all."""
     keys = [(target.module, target.parameter) for target in targets]
-    winners = [chosen[key].pattern for key in keys if key in chosen]
+    winners = [chosen[key] for key in keys if key in chosen]
     if pattern in winners:
         return
     if winners:

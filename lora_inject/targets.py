@@ -42,14 +42,16 @@ class Pattern:
     """One selector as the user wrote it: ``label`` for messages, ``test`` to decide.
 
     ``by_name`` tells that the test reads the path alone, so that it can also be asked about the
-    paths of parameters; ``wide`` that it is a glob or a regular expression. ``settings`` are the
-    pattern's own, where a mapping gives them.
+    paths of parameters; ``wide`` that it is a glob or a regular expression. ``last`` is the last
+    component of every path that it matches, where that is known. ``settings`` are the pattern's
+    own, where a mapping gives them.
     """
 
     label: str
     test: Predicate = field(repr=False)
     by_name: bool = False
     wide: bool = False
+    last: str | None = None
     settings: Any = None
 
     def selects(self, place: Place) -> bool:
@@ -110,8 +112,9 @@ def _pattern(item: Any, argument: str, value: Any, keywords: Mapping[str, Predic
     if isinstance(item, str):
         if item in keywords:
             return Pattern(item, keywords[item], settings=value)
-        wide = _is_wide(item)
-        return Pattern(item, _text_test(item, argument), by_name=True, wide=wide, settings=value)
+        test, wide = _text_test(item, argument), _is_wide(item)
+        last = None if wide else item.rpartition(".")[2]
+        return Pattern(item, test, by_name=True, wide=wide, last=last, settings=value)
     if isinstance(item, type) and issubclass(item, nn.Module):
         label = f"class {item.__name__}"
         return Pattern(label, lambda _, module: isinstance(module, item), settings=value)

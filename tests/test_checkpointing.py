@@ -1,6 +1,7 @@
 """Gradient checkpointing: with everything before the adapters frozen, all of them get gradients."""
 
 import copy
+import importlib
 import io
 
 import pytest
@@ -147,7 +148,7 @@ def test_the_hooks_are_in_the_record_and_strip_removes_them_and_no_others(tmp_pa
 
 
 def test_an_injection_that_fails_leaves_the_hooks_as_they_were(monkeypatch):
-    import lora_inject.surgery as surgery
+    plan = importlib.import_module("lora_inject.plan")
 
     def fails(*_):
         raise RuntimeError("late")
@@ -155,14 +156,14 @@ def test_an_injection_that_fails_leaves_the_hooks_as_they_were(monkeypatch):
     model = vit()
     before = snapshot(model)
     with monkeypatch.context() as patch:
-        patch.setattr(surgery, "report_of", fails)
+        patch.setattr(plan, "report_of", fails)
         with pytest.raises(RuntimeError, match="late"):
             inject(model, ["q_proj"], r=2)
     assert changed_parts(before, snapshot(model)) == []
     inject(model, ["q_proj"], r=2)
     before = snapshot(model)
     with monkeypatch.context() as patch:
-        patch.setattr(surgery, "report_of", fails)
+        patch.setattr(plan, "report_of", fails)
         with pytest.raises(RuntimeError, match="late"):
             inject(model, ["v_proj"], r=2, adapter="fr")
     assert changed_parts(before, snapshot(model)) == []

@@ -27,7 +27,6 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-import lora_inject.surgery
 from lora_inject import (
     AlreadyAdaptedError,
     ArgumentError,
@@ -41,6 +40,7 @@ from lora_inject import (
     report,
     strip,
 )
+from lora_inject.core import adaptation
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -287,7 +287,7 @@ def test_injecting_into_a_part_and_into_the_whole(order, strip_part):
 @pytest.mark.parametrize("fails_at", [0, 1, 2])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_error_in_the_middle_leaves_the_model_as_it_was(monkeypatch, fails_at, error):
-    attach, calls = lora_inject.surgery.attach, []
+    attach, calls = adaptation.attach, []
 
     def failing(*arguments):
         calls.append(arguments)
@@ -299,7 +299,7 @@ def test_an_error_in_the_middle_leaves_the_model_as_it_was(monkeypatch, fails_at
         model = Net()
         prepare(model)
         before, calls[:] = snapshot(model), []
-        monkeypatch.setattr("lora_inject.surgery.attach", failing)
+        monkeypatch.setattr("lora_inject.core.adaptation.attach", failing)
         with pytest.raises(error):
             inject(model, ["q_proj", "embed"], bias=report(model).bias or "none")
         monkeypatch.undo()

@@ -13,6 +13,7 @@ from lora_inject.adapter import LayerState, state_of
 from lora_inject.core.index import Index
 from lora_inject.errors import ArgumentError, LoRAInjectError
 from lora_inject.in_place import Place, Slot
+from lora_inject.kinds.base import STATE
 from lora_inject.record import RECORD, TRAINED, Before, Record
 from lora_inject.refusals import require_intact, require_kept, require_no_block, require_ready
 
@@ -106,6 +107,27 @@ class Look:
         for path, _, older in self.holders:
             record.adopt(older, path)
         return record
+
+    @cached_property
+    def marks(self) -> dict[nn.Module, tuple[int, int]]:
+        """What tells whether a module's state or record is still the one that was seen."""
+        return {
+            module: (id(vars(module).get(STATE)), id(vars(module).get(RECORD)))
+            for module in self.index.modules
+            if STATE in vars(module) or RECORD in vars(module)
+        }
+
+    def require_unchanged(self) -> None:
+        """Refuse a model that has other modules or adapters now than when it was looked at.
+
+        Raises:
+            LoRAInjectError: it has.
+        """
+        now = Look(self.model)
+        if now.index.by_path != self.index.by_path or now.marks != self.marks:
+            raise LoRAInjectError(
+                "the model has changed since the plan was made.", remedy="Call plan again."
+            )
 
     def require_adapters(self) -> None:
         """Refuse a model without adapters.

@@ -279,10 +279,18 @@ def general_refusal(module: nn.Module, new_names: list[str], way: Way) -> str | 
             "do that), and it would bypass the adapter. Remove it, inject, and set it again; for "
             "tensor parallelism use parallelize_module."
         )
-    taken = [name for name in new_names if hasattr(module, name)]
+    taken = [name for name in new_names if _has(module, name)]
     if taken:
         return f"it has an attribute {taken[0]} of its own. Give the adapter another name."
     return None
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    """``hasattr``, without the cost of the exception where nn.Module looks for it."""
+    if type(module).__getattr__ is not nn.Module.__getattr__:
+        return hasattr(module, name)
+    owned = (module.__dict__, module._parameters, module._buffers, module._modules)
+    return any(name in names for names in owned) or hasattr(type(module), name)
 
 
 def weight_refusal(module: nn.Module, weight: Tensor, spec: Spec, way: Way) -> str | None:

@@ -1,0 +1,92 @@
+"""What makes an injection wrong whatever layers it is for: refused before anything is changed."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_inject.core.look import Look
+from lora_inject.core.site import Site
+from lora_inject.errors import ArgumentError, UnsupportedLayerError
+from lora_inject.in_place import Place
+from lora_inject.settings import BiasMode
+
+
+def require_module(model: Any) -> None:
+    """Refuse what is no model, or one whose forward cannot be changed."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model must be an nn.Module, not a {type(model).__name__}.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UnsupportedLayerError(
+            "the model is a ScriptModule, whose forward cannot be changed.",
+            remedy="Adapt it before scripting.",
+        )
+
+
+def require_injectable(look: Look) -> None:
+    """Refuse what makes any injection wrong, wherever in the model it stands."""
+    for place in look.index.places:
+        if isinstance(place.module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            raise UnsupportedLayerError(
+                f"{type(place.module).__name__} would not know of new parameters.",
+                path=place.path,
+                remedy="Inject first, then wrap the model.",
+            )
+        for name, parameter in place.module._parameters.items():
+            if isinstance(parameter, nn.UninitializedParameter):
+                problem, remedy = "it is lazy and has no shape yet.", "Run one forward pass first."
+            elif parameter is not None and parameter.is_inference():
+                problem = f"its {name} was made in inference mode and can never train again."
+                remedy = "Build or load the model outside of torch.inference_mode."
+            else:
+                continue
+            raise UnsupportedLayerError(problem, path=place.path, remedy=remedy)
+
+
+def require_extensible(look: Look, adapter: str, bias: BiasMode) -> None:
+    """Refuse to extend an adapter that is not in use as it is, or in another bias mode."""
+    for record in look.records:
+        mode = record.modes.get(adapter)
+        if mode is not None and record.in_use.get(adapter) != 1.0:
+            raise ArgumentError(
+                f"adapter: {adapter!r} is there already and not in use with a weight of 1.",
+                remedy=f"Call use(model, {adapter!r}) first to add layers to it.",
+            )
+        if mode is not None and mode.bias != bias:
+            raise ArgumentError(
+                f"bias={bias!r}, but {adapter!r} was injected with bias={mode.bias!r}.",
+                remedy="Use the same mode, and freeze(model, bias=...) to change it.",
+            )
+
+
+def require_free_places(look: Look, adapter: str, tensors: Collection[Place]) -> None:
+    """Refuse to train in place what another adapter in use has trained: one value at a time."""
+    for record in look.records:
+        for module, name in tensors:
+            slot = record.slots.get(module, {}).get(name)
+            if slot is not None and slot.inside not in (None, adapter):
+                raise ArgumentError(
+                    f"{adapter!r} is to train {slot.text}, which {slot.inside!r} has trained and "
+                    "which is in use.",
+                    remedy="Call use(model) first, which puts no adapter in use.",
+                )
+
+
+def require_apart(look: Look, sites: Sequence[Site], in_full: Mapping[str, nn.Module]) -> None:
+    """Refuse to adapt what another adapter trains in full, and the other way round."""
+    for site in sites:
+        if (name := look.in_full.get(site.module)) is not None:
+            raise UnsupportedLayerError(
+                f"the adapter {name!r} trains it in full.",
+                path=site.path,
+                remedy="Exclude it.",
+            )
+    for path, top in in_full.items():
+        for module in look.index.below(top):
+            if (state := look.states.get(module)) is not None:
+                raise UnsupportedLayerError(
+                    f"train_also: the adapter {state.adapters[0].name!r} stands on a layer in it.",
+                    path=path,
+                    remedy="Take it out of train_also.",
+                )

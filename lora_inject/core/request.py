@@ -1,0 +1,98 @@
+"""What a call of ``plan`` or ``inject`` asks for, checked as far as it can be without a model."""
+
+from collections.abc import Mapping, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_inject import settings as check
+from lora_inject.kinds import find_kind
+from lora_inject.settings import BiasMode, Parts, Settings
+from lora_inject.targets import Pattern, parse
+
+ALL_LINEAR = "all-linear"
+_DEFAULTS = {"r": 8, "alpha": None, "dropout": 0.0, "how": "auto", "layout": None}
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of ``plan``, as patterns and checked values.
+
+    Attributes:
+        settings: the patterns of the targets, in their order, with the settings of each.
+        excluded: what to leave alone.
+        train_also: what trains in full.
+        parts: the parts of fused projections.
+        layers: block indices to keep; None for all.
+        dtype: of A and B: a dtype, "base", or None to follow the base.
+        seed: the seed of the starting values; None draws one.
+        adapter: the adapter's name.
+        bias: the bias mode.
+    """
+
+    settings: Mapping[Pattern, Settings]
+    excluded: tuple[Pattern, ...] = ()
+    train_also: tuple[Pattern, ...] = ()
+    parts: Mapping[Pattern, Parts] | None = None
+    layers: tuple[int, ...] | None = None
+    dtype: torch.dtype | str | None = None
+    seed: int | None = None
+    adapter: str = "default"
+    bias: BiasMode = "none"
+
+
+def settings_by_pattern(targets: Any, values: Mapping[str, Any]) -> dict[Pattern, Settings]:
+    """The patterns of the targets with the settings of each.
+
+    Args:
+        targets: as the user wrote them.
+        values: r, alpha, dropout, how and layout of the call where they are not the usual ones;
+            a pattern's own overrule them.
+
+    Raises:
+        ArgumentError: a pattern or a value cannot be used.
+    """
+    values = {**_DEFAULTS, **values}
+    default = check.settings(values)
+    return {
+        pattern: default
+        if pattern.settings is None
+        else check.settings(values, pattern.settings, f"targets[{pattern.label!r}]")
+        for pattern in parse(targets, "targets", _WORDS, with_settings=True)
+    }
+
+
+def optional_patterns(given: Any, argument: str) -> tuple[Pattern, ...]:
+    """The patterns of an argument that may be left out.
+
+    Raises:
+        ArgumentError: one of them cannot be used.
+    """
+    words = _WORDS if argument == "exclude" else {}
+    return parse(given, argument, words) if is_given(given) else ()
+
+
+def parts_by_pattern(parts: Any) -> dict[Pattern, Parts]:
+    """The patterns of ``parts`` with the parts of the layers that they select.
+
+    Raises:
+        ArgumentError: one of them cannot be used.
+    """
+    given = check.check_parts(parts) if is_given(parts) else {}
+    return {parse(key, "parts")[0]: value for key, value in given.items()}
+
+
+def is_given(patterns: Any) -> bool:
+    """Whether an optional argument of patterns holds any."""
+    return not (patterns is None or (isinstance(patterns, Sized) and len(patterns) == 0))
+
+
+def is_linear_like(path: str, module: nn.Module) -> bool:
+    """The test behind ``"all-linear"``, before output heads are left out."""
+    kind = find_kind(module)
+    return kind is not None and kind.linear_like
+
+
+_WORDS = {ALL_LINEAR: is_linear_like}

@@ -1,0 +1,74 @@
+"""What a selected target becomes: a site that can be adapted, or a refusal."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from lora_inject.kinds import Kind, Spec
+from lora_inject.kinds.base import Way
+from lora_inject.settings import Settings
+
+
+@dataclass(frozen=True)
+class Site:
+    """One layer, or one parameter, that can be adapted.
+
+    Attributes:
+        paths: its names in the model, the first in registration order first.
+        type: its type in words.
+        module: the layer itself, or the owner of the parameter.
+        kind: the kind of layer.
+        way: "branch" or "weight".
+        specs: the pairs A, B that it gets.
+        settings: rank, alpha, dropout and the rest.
+        dtype: the dtype of A and B.
+        pattern: the target pattern that chose it.
+        base_elements: elements of the weights that it adapts.
+        follows: the path of the site whose A and B it shares, since the weight is tied; or "".
+    """
+
+    paths: tuple[str, ...]
+    type: str
+    module: nn.Module = field(repr=False)
+    kind: Kind = field(repr=False)
+    way: Way
+    specs: tuple[Spec, ...]
+    settings: Settings
+    dtype: torch.dtype
+    pattern: str
+    base_elements: int
+    follows: str = ""
+
+    @property
+    def path(self) -> str:
+        """Its first name."""
+        return self.paths[0]
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters A and B have; none of its own where it shares them."""
+        return 0 if self.follows else sum(spec.elements for spec in self.specs)
+
+    @property
+    def shape_text(self) -> str:
+        """The features that A reads and B writes, for a table."""
+        shown = {
+            (f"{spec.experts} x " if spec.experts else "") + f"{spec.n_in} x {spec.n_out}": None
+            for spec in self.specs
+        }
+        return ", ".join(shown)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a target cannot be adapted.
+
+    Attributes:
+        reason: why, with the remedy.
+        conflict: that it carries an adapter of this name already, which is an error for whatever
+            pattern chooses it.
+    """
+
+    reason: str
+    conflict: bool = False

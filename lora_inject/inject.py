@@ -1,0 +1,177 @@
+"""Inject and strip: a plan becomes adapted layers, all of them or none, and they come out again."""
+
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import nn
+
+from lora_inject.core.adaptation import starting_values
+from lora_inject.core.look import Look
+from lora_inject.errors import LoRAInjectError, LoRAInjectWarning
+from lora_inject.merge import fold
+from lora_inject.placements import fill, require_whole, reshard
+from lora_inject.plan import Plan, plan
+from lora_inject.record import uninstall
+from lora_inject.report import Report
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _with_arguments_of(plan: Callable[P, Plan]) -> Callable[[Callable[..., R]], Callable[P, R]]:
+    """Give a function the signature of ``plan``, so that its arguments stand in one place."""
+
+    def give(function: Callable[..., R]) -> Callable[P, R]:
+        own = inspect.signature(function)
+        signature = inspect.signature(plan).replace(return_annotation=own.return_annotation)
+        function.__signature__ = signature  # type: ignore[attr-defined]
+        return function
+
+    return give
+
+
+@_with_arguments_of(plan)
+def inject(*args: Any, **kwargs: Any) -> Report:  # noqa: D417 (those of plan)
+    """Adapt layers of a model in place with LoRA (arXiv 2106.09685); nothing happens on an error.
+
+    Each selected layer then computes ``f(x) + alpha / r * B A dropout(x)``, where f is what it
+    computed before, A is (r, in) and B is (out, r). One of the two starts at zero, so that no
+    output changes. All other parameters are frozen. ``strip`` undoes everything.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> report = inject(model, targets=["0"], r=2)
+        >>> report.trainable, report.frozen
+        (32, 90)
+
+    Args:
+        model: any ``nn.Module``, on any device, the meta device included.
+        targets: which layers. ``"q_proj"`` and ``"self_attn.q_proj"`` match whole name components
+            from the right; with ``*``, ``?`` or ``[`` a glob over the whole path; ``"re:..."`` a
+            regular expression that matches the whole path; a module class; a callable
+            ``(path, module) -> bool``; ``"all-linear"``, every Linear-like layer but the output
+            head; a list of these; or a mapping of these to settings,
+            ``{"q_proj": {"r": 8, "alpha": 16, "dropout": 0.1}}``. The first pattern that selects a
+            layer decides. A string also selects a parameter that no layer calls, such as the
+            fused ``"experts.gate_up_proj"``.
+        r: rank, at least 1.
+        alpha: the delta is scaled by alpha / r; None means alpha = r, a scaling of 1.
+        dropout: probability of dropout on the input of the adapter, in [0, 1).
+        bias: the biases that train: "none", "all" in the model, or "lora_only", those of adapted
+            layers. Biases that were frozen before stay frozen.
+        exclude: layers to leave alone, in the same grammar; excluding a module excludes what is
+            inside it.
+        layers: block indices to keep: an integer or several; negative ones count from the end. A
+            layer's block index is the first number in its path.
+        train_also: modules that train in full, such as a new head, in the same grammar.
+        dtype: of A and B: None for float32 over a 16-bit or quantized base and the base's own
+            otherwise, "base" for the base's own, or a dtype.
+        seed: decides the starting values; None takes one draw from torch's global generator.
+        adapter: the adapter's name; "default" has parameters ``lora_A`` and ``lora_B``.
+        how: "auto", or "weight" for layers whose weight is read and not called: where the weight is
+            read there is then ``W + alpha / r * B A``, computed at each reading. The layers of
+            ``nn.MultiheadAttention``, recurrent layers and parameters are adapted so in any case.
+        layout: for a fused weight of three dimensions that does not tell it itself: "out_in" for
+            (E, out, in), "in_out" for (E, in, out). Per pattern, ``how`` and ``layout`` can be
+            given in a mapping of targets too.
+        parts: adapters for the parts of fused projections, ``{"c_attn": ("q", None, "v")}``: equal
+            parts of the output, of which the named ones get an A and a B each (``q_lora_A``). Parts
+            that are not equal have sizes: ``{"qkv_proj": (("q", 64), (None, 32), ("v", 32))}``.
+
+    Returns:
+        The report of what trains now.
+
+    Raises:
+        ArgumentError: an argument cannot be used; the message starts with its name.
+        NoMatchError: a pattern selects nothing, or nothing that can be adapted.
+        UnsupportedLayerError: a selected layer cannot be adapted.
+        AlreadyAdaptedError: a selected layer already carries an adapter of this name.
+    """
+    return plan(*args, **kwargs).apply()
+
+
+def reset_lora_parameters(model: nn.Module) -> None:
+    """Give every A and B the starting values again that ``inject`` gave or would have given.
+
+    After ``inject`` on the meta device this makes the adapters real. The order is then: build on
+    meta, inject, ``to_empty``, load the base weights, ``reset_lora_parameters``, train.
+
+    Example:
+        >>> reset_lora_parameters(model)  # doctest: +SKIP
+
+    Raises:
+        LoRAInjectError: an adapter is still on the meta device; nothing is changed.
+    """
+    look = Look(model)
+    reshard(look.index.modules)
+    pairs = [
+        (path, adapter, spec, layer.get_parameter(A_name), layer.get_parameter(B_name))
+        for path, layer in look.layers.items()
+        for adapter in look.states[layer].adapters
+        if not adapter.follows
+        for spec, A_name, B_name in adapter.pairs
+    ]
+    for path, _, spec, A, B in pairs:
+        require_whole(f"lora_A of {path}", A, spec.A_shape)
+        require_whole(f"lora_B of {path}", B, spec.B_shape)
+        if A.is_meta or B.is_meta:
+            raise LoRAInjectError(
+                "its adapter is on the meta device and has no values to set.",
+                path=path,
+                remedy='Call model.to_empty(device="cpu") first, then load the base weights.',
+            )
+    for record in look.records:
+        record.tie()
+    with torch.no_grad():
+        for _, adapter, spec, A, B in pairs:
+            for parameter, value in zip((A, B), starting_values(adapter, spec), strict=True):
+                fill(parameter, value, source=0)  # whatever seed the other ranks drew
+    for slot in look.slots:
+        slot.keep_unknown()
+
+
+def strip(model: nn.Module, merge: bool = False) -> nn.Module:
+    """Undo every ``inject`` on the model: afterwards it is the model from before, bit for bit.
+
+    Back come classes, the keys, order and bytes of ``state_dict``, every ``requires_grad`` and
+    ``training`` flag, and the values of biases, ``train_also`` modules and their statistics that
+    were trained. Modules, Parameters and hooks have been the same objects all along. After
+    ``.to()`` or ``.half()`` the values are the cast ones.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8))
+        >>> _ = inject(model, nn.Linear, r=2)
+        >>> strip(model)
+        Sequential(
+          (0): Linear(in_features=8, out_features=8, bias=True)
+        )
+
+    Args:
+        model: the model that ``inject`` was called on, a copy of it, or a wrapper that holds it.
+        merge: leave plain layers with the adapters in use folded in, and what they trained in place
+            as it is; only classes, flags and statistics come back then.
+
+    Returns:
+        The same object. On a model without adapters nothing is changed and a
+        ``LoRAInjectWarning`` says so.
+
+    Raises:
+        LoRAInjectError: the model cannot be put back exactly; nothing is changed.
+    """
+    look = Look(model)
+    look.require_own_record()
+    if not look.records:
+        warnings.warn("strip: the model has no adapters.", LoRAInjectWarning, stacklevel=2)
+    for record in look.records:
+        record.check_restorable(values=not merge)
+    if merge and any(state.running for state in look.states.values()):
+        fold(look, keep=False)
+    for _, holder, record in look.holders:
+        if merge:
+            record.forget_values()
+        record.restore()
+        uninstall(holder)
+    return model
