@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.harness import Action, Clock
+from lora_inject.arithmetic.masks import HASHED, LANES
 
 
 @dataclass(frozen=True)
@@ -102,26 +103,31 @@ def adapter_passes(
     ]
 
 
-def parts(layer: nn.Module, pairs: Iterator[tuple[Tensor, Tensor]]) -> Action:
-    """The products of an adapted Linear in training, p=0, and nothing else.
+def parts(layer: nn.Module, pairs: Iterator[tuple[Tensor, Tensor]], dropout: float = 0.0) -> Action:
+    """The products of an adapted Linear in training, in their best order, and nothing else.
 
     Args:
         layer: with a weight, a bias, and one adapter with a scaling of 1.
         pairs: inputs and gradients of outputs, matrices.
+        dropout: of a CPU: its masks are made as the layer makes them.
     """
     W, b = layer.weight.detach(), layer.bias.detach()
     A, B = (factor.detach().to(W.dtype) for factor in (layer.lora_A, layer.lora_B))
+    dropped = round(dropout * LANES)
 
     @torch.no_grad()
     def step() -> None:
         x, g = next(pairs)
+        seeds = HASHED.draw_seeds(x) if dropped else None
         y = F.linear(x, W, b)
-        h = F.linear(x, A)
+        h = F.linear(x, A) if seeds is None else HASHED.down(x, A, dropped, seeds, False)
         y.addmm_(h, B.t())
-        dx = g @ W
         t = g @ B
         h.t() @ g
-        t.t() @ x
-        dx.addmm_(t, A)
+        if seeds is None:
+            dx, _ = t @ A, t.t() @ x
+        else:
+            dx, _ = HASHED.gradients(t, x, A, x.shape, dropped, seeds, False)
+        dx.addmm_(g, W)
 
     return step

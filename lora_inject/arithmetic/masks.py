@@ -126,6 +126,9 @@ class HashedMasks(Masks):
 
 
 HASHED = HashedMasks()
+# On an H200, for a layer of 4,096 x 4,096 in bfloat16 and 4,096 rows, Triton's masks are faster
+# than torch's dropout where launches cost nothing (1.41 against 1.54 times the frozen layer, in
+# CUDA graphs), and slower where Python launches each kernel (2.9 against 2.3 times).
 _MEASURED_FASTER = False
 
 
