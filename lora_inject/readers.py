@@ -8,6 +8,7 @@ import dis
 import inspect
 from collections.abc import Iterator
 from types import CodeType
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -47,8 +48,9 @@ def _classes_above(module: nn.Module, base: type[nn.Module]) -> tuple[type, ...]
     return order[: order.index(base)]
 
 
-_known: dict[type, frozenset[str]] = {}
-_known_below: dict[type, frozenset[str]] = {}
+# Weak: what is known of a class keeps it no longer than others do.
+_known: WeakKeyDictionary[type, frozenset[str]] = WeakKeyDictionary()
+_known_below: WeakKeyDictionary[type, frozenset[str]] = WeakKeyDictionary()
 
 
 def _reads(cls: type) -> frozenset[str]:
