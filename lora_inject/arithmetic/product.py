@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from lora_inject.arithmetic.masks import LANES, Masks, rows
 from lora_inject.torch_private import is_batched
 
+_NARROW = 32  # columns of a product that is made as its transpose
+
 Backward = Callable[[Any, Tensor], tuple[Tensor | None, ...]]
 Dropout = tuple[Masks, int, Tensor | None]  # what makes the mask, of how many dropped, from what
 
@@ -280,7 +282,7 @@ def _gradients_of_added(
     own_MO = g_MO if part is None else g_MO.narrow(1, *part)
     dx_MI = dA_RI = dB_OR = None
     if needs_A or (needs_x and not is_made):
-        dA_RI = t_MR = _scaled(own_MO, cast_to(B_OR, dtype), scaling)
+        dA_RI = t_MR = _narrow(own_MO, cast_to(B_OR, dtype), scaling)
         if not is_made:
             read_A = cast_to(A_RI, dtype) if needs_x else None
             dx_MI, dA_RI = _down_gradients(
@@ -294,6 +296,17 @@ def _gradients_of_added(
         # h^T g and not g^T h, which is slower on a CPU.
         dB_OR = _scaled(h_MR.t(), own_MO, scaling).t().contiguous()
     return dx_MI, dA_RI, dB_OR
+
+
+def _narrow(g_MO: Tensor, B_OR: Tensor, scaling: float) -> Tensor:
+    """``scaling * g B``, which is much narrower than g: t of an adapter.
+
+    In float32 a CPU makes few rows of many columns up to three times as fast as the other way
+    round; it was measured up to rank 32, and not in other dtypes.
+    """
+    if g_MO.dtype == torch.float32 and g_MO.is_cpu and B_OR.shape[1] <= _NARROW:
+        return _scaled(B_OR.t(), g_MO.t(), scaling).t()
+    return _scaled(g_MO, B_OR, scaling)
 
 
 def _scaled(left: Tensor, right: Tensor, scaling: float) -> Tensor:
