@@ -32,6 +32,7 @@ def _no(*_: object) -> bool:
 # Without these: every tensor counts as watched, and the composed way runs.
 _is_functorch_active = _named("_C._are_functorch_transforms_active", _yes)
 _count_dispatch_modes = _named("_C._len_torch_dispatch_stack", _yes)
+_is_tracing = _named("_C._is_tracing", _yes)
 _is_legacy_batched = _named("_C._functorch.is_legacy_batchedtensor", _yes)
 # Without this: tensors inside of torch.func count as ordinary ones, of which capacity says that it
 # cannot follow them.
@@ -73,7 +74,7 @@ def is_transformed() -> bool:
         torch.compiler.is_compiling()
         or _is_functorch_active()
         or _count_dispatch_modes() > 0
-        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        or _is_tracing()
     )
 
 

@@ -185,27 +185,45 @@ def adapted_linear(
     x_MI = x_NI if x_NI.dim() == 2 else x_NI.reshape(-1, x_NI.shape[-1])
     dtype = _dtype_of_function(x_MI, W_OI, b_O)
     if dtype is not None:
-        added, factors = [], []
-        for branch in branches:
-            own, A_RI = _added(x_MI, branch)
-            added.append(own)
-            factors += [A_RI, branch[1]]
-        y_MO = adapted_product(x_MI, W_OI, b_O, dtype, added, factors)
-        if _is_slow(x_MI):
-            y_MO = y_MO.to(x_NI.dtype)
+        y_MO = _at_once(x_MI, W_OI, b_O, dtype, branches)
     else:
-        y_MO = F.linear(x_MI, W_OI, b_O)
+        y_MO, differentiable = F.linear(x_MI, W_OI, b_O), torch.is_grad_enabled()
         for A_RI, B_OR, scaling, dropout, part in branches:
-            h_MR = linear_down(x_MI, A_RI, dropout)
+            if dropout or differentiable or A_RI.dtype != x_MI.dtype:
+                h_MR = linear_down(x_MI, A_RI, dropout)
+            else:  # the same without its questions, which a single row feels
+                h_MR = F.linear(x_MI, A_RI)
+            if B_OR.dtype != h_MR.dtype:
+                B_OR = B_OR.to(h_MR.dtype)
             # y is ours to write: it is new, nobody has seen it, and a product needs no output to
             # find its gradients.
             own_MO = y_MO if part is None else y_MO.narrow(1, *part)
-            own_MO.addmm_(h_MR, cast_to(B_OR, h_MR.dtype).mT, alpha=scaling)
+            if scaling == 1:
+                own_MO.addmm_(h_MR, B_OR.mT)
+            else:  # a keyword, which a single row feels too
+                own_MO.addmm_(h_MR, B_OR.mT, alpha=scaling)
     if x_MI is x_NI:
         return y_MO
     shape = [*x_NI.shape[:-1], y_MO.shape[-1]]
     # As F.linear returns it: a view with a bias, and without one what may be used more freely.
     return y_MO.view(shape) if b_O is not None else cast(Tensor, unsafe_view(y_MO, shape))
+
+
+def _at_once(
+    x_MI: Tensor,
+    W_OI: Tensor,
+    b_O: Tensor | None,
+    dtype: torch.dtype,
+    branches: Iterable[Branch],
+) -> Tensor:
+    """The same as one Function, whose products are made in a dtype."""
+    added, factors = [], []
+    for branch in branches:
+        own, A_RI = _added(x_MI, branch)
+        added.append(own)
+        factors += [A_RI, branch[1]]
+    y_MO = adapted_product(x_MI, W_OI, b_O, dtype, added, factors)
+    return y_MO.to(x_MI.dtype) if _is_slow(x_MI) else y_MO
 
 
 def _added(x_MI: Tensor, branch: Branch) -> tuple[Added, Tensor]:
