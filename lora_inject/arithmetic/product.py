@@ -9,6 +9,7 @@ features, R rank. t_NR is the gradient of h_NR = ``A dropout(x)``.
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -35,13 +36,17 @@ def _without_autocast(backward: Backward) -> Backward:
 
     @functools.wraps(backward)
     def called(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        device = gradient.device.type
-        if not (has_autocast(device) and torch.is_autocast_enabled(device)):
-            return backward(ctx, gradient)
-        with torch.autocast(device, enabled=False):
+        with without_autocast(gradient.device.type):
             return backward(ctx, gradient)
 
     return called
+
+
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """A context in which operations have the dtypes of their tensors."""
+    if has_autocast(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 @functools.cache
