@@ -20,6 +20,7 @@ Lines = Callable[[dict[str, Any]], list[str]]  # the Markdown of a section
 Action = Callable[[], object]
 Clock = Callable[[Action], float]  # how many seconds an action takes
 FEWEST_ROUNDS = 3
+LIMIT = "limit"  # the action that is the least possible: no peer, and no bar of the chart
 REGISTRY: dict[str, "Row"] = {}
 
 
@@ -117,8 +118,8 @@ class Timings:
         return low, high
 
     def over(self, floor: str) -> dict[str, float]:
-        """Every other action's time as a multiple of the floor's."""
-        return {name: self.ratio(name, floor) for name in self.rounds if name != floor}
+        """Every other action's time as a multiple of the floor's, but for that of the limit."""
+        return {name: self.ratio(name, floor) for name in self.rounds if name not in (floor, LIMIT)}
 
 
 def interleaved(
@@ -163,6 +164,11 @@ def compared(timings: Timings, floor: str = "floor") -> str:
     others = timings.over(floor)
     peers = ", ".join(f"{name} {value:.2f}x" for name, value in others.items() if name != "ours")
     return f"{others['ours']:.2f}x floor ({peers})"
+
+
+def limit_of(timings: Timings, floor: str = "floor") -> str:
+    """The least possible, which was timed among the others, for its column."""
+    return f"{timings.ratio(LIMIT, floor):.2f}x {floor}"
 
 
 def machine() -> str:
