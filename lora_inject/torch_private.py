@@ -34,6 +34,8 @@ _is_functorch_active = _named("_C._are_functorch_transforms_active", _yes)
 _count_dispatch_modes = _named("_C._len_torch_dispatch_stack", _yes)
 _is_tracing = _named("_C._is_tracing", _yes)
 _is_legacy_batched = _named("_C._functorch.is_legacy_batchedtensor", _yes)
+# Without this: every device is asked whether it has autocast on.
+is_autocast_anywhere = _named("_C._is_any_autocast_enabled", _yes)
 # Without this: tensors inside of torch.func count as ordinary ones, of which capacity says that it
 # cannot follow them.
 is_functorch_wrapped = _named("_C._functorch.is_functorch_wrapped_tensor", _no)

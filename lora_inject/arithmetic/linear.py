@@ -7,9 +7,9 @@ named by their shapes.
 There are two ways to the same values. The composed way puts torch's operations one after another:
 ``linear_down``, ``linear_up``, and the layer adds the delta. The fast way has fewer passes over x
 and y: ``adapted_linear`` computes a layer and its adapters at once. The Functions of ``product``
-keep x itself for the backward pass where it is dropped out or would be cast, and write the gradient
-of x in one piece. ``may_run_whole``, ``_dtype_of_function``, ``_masks`` and ``_keeps_x`` decide
-between them, and nothing else does.
+and ``whole`` keep x itself for the backward pass where it is dropped out or would be cast, and
+write the gradient of x in one piece. ``may_run_whole``, ``_dtype_of_function``, ``_masks`` and
+``_keeps_x`` decide between them, and nothing else does.
 """
 
 from collections.abc import Iterable
@@ -20,16 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_inject.arithmetic.masks import Masks, masks_for
-from lora_inject.arithmetic.product import (
-    Added,
-    adapted_product,
-    cast_to,
-    draw_dropout,
-    has_autocast,
-    product,
-)
+from lora_inject.arithmetic.product import cast_to, draw_dropout, has_autocast, product
+from lora_inject.arithmetic.whole import Added, adapted_product
 from lora_inject.torch_private import (
     has_instructions,
+    is_autocast_anywhere,
     is_forward_mode,
     is_transformed,
     unsafe_view,
@@ -106,15 +101,15 @@ def _dtype_of_function(x_MI: Tensor, W_OI: Tensor, b_O: Tensor | None) -> torch.
     """
     if not torch.is_grad_enabled() or is_forward_mode():
         return None
-    slow, autocast = _is_slow(x_MI), _autocast_dtype(x_MI)
+    slow, autocast, dtype = _is_slow(x_MI), _autocast_dtype(x_MI), x_MI.dtype
     if max(x_MI.numel(), x_MI.shape[0] * W_OI.shape[0]) < _LARGE and not slow:
         return None
-    dtypes = {x_MI.dtype, W_OI.dtype, W_OI.dtype if b_O is None else b_O.dtype}
     if autocast is not None:
+        dtypes = {dtype, W_OI.dtype, W_OI.dtype if b_O is None else b_O.dtype}
         return autocast if dtypes <= _CAST_BY_AUTOCAST else None
-    if len(dtypes) > 1:
+    if W_OI.dtype != dtype or (b_O is not None and b_O.dtype != dtype):
         return None
-    return torch.float32 if slow else x_MI.dtype
+    return torch.float32 if slow else dtype
 
 
 def _keeps_x(x_NI: Tensor, A_RI: Tensor) -> bool:
@@ -154,6 +149,8 @@ def _dtype_of_products(x_NI: Tensor) -> torch.dtype:
 
 def _autocast_dtype(x_NI: Tensor) -> torch.dtype | None:
     """The dtype in which autocast makes products with x, if it does."""
+    if not is_autocast_anywhere():
+        return None
     device = x_NI.device.type
     if has_autocast(device) and torch.is_autocast_enabled(device) and x_NI.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
