@@ -124,6 +124,12 @@ def parts(layer: nn.Module, pairs: Iterator[tuple[Tensor, Tensor]], dropout: flo
     return step
 
 
+def products(layer: nn.Module, x: Tensor, g: Tensor) -> Action:
+    """The two products of a frozen Linear in training, and nothing else."""
+    x, W, b = x.detach(), layer.weight.detach(), layer.bias.detach()
+    return lambda: (F.linear(x, W, b), g @ W)
+
+
 def adapter_parts(
     x: Tensor, g: Tensor, y: Tensor, A: Tensor, B: Tensor, dropout: float = 0.0
 ) -> Tensor:

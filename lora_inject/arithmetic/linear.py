@@ -216,20 +216,21 @@ def _at_once(
     """The same as one Function, whose products are made in a dtype."""
     added, factors = [], []
     for branch in branches:
-        own, A_RI = _added(x_MI, branch)
+        own, A_RI = _added(x_MI, branch, dtype)
         added.append(own)
         factors += [A_RI, branch[1]]
     y_MO = adapted_product(x_MI, W_OI, b_O, dtype, added, factors)
     return y_MO.to(x_MI.dtype) if _is_slow(x_MI) else y_MO
 
 
-def _added(x_MI: Tensor, branch: Branch) -> tuple[Added, Tensor]:
+def _added(x_MI: Tensor, branch: Branch, dtype: torch.dtype) -> tuple[Added, Tensor]:
     """A branch of the one Function: with its A where x is kept for A's gradient anyway, else h."""
     A_RI, _, scaling, p, part = branch
     if A_RI.requires_grad:
         if not p:
             return Added(scaling, part), A_RI
-        masks = _masks(x_MI, A_RI)
+        # What else _masks asks holds wherever there is one Function.
+        masks = masks_for(x_MI, dtype) if x_MI.numel() >= _LARGE else None
         if masks is not None:
             return Added(scaling, part, False, *draw_dropout(masks, x_MI, p)), A_RI
     return Added(scaling, part, True), linear_down(x_MI, A_RI, p)
