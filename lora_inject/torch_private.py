@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 
 def _named(path: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,7 +74,7 @@ def is_transformed() -> bool:
     dispatch mode may keep what an operation returned (selective checkpointing does).
     """
     return bool(
-        torch.compiler.is_compiling()
+        is_compiling()
         or _is_functorch_active()
         or _count_dispatch_modes() > 0
         or _is_tracing()
