@@ -74,10 +74,7 @@ def is_transformed() -> bool:
     dispatch mode may keep what an operation returned (selective checkpointing does).
     """
     return bool(
-        is_compiling()
-        or _is_functorch_active()
-        or _count_dispatch_modes() > 0
-        or _is_tracing()
+        is_compiling() or _is_functorch_active() or _count_dispatch_modes() > 0 or _is_tracing()
     )
 
 
