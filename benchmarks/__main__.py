@@ -39,7 +39,8 @@ def main() -> None:
         return
     results = measured(options.rows or list(REGISTRY), 3 if options.quick else 15)
     for r in results:
-        print(f"{r.row:8} {r.workload}: {r.value} (goal {r.goal}, {'met' if r.met else 'NOT met'})")
+        met, limit = "met" if r.met else "NOT met", f", limit {r.limit}" if r.limit else ""
+        print(f"{r.row:8} {r.workload}: {r.value} (goal {r.goal}, {met}{limit})")
     if not options.quick and not options.rows:
         write("cpu", as_section(results), SECTIONS)
 

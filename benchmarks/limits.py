@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.harness import Action, Clock
+from lora_inject import LoRALayer
 from lora_inject.arithmetic.masks import HASHED, LANES
 
 
@@ -104,30 +105,90 @@ def adapter_passes(
 
 
 def parts(layer: nn.Module, pairs: Iterator[tuple[Tensor, Tensor]], dropout: float = 0.0) -> Action:
-    """The products of an adapted Linear in training, in their best order, and nothing else.
+    """The products of an adapted Linear in training, and nothing else.
 
     Args:
         layer: with a weight, a bias, and one adapter with a scaling of 1.
         pairs: inputs and gradients of outputs, matrices.
-        dropout: of a CPU: its masks are made as the layer makes them.
+        dropout: of the adapter, on a CPU.
     """
     W, b = layer.weight.detach(), layer.bias.detach()
     A, B = (factor.detach().to(W.dtype) for factor in (layer.lora_A, layer.lora_B))
-    dropped = round(dropout * LANES)
 
     @torch.no_grad()
     def step() -> None:
         x, g = next(pairs)
-        seeds = HASHED.draw_seeds(x) if dropped else None
-        y = F.linear(x, W, b)
-        h = F.linear(x, A) if seeds is None else HASHED.down(x, A, dropped, seeds, False)
+        dx = adapter_parts(x, g, F.linear(x, W, b), A, B, dropout)
+        dx.addmm_(g, W)  # the large product adds to the small one, and not the other way round
+
+    return step
+
+
+def products(layer: nn.Module, x: Tensor, g: Tensor) -> Action:
+    """The two products of a frozen Linear in training, and nothing else."""
+    x, W, b = x.detach(), layer.weight.detach(), layer.bias.detach()
+    return lambda: (F.linear(x, W, b), g @ W)
+
+
+def adapter_parts(
+    x: Tensor, g: Tensor, y: Tensor, A: Tensor, B: Tensor, dropout: float = 0.0
+) -> Tensor:
+    """What an adapter cannot do without beside the two products of a frozen layer.
+
+    With dropout also the mask, which is made in each direction, and a pass for what it masks.
+
+    Args:
+        x: the input, a matrix.
+        g: the gradient of the output.
+        y: the frozen layer's output, to which the adapter's is added.
+        A: the factor.
+        B: the other one.
+        dropout: the probability; with one, on a CPU.
+
+    Returns:
+        What the adapter adds to the gradient of x, for the layer's own product to add to.
+    """
+    if not dropout:
+        h = F.linear(x, A)
         y.addmm_(h, B.t())
-        t = g @ B
+        t = _times(g, B)
         h.t() @ g
-        if seeds is None:
-            dx, _ = t @ A, t.t() @ x
-        else:
-            dx, _ = HASHED.gradients(t, x, A, x.shape, dropped, seeds, False)
-        dx.addmm_(g, W)
+        t.t() @ x
+        return t @ A
+    dropped = round(dropout * LANES)
+    seeds, scale = HASHED.draw_seeds(x), LANES / (LANES - dropped)
+    h = F.linear(HASHED.kept(x.shape, x.dtype, dropped, seeds).mul_(x), A).mul_(scale)
+    y.addmm_(h, B.t())
+    t = _times(g, B).mul_(scale)
+    h.t() @ g
+    kept = HASHED.kept(x.shape, x.dtype, dropped, seeds)
+    dx = (t @ A).mul_(kept)
+    t.t() @ kept.mul_(x)
+    return dx
+
+
+def _times(g: Tensor, B: Tensor) -> Tensor:
+    """The narrow product g B, on a CPU the way round in which it is faster."""
+    return (B.t() @ g.t()).t() if g.is_cpu else g @ B
+
+
+def model_parts(model: nn.Module, rows: int, dropout: float) -> Action:
+    """The parts of all adapted Linear layers of a model, one layer after the other.
+
+    Args:
+        model: with one adapter that has a scaling of 1.
+        rows: how many rows every layer's input has.
+        dropout: of the adapters.
+    """
+    layers = [m for m in model.modules() if isinstance(m, LoRALayer)]
+    factors = [(m.lora_A.detach(), m.lora_B.detach()) for m in layers]
+    shapes = {(A.shape[1], B.shape[0]) for A, B in factors}
+    # Layers of one shape share x, g and y: what counts is how large they are.
+    values = {(i, o): [torch.randn(rows, n) for n in (i, o, o)] for i, o in shapes}
+
+    @torch.no_grad()
+    def step() -> None:
+        for A, B in factors:
+            adapter_parts(*values[A.shape[1], B.shape[0]], A, B, dropout)
 
     return step

@@ -183,19 +183,21 @@ class WholeLayer(BranchLayer):
         own: Any = self._parameters  # a weight that is not here is computed when it is read
         if state.running and "bias" in own:
             W, training = own.get("weight"), self.training
-            branches = [_branch(own, term, training) for term in state.running]
+            branches = _branches(own, state.running, training)
             if may_run_whole(x, W, branches):
                 W = W.t() if self._lora_transposed else W
                 return adapted_linear(x, W, own["bias"], branches)
         return super().forward(*args, **kwargs)
 
 
-def _branch(own: Any, term: Term, training: bool) -> Branch:
-    _, spec, A_name, B_name, scaling, dropout, _, part = term
-    A, B = own.get(A_name), own.get(B_name)
-    if spec.swapped and A is not None and B is not None:
-        A, B = oriented(spec, A, B)
-    return A, B, scaling, dropout if training else 0.0, part
+def _branches(own: Any, terms: Sequence[Term], training: bool) -> list[Branch]:
+    found = []
+    for _, spec, A_name, B_name, scaling, dropout, _, part in terms:
+        A, B = own.get(A_name), own.get(B_name)
+        if spec.swapped and A is not None and B is not None:
+            A, B = oriented(spec, A, B)
+        found.append((A, B, scaling, dropout if training else 0.0, part))
+    return found
 
 
 def oriented(spec: Spec, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

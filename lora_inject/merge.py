@@ -6,6 +6,7 @@ autograd notice a merge between a forward and its backward pass. The layer has i
 meanwhile and costs what it cost before.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.adapter import LayerState, Term, adapters_of, is_merged, state_of
+from lora_inject.arithmetic.product import without_autocast
 from lora_inject.core.look import Look
 from lora_inject.errors import ArgumentError, LoRAInjectError, UnsupportedLayerError
 from lora_inject.in_place import own_tensor
-from lora_inject.kinds.base import is_plain, own_class
+from lora_inject.kinds.base import Kind, MatrixKind, Spec, is_plain, own_class
 from lora_inject.layer import change, pairs_of
 from lora_inject.placements import is_fully_sharded, is_partial
 from lora_inject.record import exchange, put_back_merged
@@ -251,10 +253,12 @@ def _merge_weight(path: str, layer: nn.Module, name: str, new: frozenset[str]) -
     start = weight if former is None else former.to(weight.device, weight.dtype)
     names = new if former is None else new | state.folded
     terms = state.terms(a for a in state.adapters if a.name in names)
-    exact = _exact_sum(layer, name, start, terms)
+    with without_autocast(weight.device.type):
+        exact = _exact_sum(layer, name, start, terms)
     rounded = exact.to(weight.dtype)
     # The sum is one quick pass; only where it is not finite every element is looked at.
-    if not rounded.sum(dtype=exact.dtype).isfinite() and not rounded.isfinite().all():
+    total = rounded.sum(dtype=exact.dtype).item()
+    if not (math.isfinite(total) or rounded.isfinite().all()):
         raise UnsupportedLayerError(
             f"the merged {name} is not finite in {weight.dtype}.",
             path=path,
@@ -271,9 +275,19 @@ def _exact_sum(layer: nn.Module, name: str, weight: Tensor, terms: tuple[Term, .
     kind, pairs = pairs_of(layer, terms, name)
     assert kind is not None
     dtype = torch.promote_types(weight.dtype, torch.float32)
+    if len(pairs) == 1 and weight.dtype == dtype and _is_matrix(kind, weight, pairs[0][0]):
+        _, A, B, scaling = pairs[0]
+        factors = (A.t(), B.t()) if kind.transposes else (B, A)
+        # Without a pass to scale the product and one to add it.
+        return torch.addmm(weight, *(factor.to(dtype) for factor in factors), alpha=scaling)
     total: Tensor | None = None
     for spec, A, B, scaling in pairs:
         update = kind.update(layer, weight, spec, A.to(dtype), B.to(dtype))
         total = update.mul_(scaling) if total is None else total.add_(update, alpha=scaling)
     assert total is not None
     return total.add_(weight)
+
+
+def _is_matrix(kind: Kind, weight: Tensor, spec: Spec) -> bool:
+    """Whether the update of a weight is the product of two matrices, all of it."""
+    return isinstance(kind, MatrixKind) and weight.dim() == 2 and not spec.part

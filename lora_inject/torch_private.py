@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 
 def _named(path: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
@@ -32,7 +33,10 @@ def _no(*_: object) -> bool:
 # Without these: every tensor counts as watched, and the composed way runs.
 _is_functorch_active = _named("_C._are_functorch_transforms_active", _yes)
 _count_dispatch_modes = _named("_C._len_torch_dispatch_stack", _yes)
+_is_tracing = _named("_C._is_tracing", _yes)
 _is_legacy_batched = _named("_C._functorch.is_legacy_batchedtensor", _yes)
+# Without this: every device is asked whether it has autocast on.
+is_autocast_anywhere = _named("_C._is_any_autocast_enabled", _yes)
 # Without this: tensors inside of torch.func count as ordinary ones, of which capacity says that it
 # cannot follow them.
 is_functorch_wrapped = _named("_C._functorch.is_functorch_wrapped_tensor", _no)
@@ -70,10 +74,7 @@ def is_transformed() -> bool:
     dispatch mode may keep what an operation returned (selective checkpointing does).
     """
     return bool(
-        torch.compiler.is_compiling()
-        or _is_functorch_active()
-        or _count_dispatch_modes() > 0
-        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        is_compiling() or _is_functorch_active() or _count_dispatch_modes() > 0 or _is_tracing()
     )
 
 

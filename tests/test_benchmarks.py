@@ -8,13 +8,16 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from benchmarks import __main__ as command
 from benchmarks import compiled, gpu, harness, memory
 from benchmarks.bench import working
 from benchmarks.harness import Result, Timings, as_section, interleaved
-from benchmarks.limits import Ceilings, adapter_passes
+from benchmarks.limits import Ceilings, adapter_parts, adapter_passes
 from benchmarks.ways import environment
+from lora_inject import inject
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
@@ -175,6 +178,29 @@ def test_the_passes_of_an_adapter_are_counted():
     activations = 2 * 100 * (4 * 10 + 3 * 20)  # bytes: x twice, dx twice; y twice, g
     assert sum(p.bytes for p in passes) == activations + 2 * (3 * 2 * 10 + 3 * 2 * 20)
     assert Ceilings(1e9, 1e12).seconds(passes) == sum(p.bytes for p in passes) / 1e9
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_parts_of_a_layer_are_what_it_computes(dropout):
+    layer = nn.Linear(96, 64)
+    inject(layer, nn.Linear, r=2, dropout=dropout)
+    nn.init.normal_(layer.lora_B)
+    x, g = torch.randn(256, 96, requires_grad=True), torch.randn(256, 64)
+    torch.manual_seed(3)  # for the mask
+    expected = layer(x)
+    expected.backward(g)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        y = F.linear(x, layer.weight, layer.bias)
+        dx = adapter_parts(x, g, y, layer.lora_A, layer.lora_B, dropout)
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(dx.addmm_(g, layer.weight), x.grad)
+
+
+def test_the_limit_is_no_peer():
+    timings = Timings({"floor": [1.0, 2.0], "ours": [3.0, 4.0], "limit": [2.0, 3.0]})
+    assert timings.over("floor") == {"ours": 2.5}
+    assert harness.limit_of(timings) == "1.75x floor"
 
 
 def test_an_environment_variable_is_forced_for_a_while(monkeypatch):

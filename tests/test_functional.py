@@ -19,7 +19,7 @@ from lora_inject import inject, merge, remove, use
 from lora_inject.arithmetic import linear as ways
 from lora_inject.arithmetic.linear import adapted_linear, linear_down, linear_up, may_run_whole
 from lora_inject.arithmetic.masks import HASHED
-from lora_inject.arithmetic.product import adapted_product
+from lora_inject.arithmetic.whole import adapted_product
 
 pytestmark = pytest.mark.usefixtures("device")
 

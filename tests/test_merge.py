@@ -10,6 +10,7 @@ from helpers import Net, changed_parts, ids, randomize_adapters, snapshot, train
 from test_every_kind import KINDS, base_output, make
 from torch import nn
 from torch.nn.utils import parametrizations
+from transformers.pytorch_utils import Conv1D
 
 from lora_inject import (
     ArgumentError,
@@ -24,6 +25,7 @@ from lora_inject import (
     plan,
     strip,
     unmerge,
+    use,
 )
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -91,6 +93,37 @@ def test_the_sum_is_exact_and_rounded_once():
     assert shown.lost == pytest.approx(lost.item(), rel=1e-4)
     assert shown.lost > 0.1  # bfloat16 cannot hold so small an update
     assert "lost to rounding" in str(unmerge(layer) and merge(layer))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_around_it_changes_no_bit(dtype, device):
+    model = Net(dtype=dtype)
+    inject(model, "all-linear", r=2, alpha=3)
+    randomize_adapters(model)
+    merge(model)
+    expected = snapshot(model)
+    unmerge(model)
+    with torch.autocast(device.type):
+        merge(model)
+    assert changed_parts(expected, snapshot(model)) == []
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(24, 40), lambda: Conv1D(40, 24)])
+@pytest.mark.parametrize("adapters", [1, 2])
+def test_the_sum_of_float32_is_rounded_to_its_last_bits(make, adapters):
+    layer = make()
+    for name in "ab"[:adapters]:
+        inject(layer, type(layer), r=4, alpha=6, adapter=name)
+    use(layer, *"ab"[:adapters])
+    randomize_adapters(layer, 0.5)
+    exact = layer.weight.detach().double()
+    for name in "ab"[:adapters]:
+        A, B = (layer.get_parameter(f"lora_{of}_{name}").detach().double() for of in "AB")
+        update = 1.5 * (B @ A)
+        exact = exact + (update if exact.shape == (40, 24) else update.t())
+    merge(layer)
+    torch.testing.assert_close(layer.weight.double(), exact, rtol=0, atol=2e-6)
+    assert layer.weight.is_contiguous()
 
 
 def test_merged_families_compute_the_same():

@@ -25,6 +25,7 @@ PACKAGE = Path(inspect.getfile(lora_inject)).parent
 FALLBACKS = {
     "_is_functorch_active": torch_private._yes,
     "_count_dispatch_modes": torch_private._yes,
+    "_is_tracing": torch_private._yes,
     "_is_legacy_batched": torch_private._yes,
 }
 

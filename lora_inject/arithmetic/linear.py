@@ -7,9 +7,9 @@ named by their shapes.
 There are two ways to the same values. The composed way puts torch's operations one after another:
 ``linear_down``, ``linear_up``, and the layer adds the delta. The fast way has fewer passes over x
 and y: ``adapted_linear`` computes a layer and its adapters at once. The Functions of ``product``
-keep x itself for the backward pass where it is dropped out or would be cast, and write the gradient
-of x in one piece. ``may_run_whole``, ``_dtype_of_function``, ``_masks`` and ``_keeps_x`` decide
-between them, and nothing else does.
+and ``whole`` keep x itself for the backward pass where it is dropped out or would be cast, and
+write the gradient of x in one piece. ``may_run_whole``, ``_dtype_of_function``, ``_masks`` and
+``_keeps_x`` decide between them, and nothing else does.
 """
 
 from collections.abc import Iterable
@@ -20,16 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_inject.arithmetic.masks import Masks, masks_for
-from lora_inject.arithmetic.product import (
-    Added,
-    adapted_product,
-    cast_to,
-    draw_dropout,
-    has_autocast,
-    product,
-)
+from lora_inject.arithmetic.product import cast_to, draw_dropout, has_autocast, product
+from lora_inject.arithmetic.whole import Added, adapted_product
 from lora_inject.torch_private import (
     has_instructions,
+    is_autocast_anywhere,
     is_forward_mode,
     is_transformed,
     unsafe_view,
@@ -106,15 +101,15 @@ def _dtype_of_function(x_MI: Tensor, W_OI: Tensor, b_O: Tensor | None) -> torch.
     """
     if not torch.is_grad_enabled() or is_forward_mode():
         return None
-    slow, autocast = _is_slow(x_MI), _autocast_dtype(x_MI)
+    slow, autocast, dtype = _is_slow(x_MI), _autocast_dtype(x_MI), x_MI.dtype
     if max(x_MI.numel(), x_MI.shape[0] * W_OI.shape[0]) < _LARGE and not slow:
         return None
-    dtypes = {x_MI.dtype, W_OI.dtype, W_OI.dtype if b_O is None else b_O.dtype}
     if autocast is not None:
+        dtypes = {dtype, W_OI.dtype, W_OI.dtype if b_O is None else b_O.dtype}
         return autocast if dtypes <= _CAST_BY_AUTOCAST else None
-    if len(dtypes) > 1:
+    if W_OI.dtype != dtype or (b_O is not None and b_O.dtype != dtype):
         return None
-    return torch.float32 if slow else x_MI.dtype
+    return torch.float32 if slow else dtype
 
 
 def _keeps_x(x_NI: Tensor, A_RI: Tensor) -> bool:
@@ -154,6 +149,8 @@ def _dtype_of_products(x_NI: Tensor) -> torch.dtype:
 
 def _autocast_dtype(x_NI: Tensor) -> torch.dtype | None:
     """The dtype in which autocast makes products with x, if it does."""
+    if not is_autocast_anywhere():
+        return None
     device = x_NI.device.type
     if has_autocast(device) and torch.is_autocast_enabled(device) and x_NI.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
@@ -185,22 +182,23 @@ def adapted_linear(
     x_MI = x_NI if x_NI.dim() == 2 else x_NI.reshape(-1, x_NI.shape[-1])
     dtype = _dtype_of_function(x_MI, W_OI, b_O)
     if dtype is not None:
-        added, factors = [], []
-        for branch in branches:
-            own, A_RI = _added(x_MI, branch)
-            added.append(own)
-            factors += [A_RI, branch[1]]
-        y_MO = adapted_product(x_MI, W_OI, b_O, dtype, added, factors)
-        if _is_slow(x_MI):
-            y_MO = y_MO.to(x_NI.dtype)
+        y_MO = _at_once(x_MI, W_OI, b_O, dtype, branches)
     else:
-        y_MO = F.linear(x_MI, W_OI, b_O)
+        y_MO, differentiable = F.linear(x_MI, W_OI, b_O), torch.is_grad_enabled()
         for A_RI, B_OR, scaling, dropout, part in branches:
-            h_MR = linear_down(x_MI, A_RI, dropout)
+            if dropout or differentiable or A_RI.dtype != x_MI.dtype:
+                h_MR = linear_down(x_MI, A_RI, dropout)
+            else:  # the same without its questions, which a single row feels
+                h_MR = F.linear(x_MI, A_RI)
+            if B_OR.dtype != h_MR.dtype:
+                B_OR = B_OR.to(h_MR.dtype)
             # y is ours to write: it is new, nobody has seen it, and a product needs no output to
             # find its gradients.
             own_MO = y_MO if part is None else y_MO.narrow(1, *part)
-            own_MO.addmm_(h_MR, cast_to(B_OR, h_MR.dtype).mT, alpha=scaling)
+            if scaling == 1:
+                own_MO.addmm_(h_MR, B_OR.mT)
+            else:  # a keyword, which a single row feels too
+                own_MO.addmm_(h_MR, B_OR.mT, alpha=scaling)
     if x_MI is x_NI:
         return y_MO
     shape = [*x_NI.shape[:-1], y_MO.shape[-1]]
@@ -208,13 +206,31 @@ def adapted_linear(
     return y_MO.view(shape) if b_O is not None else cast(Tensor, unsafe_view(y_MO, shape))
 
 
-def _added(x_MI: Tensor, branch: Branch) -> tuple[Added, Tensor]:
+def _at_once(
+    x_MI: Tensor,
+    W_OI: Tensor,
+    b_O: Tensor | None,
+    dtype: torch.dtype,
+    branches: Iterable[Branch],
+) -> Tensor:
+    """The same as one Function, whose products are made in a dtype."""
+    added, factors = [], []
+    for branch in branches:
+        own, A_RI = _added(x_MI, branch, dtype)
+        added.append(own)
+        factors += [A_RI, branch[1]]
+    y_MO = adapted_product(x_MI, W_OI, b_O, dtype, added, factors)
+    return y_MO.to(x_MI.dtype) if _is_slow(x_MI) else y_MO
+
+
+def _added(x_MI: Tensor, branch: Branch, dtype: torch.dtype) -> tuple[Added, Tensor]:
     """A branch of the one Function: with its A where x is kept for A's gradient anyway, else h."""
     A_RI, _, scaling, p, part = branch
     if A_RI.requires_grad:
         if not p:
             return Added(scaling, part), A_RI
-        masks = _masks(x_MI, A_RI)
+        # What else _masks asks holds wherever there is one Function.
+        masks = masks_for(x_MI, dtype) if x_MI.numel() >= _LARGE else None
         if masks is not None:
             return Added(scaling, part, False, *draw_dropout(masks, x_MI, p)), A_RI
     return Added(scaling, part, True), linear_down(x_MI, A_RI, p)

@@ -120,9 +120,9 @@ class HashedMasks(Masks):
         hashed = torch.bitwise_xor(seeds[:n_rows, None], seeds[None, n_rows:])
         hashed.mul_(-0x61C8864680B583EB)
         hashed.bitwise_xor_(hashed >> 32).mul_(-0x40A7B892E31B1A47)
-        lanes_NI = hashed.view(torch.int16)[:, :columns].reshape(shape)
-        kept_NI = torch.empty(shape, dtype=dtype, device="cpu")
-        return torch.ge(lanes_NI, dropped - LANES // 2, out=kept_NI)
+        # Compared in place, then cast: torch.ge(out=) makes a tensor of bools on the way.
+        kept_MI = hashed.view(torch.int16).ge_(dropped - LANES // 2)[:, :columns].to(dtype)
+        return kept_MI.reshape(shape)
 
 
 HASHED = HashedMasks()
