@@ -9,6 +9,7 @@ strip(model)
 from lora_inject.adapters import remove, use
 from lora_inject.capacity import Capacity, capacity
 from lora_inject.combine import CombineReport, combine
+from lora_inject.core.layer import LoRALayer
 from lora_inject.disable import disabled
 from lora_inject.errors import (
     AlreadyAdaptedError,
@@ -22,12 +23,12 @@ from lora_inject.errors import (
 from lora_inject.extract import ExtractReport, extract
 from lora_inject.files import load, save
 from lora_inject.freeze import freeze, mark_only_lora_as_trainable
-from lora_inject.inject import inject, reset_lora_parameters, strip
+from lora_inject.inject import inject, strip
 from lora_inject.kinds import Kind, Spec, register_kind
-from lora_inject.layer import LoRALayer
 from lora_inject.merge import MergeReport, merge, merged, unmerge
 from lora_inject.plan import Plan, plan
 from lora_inject.report import Report, report
+from lora_inject.reset import reset_lora_parameters
 from lora_inject.roles import lora_parameters, param_groups
 from lora_inject.rows import per_row
 from lora_inject.state import load_lora_state_dict, lora_state_dict

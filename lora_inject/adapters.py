@@ -5,19 +5,12 @@ from typing import Any
 
 from torch import nn
 
+from lora_inject.core.commit import commit
 from lora_inject.core.look import Look
+from lora_inject.core.removal import remove_adapters
+from lora_inject.core.state import State, Trained, Use
 from lora_inject.errors import ArgumentError
-from lora_inject.in_place import Slot, show
-from lora_inject.layer import detach
-from lora_inject.record import (
-    Record,
-    set_in_use,
-    set_trainable,
-    uninstall,
-)
-from lora_inject.refusals import require_switchable
 from lora_inject.settings import check_names, check_weights
-from lora_inject.statistics import has_statistics, hold
 
 
 def use(model: nn.Module, *adapters: Any, train: Any = None) -> nn.Module:
@@ -36,7 +29,7 @@ def use(model: nn.Module, *adapters: Any, train: Any = None) -> nn.Module:
         >>> _ = use(model)  # none: the base model
 
     Args:
-        model: an adapted model.
+        model: an adapted model, or a part of one.
         adapters: names, or one mapping of names to finite weights.
         train: the names of those that train, in use or not; None for those in use. All other
             adapters are frozen.
@@ -52,25 +45,26 @@ def use(model: nn.Module, *adapters: Any, train: Any = None) -> nn.Module:
     """
     one_mapping = len(adapters) == 1 and isinstance(adapters[0], Mapping)
     given = adapters[0] if one_mapping else dict.fromkeys(check_names(adapters, "adapters"), 1.0)
-    wanted = check_weights(given)
+    weights = check_weights(given)
     look = Look(model)
-    if not look.records:
-        look.require_own_record()
     look.require_adapters()
-    training = set(wanted if train is None else check_names(train, "train"))
-    look.require_known(wanted, "adapters")
-    look.require_known(training, "train")
+    trains = frozenset(weights if train is None else check_names(train, "train"))
+    look.require_known(weights, "adapters")
+    look.require_known(trains, "train")
     look.require_awake()
-    for record in look.records:
-        for path, layer, _ in record.adapters:
-            require_switchable(path, layer)
-    slots = {slot: _owner(slot, wanted) for slot in look.slots}
-
-    show(look, slots)
-    for record in look.records:
-        set_in_use(record, wanted)
-        record.training = training & record.modes.keys()
-        set_training(record)
+    look.require_switchable()
+    chosen = Use(weights, trains)
+    states = {
+        module: State(state.before, state.reach, chosen, state.adapters, state.trained)
+        for module, state in look.own.items()
+    }
+    moving = []
+    for module, trained in look.trained:
+        _require_one_owner(module, trained, weights)
+        if states[module].inside(trained) != look.states[module].inside(trained):
+            moving.append((module, trained))
+    look.require_restorable(moving)
+    commit(look, states, flags="owned")
     return model
 
 
@@ -84,7 +78,7 @@ def remove(model: nn.Module, adapters: Any) -> nn.Module:
         >>> remove(model, "fr")  # doctest: +SKIP
 
     Args:
-        model: an adapted model.
+        model: an adapted model, or a part of one.
         adapters: a name or several.
 
     Returns:
@@ -97,77 +91,28 @@ def remove(model: nn.Module, adapters: Any) -> nn.Module:
     """
     names = check_names(adapters, "adapters")
     look = Look(model)
-    look.require_own_record()
     look.require_known(names, "adapters")
     look.require_intact()
     look.require_awake()
-    for slot in look.slots:
-        if slot.trains.keys() & set(names):
-            slot.check_restorable()
-
-    for _, holder, record in look.holders:
-        if record.modes.keys() <= set(names):
-            record.restore()
-            uninstall(holder)
-        elif record.modes.keys() & set(names):
-            _remove(record, set(names))
+    remove_adapters(look, names)
     return model
 
 
-def _remove(record: Record, names: set[str]) -> None:
-    """Take some of a record's adapters out; others are left."""
-    for _, layer, adapter in record.adapters:
-        if adapter.name in names:
-            detach(layer, adapter)
-    record.disown(names)
-    record.adapters = [item for item in record.adapters if item[2].name not in names]
-    record.training = record.training - names
-    for name in names & record.modes.keys():
-        for module in record.modes.pop(name).in_full:
-            if has_statistics(module):
-                hold(module)
-    set_in_use(record, record.in_use)
-    set_training(record)
-
-
-def set_training(record: Record) -> None:
-    """Let the record's training adapters train, with what they own, and freeze the others."""
-    for _, layer, adapter in record.adapters:
-        own: Any = layer._parameters
-        parameters = [own[name] for name in adapter.parameters]
-        set_trainable(parameters, adapter.name in record.training)
-    for slot in record.all_slots():
-        owners = {
-            slot.tensor(n): trains and n in record.training for n, trains in slot.trains.items()
-        }
-        for tensor in (slot.current, *owners):
-            if isinstance(tensor, nn.Parameter):
-                set_trainable([tensor], owners.get(tensor, False))
-    modes = record.modes
-    moving = set[nn.Module]().union(
-        *(modes[n].in_full for n in record.training & record.in_use.keys() & modes.keys())
-    )
-    for mode in modes.values():
-        for module in mode.in_full:
-            if has_statistics(module):
-                hold(module, module not in moving)
-
-
-def _owner(slot: Slot, wanted: Mapping[str, float]) -> str | None:
-    """The adapter in use whose tensor is to stand in the slot.
+def _require_one_owner(module: nn.Module, trained: Trained, weights: Mapping[str, float]) -> None:
+    """Refuse what cannot stand in a place: two adapters' tensors, or one with a weight.
 
     Raises:
-        ArgumentError: there are two, or it is to count with a weight.
+        ArgumentError: it cannot.
     """
-    owners = [name for name in wanted if name in slot.trains]
+    owners = [name for name in weights if name in trained.owners]
     if len(owners) > 1:
         raise ArgumentError(
-            f"{owners[0]!r} and {owners[1]!r} both trained {slot.text}, which cannot be added up.",
+            f"{owners[0]!r} and {owners[1]!r} both trained {trained.text(module)}, which cannot be "
+            "added up.",
             remedy="Use one of them at a time.",
         )
-    if owners and wanted[owners[0]] != 1.0:
+    if owners and weights[owners[0]] != 1.0:
         raise ArgumentError(
-            f"{owners[0]!r} trained {slot.text}, which cannot count with a weight.",
+            f"{owners[0]!r} trained {trained.text(module)}, which cannot count with a weight.",
             remedy="Use it with a weight of 1.",
         )
-    return owners[0] if owners else None

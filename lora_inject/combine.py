@@ -14,8 +14,9 @@ report says how far the result is from the sum.
 """
 
 import math
+import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -23,14 +24,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_inject import initial
-from lora_inject.adapter import Adapter, Term
+from lora_inject.core.adaptation import as_parameters, reached
+from lora_inject.core.adapter import Adapter, Term
+from lora_inject.core.commit import Fresh, commit
+from lora_inject.core.layer import oriented
 from lora_inject.core.look import Look
+from lora_inject.core.state import Injection
 from lora_inject.errors import ArgumentError, UnsupportedLayerError
 from lora_inject.kinds.base import Kind, Spec
-from lora_inject.layer import attach, detach, oriented
 from lora_inject.low_rank import difference_norm, product_norm, side_by_side, truncated
 from lora_inject.placements import whole
-from lora_inject.record import Mode, Record
 from lora_inject.settings import (
     Settings,
     check_adapter,
@@ -127,29 +130,24 @@ def combine(
     name, how = check_adapter(name), check_choice(how, "how", How)
     weights = check_weights(adapters)
     look = Look(model)
-    look.require_own_record()
+    look.require_adapters()
     _check_names(look, weights, name)
+    look.require_whole(weights)
     rule = _Rule(how, *_check_options(how, r, density, seed), name)
     look.require_awake()
     look.require_intact()
 
     with torch.inference_mode(False), torch.no_grad():  # tensors made in it could never train
-        made = {id(record): _combined(record, weights, name, rule) for record in look.records}
-    attached: list[_Made] = []
-    try:
-        for record in look.records:
-            for new in made[id(record)]:
-                new.attach()
-                attached.append(new)
-    except BaseException:
-        for new in reversed(attached):
-            detach(new.layer, new.adapter)
-        raise
-    for record in look.records:
-        for new in made[id(record)]:
-            record.adapters.append((new.path, new.layer, new.adapter))
-            record.modes.setdefault(name, Mode())
-    shown = [CombinedLayer(n.path, n.adapter.settings.r, n.off) for n in attached if not n.leader]
+        made = _combined(look, weights, name, rule)
+    states, fresh = reached(look, Injection(secrets.randbits(63), name, "none")), Fresh()
+    for new in made:
+        state = states[new.layer]
+        states[new.layer] = replace(state, adapters=(*state.adapters, new.adapter))
+        values = (new.leader or new).parameters
+        named = zip(new.adapter.parameters, values, strict=True)
+        fresh.setdefault(new.layer, {}).update({(key, name): value for key, value in named})
+    commit(look, states, fresh=fresh)
+    shown = [CombinedLayer(n.path, n.adapter.settings.r, n.off) for n in made if not n.leader]
     return CombineReport(name, tuple(shown))
 
 
@@ -211,7 +209,7 @@ class _Rule:
 
 @dataclass
 class _Made:
-    """A new adapter for one layer, with its values."""
+    """A new adapter for one layer; tied layers share the parameters of their leader."""
 
     path: str
     layer: nn.Module
@@ -219,25 +217,23 @@ class _Made:
     values: list[tuple[Tensor, Tensor]]
     off: float
     leader: "_Made | None" = None
+    parameters: list[nn.Parameter] = field(init=False)
 
-    def attach(self) -> None:
-        """Put it on the layer; tied layers share the leader's parameters. It does not train yet."""
-        values = self.values
-        if self.leader is not None:
-            own = self.leader.layer
-            values = [(own.get_parameter(A), own.get_parameter(B))
-                      for _, A, B in self.leader.adapter.pairs]  # fmt: skip
-        attach(self.layer, self.adapter, values)
-        for name in self.adapter.parameters:
-            self.layer.get_parameter(name).requires_grad_(False)
+    def __post_init__(self) -> None:
+        own = zip(self.adapter.specs, self.values, strict=not self.leader)
+        kind = self.adapter.kind
+        pairs = [as_parameters(kind, self.layer, spec, pair, trains=False) for spec, pair in own]
+        self.parameters = [half for pair in pairs for half in pair]
 
 
-def _combined(record: Record, weights: Mapping[str, float], name: str, rule: _Rule) -> list[_Made]:
-    """The new adapters of a record's layers, not attached yet."""
+def _combined(look: Look, weights: Mapping[str, float], name: str, rule: _Rule) -> list[_Made]:
+    """The new adapters of a model's layers, in the order in which these were adapted."""
     groups: dict[tuple[nn.Module, tuple[str, ...]], list[tuple[str, Adapter]]] = {}
-    for path, layer, adapter in record.adapters:
+    # Leaders first, for those that share their parameters.
+    for layer, adapter in sorted(look.adapters, key=lambda pair: bool(pair[1].follows)):
         if adapter.name in weights:
             targets = tuple(dict.fromkeys(spec.weight for spec in adapter.specs))
+            path = look.target_path(layer, adapter)
             groups.setdefault((layer, targets), []).append((path, adapter))
     made: list[_Made] = []
     leaders: dict[frozenset[int], _Made] = {}
@@ -346,11 +342,13 @@ def _check_names(look: Look, weights: Mapping[str, float], name: str) -> None:
     look.require_known(weights, "adapters")
     if not weights:
         raise ArgumentError('adapters must name at least one adapter: {"fr": 0.7, "de": 0.3}.')
-    if any(name in record.modes for record in look.records):
+    if name in look.known:
         raise ArgumentError(f"name: there is an adapter {name!r} already.")
-    for slot in look.slots:
-        for other in weights.keys() & slot.trains.keys():
-            raise ArgumentError(f"{other!r} trained {slot.text}, which cannot be combined.")
+    for module, trained in look.trained:
+        for other in weights.keys() & trained.owners.keys():
+            raise ArgumentError(
+                f"{other!r} trained {trained.text(module)}, which cannot be combined."
+            )
 
 
 def _check_options(

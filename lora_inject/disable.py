@@ -5,10 +5,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from lora_inject.core.blocks import block
 from lora_inject.core.look import Look
-from lora_inject.in_place import own_tensor, show
-from lora_inject.layer import change
-from lora_inject.record import exchange
 
 
 @contextmanager
@@ -17,14 +15,15 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
     Layers have their own classes meanwhile, so the base costs what it cost before; biases and
     ``train_also`` modules that were trained show their former values. For the reference model of
-    DPO or a KL term. Blocks may be nested, and an exception inside changes nothing.
+    DPO or a KL term. Blocks may be nested, on parts too, and end in any order; an exception inside
+    changes nothing. A model cannot be copied or pickled inside.
 
     Example:
         >>> with disabled(model), torch.no_grad():  # doctest: +SKIP
         ...     reference = model(**batch).logits
 
     Args:
-        model: an adapted model, merged or not.
+        model: an adapted model or a part of one, merged or not.
 
     Yields:
         The same model.
@@ -33,27 +32,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         LoRAInjectError: the model has no adapters, or their weights were not kept when merging.
     """
     look = Look(model)
-    look.require_own_record()
-    look.require_layers()
+    look.require_adapters()
     look.require_kept()
-    running = [layer for layer, state in look.states.items() if not state.disabled]
-    folded = [
-        (weight, former, weight.detach())
-        for layer, state in look.states.items()
-        for name, former in state.former.items()
-        if former is not None and (weight := own_tensor(layer, name)) is not None
-    ]
-    slots = {slot: slot.inside for slot in look.slots}
-    try:
-        for layer in running:
-            change(layer, disabled=True)
-        for weight, unmerged, _ in folded:
-            exchange(weight, unmerged)
-        show(look, dict.fromkeys(slots))
+    with block(look):
         yield model
-    finally:
-        show(Look(model), slots)
-        for weight, _, now in folded:
-            exchange(weight, now)
-        for layer in running:
-            change(layer, disabled=False)

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from lora_inject.core.adaptation import Content
 from lora_inject.core.index import Index
+from lora_inject.core.layer import LoRALayer
 from lora_inject.core.look import Look
 from lora_inject.core.request import ALL_LINEAR, Request, optional_patterns, settings_by_pattern
 from lora_inject.core.site import Site
 from lora_inject.errors import ArgumentError, UnsupportedLayerError
-from lora_inject.in_place import own_tensor
-from lora_inject.layer import LoRALayer
 from lora_inject.low_rank import dominant
+from lora_inject.own import own_tensor
 from lora_inject.placements import is_partial
 from lora_inject.plan import plan_for
 from lora_inject.settings import check_adapter, check_dtype, check_layers

@@ -19,8 +19,8 @@ from lora_inject.fit import Fitted
 from lora_inject.formats import named_format, read_adapter
 from lora_inject.formats.data import PairData
 from lora_inject.formats.pairs import as_portable
-from lora_inject.in_place import Place, own_tensor
 from lora_inject.kinds.base import name_prefix
+from lora_inject.own import Place, own_tensor
 from lora_inject.paths import first_paths
 from lora_inject.placements import is_distributed, on_first_rank
 from lora_inject.plan import plan_for
@@ -117,13 +117,13 @@ def load(
     wanted = Fitted(look, data)
     if not other_base:
         wanted.check_base()
-    if any(adapter in record.modes for record in look.records):
+    if adapter in look.known:
         stored = Stored(model, adapter, look)
         if data.bias:
             stored.check_bias(check_bias(data.bias))
         stored.fill({**wanted.tensors, **wanted.pairs_by_key}, wanted.scalings)
         return model
-    used = any(record.in_use for record in look.records)
+    used = bool(look.used)
     _inject(wanted, adapter, dtype, use=not used)
     return model
 

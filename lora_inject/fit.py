@@ -10,10 +10,10 @@ from lora_inject.core.look import Look
 from lora_inject.errors import FormatError
 from lora_inject.fingerprint import differs
 from lora_inject.formats.data import AdapterData, PairData
-from lora_inject.in_place import Place, own_tensor
 from lora_inject.kinds import find_kind
 from lora_inject.kinds.parameter import layout_of
 from lora_inject.low_rank import same_product
+from lora_inject.own import Place, own_tensor
 from lora_inject.paths import bare_key, bare_modules
 from lora_inject.placements import whole
 

@@ -1,14 +1,21 @@
 """What trains and what stands still: bias modes, modules that train in full, running statistics."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from lora_inject.changes.edits import Edit, run, training_edits
+from lora_inject.changes.statistics import has_statistics, holding_edits
+from lora_inject.core.adaptation import Adaptation, own_in_place, reached, train_in_full
+from lora_inject.core.commit import commit
 from lora_inject.core.look import Look
 from lora_inject.core.request import optional_patterns
-from lora_inject.core.training import in_place, mark, take
+from lora_inject.core.state import State, Use
+from lora_inject.core.training import in_place
 from lora_inject.errors import ArgumentError, UnsupportedLayerError
-from lora_inject.record import Before, Mode, Record, install
+from lora_inject.own import Place, own_tensor
 from lora_inject.report import Report, report_of
 from lora_inject.selection import View
 from lora_inject.settings import BiasMode, check_bias
@@ -49,42 +56,75 @@ def freeze(model: nn.Module, bias: BiasMode = "none", train_also: Any = ()) -> R
     look = Look(model)
     patterns = optional_patterns(train_also, "train_also")
     in_full = list(View(look).trainable_modules("train_also", patterns).values())
-    if any(module in look.states for top in in_full for module in look.index.below(top)):
+    states = look.states
+    if any(m in states and states[m].adapters for top in in_full for m in look.index.below(top)):
         raise UnsupportedLayerError("train_also: an adapted layer cannot train in full.")
-    look.require_own_record()
+    look.require_whole(look.known)
     look.require_awake()
-    look.require_same_use()
 
-    changes = Before()
-    changes.keep(look.index.modules)
-    record = look.gathered(changes)
-    used = [layer for _, layer, a in record.adapters if a.name in record.in_use]
-    tensors = in_place(look, used, bias, in_full)
-    if record.adapters and tensors and list(record.in_use.values()) != [1.0]:
+    used = look.used
+    layers = [m for m, s in look.own.items() if any(a.name in used for a in s.adapters)]
+    tensors = in_place(look, layers, bias, in_full)
+    if look.own and tensors and list(used.values()) != [1.0]:
         raise ArgumentError(
-            f"{len(record.in_use)} adapters are in use, and what trains in place belongs to one, "
+            f"{len(used)} adapters are in use, and what trains in place belongs to one, "
             "with a weight of 1.",
             remedy='Name that one first: use(model, "default").',
         )
-    for slot in record.all_slots():
-        slot.trains |= dict.fromkeys(slot.trains.keys() & record.in_use.keys(), False)
-    for name in record.in_use:
-        record.modes[name] = Mode(bias, in_full)
-        take(look, record, name, tensors)
-    mark(look, look.index.modules, _adapters_in_use(record), tensors, in_full)
-    if record.adapters:
-        record.training = set(record.in_use)
-        install(look, record)
-    return report_of(look.again())
+
+    def shown() -> Report:
+        return report_of(look.again())
+
+    if not look.own:
+        return run(_plain_edits(look, tensors, in_full), shown)  # type: ignore[no-any-return]
+    made = Adaptation(_frozen(look, bias))
+    for name in used:
+        own_in_place(look, made, name, tensors, use=True)
+        train_in_full(look, made.states, name, in_full)
+    for module, state in made.states.items():
+        if state.own:
+            had = look.own[module].on_it if module in look.own else set()
+            new = {name: 1.0 for name in used if name in state.on_it - had}
+            use = Use({**state.use.weights, **new}, frozenset(used))
+            made.states[module] = replace(state, use=use)
+    return commit(look, made.states, fresh=made.fresh, flags="all", then=shown)  # type: ignore[no-any-return]
 
 
 mark_only_lora_as_trainable = freeze  # loralib's name
 
 
-def _adapters_in_use(record: Record) -> set[nn.Parameter]:
-    return {
-        layer.get_parameter(name)
-        for _, layer, adapter in record.adapters
-        if adapter.name in record.in_use
-        for name in adapter.parameters
-    }
+def _frozen(look: Look, bias: BiasMode) -> dict[nn.Module, State]:
+    """The states of a model of which the adapters in use have this bias mode and own nothing yet.
+
+    What they owned waits with them and trains no more; modules that were added since are reached.
+    """
+    used = look.used.keys()
+    states = reached(look)
+    for module, state in states.items():
+        reach = state.reach
+        reach = reach._replace(
+            injections=tuple(
+                replace(i, bias=bias) if i.adapter in used else i for i in reach.injections
+            ),
+            in_full=tuple(name for name in reach.in_full if name not in used),
+            tops=tuple(name for name in reach.tops if name not in used),
+        )
+        trained = tuple(
+            replace(t, owners={n: trains and n not in used for n, trains in t.owners.items()})
+            for t in state.trained
+        )
+        states[module] = replace(state, reach=reach, trained=trained)
+    return states
+
+
+def _plain_edits(
+    look: Look, tensors: Mapping[Place, bool], in_full: Sequence[nn.Module]
+) -> list[Edit]:
+    """The same for a model without adapters, of which nothing is remembered."""
+    trainable = {id(own_tensor(*place)) for place, trains in tensors.items() if trains}
+    moving = {module for top in in_full for module in look.index.below(top)}
+    edits = [e for p in look.parameters for e in training_edits(p, id(p) in trainable)]
+    for module in look.index.modules:
+        if has_statistics(module):
+            edits += holding_edits(module, module not in moving)
+    return edits

@@ -5,16 +5,13 @@ import warnings
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
-import torch
 from torch import nn
 
-from lora_inject.core.adaptation import starting_values
 from lora_inject.core.look import Look
-from lora_inject.errors import LoRAInjectError, LoRAInjectWarning
-from lora_inject.merge import fold
-from lora_inject.placements import fill, require_whole, reshard
+from lora_inject.core.removal import remove_adapters
+from lora_inject.errors import LoRAInjectWarning
+from lora_inject.merge import folded
 from lora_inject.plan import Plan, plan
-from lora_inject.record import uninstall
 from lora_inject.report import Report
 
 P = ParamSpec("P")
@@ -93,46 +90,6 @@ def inject(*args: Any, **kwargs: Any) -> Report:  # noqa: D417 (those of plan)
     return plan(*args, **kwargs).apply()
 
 
-def reset_lora_parameters(model: nn.Module) -> None:
-    """Give every A and B the starting values again that ``inject`` gave or would have given.
-
-    After ``inject`` on the meta device this makes the adapters real. The order is then: build on
-    meta, inject, ``to_empty``, load the base weights, ``reset_lora_parameters``, train.
-
-    Example:
-        >>> reset_lora_parameters(model)  # doctest: +SKIP
-
-    Raises:
-        LoRAInjectError: an adapter is still on the meta device; nothing is changed.
-    """
-    look = Look(model)
-    reshard(look.index.modules)
-    pairs = [
-        (path, adapter, spec, layer.get_parameter(A_name), layer.get_parameter(B_name))
-        for path, layer in look.layers.items()
-        for adapter in look.states[layer].adapters
-        if not adapter.follows
-        for spec, A_name, B_name in adapter.pairs
-    ]
-    for path, _, spec, A, B in pairs:
-        require_whole(f"lora_A of {path}", A, spec.A_shape)
-        require_whole(f"lora_B of {path}", B, spec.B_shape)
-        if A.is_meta or B.is_meta:
-            raise LoRAInjectError(
-                "its adapter is on the meta device and has no values to set.",
-                path=path,
-                remedy='Call model.to_empty(device="cpu") first, then load the base weights.',
-            )
-    for record in look.records:
-        record.tie()
-    with torch.no_grad():
-        for _, adapter, spec, A, B in pairs:
-            for parameter, value in zip((A, B), starting_values(adapter, spec), strict=True):
-                fill(parameter, value, source=0)  # whatever seed the other ranks drew
-    for slot in look.slots:
-        slot.keep_unknown()
-
-
 def strip(model: nn.Module, merge: bool = False) -> nn.Module:
     """Undo every ``inject`` on the model: afterwards it is the model from before, bit for bit.
 
@@ -162,16 +119,23 @@ def strip(model: nn.Module, merge: bool = False) -> nn.Module:
         LoRAInjectError: the model cannot be put back exactly; nothing is changed.
     """
     look = Look(model)
-    look.require_own_record()
-    if not look.records:
+    if not look.states:
         warnings.warn("strip: the model has no adapters.", LoRAInjectWarning, stacklevel=2)
-    for record in look.records:
-        record.check_restorable(values=not merge)
-    if merge and any(state.running for state in look.states.values()):
-        fold(look, keep=False)
-    for _, holder, record in look.holders:
-        if merge:
-            record.forget_values()
-        record.restore()
-        uninstall(holder)
+        return model
+    look.require_intact()
+    look.require_no_block()
+    if not merge:
+        look.require_kept()
+    names = {name for state in look.states.values() for name in state.names}
+    if not look.own and not look.roots:
+        warnings.warn(
+            "strip: no adapter stands here; what is frozen was frozen by a call on a larger model.",
+            LoRAInjectWarning,
+            stacklevel=2,
+        )
+    if merge and any(state.running for state in look.own.values()):
+        merged = folded(look, None, keep=False)
+        remove_adapters(look, names, keep=True, states=merged.states, values=merged.values)
+    else:
+        remove_adapters(look, names, keep=merge)
     return model

@@ -7,23 +7,25 @@ meanwhile and costs what it cost before.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lora_inject.adapter import LayerState, Term, adapters_of, is_merged, state_of
 from lora_inject.arithmetic.product import without_autocast
+from lora_inject.changes.edits import Edit, value_edit
+from lora_inject.core.adapter import Term
+from lora_inject.core.commit import commit
+from lora_inject.core.layer import pairs_of
 from lora_inject.core.look import Look
+from lora_inject.core.state import Merged, State
 from lora_inject.errors import ArgumentError, LoRAInjectError, UnsupportedLayerError
-from lora_inject.in_place import own_tensor
-from lora_inject.kinds.base import Kind, MatrixKind, Spec, is_plain, own_class
-from lora_inject.layer import change, pairs_of
+from lora_inject.kinds.base import Kind, MatrixKind, Spec, is_plain
+from lora_inject.own import own_class, own_tensor
 from lora_inject.placements import is_fully_sharded, is_partial
-from lora_inject.record import exchange, put_back_merged
 from lora_inject.settings import check_names
 from lora_inject.tables import Section, Tables
 
@@ -99,48 +101,64 @@ def merge(model: nn.Module, adapters: Any = None, *, keep: Keep = "device") -> M
     """
     if keep is not False and keep not in ("device", "cpu"):
         raise ArgumentError(f'keep must be "device", "cpu" or False, not {keep!r}.')
-    return fold(Look(model), adapters, keep)
+    look = Look(model)
+    new = folded(look, adapters, keep)
+    commit(look, new.states, values=new.values)
+    return new.report
 
 
-def fold(look: Look, adapters: Any = None, keep: Keep = "device") -> MergeReport:
-    """``merge`` for a model that has been looked at."""
-    look.require_own_record()
+@dataclass(frozen=True)
+class Folded:
+    """What merging makes of a model.
+
+    Attributes:
+        states: the new states of the layers.
+        values: edits that give weights their merged values.
+        report: how much of each update was lost.
+    """
+
+    states: dict[nn.Module, State]
+    values: list[Edit]
+    report: MergeReport
+
+
+def folded(look: Look, adapters: Any, keep: Keep) -> Folded:
+    """What ``merge`` would make of a model that has been looked at."""
+    look.require_adapters()
     look.require_no_block()
     names = _names_in_use(look, adapters)
     todo = {
         path: (layer, state, new)
         for path, layer in look.layers.items()
-        if (new := frozenset(_running(state := look.states[layer]) & names))
+        if (new := _running(state := look.states[layer]) & names)
     }
     if not todo:
-        look.require_awake()
+        look.require_unmerged()
         raise LoRAInjectError(
             "the model has no adapters in use to merge.", remedy="Call inject or use first."
         )
     places = [
-        (path, layer, weight, new)
-        for path, (layer, _, new) in todo.items()
-        for weight in _weights(layer, new)
+        (path, layer, weight)
+        for path, (layer, state, new) in todo.items()
+        for weight in _weights(state, new)
     ]
-    _check_mergeable(look, [place[:3] for place in places])
-    merged, undo = [], []
-    try:
-        for path, layer, weight, new in places:
-            tensor = own_tensor(layer, weight)
-            assert tensor is not None
-            undo.append((layer, weight, tensor, tensor.detach()))
-            merged.append(_merge_weight(f"{path}.{weight}".lstrip("."), layer, weight, new))
-    except BaseException:
-        for _, _, tensor, before in undo:
-            exchange(tensor, before)
-        raise
-    former = {layer: state.former for layer, state, _ in todo.values()}
-    for layer, weight, _, before in undo:
-        kept = before if keep == "device" else before.cpu() if keep == "cpu" else None
-        former[layer].setdefault(weight, kept)
-    for layer, state, new in todo.values():
-        change(layer, folded=state.folded | new)
-    return MergeReport(tuple(merged))
+    _check_mergeable(look, places)
+    states, values, rows = dict[nn.Module, State](), list[Edit](), list[MergedWeight]()
+    for path, (layer, state, new) in todo.items():
+        merged = state.merged or Merged(frozenset(), {})
+        former = dict(merged.former)
+        for name in _weights(state, new):
+            weight = layer._parameters[name]
+            assert weight is not None
+            if name not in former:
+                own = weight.detach()
+                former[name] = own if keep == "device" else own.cpu() if keep == "cpu" else None
+            shown = f"{path}.{name}".lstrip(".")
+            value, row = _merged_weight(shown, layer, name, state, merged.adapters | new)
+            values.append(value_edit(weight, value))
+            rows.append(row)
+        states[layer] = replace(state, merged=Merged(merged.adapters | new, former))
+    return Folded(states, values, MergeReport(tuple(rows)))
 
 
 def unmerge(model: nn.Module) -> nn.Module:
@@ -150,7 +168,7 @@ def unmerge(model: nn.Module) -> nn.Module:
         >>> _ = unmerge(model)  # doctest: +SKIP
 
     Args:
-        model: a model on which ``merge`` was called.
+        model: a model on which ``merge`` was called, or a part of one.
 
     Returns:
         The same object.
@@ -159,15 +177,36 @@ def unmerge(model: nn.Module) -> nn.Module:
         LoRAInjectError: nothing is merged, or the former weights were not kept.
     """
     look = Look(model)
-    look.require_own_record()
-    layers = [layer for layer in look.states if is_merged(layer)]
-    if not layers:
+    merged = {layer: state for layer, state in look.own.items() if state.merged}
+    if not merged:
         raise LoRAInjectError("nothing in the model is merged.", remedy="Call merge first.")
     look.require_no_block()
     look.require_kept()
-    for layer in layers:
-        put_back_merged(layer)
+    _unfold(look, {layer: state.merged.adapters for layer, state in merged.items() if state.merged})
     return model
+
+
+def _unfold(look: Look, names: Mapping[nn.Module, frozenset[str]]) -> None:
+    """Take adapters out of the weights that they are merged into; others stay merged."""
+    states, values = dict[nn.Module, State](), list[Edit]()
+    for layer, own in names.items():
+        state = look.states[layer]
+        assert state.merged is not None
+        left = state.merged.adapters - own
+        former = dict(state.merged.former)
+        for name in list(former):
+            weight, value = own_tensor(layer, name), former[name]
+            assert weight is not None
+            assert value is not None, "require_kept has refused this"
+            if name in _weights(state, left):
+                path = f"{look.index.path(layer)}.{name}".lstrip(".")
+                merged, _ = _merged_weight(path, layer, name, state, left)
+                values.append(value_edit(weight, merged))
+            else:
+                values.append(value_edit(weight, value))
+                del former[name]
+        states[layer] = replace(state, merged=Merged(left, former) if left else None)
+    commit(look, states, values=values)
 
 
 @contextmanager
@@ -194,21 +233,42 @@ def merged(
     """
     if not keep:
         raise ArgumentError('keep must be "device" or "cpu" here: the block ends with unmerge.')
-    report = merge(model, adapters, keep=keep)
+    look = Look(model)
+    new = folded(look, adapters, keep)
+    before = {layer: look.states[layer].merged for layer in new.states}
     try:
-        yield report
+        commit(look, new.states, values=new.values)
+        yield new.report
     finally:
-        unmerge(model)
+        try:
+            _end(look, new, before)
+        except BaseException:  # nothing has changed then, and a block has to end all the same
+            _end(look, new, before)
+            raise
 
 
-def _running(state: LayerState) -> set[str]:
+def _end(look: Look, new: Folded, before: Mapping[nn.Module, Merged | None]) -> None:
+    """Unmerge what the block has merged and is merged still."""
+    look = look.again()
+    names = {}
+    for layer, state in new.states.items():
+        former, now = before[layer], look.states.get(layer)
+        assert state.merged is not None
+        own = state.merged.adapters - (former.adapters if former else frozenset())
+        if now is not None and now.merged is not None and own & now.merged.adapters:
+            names[layer] = own & now.merged.adapters
+    _unfold(look, names)
+
+
+def _running(state: State) -> frozenset[str]:
     """The adapters of a layer that are in use and not merged yet."""
-    return {a.name for a in state.adapters if a.name in state.in_use} - state.folded
+    used = frozenset(a.name for a in state.adapters if a.name in state.use.weights)
+    return used - state.merged.adapters if state.merged else used
 
 
 def _names_in_use(look: Look, adapters: Any) -> frozenset[str]:
     """The names to merge, which must be in use: else the model would not compute the same."""
-    used = frozenset(name for record in look.records for name in record.in_use)
+    used = frozenset(look.used)
     wanted = used if adapters is None else frozenset(check_names(adapters, "adapters"))
     for name in wanted - used:
         raise ArgumentError(
@@ -218,15 +278,16 @@ def _names_in_use(look: Look, adapters: Any) -> frozenset[str]:
     return wanted
 
 
-def _weights(layer: nn.Module, names: frozenset[str]) -> list[str]:
+def _weights(state: State, names: frozenset[str]) -> list[str]:
     """The names of the weights that these adapters of the layer are for."""
-    specs = [spec for a in adapters_of(layer) if a.name in names for spec in a.specs]
+    specs = [spec for a in state.adapters if a.name in names for spec in a.specs]
     return list(dict.fromkeys(spec.weight for spec in specs))
 
 
 def _check_mergeable(look: Look, places: list[tuple[str, nn.Module, str]]) -> None:
     for path, layer, name in places:
-        adapter = next(a for a in adapters_of(layer) if name in [s.weight for s in a.specs])
+        state = look.states[layer]
+        adapter = next(a for a in state.adapters if name in [s.weight for s in a.specs])
         weight = layer._parameters.get(name)
         reason = adapter.kind.merge_refusal(layer, own_class(layer), adapter.way)
         if is_fully_sharded(layer) or (weight is not None and is_partial(weight)):
@@ -244,14 +305,17 @@ def _check_mergeable(look: Look, places: list[tuple[str, nn.Module, str]]) -> No
 
 
 @torch.no_grad()
-def _merge_weight(path: str, layer: nn.Module, name: str, new: frozenset[str]) -> MergedWeight:
-    weight, state = own_tensor(layer, name), state_of(layer)
+def _merged_weight(
+    path: str, layer: nn.Module, name: str, state: State, names: frozenset[str]
+) -> tuple[Tensor, MergedWeight]:
+    """The value of a weight with these adapters merged into it, and what rounding it lost."""
+    weight = own_tensor(layer, name)
     assert weight is not None
-    assert state is not None
     # What is merged already is summed anew from the former weight, so that there is one rounding.
-    former = state.former.get(name)
+    former = None if state.merged is None else state.merged.former.get(name)
     start = weight if former is None else former.to(weight.device, weight.dtype)
-    names = new if former is None else new | state.folded
+    if former is None and state.merged is not None:
+        names -= state.merged.adapters  # which are in the weight, as nothing was kept
     terms = state.terms(a for a in state.adapters if a.name in names)
     with without_autocast(weight.device.type):
         exact = _exact_sum(layer, name, start, terms)
@@ -267,8 +331,7 @@ def _merge_weight(path: str, layer: nn.Module, name: str, new: frozenset[str]) -
     lost = 0.0
     if rounded.dtype != exact.dtype and (update := (exact - start).norm().item()):
         lost = (rounded - exact).norm().item() / update
-    exchange(weight, rounded.contiguous())
-    return MergedWeight(path, weight.dtype, lost)
+    return rounded.contiguous(), MergedWeight(path, weight.dtype, lost)
 
 
 def _exact_sum(layer: nn.Module, name: str, weight: Tensor, terms: tuple[Term, ...]) -> Tensor:

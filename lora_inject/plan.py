@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lora_inject import settings as check
-from lora_inject.core.adaptation import Content, adapt
+from lora_inject.core.adaptation import Content, adaptation
 from lora_inject.core.checks import (
     require_apart,
     require_extensible,
@@ -17,6 +17,7 @@ from lora_inject.core.checks import (
     require_injectable,
     require_module,
 )
+from lora_inject.core.commit import commit
 from lora_inject.core.look import Look
 from lora_inject.core.request import (
     ALL_LINEAR,
@@ -97,12 +98,14 @@ class Plan:
             LoRAInjectError: the model has changed since the plan was made.
         """
         self.look.require_unchanged()
-        undo = adapt(self.look, self.sites, self.adapter, self.seed, self.content)
-        try:
+        made = adaptation(self.look, self.sites, self.adapter, self.seed, self.content)
+
+        def shown() -> Report:
             return _with_notes(report_of(self.look.again()), self)
-        except BaseException:
-            undo()
-            raise
+
+        return commit(  # type: ignore[no-any-return]
+            self.look, made.states, fresh=made.fresh, values=made.values, then=shown
+        )
 
     def _tables(self) -> Tables:
         sections = [sites_section(self)]
@@ -205,9 +208,7 @@ def plan_for(
         LoRAInjectError: as ``plan``.
     """
     require_injectable(look)
-    look.require_own_record()
     look.require_awake()
-    look.require_same_use()
     require_extensible(look, request.adapter, request.bias)
     view = View(look)
     in_full = view.trainable_modules("train_also", request.train_also)
@@ -249,7 +250,7 @@ def _with_notes(shown: Report, plan: Plan) -> Report:
             f", such as {site.path or 'the model itself'}: {site.parameters:,} against "
             f"{site.base_elements:,}. Use a smaller r, or train it in full (train_also)."
         )
-        warnings.warn(text, LoRAInjectWarning, stacklevel=4)
+        warnings.warn(text, LoRAInjectWarning, stacklevel=6)
         notes.append(text)
     return replace(shown, notes=(*shown.notes, *notes))
 

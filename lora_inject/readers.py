@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from lora_inject.kinds.base import own_class
+from lora_inject.own import own_class
 
 # What tells something about a weight without using its values.
 _FACTS = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_grad", "is_meta",

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_inject.changes.statistics import is_held
 from lora_inject.core.look import Look
-from lora_inject.in_place import own_tensor
+from lora_inject.kinds.bias import is_bias
 from lora_inject.memory import (
     Bytes,
     can_train,
@@ -16,8 +17,8 @@ from lora_inject.memory import (
     optimizer_states,
     training_bytes,
 )
-from lora_inject.roles import ADAPTER_ROLES, ROLES, is_bias, roles
-from lora_inject.statistics import is_held
+from lora_inject.own import own_tensor
+from lora_inject.roles import ADAPTER_ROLES, ROLES, roles
 from lora_inject.tables import Section, Tables, count, plural, size
 
 
@@ -190,8 +191,7 @@ def report_of(look: Look, optimizer: str = "adamw") -> Report:
     role_of = roles(look)
     trainable = [p for p in role_of if p.requires_grad]
     frozen = [p for p in role_of if not p.requires_grad]
-    modes = [mode for record in look.records for mode in record.modes.values()]
-    waiting = {own_tensor(*place) for slot in look.slots for place in slot.waiting}
+    waiting = {own_tensor(module, name) for module, _, name in look.waiting()}
     base = [
         p
         for p, role in role_of.items()
@@ -203,7 +203,7 @@ def report_of(look: Look, optimizer: str = "adamw") -> Report:
         frozen=_elements(frozen),
         split={role: _elements(p for p in trainable if role_of[p] == role) for role in ROLES},
         patterns=_pattern_rows(look),
-        bias=" + ".join(dict.fromkeys(mode.bias for mode in modes)) or None,
+        bias=" + ".join(dict.fromkeys(look.known.values())) or None,
         memory=Memory(
             optimizer,
             trainable=training_bytes(trainable, states),
@@ -219,15 +219,13 @@ def _elements(parameters: Iterable[Tensor]) -> int:
 
 
 def _pattern_rows(look: Look) -> tuple[PatternRow, ...]:
-    groups: dict[tuple[str, str], list[tuple[int, int]]] = {}
-    in_use: dict[str, float] = {}
-    for state in look.states.values():
-        in_use |= state.in_use
-        for adapter in state.adapters:
-            if adapter.follows:
-                continue  # it has no parameters of its own
-            found = groups.setdefault((adapter.pattern, adapter.name), [])
-            found.append((adapter.settings.r, sum(spec.elements for spec in adapter.specs)))
+    groups: dict[tuple[str, str, float | None], list[tuple[int, int]]] = {}
+    for layer, adapter in look.adapters:
+        if adapter.follows:
+            continue  # it has no parameters of its own
+        weight = look.states[layer].use.weights.get(adapter.name)  # parts of a model may differ
+        found = groups.setdefault((adapter.pattern, adapter.name, weight), [])
+        found.append((adapter.settings.r, sum(spec.elements for spec in adapter.specs)))
     return tuple(
         PatternRow(
             pattern=pattern,
@@ -235,20 +233,19 @@ def _pattern_rows(look: Look) -> tuple[PatternRow, ...]:
             layers=len(found),
             ranks=tuple(sorted({r for r, _ in found})),
             parameters=sum(n for _, n in found),
-            weight=in_use.get(name),
+            weight=weight,
         )
-        for (pattern, name), found in groups.items()
+        for (pattern, name, weight), found in groups.items()
     )
 
 
 def _notes(look: Look, trainable: list[nn.Parameter]) -> tuple[str, ...]:
     notes = [] if trainable else ["No parameter trains."]
-    trains_biases = any(m.bias != "none" for r in look.records for m in r.modes.values())
-    former = look.former_flags if trains_biases else {}
+    trains_biases = any(bias != "none" for bias in look.known.values())
     still = sum(
         not flag and is_bias(module, name)
-        for module, flags in former.items()
-        for name, flag in flags.items()
+        for module, state in (look.states.items() if trains_biases else ())
+        for name, flag in state.before.flags
         if (parameter := own_tensor(module, name)) is not None and not parameter.requires_grad
     )
     if still:

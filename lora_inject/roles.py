@@ -9,26 +9,10 @@ from torch import nn
 
 from lora_inject.core.look import Look
 from lora_inject.errors import ArgumentError, LoRAInjectError
+from lora_inject.kinds.bias import is_bias
 
 ADAPTER_ROLES = ("lora_A", "lora_B")
 ROLES = (*ADAPTER_ROLES, "bias", "train_also", "other")
-
-
-def is_bias(owner: nn.Module, name: str) -> bool:
-    """Whether a module uses its parameter of this name as a bias.
-
-    ``bias``, ``in_proj_bias``, ``bias_ih_l0``, ``q_bias``: the owner's own name for it decides, so
-    that ``relative_attention_bias.weight`` is a weight. A matrix is one only beside the weight it
-    belongs to (``gate_up_proj_bias`` of fused experts) or in ``nn.MultiheadAttention``, ``bias_k``.
-    """
-    if not (name == "bias" or name.startswith("bias_") or name.endswith("_bias")):
-        return False
-    parameter = owner._parameters[name]
-    if parameter is None or parameter.dim() <= 1:
-        return True
-    return name.removesuffix("_bias") in owner._parameters or (
-        isinstance(owner, nn.MultiheadAttention)
-    )
 
 
 def roles(look: Look) -> dict[nn.Parameter, str]:
@@ -37,7 +21,7 @@ def roles(look: Look) -> dict[nn.Parameter, str]:
     found |= dict.fromkeys(biases(look), "bias")
     for module in look.in_full:
         found |= {p: "train_also" for p in module._parameters.values() if p is not None}
-    for layer, state in look.states.items():
+    for layer, state in look.own.items():
         for _, A, B in (pair for adapter in state.adapters for pair in adapter.pairs):
             found[layer.get_parameter(A)], found[layer.get_parameter(B)] = ADAPTER_ROLES
     return found
@@ -113,9 +97,8 @@ def biases(look: Look) -> set[nn.Parameter]:
     """Every bias, those included that wait while another adapter's stands in their place."""
     waiting = [
         module._parameters[name]
-        for slot in look.slots
-        if slot.is_parameter and is_bias(*slot.places[0])
-        for module, name in slot.waiting
+        for module, trained, name in look.waiting()
+        if trained.is_parameter and is_bias(module, trained.name)
     ]
     return {p for p in waiting if p is not None} | {
         parameter

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_inject.adapter import Adapter, Term, adapters_of, state_of
+from lora_inject.core.adapter import Adapter, Term
+from lora_inject.core.blocks import block
+from lora_inject.core.layer import add, oriented
 from lora_inject.core.look import Look
+from lora_inject.core.state import State
 from lora_inject.errors import ArgumentError, LoRAInjectError, UnsupportedLayerError
-from lora_inject.in_place import show
-from lora_inject.layer import add, change, oriented
 from lora_inject.low_rank import side_by_side
 from lora_inject.placements import alongside
-from lora_inject.refusals import require_ready
 
 
 @contextmanager
@@ -55,29 +55,26 @@ def per_row(model: nn.Module, adapters: Iterable[str | None]) -> Iterator[nn.Mod
     names = _check_rows(adapters)
     wanted = frozenset(name for name in names if name is not None)
     look = Look(model)
-    look.require_own_record()
+    look.require_adapters()
     look.require_known(wanted, "adapters")
-    paths = {layer: path for record in look.records for path, layer, _ in record.adapters}
-    _check_layers(paths, wanted)
-    slots = {slot: slot.inside for slot in look.slots}
-    for slot in slots:
-        for name in wanted & slot.trains.keys():
+    look.require_no_block(but_rows=True)
+    look.require_unmerged()
+    for path, layer in look.layers.items():
+        _require_branches(path, look.states[layer].adapters, wanted)
+    for module, trained in look.trained:
+        for name in wanted & trained.owners.keys():
             raise ArgumentError(
-                f"adapters: {name!r} trained {slot.text}, which all rows of a batch share.",
+                f"adapters: {name!r} trained {trained.text(module)}, which all rows of a batch "
+                "share.",
                 remedy="Use it alone.",
             )
 
-    former = {layer: _rows_of(layer) for layer in paths}
-    try:
-        show(look, dict.fromkeys(slots))
-        for layer, path in paths.items():
-            own = [adapter for adapter in adapters_of(layer) if adapter.name in wanted]
-            change(layer, rows=Rows(path, names, own))
+    def rows(module: nn.Module, state: State) -> Rows:
+        chosen = [adapter for adapter in state.adapters if adapter.name in wanted]
+        return Rows(look.index.path(module), names, chosen)
+
+    with block(look, rows):
         yield model
-    finally:
-        for layer, rows in former.items():
-            change(layer, rows=rows)
-        show(Look(model), slots)
 
 
 class Rows:
@@ -167,20 +164,11 @@ def _check_rows(adapters: Any) -> tuple[str | None, ...]:
     return names
 
 
-def _check_layers(paths: dict[nn.Module, str], wanted: frozenset[str]) -> None:
-    for layer, path in paths.items():
-        state = state_of(layer)
-        if state is None or state.rows is None:
-            require_ready(path, layer)
-        for adapter in adapters_of(layer):
-            if adapter.name in wanted and adapter.way == "weight":
-                raise UnsupportedLayerError(
-                    f"{adapter.name!r} acts in its weight, which all rows of a batch share.",
-                    path=path,
-                    remedy="Run the rows one adapter at a time, each with use.",
-                )
-
-
-def _rows_of(layer: nn.Module) -> Any:
-    state = state_of(layer)
-    return None if state is None else state.rows
+def _require_branches(path: str, adapters: Iterable[Adapter], wanted: frozenset[str]) -> None:
+    for adapter in adapters:
+        if adapter.name in wanted and adapter.way == "weight":
+            raise UnsupportedLayerError(
+                f"{adapter.name!r} acts in its weight, which all rows of a batch share.",
+                path=path,
+                remedy="Run the rows one adapter at a time, each with use.",
+            )

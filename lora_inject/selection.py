@@ -21,8 +21,8 @@ from lora_inject.errors import (
 )
 from lora_inject.heads import find_heads
 from lora_inject.kinds import find_kind
+from lora_inject.kinds.bias import is_bias
 from lora_inject.placements import whole_shape
-from lora_inject.roles import is_bias
 from lora_inject.tables import plural
 from lora_inject.targets import Pattern, Place, close_names, in_blocks
 

@@ -11,8 +11,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from lora_inject.adapter import adapters_of
 from lora_inject.core.look import Look
+from lora_inject.core.state import adapters_of
 from lora_inject.memory import stored_tensors
 from lora_inject.roles import ADAPTER_ROLES, roles
 

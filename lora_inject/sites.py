@@ -8,9 +8,10 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from lora_inject.adapter import adapters_of, parameter_names
+from lora_inject.core.adapter import parameter_names
 from lora_inject.core.request import Request
 from lora_inject.core.site import Refusal, Site
+from lora_inject.core.state import adapters_of
 from lora_inject.errors import ArgumentError, UnsupportedLayerError
 from lora_inject.kinds import Kind, Spec
 from lora_inject.kinds.base import Way, general_refusal, weight_refusal

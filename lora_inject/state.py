@@ -1,7 +1,7 @@
 """Between a model and an adapter's data: what is saved of it, and how it is put in place.
 
-Everything is found through the record, never by searching names, so that nothing of an adapter can
-be left out. Paths are those of the bare model: what wrappers put in front is left out.
+Everything is found through the states of modules, never by searching names, so that nothing of an
+adapter can be left out. Paths are those of the bare model: what wrappers put in front is left out.
 """
 
 import functools
@@ -14,27 +14,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_inject.adapter import Adapter
+from lora_inject.changes.edits import filling, run
+from lora_inject.core.adapter import Adapter
+from lora_inject.core.layer import oriented
 from lora_inject.core.look import Look
+from lora_inject.core.state import Trained
 from lora_inject.errors import ArgumentError, FormatError, LoRAInjectError
 from lora_inject.fingerprint import fingerprint
 from lora_inject.formats.data import AdapterData, PairData, is_usable
 from lora_inject.formats.pairs import told_layout
-from lora_inject.in_place import Slot
 from lora_inject.kinds.base import Spec
 from lora_inject.kinds.parameter import ParameterKind
-from lora_inject.layer import oriented
 from lora_inject.low_rank import same_product
 from lora_inject.paths import bare, bare_key, bare_modules, first_paths
 from lora_inject.placements import (
-    fill,
     is_fully_sharded,
     is_placeholder,
     require_whole,
     reshard,
     whole,
 )
-from lora_inject.record import Record
 from lora_inject.settings import BiasMode, check_adapter
 
 
@@ -114,7 +113,6 @@ class Held:
     """One pair of an adapter where it stands."""
 
     path: str
-    record: Record
     layer: nn.Module
     adapter: Adapter
     spec: Spec
@@ -143,25 +141,18 @@ class Stored:
 
     def __init__(self, model: nn.Module, adapter: str | None, look: Look | None = None) -> None:
         look = look or Look(model)
-        look.require_own_record()
         reshard(look.index.modules)
-        self.model = model
+        self.model, self.look = model, look
         look.require_adapters()
-        self.records = look.records
         self.name = adapter_name(look, adapter)
+        look.require_whole([self.name])
         self.modules = bare_modules(look.index.by_path)
         self.paths = first_paths(self.modules)
         self.real_prefixes = [name for name in ("module", "base_model") if name in self.modules]
         look.require_awake()
-        for path, layer in ((p, m) for r in self.records for p, m, _ in r.adapters):
-            if layer not in self.paths:
-                raise LoRAInjectError(
-                    "it is no longer part of the model.", path=path, remedy="Put it back."
-                )
         self.pairs = [
-            Held(self.paths[layer], record, layer, own, spec, A, B)
-            for record in self.records
-            for _, layer, own in record.adapters
+            Held(self.paths[layer], layer, own, spec, A, B)
+            for layer, own in look.adapters
             if own.name == self.name
             for spec, A, B in own.pairs
         ]
@@ -169,25 +160,22 @@ class Stored:
     @property
     def bias(self) -> BiasMode:
         """The bias mode that the adapter was trained with."""
-        modes = [r.modes[self.name].bias for r in self.records if self.name in r.modes]
-        return modes[0]
+        return self.look.known[self.name]
 
     @functools.cached_property
-    def slots(self) -> dict[str, Slot]:
+    def trained(self) -> dict[str, tuple[nn.Module, Trained]]:
         """What it trained in place, by the name in the bare model."""
-        found: dict[str, Slot] = {}
-        for record in self.records:
-            for slot in record.all_slots():
-                for module, name in slot.places:
-                    saved = name not in module._non_persistent_buffers_set
-                    if self.name in slot.trains and saved and slot.tensor(self.name) is not None:
-                        found[f"{self.paths[module]}.{name}".lstrip(".")] = slot
-        return found
+        return {
+            f"{self.paths[module]}.{trained.name}".lstrip("."): (module, trained)
+            for module, trained in self.look.trained
+            if trained.name not in module._non_persistent_buffers_set
+            if self.look.tensor(module, trained, self.name) is not None
+        }
 
     def check_bias(self, bias: Any) -> None:
         """Refuse a bias mode other than the one it was trained with."""
         if bias != self.bias:
-            lost = sorted(self.slots)
+            lost = sorted(self.trained)
             would = f"{len(lost)} trained tensors, such as {lost[0]}, would be lost" if lost else (
                 "no bias was trained"
             )  # fmt: skip
@@ -205,11 +193,11 @@ class Stored:
                 require_whole(f"{held.key}lora_A", A, held.spec.A_shape)
                 require_whole(f"{held.key}lora_B", B, held.spec.B_shape)
                 tensors |= {f"{held.key}lora_A": A, f"{held.key}lora_B": B}
-        for key, slot in self.slots.items():
-            tensor = slot.tensor(self.name)
+        for key, (module, place) in self.trained.items():
+            tensor = self.look.tensor(module, place, self.name)
             assert tensor is not None
-            if is_placeholder(tensor) or is_fully_sharded(slot.places[0][0]):
-                require_whole(key, tensor, None if slot.former is None else slot.former.shape)
+            if is_placeholder(tensor) or is_fully_sharded(module):
+                require_whole(key, tensor, None if place.former is None else place.former.shape)
             tensors[key] = tensor
         for key, tensor in tensors.items():
             if tensor.is_meta:
@@ -228,8 +216,8 @@ class Stored:
     def data(self) -> AdapterData:
         """The adapter apart from the model."""
         tensors = self.tensors()
-        trained = {key: tensors[key] for key in self.slots}
-        modes = [r.modes[self.name] for r in self.records if self.name in r.modes]
+        trained = {key: tensors[key] for key in self.trained}
+        tops = [m for m, s in self.look.states.items() if self.name in s.reach.tops]
         config = getattr(bare(self.model), "config", None)
         name = getattr(config, "_name_or_path", "") or getattr(self.model, "name_or_path", "")
         kind = type(bare(self.model)).__name__
@@ -244,7 +232,7 @@ class Stored:
             pairs=tuple(self._pair(held) for held in self._in_order()),
             tensors={key: whole(t.detach()) for key, t in trained.items()},
             bias=self.bias,
-            train_also=tuple(self.paths[m] for mode in modes for m in mode.train_also),
+            train_also=tuple(self.paths[module] for module in tops),
             targets=tuple(dict.fromkeys(held.adapter.pattern for held in self.pairs)),
             base={key: value for key, value in prints.items() if value is not None},
             base_name=name if isinstance(name, str) else "",
@@ -271,7 +259,7 @@ class Stored:
         """What other libraries would take apart: shared layers, and tied tensors that train."""
         paths = Counter(self.modules.values())
         shared = {held.path for held in self.pairs if paths[held.layer] > 1}
-        tied = {name for name, slot in self.slots.items() if len(slot.places) > 1}
+        tied = {key for key, (_, place) in self.trained.items() if place.places > 1}
         why = "stands at several paths of the model, of which it would adapt one alone"
         return dict.fromkeys(shared, why) | dict.fromkeys(
             tied, "is tied to another, from which it would be untied"
@@ -340,9 +328,8 @@ class Stored:
             {"too large": not_finite(cast)},
         )
         self._require_agreement(cast, shared, scalings)
-        with torch.no_grad():
-            for key, tensor in own.items():
-                fill(tensor, cast[key])
+        # In place: an optimizer's flat views and captured graphs hold the storage.
+        run([filling(tensor, cast[key]) for key, tensor in own.items()])
 
     def _require_agreement(
         self,
@@ -455,8 +442,7 @@ def adapter_name(look: Look, adapter: str | None) -> str:
     if adapter is not None:
         look.require_known([check_adapter(adapter)], "adapter")
         return adapter
-    known = sorted({name for record in look.records for name in record.modes})
-    used = sorted({name for record in look.records for name in record.in_use})
+    known, used = sorted(look.known), sorted(look.used)
     for names in (known, used):
         if len(names) == 1:
             return names[0]

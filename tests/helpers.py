@@ -1,11 +1,14 @@
 """What several test modules use: snapshots, training steps, small models."""
 
+import importlib
+
 import pytest
 import torch
 import transformers as tf
 from torch import nn
 
-from lora_inject.adapter import adapters_of
+from lora_inject.changes.edits import run
+from lora_inject.core.state import adapters_of
 
 PEFT_WARNS = pytest.mark.filterwarnings("ignore")  # of deprecations in transformers, as an oracle
 
@@ -58,6 +61,51 @@ def hook_dicts(module):
 def changed_parts(before, after):
     """The names of the parts in which two snapshots differ."""
     return [part for part in before if before[part] != after[part]]
+
+
+class Faults:
+    """Inside, what a commit changes fails at one step, counted over all commits.
+
+    Args:
+        at: the number of edits that go well.
+        error: what is raised before the next one.
+        undo: how many steps of taking the edits back fail too.
+    """
+
+    def __init__(self, at, error=RuntimeError, undo=0):
+        self.left, self.error, self.undo, self.raised = at, error, undo, False
+
+    def __enter__(self):
+        self.patch = pytest.MonkeyPatch()
+        for module in ("core.commit", "core.lend", "freeze", "state"):
+            module = importlib.import_module(f"lora_inject.{module}")
+            self.patch.setattr(module, "run", self.run)
+        return self
+
+    def __exit__(self, *_):
+        self.patch.undo()
+
+    def run(self, edits, then=None):
+        wrapped = [edit._replace(put=self.wrapped(edit.put)) for edit in edits]
+        return run(wrapped, then and (lambda: self.step() or then()))
+
+    def wrapped(self, put):
+        def failing(*args):
+            self.step()
+            put(*args)
+
+        return failing
+
+    def step(self):
+        if self.raised:
+            self.undo -= 1
+            if self.undo >= 0:
+                raise self.error("undo fails")
+            return
+        self.left -= 1
+        if self.left < 0:
+            self.raised = True
+            raise self.error("no")
 
 
 def randomize_adapters(model, scale=0.1, names=None):

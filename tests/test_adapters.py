@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from helpers import (
+    Faults,
     Net,
     changed_parts,
     ids,
@@ -37,8 +38,7 @@ from lora_inject import (
     unmerge,
     use,
 )
-from lora_inject.adapter import adapters_of
-from lora_inject.in_place import Slot
+from lora_inject.core.state import adapters_of
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -336,8 +336,9 @@ def test_use_needs_adapters_that_can_be_swapped():
     with pytest.raises(LoRAInjectError, match="no adapters"):
         use(Net(), "fr")
     model, _ = two()
-    with pytest.raises(LoRAInjectError, match="part of a larger model"):
-        use(model.layers[0], "fr")
+    use(model.layers[0], "fr")  # a part
+    assert report(model).patterns != report(two()[0]).patterns
+    use(model, "fr", "de")
     with merged(model), pytest.raises(LoRAInjectError, match="merged now"):
         use(model, "fr")
     with disabled(model), pytest.raises(LoRAInjectError, match="disabled block"):
@@ -547,12 +548,15 @@ def test_names_that_could_collide():
     assert changed_parts(before, snapshot(model)) == []
 
 
-def test_a_part_of_which_something_trains_is_no_model_of_its_own():
+def test_a_part_of_which_something_trains_already_trains_it_for_one_adapter_at_a_time():
     model = nn.ModuleDict({"block": nn.Sequential(nn.Linear(3, 3)), "out": nn.Linear(3, 3)})
     before = snapshot(model)
     inject(model, "out", r=1, adapter="a", bias="all")
-    with pytest.raises(LoRAInjectError, match="part of a larger model"):
+    with pytest.raises(ArgumentError, match="'a' has trained"):
         inject(model["block"], "0", r=1, adapter="b", bias="all")
+    use(model)
+    inject(model["block"], "0", r=1, adapter="b", bias="all")
+    strip(model["block"])
     strip(model)
     assert changed_parts(before, snapshot(model)) == []
     inject(model["block"], "0", r=1)  # and it is one again
@@ -573,10 +577,13 @@ def test_an_adapter_that_is_not_in_use_is_not_extended():
     for part in parts[:2]:
         inject(part, "0", r=1, adapter="fr")
     use(parts[0])
-    with pytest.raises(LoRAInjectError, match="with different weights"):
-        inject(parts, "2.0", r=1, adapter="de")
+    inject(parts, "2.0", r=1, adapter="de")  # parts may use an adapter differently
+    assert [isinstance(part[0], LoRALayer) for part in parts] == [False, True, True]
+    assert {row.weight for row in report(parts).patterns if row.adapter == "fr"} == {None, 1.0}
+    with pytest.raises(ArgumentError, match="not in use with a weight of 1"):
+        inject(parts, "2.0", r=1, adapter="fr")
     use(parts, "fr")
-    inject(parts, "2.0", r=1, adapter="de")
+    assert [isinstance(part[0], LoRALayer) for part in parts] == [True, True, False]
 
 
 def test_a_former_value_is_that_from_before_its_owner():
@@ -614,20 +621,19 @@ def test_tensors_made_on_meta_are_filled_when_values_come(device):
         assert torch.equal(model[1].bias, base[1].bias)
 
 
-def test_a_failing_swap_is_undone(monkeypatch):
+@pytest.mark.parametrize("at", range(20))
+def test_a_failing_swap_is_undone(at):
     model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(3)))
     inject(model, "0", r=1, bias="all")
     before = snapshot(model)
-    show = Slot.show
-
-    def failing(slot, adapter):
-        if adapter is None and slot.places[0][0] is model[2]:
-            raise MemoryError
-        show(slot, adapter)
-
-    monkeypatch.setattr(Slot, "show", failing)
-    with pytest.raises(MemoryError):
-        use(model)
+    with Faults(at, MemoryError) as faults:
+        try:
+            use(model)
+        except MemoryError:
+            assert changed_parts(before, snapshot(model)) == []
+        else:
+            assert not faults.raised
+    use(model, "default")
     assert changed_parts(before, snapshot(model)) == []
 
 

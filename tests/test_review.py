@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 from helpers import (
+    Faults,
     Net,
     changed_parts,
     ids,
@@ -19,6 +20,7 @@ from torch.nn.utils import parametrizations, prune
 from lora_inject import (
     ArgumentError,
     LoRAInjectError,
+    LoRALayer,
     NoMatchError,
     UnsupportedLayerError,
     freeze,
@@ -100,13 +102,21 @@ def test_a_base_made_in_inference_mode_is_refused():
         inject(model, "a")
 
 
-def test_a_part_of_an_adapted_model_is_not_adapted_on_its_own():
+def test_a_part_of_an_adapted_model_is_adapted_on_its_own():
     model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 4))
+    before = snapshot(model)
     inject(model, "0.0", r=1, bias="all")
     state = snapshot(model)
-    with pytest.raises(LoRAInjectError, match="larger model"):
+    with pytest.raises(ArgumentError, match="bias='all'"):
         inject(model[0], "1", r=1)
     assert snapshot(model) == state
+    inject(model[0], "1", r=1, bias="all")
+    inject(model[0], "1", r=1, adapter="fr")
+    strip(model[0])
+    assert not any(isinstance(module, LoRALayer) for module in model.modules())
+    assert trainable_names(model) == {"1.bias"}  # the rest of the part is frozen from above
+    strip(model)
+    assert changed_parts(before, snapshot(model)) == []
 
 
 def test_train_also_does_not_take_a_parameter_for_a_module():
@@ -165,22 +175,12 @@ def test_a_large_scaling_does_not_overflow_in_half_precision():
     assert torch.equal(model(x), expected)
 
 
-class Failing(nn.Module):
-    """Has statistics, and does not let anybody watch it."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("running_mean", torch.zeros(1))
-
-    def register_forward_pre_hook(self, *args, **kwargs):
-        raise RuntimeError("no hooks here")
-
-
-def test_a_failed_inject_gives_back_statistics_and_gradients():
-    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), Failing())
+@pytest.mark.parametrize("at", range(0, 24, 3))
+def test_a_failed_inject_gives_back_statistics_and_gradients(at):
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), OwnForward(4))
     model[0].weight.grad = gradient = torch.ones(4, 4)
     before = snapshot(model)
-    with pytest.raises(RuntimeError, match="no hooks"):
+    with Faults(at), pytest.raises(RuntimeError, match="no"):
         inject(model, "0")
     assert changed_parts(before, snapshot(model)) == []
     assert model[1].track_running_stats

@@ -106,8 +106,8 @@ def test_calls_that_come_in_pairs():
             pass
 
     use(model, "b")
-    assert walks(children, lambda: block(disabled(model))) == 2
-    assert walks(children, lambda: block(per_row(model, ["default", None]))) == 2
+    assert walks(children, lambda: block(disabled(model))) == 1
+    assert walks(children, lambda: block(per_row(model, ["default", None]))) == 1
 
 
 def test_files(tmp_path):

@@ -1,23 +1,27 @@
-"""A plan's content becomes adapted layers, all of it or nothing."""
+"""A plan's content becomes states of modules and tensors that they name; nothing is changed."""
 
-from collections.abc import Callable, Mapping
-from copy import copy
-from dataclasses import dataclass, field
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from lora_inject import initial
-from lora_inject.adapter import Adapter
+from lora_inject.changes.edits import Edit, value_edit
+from lora_inject.changes.statistics import is_held
+from lora_inject.core.adapter import Adapter
+from lora_inject.core.commit import Fresh, first_state, stand_in
 from lora_inject.core.look import Look
 from lora_inject.core.site import Site
-from lora_inject.core.training import mark, take
-from lora_inject.in_place import Place
-from lora_inject.kinds import Spec
-from lora_inject.layer import attach, detach
-from lora_inject.placements import fill
-from lora_inject.record import Before, Mode, Record, install, reinstall, set_in_use, set_trainable
+from lora_inject.core.state import Injection, Reach, State, Trained, Use
+from lora_inject.kinds import Kind, Spec
+from lora_inject.own import Place, own_tensor
+from lora_inject.placements import fill, is_distributed, shards, whole
 from lora_inject.settings import BiasMode
+
+# A copy of such a module has no attributes but its own: its parent remembers what it was.
+_FORGETFUL = (torch.jit.ScriptModule, torch.fx.GraphModule)
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,25 @@ class Content:
     use: bool = True
 
 
-def adapt(
+@dataclass
+class Adaptation:
+    """What an adapter makes of a model.
+
+    Attributes:
+        states: the new state of every module.
+        fresh: the tensors that it brings.
+        values: what is written into tensors that are there.
+    """
+
+    states: dict[nn.Module, State] = field(default_factory=dict)
+    fresh: Fresh = field(default_factory=dict)
+    values: list[Edit] = field(default_factory=list)
+
+
+def adaptation(
     look: Look, sites: tuple[Site, ...], name: str, seed: int | None, content: Content
-) -> Callable[[], None]:
-    """Put an adapter on the sites, all of it or nothing.
+) -> Adaptation:
+    """The states of a model that an adapter has been put on.
 
     Args:
         look: the model.
@@ -52,105 +71,189 @@ def adapt(
         name: the adapter's name.
         seed: of the starting values; None draws one.
         content: what else the adapter is.
-
-    Returns:
-        What makes the model what it was before this call, until something else changes it.
     """
-    modules = look.index.modules
-    decided = {module for record in look.records for module in record.before.training}
-    undecided = [module for module in modules if module not in decided]
-    gradients = [(parameter, parameter.grad) for parameter in look.parameters]
     seed = initial.draw_seed() if seed is None else seed
-
-    changes, attached = Before(), dict[str, tuple[nn.Module, Adapter]]()
-    changes.keep(modules)
-    record = look.gathered(copy(changes))
-    owned = {slot: set(slot.trains) for slot in record.all_slots()}
-
-    def undo() -> None:
-        for layer, adapter in reversed(attached.values()):
-            detach(layer, adapter)
-        for slot in record.all_slots():
-            if name not in owned.get(slot, ()):
-                slot.disown(name)
-        record.forget_unowned_slots()
-        changes.restore()
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        for former in look.records:
-            set_in_use(former, former.in_use)
-        reinstall(look.again().holders, look.holders)
-
-    try:
+    made = Adaptation(reached(look, Injection(secrets.randbits(63), name, content.bias)))
+    leaders: dict[str, list[tuple[nn.Parameter, nn.Parameter]]] = {}
+    with torch.inference_mode(False):  # tensors made in it could never train
         for site in sites:
-            shared = attached[site.follows] if site.follows else None
-            attached[site.path] = _adapt_site(site, name, seed, shared, content)
-        _enter(look, record, name, attached, content, undecided)
-        _fill_slots(record, name, content.tensors)
-        install(look, record)
-    except BaseException:
-        undo()
-        raise
-    return undo
-
-
-def _enter(
-    look: Look,
-    record: Record,
-    name: str,
-    attached: Mapping[str, tuple[nn.Module, Adapter]],
-    content: Content,
-    undecided: list[nn.Module],
-) -> None:
-    """Write a new adapter into the record; put it in use beside the others, and let it train."""
-    in_full = list(content.train_also.values())
-    take(look, record, name, content.in_place, inside=content.use)
-    parameters = {m.get_parameter(n) for m, a in attached.values() for n in a.parameters}
-    record.adapters += [(path, *pair) for path, pair in attached.items()]
-    record.modes.setdefault(name, Mode(content.bias)).train_also += in_full
+            adapter = Adapter(
+                name, site.settings, site.kind, site.way, site.specs, site.pattern, site.path,
+                seed, site.follows,
+            )  # fmt: skip
+            pairs = leaders[site.follows] if site.follows else _pairs(site, adapter, content)
+            leaders[site.path] = pairs
+            own = made.fresh.setdefault(site.module, {})
+            for (_, *names), pair in zip(adapter.pairs, pairs, strict=True):
+                own |= {(key, name): value for key, value in zip(names, pair, strict=True)}
+            state = made.states[site.module]
+            made.states[site.module] = replace(state, adapters=(*state.adapters, adapter))
+        own_in_place(look, made, name, content.in_place, content.use)
+        _fill(made, name, content.tensors)
+    train_in_full(look, made.states, name, content.train_also.values())
     if content.use:
-        mark(look, undecided, parameters, content.in_place, in_full)
-        record.training = record.training | {name}
-        set_in_use(record, {name: 1.0, **record.in_use})
-    else:
-        set_trainable(parameters, False)
-        set_in_use(record, record.in_use)
+        _put_in_use(made, name)
+    return made
 
 
-@torch.no_grad()
-def _fill_slots(record: Record, adapter: str, tensors: Mapping[Place, Tensor]) -> None:
-    for (module, name), value in tensors.items():
-        tensor = record.slots[module][name].tensor(adapter)
-        assert tensor is not None
-        fill(tensor, value)
+def reached(look: Look, injection: Injection | None = None) -> dict[nn.Module, State]:
+    """The state of every module of a model after a call on it.
+
+    Args:
+        look: the model.
+        injection: the call, where it puts an adapter into the model; else those that are known
+            reach what has been added to the model since.
+    """
+    reaches: dict[int, Reach] = {}
+    alike: dict[tuple[object, ...], State] = {}  # frozen modules that tell the same are one value
+    root, states = look.model, dict[nn.Module, State]()
+    new = () if injection is None else (injection,)
+    first = Reach(new or look.injections)
+    for module in look.index.modules:
+        old = look.states.get(module)
+        if old is None:
+            state = first_state(look, module, first, is_held(module))
+            states[module] = alike.setdefault(tuple(state.before), state)
+        elif new:
+            reach = old.reach
+            if id(reach) not in reaches:
+                reaches[id(reach)] = reach._replace(injections=(*reach.injections, *new))
+            states[module] = replace(old, reach=reaches[id(reach)])
+        else:
+            states[module] = old
+    if injection is not None:
+        reach = states[root].reach
+        roots = reach.roots | {injection.id}
+        states[root] = replace(states[root], reach=reach._replace(roots=roots))
+    forgetful = {module for module in look.index.modules if isinstance(module, _FORGETFUL)}
+    for module in look.index.modules if forgetful else ():
+        noted = tuple((n, states[m]) for n, m in module._modules.items() if m in forgetful)
+        if noted:
+            reach = states[module].reach._replace(noted=noted)
+            states[module] = replace(states[module], reach=reach)
+    return states
 
 
-def _adapt_site(
-    site: Site, name: str, seed: int, shared: tuple[nn.Module, Adapter] | None, content: Content
-) -> tuple[nn.Module, Adapter]:
-    adapter = Adapter(
-        name, site.settings, site.kind, site.way, site.specs, site.pattern, site.path, seed,
-        site.follows,
-    )  # fmt: skip
-    if shared is not None:
-        leader, ((_, A_name, B_name),) = shared[0], shared[1].pairs
-        pair = leader.get_parameter(A_name), leader.get_parameter(B_name)
-        attach(site.module, adapter, [pair])
-        return site.module, adapter
+def train_in_full(
+    look: Look, states: dict[nn.Module, State], name: str, tops: Iterable[nn.Module]
+) -> None:
+    """Write into the states which modules an adapter trains in full."""
+    for top in tops:
+        for module in look.index.below(top):
+            reach = states[module].reach
+            in_full = tuple(dict.fromkeys((*reach.in_full, name)))
+            marked = tuple(dict.fromkeys((*reach.tops, name))) if module is top else reach.tops
+            reach = reach._replace(in_full=in_full, tops=marked)
+            states[module] = replace(states[module], reach=reach)
+
+
+def own_in_place(
+    look: Look, made: Adaptation, name: str, tensors: Mapping[Place, bool], use: bool
+) -> None:
+    """Make an adapter an owner of what trains in place, wherever that is tied.
+
+    Args:
+        look: the model.
+        made: its new states, and tensors that they name.
+        name: the adapter's name.
+        tensors: the places, and whether what stands there trains itself or only moves.
+        use: whether the adapter's tensors are to stand in the places now.
+    """
+    formers: dict[int, Tensor] = {}  # by what stands in the place: tied places share one value
+    copies: dict[int, Tensor | None] = {}  # by the former value
+    done: set[Place] = set()
+    for (module, place), trains in tensors.items():
+        tensor = own_tensor(module, place)
+        tied = look.tensor_places[id(tensor)] if tensor is not None else [(module, place)]
+        for owner, key in tied:
+            if (owner, key) in done:
+                continue
+            done.add((owner, key))
+            state = made.states[owner]
+            known = state.find(key) or _untouched(tensor, key, owner, len(tied), formers)
+            if name not in known.owners:
+                if use and known.original is None:
+                    known = replace(known, original=name)
+                else:
+                    if id(known.former) not in copies:
+                        copies[id(known.former)] = stand_in(known, tensor)
+                    made.fresh.setdefault(owner, {})[key, name] = copies[id(known.former)]
+            known = replace(known, owners={**known.owners, name: trains})
+            others = tuple(trained for trained in state.trained if trained.name != key)
+            made.states[owner] = replace(state, trained=(*others, known))
+
+
+def _untouched(
+    tensor: Tensor | None, name: str, module: nn.Module, places: int, formers: dict[int, Tensor]
+) -> Trained:
+    """A place that no adapter has trained yet."""
+    if tensor is not None and id(tensor) not in formers:
+        formers[id(tensor)] = former_value(tensor)
+    former = None if tensor is None else formers[id(tensor)]
+    return Trained(name, name in module._parameters, former, places, {})
+
+
+def former_value(tensor: Tensor) -> Tensor:
+    """A copy of a value to keep; on the meta device there is none yet, and it is asked again."""
+    value = tensor.detach()
+    return value.to("meta") if value.is_meta else whole(value).to("cpu", copy=True)
+
+
+def _fill(made: Adaptation, name: str, tensors: Mapping[Place, Tensor]) -> None:
+    for (module, place), value in tensors.items():
+        tensor = made.fresh.get(module, {}).get((place, name))
+        if tensor is not None:
+            fill(tensor, value)
+        else:
+            own = own_tensor(module, place)
+            assert own is not None
+            made.values.append(value_edit(own, value.clone()))
+
+
+def _put_in_use(made: Adaptation, name: str) -> None:
+    """Let an adapter run and train wherever it has something."""
+    uses: dict[int, Use] = {}
+    for module, state in made.states.items():
+        if state.own and name in state.on_it:
+            use = state.use
+            if id(use) not in uses:
+                weights = {name: 1.0, **use.weights}
+                uses[id(use)] = Use(weights, use.trains | {name})
+            made.states[module] = replace(state, use=uses[id(use)])
+
+
+def _pairs(
+    site: Site, adapter: Adapter, content: Content
+) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """The A and B of a site, as parameters."""
     device = site.kind.weight(site.module, site.specs[0].weight).device
-    # Tensors made in inference mode could never be trained.
-    with torch.inference_mode(False):
-        values = []
-        for spec in site.specs:
-            if content.values is not None:
-                A, B = content.values[site.path, spec.prefix]
-            elif device.type == "meta":
-                A, B = (torch.empty(s, device=device) for s in (spec.A_shape, spec.B_shape))
-            else:
-                A, B = starting_values(adapter, spec)
-            values.append((A.to(device, site.dtype), B.to(device, site.dtype)))
-        attach(site.module, adapter, values)
-    return site.module, adapter
+    pairs = []
+    for spec in site.specs:
+        if content.values is not None:
+            A, B = content.values[site.path, spec.prefix]
+        elif device.type == "meta":
+            A, B = (torch.empty(s, device=device) for s in (spec.A_shape, spec.B_shape))
+        else:
+            A, B = starting_values(adapter, spec)
+        A, B = A.to(device, site.dtype), B.to(device, site.dtype)
+        pairs.append(as_parameters(site.kind, site.module, spec, (A, B), content.use))
+    return pairs
+
+
+def as_parameters(
+    kind: Kind, layer: nn.Module, spec: Spec, pair: tuple[Tensor, Tensor], trains: bool
+) -> tuple[nn.Parameter, nn.Parameter]:
+    """A and B as parameters of a layer.
+
+    Beside a sharded weight they are placed as it is, with the first rank's values, whatever seed
+    the others drew.
+    """
+    A, B = pair
+    weight = kind.weight(layer, spec.weight)
+    if is_distributed(weight):
+        places = kind.placements(weight, spec)
+        A, B = shards(A, weight, places[0], 0), shards(B, weight, places[1], 0)
+    return nn.Parameter(A, requires_grad=trains), nn.Parameter(B, requires_grad=trains)
 
 
 def starting_values(adapter: Adapter, spec: Spec) -> tuple[Tensor, Tensor]:

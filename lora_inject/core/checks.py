@@ -8,9 +8,10 @@ from torch import nn
 
 from lora_inject.core.look import Look
 from lora_inject.core.site import Site
+from lora_inject.core.state import adapters_of
 from lora_inject.errors import ArgumentError, UnsupportedLayerError
-from lora_inject.in_place import Place
-from lora_inject.settings import BiasMode
+from lora_inject.own import Place
+from lora_inject.settings import BASE, BiasMode
 
 
 def require_module(model: Any) -> None:
@@ -46,29 +47,32 @@ def require_injectable(look: Look) -> None:
 
 def require_extensible(look: Look, adapter: str, bias: BiasMode) -> None:
     """Refuse to extend an adapter that is not in use as it is, or in another bias mode."""
-    for record in look.records:
-        mode = record.modes.get(adapter)
-        if mode is not None and record.in_use.get(adapter) != 1.0:
+    for module, state in look.own.items():
+        if adapter in state.on_it and state.use.weights.get(adapter) != 1.0:
             raise ArgumentError(
                 f"adapter: {adapter!r} is there already and not in use with a weight of 1.",
+                path=look.index.path(module),
                 remedy=f"Call use(model, {adapter!r}) first to add layers to it.",
             )
-        if mode is not None and mode.bias != bias:
-            raise ArgumentError(
-                f"bias={bias!r}, but {adapter!r} was injected with bias={mode.bias!r}.",
-                remedy="Use the same mode, and freeze(model, bias=...) to change it.",
-            )
+    known = look.known.get(adapter)
+    if known is not None and known != bias:
+        raise ArgumentError(
+            f"bias={bias!r}, but {adapter!r} was injected with bias={known!r}.",
+            remedy="Use the same mode, and freeze(model, bias=...) to change it.",
+        )
 
 
 def require_free_places(look: Look, adapter: str, tensors: Collection[Place]) -> None:
     """Refuse to train in place what another adapter in use has trained: one value at a time."""
-    for record in look.records:
-        for module, name in tensors:
-            slot = record.slots.get(module, {}).get(name)
-            if slot is not None and slot.inside not in (None, adapter):
+    for module, name in tensors:
+        state = look.states.get(module)
+        trained = None if state is None else state.find(name)
+        if state is not None and trained is not None:
+            inside = state.inside(trained)
+            if inside not in (BASE, adapter):
                 raise ArgumentError(
-                    f"{adapter!r} is to train {slot.text}, which {slot.inside!r} has trained and "
-                    "which is in use.",
+                    f"{adapter!r} is to train {trained.text(module)}, which {inside!r} has trained "
+                    "and which is in use.",
                     remedy="Call use(model) first, which puts no adapter in use.",
                 )
 
@@ -84,9 +88,9 @@ def require_apart(look: Look, sites: Sequence[Site], in_full: Mapping[str, nn.Mo
             )
     for path, top in in_full.items():
         for module in look.index.below(top):
-            if (state := look.states.get(module)) is not None:
+            if adapters := adapters_of(module):
                 raise UnsupportedLayerError(
-                    f"train_also: the adapter {state.adapters[0].name!r} stands on a layer in it.",
+                    f"train_also: the adapter {adapters[0].name!r} stands on a layer in it.",
                     path=path,
                     remedy="Take it out of train_also.",
                 )

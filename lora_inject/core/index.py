@@ -18,17 +18,29 @@ class Index:
         self.model = model
 
     @cached_property
+    def _visits(self) -> list[tuple[nn.Module, int, str]]:
+        """Every path once: the module there, which visit led to it, and its name there."""
+        visits: list[tuple[nn.Module, int, str]] = []
+        open_ends = [(self.model, -1, "")]
+        while open_ends:
+            visit = open_ends.pop()
+            children = visit[0]._modules
+            if len(children):
+                at = len(visits)
+                named = [(m, at, name) for name, m in children.items() if m is not None]
+                open_ends += reversed(named)
+            visits.append(visit)
+        return visits
+
+    @cached_property
     def by_path(self) -> dict[str, nn.Module]:
         """The modules by every path that leads to them."""
+        paths: list[str] = []
         found: dict[str, nn.Module] = {}
-
-        def visit(path: str, module: nn.Module) -> None:
-            found[path] = module
-            for name, child in module._modules.items():
-                if child is not None:
-                    visit(f"{path}.{name}" if path else name, child)
-
-        visit("", self.model)
+        for module, parent, name in self._visits:
+            above = paths[parent] if parent >= 0 else ""
+            paths.append(f"{above}.{name}" if above else name)
+            found[paths[-1]] = module
         return found
 
     @cached_property
@@ -47,7 +59,7 @@ class Index:
     @cached_property
     def modules(self) -> list[nn.Module]:
         """Every module once."""
-        return list(self.paths)
+        return list(dict.fromkeys(module for module, _, _ in self._visits))
 
     def path(self, module: nn.Module) -> str:
         """The first path of a module."""

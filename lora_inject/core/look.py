@@ -1,21 +1,24 @@
 """What a model is now: its modules, its adapters and what is known of them, found in one walk.
 
 Every call looks once and passes the look down. A look changes nothing; after a change ``again``
-looks at the same modules anew.
+looks at the same modules anew. What a call cannot do is said here, by path, before it does it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 
-from torch import nn
+from torch import Tensor, nn
 
-from lora_inject.adapter import LayerState, state_of
+from lora_inject.core.adapter import Adapter
+from lora_inject.core.class_swap import is_intact
 from lora_inject.core.index import Index
+from lora_inject.core.layer import LoRALayer
+from lora_inject.core.marks import mark_of, places_of
+from lora_inject.core.state import Injection, State, Trained
 from lora_inject.errors import ArgumentError, LoRAInjectError
-from lora_inject.in_place import Place, Slot
-from lora_inject.kinds.base import STATE
-from lora_inject.record import RECORD, TRAINED, Before, Record
-from lora_inject.refusals import require_intact, require_kept, require_no_block, require_ready
+from lora_inject.own import STATE, Place, own_tensor
+from lora_inject.placements import is_fully_sharded
+from lora_inject.settings import BiasMode
 
 
 class Look:
@@ -35,32 +38,76 @@ class Look:
         return Look(self.model, self.index)
 
     @cached_property
-    def states(self) -> dict[nn.Module, LayerState]:
-        """What is known of each adapted module."""
-        found = ((module, state_of(module)) for module in self.index.modules)
-        return {module: state for module, state in found if state is not None}
+    def states(self) -> dict[nn.Module, State]:
+        """What is known of each module that a call has reached."""
+        found = {m: m.__dict__[STATE] for m in self.index.modules if STATE in m.__dict__}
+        for module, state in list(found.items()):
+            for name, noted in state.reach.noted:  # of a child that forgets it when it is copied
+                child = dict(module._modules.items()).get(name)
+                if child is not None:
+                    found.setdefault(child, noted)
+        return found
+
+    @cached_property
+    def own(self) -> dict[nn.Module, State]:
+        """Of these the modules on which an adapter has something."""
+        return {module: state for module, state in self.states.items() if state.own}
 
     @cached_property
     def layers(self) -> dict[str, nn.Module]:
-        """The adapted layers by path, awake or not, whoever adapted them."""
+        """The adapted layers by path, awake or not."""
         return {self.index.path(m): m for m, state in self.states.items() if state.adapters}
 
     @cached_property
-    def holders(self) -> list[tuple[str, nn.Module, Record]]:
-        """(path, module, record) of every record in the model, the newest first."""
-        holders = [module for module in self.index.modules if RECORD in vars(module)]
-        found = [(self.index.path(module), module, vars(module)[RECORD]) for module in holders]
-        return sorted(found, key=lambda item: -item[2].created)
+    def known(self) -> dict[str, BiasMode]:
+        """The adapters whose calls reached the model, with their bias modes."""
+        return {injection.adapter: injection.bias for injection in self.injections}
 
     @cached_property
-    def records(self) -> list[Record]:
-        """The records, the newest first."""
-        return [record for _, _, record in self.holders]
+    def used(self) -> dict[str, float]:
+        """The adapters in use, with their weights; parts of the model may differ."""
+        uses = {id(state.use): state.use for state in self.own.values()}
+        return {name: weight for use in uses.values() for name, weight in use.weights.items()}
 
     @cached_property
-    def slots(self) -> list[Slot]:
-        """What trains in place, each once."""
-        return [slot for record in self.records for slot in record.all_slots()]
+    def adapters(self) -> list[tuple[nn.Module, Adapter]]:
+        """Every adapter on every layer."""
+        return [(m, adapter) for m, state in self.own.items() for adapter in state.adapters]
+
+    def target_path(self, layer: nn.Module, adapter: Adapter) -> str:
+        """The path of what an adapter was put on: of a layer, or of a parameter of it."""
+        path = self.index.path(layer)
+        of_parameter = adapter.kind.name == "parameter"
+        return f"{path}.{adapter.specs[0].weight}".lstrip(".") if of_parameter else path
+
+    @cached_property
+    def injections(self) -> tuple[Injection, ...]:
+        """The calls that put the adapters there, each once."""
+        reaches = {id(state.reach): state.reach for state in self.states.values()}
+        found = {i.id: i for reach in reaches.values() for i in reach.injections}
+        return tuple(found.values())
+
+    @cached_property
+    def roots(self) -> frozenset[int]:
+        """The ids of the injections that were called on the model or inside of it."""
+        return frozenset().union(*(state.reach.roots for state in self.states.values()))
+
+    @cached_property
+    def trained(self) -> list[tuple[nn.Module, Trained]]:
+        """Every place of the model of which something trains in place."""
+        return [(m, trained) for m, state in self.own.items() for trained in state.trained]
+
+    def tensor(self, module: nn.Module, trained: Trained, owner: str) -> Tensor | None:
+        """An owner's tensor for such a place, wherever it is."""
+        home = self.states[module].homes(trained).get(owner)
+        return None if home is None else own_tensor(module, home)
+
+    def waiting(self) -> Iterator[tuple[nn.Module, Trained, str]]:
+        """Every tensor that waits: the module, the place that it is for, its name."""
+        for module, trained in self.trained:
+            for name in self.states[module].homes(trained).values():
+                if name != trained.name and own_tensor(module, name) is not None:
+                    yield module, trained, name
 
     @property
     def parameters(self) -> dict[nn.Parameter, None]:
@@ -78,44 +125,40 @@ class Look:
         places: dict[int, list[Place]] = {}
         for module in self.index.modules:
             for owned in (module._parameters, module._buffers):
-                for name, tensor in owned.items():
-                    if tensor is not None:
-                        places.setdefault(id(tensor), []).append((module, name))
+                if len(owned):
+                    for name, tensor in owned.items():
+                        if tensor is not None:
+                            places.setdefault(id(tensor), []).append((module, name))
         return places
 
-    @cached_property
-    def former_flags(self) -> dict[nn.Module, dict[str, bool]]:
-        """``requires_grad`` of every parameter, by owner and name, before any call changed it."""
-        now = Before()
-        now.keep(self.index.modules)
-        return self.gathered(now).before.requires_grad
+    def everywhere(self, tensor: Tensor) -> list[Place]:
+        """The places of a tensor in this model, and in other parts that calls have seen."""
+        here = self.tensor_places.get(id(tensor), [])
+        others = [p for p in places_of(mark_of(tensor)) if own_tensor(*p) is tensor]
+        return list(dict.fromkeys([*here, *others]))
+
+    def former_flag(self, tensor: Tensor) -> bool:
+        """``requires_grad`` of a tensor from before any call.
+
+        What its mark says; else what the state of a place of it remembers; else what it is.
+        """
+        mark = mark_of(tensor)
+        if mark is not None:
+            return mark.flag
+        if self.states:
+            for module, name in self.tensor_places.get(id(tensor), ()):
+                state = self.states.get(module)
+                flag = None if state is None else state.before.flag(name)
+                if flag is not None:
+                    return flag
+        return tensor.requires_grad
 
     @cached_property
     def in_full(self) -> dict[nn.Module, str]:
-        """The modules that train in full, with the name of the adapter that does it."""
-        return {
-            module: name
-            for record in self.records
-            for name, mode in record.modes.items()
-            for top in mode.train_also
-            for module in self.index.below(top)
-        }
+        """The modules that train in full, with the name of an adapter that does it."""
+        return {m: name for m, state in self.states.items() for name in state.reach.in_full}
 
-    def gathered(self, changes: Before) -> Record:
-        """One record of everything that was done to the model, these changes being the last."""
-        record = Record(before=changes)
-        for path, _, older in self.holders:
-            record.adopt(older, path)
-        return record
-
-    @cached_property
-    def marks(self) -> dict[nn.Module, tuple[int, int]]:
-        """What tells whether a module's state or record is still the one that was seen."""
-        return {
-            module: (id(vars(module).get(STATE)), id(vars(module).get(RECORD)))
-            for module in self.index.modules
-            if STATE in vars(module) or RECORD in vars(module)
-        }
+    # --- refusals: what is wrong, where, and what to do ---------------------------------------
 
     def require_unchanged(self) -> None:
         """Refuse a model that has other modules or adapters now than when it was looked at.
@@ -124,7 +167,7 @@ class Look:
             LoRAInjectError: it has.
         """
         now = Look(self.model)
-        if now.index.by_path != self.index.by_path or now.marks != self.marks:
+        if now.index.by_path != self.index.by_path or now.states != self.states:
             raise LoRAInjectError(
                 "the model has changed since the plan was made.", remedy="Call plan again."
             )
@@ -135,32 +178,24 @@ class Look:
         Raises:
             LoRAInjectError: it has none.
         """
-        if not self.records:
+        if not self.own:
             raise LoRAInjectError("the model has no adapters.", remedy="Call inject first.")
 
-    def require_layers(self) -> None:
-        """Refuse a model without adapted layers, whoever adapted them.
+    def require_whole(self, names: Iterable[str]) -> None:
+        """Refuse a part of a model for what only the whole can answer.
 
         Raises:
-            LoRAInjectError: it has none.
+            LoRAInjectError: one of these adapters reaches beyond the part.
         """
-        if not self.states:
-            raise LoRAInjectError("the model has no adapters.", remedy="Call inject first.")
-
-    def require_own_record(self) -> None:
-        """Refuse a part of a model that was adapted as a whole: the whole keeps the way back.
-
-        Raises:
-            LoRAInjectError: the model has adapted layers of which none of its records knows.
-        """
-        known = {layer for r in self.records for layer in (*r.layers, *r.slots)}
-        for module in self.index.modules:
-            if module not in known and (module in self.states or TRAINED in vars(module)):
-                raise LoRAInjectError(
-                    "it was adapted as part of a larger model.",
-                    path=self.index.path(module),
-                    remedy="Call this on the model that inject was called on.",
-                )
+        for module, state in self.states.items():
+            for injection in state.reach.injections:
+                if injection.adapter in names and injection.id not in self.roots:
+                    raise LoRAInjectError(
+                        f"it is part of a larger model, on which the adapter {injection.adapter!r} "
+                        "was put as a whole.",
+                        path=self.index.path(module),
+                        remedy="Call this on the model that inject was called on.",
+                    )
 
     def require_known(self, names: Iterable[str], argument: str) -> None:
         """Refuse names of adapters that are not there.
@@ -168,24 +203,10 @@ class Look:
         Raises:
             ArgumentError: one is not; the message starts with the argument's name.
         """
-        known = {name for record in self.records for name in record.modes}
         for name in names:
-            if name not in known:
+            if name not in self.known:
                 raise ArgumentError(
-                    f"{argument}: there is no adapter {name!r}; known: {sorted(known)}."
-                )
-
-    def require_same_use(self) -> None:
-        """Refuse parts of a model that were adapted on their own and use one adapter differently.
-
-        Raises:
-            LoRAInjectError: they do, so that they cannot become one.
-        """
-        for name in {name for record in self.records for name in record.modes}:
-            if len({r.in_use.get(name) for r in self.records if name in r.modes}) > 1:
-                raise LoRAInjectError(
-                    f"parts of the model use the adapter {name!r} with different weights.",
-                    remedy="Call use on the whole model first.",
+                    f"{argument}: there is no adapter {name!r}; known: {sorted(self.known)}."
                 )
 
     def require_awake(self) -> None:
@@ -194,19 +215,39 @@ class Look:
         Raises:
             LoRAInjectError: they are.
         """
-        for module, state in self.states.items():
-            if not state.is_plain:
-                require_ready(self.index.path(module), module)
+        self.require_no_block()
+        self.require_unmerged()
 
-    def require_no_block(self) -> None:
+    def require_unmerged(self) -> None:
+        """Refuse a model whose adapters are merged.
+
+        Raises:
+            LoRAInjectError: they are.
+        """
+        for module, state in self.states.items():
+            if state.merged:
+                raise LoRAInjectError(
+                    "its adapter is merged now.",
+                    path=self.index.path(module),
+                    remedy="Call unmerge first.",
+                )
+
+    def require_no_block(self, *, but_rows: bool = False) -> None:
         """Refuse a model inside a ``with disabled(...)`` or ``with per_row(...)`` block.
+
+        Args:
+            but_rows: allow the latter.
 
         Raises:
             LoRAInjectError: it is.
         """
         for module, state in self.states.items():
-            if not state.is_plain:
-                require_no_block(self.index.path(module), module)
+            if state.blocks and not (but_rows and state.rows is not None):
+                raise LoRAInjectError(
+                    f"it is inside a {state.block_text} block now.",
+                    path=self.index.path(module),
+                    remedy="Leave the with block first.",
+                )
 
     def require_kept(self) -> None:
         """Refuse a model of which a former weight is gone.
@@ -215,8 +256,13 @@ class Look:
             LoRAInjectError: it was merged with ``keep=False``.
         """
         for module, state in self.states.items():
-            if state.former:
-                require_kept(self.index.path(module), module)
+            # Not `None in ...`, which asks each tensor whether it equals None: that takes 14 us.
+            if state.merged and any(kept is None for kept in state.merged.former.values()):
+                raise LoRAInjectError(
+                    "its adapter was merged with keep=False, so that its weight is gone.",
+                    path=self.index.path(module),
+                    remedy="strip(model, merge=True) leaves it merged.",
+                )
 
     def require_intact(self) -> None:
         """Refuse a model of which something else has changed an adapted layer.
@@ -225,4 +271,101 @@ class Look:
             LoRAInjectError: a class, a forward or the adapters' parameters were changed.
         """
         for path, layer in self.layers.items():
-            require_intact(path, layer)
+            _require_intact(path, layer, self.states[layer])
+
+    def require_switchable(self) -> None:
+        """Refuse layers that cannot run an adapter: their class was replaced while none was in use.
+
+        Raises:
+            LoRAInjectError: there is one.
+        """
+        for module, state in self.own.items():
+            if state.adapters and not isinstance(module, LoRALayer) and not is_intact(module):
+                raise LoRAInjectError(
+                    f"its class became {type(module).__name__} while none of its adapters was in "
+                    "use.",
+                    path=self.index.path(module),
+                    remedy="Put the adapters in use before that (fully_shard, parametrize).",
+                )
+
+    def require_restorable(self, places: Iterable[tuple[nn.Module, Trained]]) -> None:
+        """Refuse to move what stands in these places where their former value cannot come back.
+
+        Raises:
+            LoRAInjectError: it is not known, has no place, its place has another shape or is
+                sharded now, or is tied to one outside of the model.
+        """
+        for module, trained in places:
+            _require_restorable(module, trained)
+            if trained.former is not None and self._tied[id(trained.former)] < trained.places:
+                raise LoRAInjectError(
+                    f"its {trained.name} is trained in {trained.places} tied places, of which some "
+                    "are outside.",
+                    path=self.index.path(module),
+                    remedy="Call this on the whole model.",
+                )
+
+    @cached_property
+    def _tied(self) -> dict[int, int]:
+        """How many places of the model each former value is for."""
+        found: dict[int, int] = {}
+        for _, trained in self.trained:
+            found[id(trained.former)] = found.get(id(trained.former), 0) + 1
+        return found
+
+
+def _require_intact(path: str, layer: nn.Module, state: State) -> None:
+    if is_fully_sharded(layer):
+        raise LoRAInjectError(
+            "FSDP shards and gathers its adapter and would go on doing so.",
+            path=path,
+            remedy="Save the adapter on all ranks, and load it into a model that is not sharded.",
+        )
+    names = [name for adapter in state.adapters for name in adapter.parameters]
+    if "_hf_hook" in layer.__dict__ and any(layer.get_parameter(name).is_meta for name in names):
+        raise LoRAInjectError(
+            "accelerate has offloaded its adapter, and its hook would look for it.",
+            path=path,
+            remedy="Call accelerate.hooks.remove_hook_from_submodules(model) first.",
+        )
+    own = getattr(layer.__dict__.get("forward"), "__func__", None) is type(layer).forward
+    if "forward" in layer.__dict__ and "_hf_hook" not in layer.__dict__ and not own:
+        raise LoRAInjectError(
+            "a forward was set on this very instance after inject, and it would go on adding.",
+            path=path,
+            remedy="Remove it first (del layer.forward).",
+        )
+    if not is_intact(layer):
+        raise LoRAInjectError(
+            f"its class is now {type(layer).__name__}, put there after inject.",
+            path=path,
+            remedy="Undo that first, or strip before it is done.",
+        )
+
+
+def _require_restorable(module: nn.Module, trained: Trained) -> None:
+    tensor, former = own_tensor(module, trained.name), trained.former
+    what = f"the former value of {trained.text(module)}"
+    if trained.is_parameter and tensor is None:
+        raise LoRAInjectError(
+            f"{what} has no place any more: it is no parameter of its module now.",
+            remedy="Undo what replaced it (a parametrization, say) first.",
+        )
+    if former is not None and former.is_meta and tensor is not None and not tensor.is_meta:
+        raise LoRAInjectError(
+            f"{what} is not known: the model was on the meta device when inject was called.",
+            remedy="Load the base weights, call reset_lora_parameters, then train.",
+        )
+    if is_fully_sharded(module):
+        raise LoRAInjectError(
+            f"{what} cannot be put back: FSDP manages the parameter now.",
+            remedy="Save the adapter on all ranks, and load it into a model without FSDP.",
+        )
+    if not trained.is_parameter or tensor is None or former is None:
+        return
+    if tensor.shape != former.shape:
+        raise LoRAInjectError(
+            f"{what} has the shape {tuple(former.shape)}, and the parameter now "
+            f"{tuple(tensor.shape)}.",
+            remedy="Undo the resizing first.",
+        )

@@ -1,17 +1,15 @@
-"""What trains besides A and B: what is found in the model for a bias mode, and marked so."""
+"""What trains besides A and B: what is found in the model for a bias mode, and ``train_also``."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
 from lora_inject.core.look import Look
 from lora_inject.errors import UnsupportedLayerError
-from lora_inject.in_place import Place, own_tensor
+from lora_inject.kinds.bias import is_bias
+from lora_inject.own import Place
 from lora_inject.placements import is_placeholder
-from lora_inject.record import Record, set_trainable
-from lora_inject.roles import is_bias
 from lora_inject.settings import BiasMode
-from lora_inject.statistics import has_statistics, hold
 
 
 def in_place(
@@ -30,8 +28,8 @@ def in_place(
     """
     if bias == "none" and not train_also:
         return {}
-    layers, former = set(layers), look.former_flags
-    waiting = {place for slot in look.slots for place in slot.waiting}
+    layers = set(layers)
+    waiting = {(module, name) for module, _, name in look.waiting()}
     in_full = {module for top in train_also for module in look.index.below(top)}
     found = {
         (module, name): True
@@ -43,7 +41,7 @@ def in_place(
         or (
             (bias == "all" or (bias == "lora_only" and module in layers))
             and is_bias(module, name)
-            and former[module].get(name, False)
+            and was_trainable(look, module, name, parameter)
         )
     }
     for module, name in found:
@@ -57,43 +55,8 @@ def in_place(
     return found | {place: False for place in statistics if place not in waiting}
 
 
-def take(
-    look: Look,
-    record: Record,
-    adapter: str,
-    tensors: Mapping[Place, bool],
-    inside: bool = True,
-) -> None:
-    """Make an adapter an owner of these tensors; one in use stands inside, and is the only one."""
-    places = look.tensor_places if tensors else {}
-    for (module, name), trains in tensors.items():
-        tensor = own_tensor(module, name)
-        slot = record.slot(places.get(id(tensor), [(module, name)]))
-        slot.own(adapter, trains, inside)
-
-
-def mark(
-    look: Look,
-    owners: Collection[nn.Module],
-    adapters: set[nn.Parameter],
-    tensors: Mapping[Place, bool],
-    train_also: Sequence[nn.Module],
-) -> None:
-    """Freeze what these owners hold, then let what is to train do so.
-
-    Args:
-        look: the model.
-        owners: the modules to freeze: all of them, but for those an earlier call has decided about.
-        adapters: the A and B that train.
-        tensors: what trains in place.
-        train_also: the modules that train in full.
-    """
-    own = {own_tensor(module, name) for (module, name), trains in tensors.items() if trains}
-    trainable = adapters | {p for p in own if isinstance(p, nn.Parameter)}
-    held = {p for module in owners for p in module._parameters.values() if p is not None}
-    set_trainable(held - trainable, False)
-    set_trainable(trainable, True)
-    in_full = {module for top in train_also for module in look.index.below(top)}
-    for module in {*owners, *in_full}:
-        if has_statistics(module):
-            hold(module, module not in in_full)
+def was_trainable(look: Look, module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter required a gradient before any call."""
+    state = look.states.get(module)
+    flag = None if state is None else state.before.flag(name)
+    return look.former_flag(parameter) if flag is None else flag

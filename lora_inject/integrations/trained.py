@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from lora_inject.core.look import Look
-from lora_inject.in_place import own_tensor, waiting_name
+from lora_inject.core.state import owned as tensors_of
+from lora_inject.own import own_tensor
 from lora_inject.settings import BASE
 from lora_inject.state import require_fit
 
@@ -34,25 +35,21 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
         LoRAInjectError: the model has no adapters, is merged or inside a block.
     """
     look = Look(model)
-    look.require_own_record()
     look.require_awake()
     look.require_adapters()
-    owned = {module: set[str]() for module in look.index.modules}
-    for layer, state in look.states.items():
-        owned[layer] |= {name for adapter in state.adapters for name in adapter.parameters}
-    for slot in look.slots:
-        former = {(module, waiting_name(name, BASE)) for module, name in slot.places}
-        for module, name in {*slot.places, *slot.waiting} - former:
-            owned[module].add(name)
-    frozen = {part for _, holder, _ in look.holders for part in look.index.below(holder)}
+    owned = {
+        module: {name for name, owner, _ in tensors_of(state) if owner != BASE or name in places}
+        for module, state in look.own.items()
+        for places in [{trained.name for trained in state.trained}]
+    }
     found: dict[int, tuple[str, Tensor]] = {}
     for path, module in look.index.by_path.items():
         for name in (*module._parameters, *module._buffers):
             tensor = own_tensor(module, name)
             if tensor is None or name in module._non_persistent_buffers_set:
                 continue
-            moves = name in module._buffers and module not in frozen
-            if name in owned[module] or tensor.requires_grad or moves:
+            moves = name in module._buffers and module not in look.states
+            if name in owned.get(module, ()) or tensor.requires_grad or moves:
                 found.setdefault(id(tensor), (f"{path}.{name}".lstrip("."), tensor.detach()))
     return dict(found.values())
 

@@ -9,11 +9,11 @@ from typing import Any
 from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lora_inject.core.lend import lend, take_back
 from lora_inject.core.look import Look
 from lora_inject.errors import LoRAInjectError
 from lora_inject.files import save
 from lora_inject.integrations.trained import require_trained, trained_tensors
-from lora_inject.record import lend
 
 
 class AdapterCheckpoint(TrainerCallback):
@@ -41,8 +41,8 @@ class AdapterCheckpoint(TrainerCallback):
     ) -> None:
         """Let the model refuse checkpoints of other adapters, which ``Trainer`` would half load."""
         model = kwargs["model"]
-        if records := Look(model).records:
-            lend(records[0], model, "load_state_dict", partial(_load, model))
+        if Look(model).states:
+            lend(model, "load_state_dict", partial(_load, model))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -59,13 +59,13 @@ class AdapterCheckpoint(TrainerCallback):
                 f"Trainer resumes a {type(model).__name__} from whole checkpoints only.",
                 remedy="Leave AdapterCheckpoint out, or use a PreTrainedModel.",
             )
-        lend(Look(model).records[0], model, "save_pretrained", partial(_write, model, self.peft))
+        lend(model, "save_pretrained", partial(_write, model, self.peft))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Give the model back its own way."""
-        del kwargs["model"].__dict__["save_pretrained"]
+        take_back(kwargs["model"], "save_pretrained")
 
 
 def _load(
@@ -96,6 +96,6 @@ def _write(
     model.config.save_pretrained(directory)
     tensors = {key: given[key].contiguous() for key in own}
     save_file(tensors, Path(directory) / "model.safetensors", metadata={"format": "pt"})
-    names = {name for record in Look(model).records for name in record.modes} if peft else ()
+    names = set(Look(model).known) if peft else set()
     for name in names:
         save(model, Path(directory) / name if len(names) > 1 else directory, adapter=name)

@@ -12,8 +12,8 @@ from lora_inject.kinds.base import (
     Way,
     out_in_spec,
     overrides_forward,
-    own_class,
 )
+from lora_inject.own import own_class
 from lora_inject.readers import calls_super
 from lora_inject.settings import Settings
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject import initial
+from lora_inject.own import own_class
 from lora_inject.placements import (
     has_known_placements,
     is_distributed,
@@ -23,7 +24,6 @@ from lora_inject.settings import Settings
 Way = Literal["branch", "weight"]
 # What adapter files call A and B: see ``formats.data``. "other" is what only we have.
 Form = Literal["linear", "embedding", "conv", "experts", "other"]
-STATE = "_lora_inject_adapters"  # what an adapted module keeps of its adapters, in its __dict__
 
 
 def name_prefix(weight: str, part: str) -> str:
@@ -250,12 +250,6 @@ def out_in_spec(name: str, weight: Tensor, r: int) -> Spec:
     """The spec of a matrix that is (out, in), from its own shape."""
     n_out, n_in = whole_shape(weight)
     return linear_spec(name, n_in, n_out, r)
-
-
-def own_class(module: nn.Module) -> type[nn.Module]:
-    """The class that a module has without its adapters."""
-    state = module.__dict__.get(STATE)
-    return type(module) if state is None else state.base
 
 
 def overrides_forward(module: nn.Module, known: type[nn.Module]) -> bool:

@@ -4,8 +4,8 @@ import sys
 
 from torch import Tensor, nn
 
-from lora_inject.kinds.base import own_class
 from lora_inject.kinds.linear import LinearKind
+from lora_inject.own import own_class
 from lora_inject.placements import whole_shape
 
 

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lora_inject import initial
-from lora_inject.kinds.base import Form, Kind, Spec, Way, own_class
+from lora_inject.kinds.base import Form, Kind, Spec, Way
+from lora_inject.own import own_class
 from lora_inject.settings import Settings
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

@@ -15,8 +15,8 @@ from lora_inject.kinds.base import (
     Way,
     linear_spec,
     overrides_forward,
-    own_class,
 )
+from lora_inject.own import own_class
 from lora_inject.placements import replicated
 from lora_inject.readers import calls_super, reads_own_weight
 from lora_inject.settings import Settings

@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_inject.kinds.base import MatrixKind, Spec, Way, out_in_spec, own_class
+from lora_inject.kinds.base import MatrixKind, Spec, Way, out_in_spec
+from lora_inject.own import own_class
 from lora_inject.settings import Settings
 
 

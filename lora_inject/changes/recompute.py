@@ -6,45 +6,33 @@ inside would silently not train. A hook on each block that can be checkpointed l
 gradient then; it changes no value, and does nothing at other times.
 """
 
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_inject.changes.edits import Edit
+from lora_inject.changes.hooks import has_hook, pre_hook_edits
+
 _SWITCH = "gradient_checkpointing"
 
 
-def checkpointed(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Those of the modules with the switch by which transformers and diffusers checkpoint them."""
-    return [module for module in modules if isinstance(_switch(module), bool)]
+def is_checkpointed(module: nn.Module) -> bool:
+    """Whether it has the switch by which transformers and diffusers checkpoint a module."""
+    return isinstance(_switch(module), bool)
+
+
+def recompute_edits(module: nn.Module, on: bool) -> list[Edit]:
+    """Put the hook on a module that can be checkpointed, or take it off."""
+    if has_hook(module, _let_input_need_gradient) is on:
+        return []
+    return pre_hook_edits(module, _let_input_need_gradient, on)
 
 
 def _switch(module: nn.Module) -> Any:
     # Not by getattr: asking every module of a model for what it has not is slow.
     return vars(module).get(_SWITCH, getattr(type(module), _SWITCH, None))
-
-
-def hook(modules: Iterable[nn.Module]) -> None:
-    """Put the hook on those of the modules that have it not yet."""
-    for module in modules:
-        if not _keys(module):
-            module.register_forward_pre_hook(_let_input_need_gradient, with_kwargs=True)
-
-
-def unhook(modules: Iterable[nn.Module]) -> None:
-    """Take the hook off again, and no other."""
-    for module in modules:
-        for key in _keys(module):
-            del module._forward_pre_hooks[key]
-            del module._forward_pre_hooks_with_kwargs[key]
-
-
-def _keys(module: nn.Module) -> list[int]:
-    """Where the hook is, known by its function: no handle follows a copy or a pickled model."""
-    hooks = module._forward_pre_hooks
-    return [key for key, function in hooks.items() if function is _let_input_need_gradient]
 
 
 def _let_input_need_gradient(

@@ -1,30 +1,25 @@
-"""The class swap: a module becomes an adapted layer and back, and stays the same object.
+"""What an adapted layer computes: the forward methods of the classes that layers are swapped to.
 
-``module.__class__`` becomes a subclass of its own class, so identity, parameters, hooks,
-``isinstance`` and state-dict keys are what they were. A and B are parameters of the module itself;
-what else is known of it stands in one private attribute. A module on which nothing runs (disabled,
-merged, no adapter in use) has its own class, and costs what it cost before.
+A and B are parameters of the layer itself; what else is known of it is its state.
 """
 
-import inspect
 import threading
-import types
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from lora_inject.adapter import Adapter, LayerState, Scales, Term, state_of
 from lora_inject.arithmetic.linear import Branch, adapted_linear, may_run_whole
+from lora_inject.core.adapter import Adapter, Term
+from lora_inject.core.state import State
 from lora_inject.errors import LoRAInjectError
-from lora_inject.kinds.base import STATE, Kind, Pair, Spec, Way, own_class
-from lora_inject.placements import (
-    is_distributed,
-    is_fully_sharded,
-    redistributed,
-    shards,
-)
+from lora_inject.kinds.base import Kind, Pair, Spec
+from lora_inject.own import STATE
+from lora_inject.placements import is_distributed, is_fully_sharded, redistributed
+
+SCALES = "_lora_inject_scales"  # the scaling of what runs as tensors, in a layer's __dict__
+Scales = dict[str, tuple[float, Tensor]]  # by adapter: its scaling, and a tensor that holds it
 
 
 class _Computed(threading.local):
@@ -49,20 +44,22 @@ class LoRALayer(nn.Module):
         (torch.Size([2, 4]), 1.0)
     """
 
+    _lora_rebuild: ClassVar[Any]
+
     @property
     def lora_adapters(self) -> tuple[Adapter, ...]:
         """The adapters on this layer, whether they are in use or not."""
-        state: LayerState = self.__dict__[STATE]
+        state: State = self.__dict__[STATE]
         return state.adapters
 
     def extra_repr(self) -> str:
         """The layer's own, then the adapters."""
-        state: LayerState = self.__dict__[STATE]
+        state: State = self.__dict__[STATE]
         shown = []
         for a in state.adapters:
             s, weights = a.settings, [spec.part or spec.weight for spec in a.specs]
             on = "" if weights == ["weight"] else f"{'+'.join(weights)}: "
-            used = "" if a.name in state.in_use else ", not in use"
+            used = "" if a.name in state.use.weights else ", not in use"
             shown.append(f"{on}{a.name}(r={s.r}, alpha={s.alpha:g}, dropout={s.dropout:g}{used})")
         return ", ".join(filter(None, [super().extra_repr(), "lora=" + " ".join(shown)]))
 
@@ -74,15 +71,16 @@ class LoRALayer(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        _hold_scales(self)  # on the device where the adapters are now
+        # On the device where the adapters are now.
+        self.__dict__[SCALES] = scales_of(self.__dict__[STATE], self.__dict__, self._parameters)
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The swapped class cannot be imported by name: rebuild it from the layer's own class.
         make, args, *rest = cast("tuple[Any, ...]", super().__reduce_ex__(protocol))
         if args[:1] == (type(self),):
-            base = self.__dict__[STATE].base
-            make, args = _rebuild, (base, self.lora_adapters, make, args[1:])
+            base = self.__dict__[STATE].before.cls
+            make, args = type(self)._lora_rebuild, (base, self.lora_adapters, make, args[1:])
         return (make, args, *rest)
 
 
@@ -132,13 +130,6 @@ def _require_follows(adapter: Adapter) -> None:
         )
 
 
-def _rebuild(
-    base: type[nn.Module], adapters: tuple[Adapter, ...], make: Any, args: tuple[Any, ...]
-) -> nn.Module:
-    layer: nn.Module = make(lora_class(base, adapters), *args)
-    return layer
-
-
 class BranchLayer(LoRALayer):
     """An adapted layer whose own forward runs, and whose adapters add to what it returns."""
 
@@ -154,13 +145,13 @@ class BranchLayer(LoRALayer):
                 remedy='strip, and inject with how="weight".',
             )
         x: Tensor = args[0] if args else kwargs[self._lora_input]
-        state: LayerState = self.__dict__[STATE]
+        state: State = self.__dict__[STATE]
         if state.rows is not None:
             return cast(Tensor, state.rows.add(self, x, y))
         # A compiler makes a constant of a number, and compiles again when it changes.
         compiles = torch.compiler.is_compiling()
         for term in state.running:
-            scaling = state.scales[term.adapter][1] if compiles else term.scaling
+            scaling = self.__dict__[SCALES][term.adapter][1] if compiles else term.scaling
             dropout = term.dropout if self.training else 0.0
             A, B = oriented(term.spec, getattr(self, term.A), getattr(self, term.B))
             h = term.kind.down(self, x, y, A, dropout)
@@ -179,7 +170,7 @@ class WholeLayer(BranchLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """``W x + b``, plus what each adapter adds."""
         x: Tensor = args[0] if args else kwargs[self._lora_input]
-        state: LayerState = self.__dict__[STATE]
+        state: State = self.__dict__[STATE]
         own: Any = self._parameters  # a weight that is not here is computed when it is read
         if state.running and "bias" in own:
             W, training = own.get("weight"), self.training
@@ -244,8 +235,8 @@ class WeightLayer(LoRALayer):
         key = (name, torch.is_grad_enabled())
         if computed is not None and key in computed:
             return computed[key]
-        state: LayerState = self.__dict__[STATE]
-        scales = state.scales if torch.compiler.is_compiling() else None
+        state: State = self.__dict__[STATE]
+        scales = self.__dict__[SCALES] if torch.compiler.is_compiling() else None
         kind, pairs = pairs_of(self, state.running, name, scales)
         W = self._parameters[name]
         own = [W, *(factor for _, *pair, _ in pairs for factor in pair)]
@@ -278,159 +269,26 @@ def pairs_of(
     return kind, pairs
 
 
-_TOUCHED = "_lora_inject_touched"
-# The classes that were made of a class stand on it, so that none outlives it: a notebook's cell
-# that is run again makes new classes, and what their methods refer to is to go with the old ones.
-_MADE = "_lora_inject_classes"
-_making = threading.RLock()  # two threads must not get two classes for one
+def scales_of(state: State, former: Mapping[str, Any], own: Mapping[str, Any]) -> Scales:
+    """The scaling of what runs as numbers and as tensors, on the device of the adapters.
 
-
-def lora_class(base: type[nn.Module], adapters: tuple[Adapter, ...]) -> type[LoRALayer]:
-    """The subclass of a module class for such adapters; the same one at every call."""
-    kind, way = adapters[0].kind, adapters[0].way
-    key: Any = type(kind)
-    if way == "weight":
-        key = frozenset((type(a.kind), s.weight) for a in adapters for s in a.specs)
-    found: type[LoRALayer] | None = vars(base).get(_MADE, {}).get(key)
-    return _make(base, key, adapters) if found is None else found
-
-
-def _make(base: type[nn.Module], key: Any, adapters: tuple[Adapter, ...]) -> type[LoRALayer]:
-    """Make the class that the key stands for, unless another thread just has."""
-    kind, way = adapters[0].kind, adapters[0].way
-    name = f"LoRA{base.__name__}"
-    body: dict[str, Any] = {"__module__": __name__, "__qualname__": name}
-    for adapter in adapters if way == "weight" else ():
-        body |= adapter.kind.members(tuple(spec.weight for spec in adapter.specs))
-    body["_lora_transposed"] = kind.transposes
-    body["_lora_input"] = _first_argument(base if kind.below is None else kind.below)
-    made: type[LoRALayer] = _made_on(base, key, name, lambda: _bases(base, kind, way), body)
-    return made
-
-
-def _made_on(
-    base: type[nn.Module],
-    key: Any,
-    name: str,
-    bases: Callable[[], tuple[type, ...]],
-    body: dict[str, Any],
-) -> Any:
-    """The class that stands on another one under a key; it is made where there is none."""
-    with _making:
-        if _MADE not in vars(base):
-            type.__setattr__(base, _MADE, {})  # whatever its own class says of attributes
-        made = vars(base)[_MADE]
-        if key not in made:
-            made[key] = types.new_class(name, bases(), exec_body=lambda space: space.update(body))
-        return made[key]
-
-
-def _first_argument(base: type[nn.Module]) -> str:
-    """The name of the first argument of forward, which the adapter reads too."""
-    return next(iter(list(inspect.signature(base.forward).parameters)[1:]), "input")
-
-
-def _bases(base: type[nn.Module], kind: Kind, way: Way) -> tuple[type, ...]:
-    """The base classes in the order in which their forward methods call each other."""
-    if way == "weight":
-        return (WeightLayer, base)
-    if kind.below is None or kind.below is base:
-        return (WholeLayer if kind.is_product(base) else BranchLayer, base)
-    # base.forward calls super().forward, which finds the branch in front of kind.below.
-    below = kind.below
-    return (base, _made_on(below, "below", "BranchBelow", lambda: (BranchLayer, below), {}))
-
-
-def attach(module: nn.Module, adapter: Adapter, values: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Put an adapter on a module, not in use yet; or leave the module alone.
+    A compiler makes a constant of a number, and takes a tensor for an input. Each layer has tensors
+    of its own: a compiler notices when two inputs become one object.
 
     Args:
-        module: the layer.
-        adapter: what to put on it.
-        values: A and B of each of the adapter's pairs; they become trainable parameters, unless
-            they are parameters already, those of a tied layer. Beside a sharded weight they are
-            placed as it is, with the first rank's values, whatever seed the others drew.
+        state: of the layer.
+        former: its ``__dict__``; what it has of it already is returned where it is right.
+        own: its parameters.
     """
-    state = module.__dict__.setdefault(STATE, LayerState(own_class(module)))
-    try:
-        for (spec, *names), pair in zip(adapter.pairs, values, strict=True):
-            weight = adapter.kind.weight(module, spec.weight)
-            if is_distributed(weight) and not isinstance(pair[0], nn.Parameter):
-                places = adapter.kind.placements(weight, spec)
-                pair = shards(pair[0], weight, places[0], 0), shards(pair[1], weight, places[1], 0)
-            for name, value in zip(names, pair, strict=True):
-                parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
-                module.register_parameter(name, parameter)
-        change(module, adapters=(*state.adapters, adapter))
-    except BaseException:
-        detach(module, adapter)
-        raise
-
-
-def detach(module: nn.Module, adapter: Adapter) -> None:
-    """Take one adapter out; with the last one the module gets back its class."""
-    state = state_of(module)
-    assert state is not None
-    for name in adapter.parameters:
-        module._parameters.pop(name, None)
-    state.scales.pop(adapter.name, None)
-    change(module, adapters=tuple(a for a in state.adapters if a is not adapter))
-    if not state.adapters:
-        del module.__dict__[STATE]
-
-
-def change(module: nn.Module, **fields: Any) -> None:
-    """Change what is known of an adapted module, and give it the class that follows from it."""
-    state: LayerState = module.__dict__[STATE]
-    state.__dict__.update(fields)
-    state.update_running()
-    _hold_scales(module)
-    wanted = _class_for(state)
-    placed = type(module)
-    # A class that was put on top of ours (fully_shard) stays; ours below it adds what runs.
-    if placed is not wanted and (placed is state.base or _is_made(placed)):
-        _bind_anew(module, wanted)
-        module.__class__ = wanted
-        # torch.compile may take a module for unchanged while nothing was written to its __dict__.
-        module.__dict__[_TOUCHED] = None
-        del module.__dict__[_TOUCHED]
-
-
-def _hold_scales(module: nn.Module) -> None:
-    """Keep the scaling of what runs as tensors too, on the device of the adapters.
-
-    A tensor for each layer of its own: a compiler notices when two inputs become one object.
-    """
-    state: LayerState = module.__dict__[STATE]
+    known: Scales = former.get(SCALES, {})
+    names = {adapter.name for adapter in state.adapters}
+    scales = known if known.keys() <= names else {n: s for n, s in known.items() if n in names}
     for term in state.running:
-        A, held = module._parameters.get(term.A), state.scales.get(term.adapter)
+        A, held = own.get(term.A), scales.get(term.adapter)
         device = torch.device("cpu") if A is None else A.device
         if held is None or held[0] != term.scaling or held[1].device != device:
             dtype = torch.float32 if device.type == "mps" else torch.float64
             with torch.inference_mode(False):
                 scale = torch.tensor(term.scaling, dtype=dtype, device=device)
-            state.scales[term.adapter] = term.scaling, scale
-
-
-def _bind_anew(module: nn.Module, wanted: type[nn.Module]) -> None:
-    """Let accelerate's hooks, which keep the class's forward on the instance, call the new one."""
-    for name in ("_old_forward", "forward"):
-        kept = module.__dict__.get(name)
-        if getattr(kept, "__func__", None) is type(module).forward:
-            module.__dict__[name] = types.MethodType(wanted.forward, module)
-
-
-def _is_made(cls: type[nn.Module]) -> bool:
-    """Whether ``lora_class`` has made this very class, and not one that was derived from it."""
-    return "_lora_input" in vars(cls)
-
-
-def is_intact(module: nn.Module) -> bool:
-    """Whether nothing has swapped the class again since (``fully_shard``, ``parametrize``)."""
-    state = state_of(module)
-    return state is not None and type(module) is _class_for(state)
-
-
-def _class_for(state: LayerState) -> type[nn.Module]:
-    runs = state.running or (state.rows and not state.disabled)
-    return lora_class(state.base, state.adapters) if runs else state.base
+            scales = {**scales, term.adapter: (term.scaling, scale)}
+    return scales

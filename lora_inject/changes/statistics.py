@@ -1,0 +1,91 @@
+"""Running statistics that stand still: the statistics of frozen BatchNorm-like layers do not move.
+
+How such a layer normalises stays as it is: by the batch in training mode, by the statistics in eval
+mode. What is needed to let them move again is kept on the module itself.
+"""
+
+import threading
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
+
+from lora_inject.changes.edits import MISSING, Edit, attribute_edit
+from lora_inject.changes.hooks import after_hook_edits, pre_hook_edits
+
+_HELD = "_lora_inject_held"
+
+
+def has_statistics(module: nn.Module) -> bool:
+    """Whether the module owns buffers that its forward moves in training mode."""
+    buffers = module._buffers
+    return bool(len(buffers)) and any(
+        b is not None and _is_statistic(name) for name, b in buffers.items()
+    )
+
+
+def is_held(module: nn.Module) -> bool:
+    """Whether the module's statistics stand still."""
+    return _HELD in module.__dict__
+
+
+def holding_edits(module: nn.Module, held: bool) -> list[Edit]:
+    """Make the module's statistics stand still, or let them move again.
+
+    torch's BatchNorm has a switch: without ``track_running_stats`` it normalises by the batch in
+    training mode and moves nothing, and uses the statistics in eval mode all the same. Any other
+    module gets two hooks that lend it copies for each forward pass in training mode.
+    """
+    if held == is_held(module):
+        return []
+    if not held:
+        former = module.__dict__[_HELD]
+        back = _hook_edits(module, on=False) if former is None else [
+            attribute_edit(module, "track_running_stats", former)
+        ]  # fmt: skip
+        return [*back, attribute_edit(module, _HELD, MISSING)]
+    if _has_switch(module):
+        switch: Any = module
+        own = attribute_edit(module, _HELD, switch.track_running_stats)
+        return [own, attribute_edit(module, "track_running_stats", False)]
+    return [attribute_edit(module, _HELD, None), *_hook_edits(module, on=True)]
+
+
+def _is_statistic(name: str) -> bool:
+    # The last two are spectral_norm's estimates of singular vectors.
+    return name.startswith(("running_", "moving_")) or name in ("num_batches_tracked", "_u", "_v")
+
+
+def _has_switch(module: nn.Module) -> bool:
+    own_forward = type(module).forward not in (_BatchNorm.forward, SyncBatchNorm.forward)
+    return isinstance(module, _BatchNorm) and not own_forward
+
+
+class _Hidden(threading.local):
+    """The statistics of modules whose forward runs now, also where they call themselves."""
+
+    def __init__(self) -> None:
+        self.of: dict[nn.Module, list[dict[str, Tensor]]] = {}
+
+
+_hidden = _Hidden()
+
+
+def _lend(module: nn.Module, args: Any) -> None:
+    """Hide the statistics of a module while it trains, behind copies."""
+    buffers = module._buffers.items()
+    own = {n: b for n, b in buffers if b is not None and _is_statistic(n) and module.training}
+    _hidden.of.setdefault(module, []).append(own)
+    module._buffers.update({name: b.clone() for name, b in own.items()})
+
+
+def _put_back(module: nn.Module, args: Any, output: Any) -> None:
+    stack = _hidden.of[module]
+    module._buffers.update(stack.pop())
+    if not stack:
+        del _hidden.of[module]
+
+
+def _hook_edits(module: nn.Module, on: bool) -> list[Edit]:
+    before = pre_hook_edits(module, _lend, on, first=True)
+    return [*before, *after_hook_edits(module, _put_back, on)]

@@ -1,0 +1,85 @@
+"""``with`` blocks that decide what runs: a token on every module that they entered.
+
+A block takes its token from the modules it entered, wherever these are by then; so blocks may end
+in any order, never refuse at their end, and an interrupted end is tried again.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from lora_inject.changes.edits import Edit, value_edit
+from lora_inject.core.commit import commit
+from lora_inject.core.look import Look
+from lora_inject.core.state import Block, State
+from lora_inject.own import own_tensor
+from lora_inject.settings import BASE
+
+
+@contextmanager
+def block(look: Look, rows: Callable[[nn.Module, State], Any] | None = None) -> Iterator[nn.Module]:
+    """Show the base model, or what computes rows, for the length of a block.
+
+    Args:
+        look: the model.
+        rows: makes of an adapted module what computes its rows; None for the base model.
+
+    Yields:
+        The model.
+
+    Raises:
+        LoRAInjectError: a former value cannot be shown.
+    """
+    token = object()
+    try:
+        _enter(look, token, rows)
+        yield look.model
+    finally:
+        try:
+            _leave(look, token)
+        except BaseException:  # nothing has changed then, and a block has to end all the same
+            _leave(look, token)
+            raise
+
+
+def _enter(look: Look, token: object, rows: Callable[[nn.Module, State], Any] | None) -> None:
+    look.require_restorable(
+        (module, trained)
+        for module, trained in look.trained
+        if look.states[module].inside(trained) != BASE
+    )
+    states, values = dict[nn.Module, State](), list[Edit]()
+    for module, state in look.own.items():
+        computes = None if rows is None else rows(module, state)
+        new = replace(state, blocks=(*state.blocks, Block(token, computes)))
+        if state.merged and not state.blocks:
+            aside = {}
+            for name, former in state.merged.former.items():
+                weight = own_tensor(module, name)
+                if weight is not None and former is not None:
+                    aside[name] = weight.detach()
+                    values.append(value_edit(weight, former))
+            new = replace(new, merged=state.merged._replace(aside=aside))
+        states[module] = new
+    commit(look, states, values=values)
+
+
+def _leave(look: Look, token: object) -> None:
+    look = look.again()
+    states, values = dict[nn.Module, State](), list[Edit]()
+    for module, state in look.states.items():
+        left = tuple(block for block in state.blocks if block.token is not token)
+        if len(left) == len(state.blocks):
+            continue
+        new = replace(state, blocks=left)
+        if state.merged and not left:
+            for name, merged in state.merged.aside.items():
+                weight = own_tensor(module, name)
+                if weight is not None:
+                    values.append(value_edit(weight, merged))
+            new = replace(new, merged=state.merged._replace(aside={}))
+        states[module] = new
+    commit(look, states, values=values)

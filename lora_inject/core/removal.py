@@ -1,0 +1,157 @@
+"""The way back: the states of a model without some of its adapters, or without any."""
+
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from lora_inject.changes.edits import Edit, value_edit
+from lora_inject.core.commit import Fresh, commit
+from lora_inject.core.look import Look
+from lora_inject.core.marks import mark_of, places_of
+from lora_inject.core.state import State, Trained, Use
+from lora_inject.errors import LoRAInjectWarning
+from lora_inject.own import own_tensor
+from lora_inject.settings import BASE
+
+
+def remove_adapters(
+    look: Look,
+    names: Collection[str],
+    *,
+    keep: bool = False,
+    states: Mapping[nn.Module, State] | None = None,
+    values: Collection[Edit] = (),
+) -> None:
+    """Take adapters out of a model; where the last call on a module goes, it is what it was.
+
+    Args:
+        look: the model.
+        names: the adapters.
+        keep: leave the values that are there, merged and trained ones.
+        states: states that take the place of those of the look.
+        values: edits of values that come before.
+    """
+    look.require_restorable(
+        (module, trained)
+        for module, trained in look.trained
+        if not keep and trained.owners.keys() & set(names)
+    )
+    removal = _Removal(look, frozenset(names), keep)
+    new = {m: removal.state(m, (states or {}).get(m, s)) for m, s in look.states.items()}
+    gone = dict.fromkeys(_marked_elsewhere(look))  # no state, and no adapter any more
+    lost = _replaced(look, new)
+    commit(
+        look,
+        {**gone, **new},
+        fresh=removal.fresh,
+        values=[*values, *removal.values.values()],
+        flags="owned",
+    )
+    if lost:
+        warnings.warn(
+            f"{lost[0]} is gone: something has replaced it since inject, and whether what did it "
+            f"trains is left as it is{f' ({len(lost)} such places)' if lost[1:] else ''}.",
+            LoRAInjectWarning,
+            stacklevel=3,
+        )
+
+
+class _Removal:
+    """What taking some adapters out makes of states and values.
+
+    Args:
+        look: the model.
+        names: the adapters.
+        keep: whether merged and trained values stay.
+    """
+
+    def __init__(self, look: Look, names: frozenset[str], keep: bool) -> None:
+        self.look, self.names, self.keep = look, names, keep
+        self.fresh: Fresh = {}
+        self.values: dict[int, Edit] = {}  # by the tensor: tied ones are written once
+
+    def state(self, module: nn.Module, state: State) -> State | None:
+        """The state of a module without the adapters; None for one that no call reaches then.
+
+        What a call on something larger has frozen stays so.
+        """
+        reach, names = state.reach, self.names
+        over = {i.id for i in reach.injections if i.adapter in names and i.id in self.look.roots}
+        if state.merged and not self.keep:
+            for name, former in state.merged.former.items():
+                weight = own_tensor(module, name)
+                assert former is not None, "require_kept has refused this"
+                assert weight is not None
+                self.values[id(weight)] = value_edit(weight, former)
+        trained = [self._without(module, state, t) for t in state.trained]
+        if len(over) == len(reach.injections):
+            return None
+        weights = {n: w for n, w in state.use.weights.items() if n not in names}
+        return State(
+            state.before,
+            reach._replace(
+                injections=tuple(i for i in reach.injections if i.id not in over),
+                roots=reach.roots - over,
+                in_full=tuple(n for n in reach.in_full if n not in names),
+                tops=tuple(n for n in reach.tops if n not in names),
+            ),
+            Use(weights, state.use.trains - names),
+            adapters=tuple(a for a in state.adapters if a.name not in names),
+            trained=tuple(t for t in trained if t is not None),
+        )
+
+    def _without(self, module: nn.Module, state: State, trained: Trained) -> Trained | None:
+        owners = {n: trains for n, trains in trained.owners.items() if n not in self.names}
+        original = trained.original
+        if original in self.names:
+            self._give_back(module, state, trained)
+            original = None
+        return replace(trained, owners=owners, original=original) if owners else None
+
+    def _give_back(self, module: nn.Module, state: State, trained: Trained) -> None:
+        """The base's own tensor gets back its value from before, or the one that is to stay."""
+        assert trained.original is not None
+        tensor = self.look.tensor(module, trained, trained.original)
+        value, inside = trained.former, state.inside(trained)
+        if self.keep and inside != BASE:
+            if inside == trained.original:
+                return
+            value = own_tensor(module, trained.name)
+        if value is not None and value.is_meta:
+            return
+        if tensor is None or value is None:  # a buffer that came or went since
+            like: Tensor | None = next((b for b in module._buffers.values() if b is not None), None)
+            own = value if value is None or like is None else value.to(like.device)
+            self.fresh.setdefault(module, {})[trained.name, BASE] = own
+        else:
+            self.values[id(tensor)] = value_edit(tensor, value.clone())
+
+
+def _marked_elsewhere(look: Look) -> list[nn.Module]:
+    """Modules without a state with a parameter that a call has seen in another place.
+
+    Pruning and parametrizations move a parameter to another name or into a module of their own.
+    """
+    return [
+        module
+        for module in look.index.modules
+        if module not in look.states and len(module._parameters)
+        if any(p is not None and mark_of(p) is not None for p in module._parameters.values())
+    ]
+
+
+def _replaced(look: Look, states: Mapping[nn.Module, State | None]) -> list[str]:
+    """Parameters that trained before any call and that are not in the model any more, by path."""
+    gone = [
+        (module, name)
+        for module, state in look.states.items()
+        if states[module] is None
+        for name, flag in state.before.flags
+        if flag and name not in module._parameters
+    ]
+    if not gone:
+        return []
+    seen = {place for p in look.parameters for place in places_of(mark_of(p))}
+    return [f"{look.index.path(m)}.{n}".lstrip(".") for m, n in gone if (m, n) not in seen]

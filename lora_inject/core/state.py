@@ -1,0 +1,278 @@
+"""What is known of one module, as a value that stands on the module itself.
+
+A call makes new states out of old ones and hands them to ``commit``, which makes the modules so.
+A state names tensors and never holds them, so that whatever replaces them (``.to("meta")``,
+``load_state_dict(assign=True)``, FSDP) is right; it holds former *values* alone. And it refers to
+no other module, so that a part of a model can be copied, pickled and stripped on its own.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from lora_inject.core.adapter import Adapter, Term
+from lora_inject.errors import LoRAInjectError
+from lora_inject.own import STATE
+from lora_inject.settings import BASE, BiasMode
+
+
+@dataclass(frozen=True)
+class Injection:
+    """One call that put an adapter into a model, as every module that it reached remembers it.
+
+    Attributes:
+        id: what tells it from all others, in copies too.
+        adapter: the adapter's name.
+        bias: the adapter's bias mode.
+    """
+
+    id: int
+    adapter: str
+    bias: BiasMode
+
+
+class Before(NamedTuple):
+    """What a module was before the first call.
+
+    Attributes:
+        cls: its class.
+        training: its mode.
+        flags: ``requires_grad`` of its own parameters by name.
+        held: whether its running statistics stood still already.
+    """
+
+    cls: type[nn.Module]
+    training: bool
+    flags: tuple[tuple[str, bool], ...]
+    held: bool
+
+    def flag(self, name: str) -> bool | None:
+        """``requires_grad`` of a parameter; None for one that it had not."""
+        return next((flag for known, flag in self.flags if known == name), None)
+
+
+class Reach(NamedTuple):
+    """Which calls reached a module, and in what way.
+
+    Attributes:
+        injections: all of them.
+        roots: the ids of those that were called on this very module.
+        in_full: the adapters that train the module in full.
+        tops: those of them for which it was selected itself, and not something around it.
+        lent: the names of attributes that a trainer's callback has put on it.
+        noted: the states of submodules that forget theirs when they are copied, by name.
+    """
+
+    injections: tuple[Injection, ...]
+    roots: frozenset[int] = frozenset()
+    in_full: tuple[str, ...] = ()
+    tops: tuple[str, ...] = ()
+    lent: tuple[str, ...] = ()
+    noted: "tuple[tuple[str, State], ...]" = ()
+
+
+class Use(NamedTuple):
+    """Which adapters run, and which train; one value for all modules that a call put in use.
+
+    Attributes:
+        weights: the adapters in use, with the weights that they count with.
+        trains: the adapters that train, in use or not.
+    """
+
+    weights: Mapping[str, float]
+    trains: frozenset[str]
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A parameter or buffer of a module that adapters train in place, each in a tensor of its own.
+
+    The first one trains the base's own tensor; every further one gets a tensor of its own. What is
+    not in use waits on the same module (``waiting_name``), so that it is moved, cast, copied and
+    saved with the model.
+
+    Attributes:
+        name: its name.
+        is_parameter: whether it is a parameter, which cannot come and go as a buffer may.
+        former: its value before any adapter, in CPU memory; None for an empty buffer. Tied places
+            share this one object.
+        places: how many tied places there are.
+        owners: the adapters that own a tensor for it, and whether it trains when they do.
+        original: the adapter that trains the base's own tensor; None while that holds the former
+            value.
+    """
+
+    name: str
+    is_parameter: bool
+    former: Tensor | None
+    places: int
+    owners: Mapping[str, bool]
+    original: str | None = None
+
+    def text(self, module: nn.Module) -> str:
+        """What it is, for errors."""
+        return f"{self.name} of a {type(module).__name__}"
+
+
+class Merged(NamedTuple):
+    """What is merged into the weights of a module.
+
+    Attributes:
+        adapters: the names.
+        former: the value that each weight had before, or None where it was not kept.
+        aside: the merged values, while a block shows the former ones.
+    """
+
+    adapters: frozenset[str]
+    former: Mapping[str, Tensor | None]
+    aside: Mapping[str, Tensor] = {}
+
+
+class Block(NamedTuple):
+    """A ``with`` block that the module is inside of.
+
+    Attributes:
+        token: what tells it from others.
+        rows: for ``per_row``, what computes the module's rows; None for ``disabled``.
+    """
+
+    token: object
+    rows: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """What is known of a module.
+
+    Attributes:
+        before: what it was.
+        reach: the calls that reached it.
+        use: which adapters run and train.
+        adapters: those with an A and a B on it.
+        trained: what of it trains in place.
+        merged: what is merged.
+        blocks: the blocks that it is inside of, the outermost first.
+        running: what is added now, in the way of a plain batch.
+        rows: what computes one adapter for each row of a batch, in a block that asks for it.
+    """
+
+    before: Before
+    reach: Reach
+    use: Use = field(default=Use({}, frozenset()))
+    adapters: tuple[Adapter, ...] = ()
+    trained: tuple[Trained, ...] = ()
+    merged: Merged | None = None
+    blocks: tuple[Block, ...] = ()
+    running: tuple[Term, ...] = field(init=False, default=())
+    rows: Any = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if self.blocks:
+            if all(block.rows is not None for block in self.blocks):
+                object.__setattr__(self, "rows", self.blocks[-1].rows)
+        elif self.adapters:
+            folded = self.merged.adapters if self.merged else frozenset[str]()
+            running = self.terms(a for a in self.adapters if a.name not in folded)
+            object.__setattr__(self, "running", running)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Copies and pickles of any module come here, whatever class it has now.
+        if self.blocks:
+            raise LoRAInjectError(
+                f"the model is inside a {self.block_text} block, and a copy would stay in it.",
+                remedy="Leave the with block first.",
+            )
+        return super().__reduce_ex__(protocol)
+
+    @property
+    def own(self) -> bool:
+        """Whether an adapter has something on this module, and not only around it."""
+        return bool(self.adapters or self.trained)
+
+    @property
+    def on_it(self) -> set[str]:
+        """The adapters that have something on this module."""
+        owners = {name for trained in self.trained for name in trained.owners}
+        return owners | {adapter.name for adapter in self.adapters}
+
+    @property
+    def block_text(self) -> str:
+        """The block that decides, in words."""
+        return "per_row" if self.rows is not None else "disabled"
+
+    @property
+    def names(self) -> set[str]:
+        """The adapters whose calls reached the module."""
+        return {injection.adapter for injection in self.reach.injections}
+
+    def terms(self, adapters: Iterable[Adapter]) -> tuple[Term, ...]:
+        """What those of the adapters that are in use add, with their weights."""
+        terms: tuple[Term, ...] = ()
+        for adapter in adapters:
+            weight = self.use.weights.get(adapter.name)
+            if weight is not None:
+                terms += adapter.terms if weight == 1.0 else adapter.weighted_terms(weight)
+        return terms
+
+    def inside(self, trained: Trained) -> str:
+        """Whose tensor stands in a place: an adapter's name, or ``BASE`` for the former value."""
+        if self.blocks:
+            return BASE
+        return next((name for name in self.use.weights if name in trained.owners), BASE)
+
+    def homes(self, trained: Trained) -> dict[str, str]:
+        """Where the tensors of a place are, by owner.
+
+        The former value has none while an adapter has the base's own tensor: where no adapter is
+        inside then, a stand-in is made for it.
+        """
+        inside = self.inside(trained)
+        owners = (*trained.owners, *(() if trained.original else (BASE,)))
+        return {
+            who: trained.name if who == inside else waiting_name(trained.name, who)
+            for who in owners
+        }
+
+    def statistics_move(self) -> bool:
+        """Whether the module's running statistics move in training mode."""
+        return any(a in self.use.weights and a in self.use.trains for a in self.reach.in_full)
+
+    def find(self, name: str) -> Trained | None:
+        """What of it trains in place under this name."""
+        return next((trained for trained in self.trained if trained.name == name), None)
+
+
+def waiting_name(name: str, owner: str) -> str:
+    """The name under which an owner's tensor waits while it is not in its place."""
+    # With the length no two adapters share one; and no bias would be called so.
+    return f"lora_{len(owner)}_{owner}_{name}_kept"
+
+
+def state_of(module: nn.Module) -> State | None:
+    """What is known of a module; None for one that no call has reached."""
+    state: State | None = module.__dict__.get(STATE)
+    return state
+
+
+def adapters_of(module: nn.Module) -> tuple[Adapter, ...]:
+    """The adapters on a module, whether they run or not."""
+    state = state_of(module)
+    return state.adapters if state else ()
+
+
+def owned(state: State | None) -> Iterator[tuple[str, str, bool]]:
+    """(name, owner, whether it trains) of every tensor on a module that adapters put there."""
+    if state is None:
+        return
+    trains = state.use.trains
+    for adapter in state.adapters:
+        for name in adapter.parameters:
+            yield name, adapter.name, adapter.name in trains
+    for trained in state.trained:
+        homes = state.homes(trained)
+        for who, name in homes.items():
+            yield name, who, who in trains and trained.owners.get(who, False)
+        if trained.name not in homes.values():
+            yield trained.name, BASE, False  # a stand-in
