@@ -142,7 +142,7 @@ def combine(
     states, fresh = reached(look, Injection(secrets.randbits(63), name, "none")), Fresh()
     for new in made:
         state = states[new.layer]
-        states[new.layer] = replace(state, adapters=(*state.adapters, new.adapter))
+        states[new.layer] = state.change(adapters=(*state.adapters, new.adapter))
         values = (new.leader or new).parameters
         named = zip(new.adapter.parameters, values, strict=True)
         fresh.setdefault(new.layer, {}).update({(key, name): value for key, value in named})

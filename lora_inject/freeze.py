@@ -86,7 +86,7 @@ def freeze(model: nn.Module, bias: BiasMode = "none", train_also: Any = ()) -> R
             had = look.own[module].on_it if module in look.own else set()
             new = {name: 1.0 for name in used if name in state.on_it - had}
             use = Use({**state.use.weights, **new}, frozenset(used))
-            made.states[module] = replace(state, use=use)
+            made.states[module] = state.change(use=use)
     return commit(look, made.states, fresh=made.fresh, flags="all", then=shown)  # type: ignore[no-any-return]
 
 
@@ -113,7 +113,7 @@ def _frozen(look: Look, bias: BiasMode) -> dict[nn.Module, State]:
             replace(t, owners={n: trains and n not in used for n, trains in t.owners.items()})
             for t in state.trained
         )
-        states[module] = replace(state, reach=reach, trained=trained)
+        states[module] = state.change(reach=reach, trained=trained)
     return states
 
 

@@ -9,7 +9,7 @@ meanwhile and costs what it cost before.
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,7 @@ from lora_inject.core.adapter import Term
 from lora_inject.core.commit import commit
 from lora_inject.core.layer import pairs_of
 from lora_inject.core.look import Look
-from lora_inject.core.state import Merged, State
+from lora_inject.core.state import Merged, State, terms
 from lora_inject.errors import ArgumentError, LoRAInjectError, UnsupportedLayerError
 from lora_inject.kinds.base import Kind, MatrixKind, Spec, is_plain
 from lora_inject.own import own_class, own_tensor
@@ -157,7 +157,7 @@ def folded(look: Look, adapters: Any, keep: Keep) -> Folded:
             value, row = _merged_weight(shown, layer, name, state, merged.adapters | new)
             values.append(value_edit(weight, value))
             rows.append(row)
-        states[layer] = replace(state, merged=Merged(merged.adapters | new, former))
+        states[layer] = state.change(merged=Merged(merged.adapters | new, former))
     return Folded(states, values, MergeReport(tuple(rows)))
 
 
@@ -205,7 +205,7 @@ def _unfold(look: Look, names: Mapping[nn.Module, frozenset[str]]) -> None:
             else:
                 values.append(value_edit(weight, value))
                 del former[name]
-        states[layer] = replace(state, merged=Merged(left, former) if left else None)
+        states[layer] = state.change(merged=Merged(left, former) if left else None)
     commit(look, states, values=values)
 
 
@@ -316,9 +316,9 @@ def _merged_weight(
     start = weight if former is None else former.to(weight.device, weight.dtype)
     if former is None and state.merged is not None:
         names -= state.merged.adapters  # which are in the weight, as nothing was kept
-    terms = state.terms(a for a in state.adapters if a.name in names)
+    chosen = terms((a for a in state.adapters if a.name in names), state.use.weights)
     with without_autocast(weight.device.type):
-        exact = _exact_sum(layer, name, start, terms)
+        exact = _exact_sum(layer, name, start, chosen)
     rounded = exact.to(weight.dtype)
     # The sum is one quick pass; only where it is not finite every element is looked at.
     total = rounded.sum(dtype=exact.dtype).item()

@@ -68,7 +68,7 @@ def _tying(look: Look) -> Iterator[Edit]:
             for name, shared in zip(adapter.parameters, first.parameters, strict=True):
                 old, new = layer._parameters[name], leader.get_parameter(shared)
                 if old is not new:
-                    yield Edit(put_tensor, layer, name, old, new)
+                    yield (put_tensor, layer, name, old, new)
 
 
 def _is_unknown(module: nn.Module, trained: Trained) -> bool:
@@ -94,4 +94,4 @@ def _known(module: nn.Module, state: State, formers: dict[int, Tensor], edits: l
                 if home != place.name and own is not None:
                     edits.append(filling(own, former))
         trained.append(place)
-    return replace(state, trained=tuple(trained))
+    return state.change(trained=tuple(trained))

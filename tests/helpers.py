@@ -86,7 +86,7 @@ class Faults:
         self.patch.undo()
 
     def run(self, edits, then=None):
-        wrapped = [edit._replace(put=self.wrapped(edit.put)) for edit in edits]
+        wrapped = [(self.wrapped(put), *rest) for put, *rest in edits]
         return run(wrapped, then and (lambda: self.step() or then()))
 
     def wrapped(self, put):

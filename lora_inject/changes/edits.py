@@ -6,7 +6,7 @@ raised between two edits, a ``KeyboardInterrupt`` included, the old values go ba
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,22 +17,10 @@ MISSING: Any = object()  # the value of an attribute that is not there
 _TRIES = 100  # to take an edit back while interrupts go on coming
 
 
-class Edit(NamedTuple):
-    """One change.
-
-    Attributes:
-        put: the setter, called with target, key and a value.
-        target: the module or tensor.
-        key: what of it; None where the setter needs no more.
-        old: what is there now.
-        new: what is to be there.
-    """
-
-    put: Callable[[Any, Any, Any], None]
-    target: Any
-    key: Any
-    old: Any
-    new: Any
+# A setter, its target (a module, a tensor, a dict), what of it (None where the setter needs no
+# more), what is there now and what is to be there. A plain tuple: a model has very many.
+Setter = Callable[[Any, Any, Any], None]
+Edit = tuple[Setter, Any, Any, Any, Any]
 
 
 def run(edits: Sequence[Edit], then: Callable[[], Any] | None = None) -> Any:
@@ -74,7 +62,7 @@ def undo(edits: Sequence[Edit]) -> None:
 
 def put_class(module: nn.Module, _: None, cls: type[nn.Module]) -> None:
     """The module's class."""
-    module.__class__ = cls
+    object.__setattr__(module, "__class__", cls)
     # torch.compile may take a module for unchanged while nothing was written to its __dict__.
     module.__dict__["_lora_inject_touched"] = None
     del module.__dict__["_lora_inject_touched"]
@@ -143,7 +131,7 @@ def value_edit(tensor: Tensor, value: Tensor) -> Edit:
     if is_distributed(tensor):
         return filling(tensor, value)
     new = value.detach().to(tensor.device, tensor.dtype)
-    return Edit(put_storage, tensor, None, tensor.detach(), new)
+    return (put_storage, tensor, None, tensor.detach(), new)
 
 
 def filling(tensor: Tensor, value: Tensor, source: int | None = None) -> Edit:
@@ -154,7 +142,7 @@ def filling(tensor: Tensor, value: Tensor, source: int | None = None) -> Edit:
     value = value.detach()
     if is_distributed(tensor):
         value = shards(value, tensor, source=source)
-    return Edit(put_values, tensor, None, tensor.detach().clone(), value)
+    return (put_values, tensor, None, tensor.detach().clone(), value)
 
 
 def training_edits(tensor: Tensor, trains: bool) -> list[Edit]:
@@ -162,21 +150,21 @@ def training_edits(tensor: Tensor, trains: bool) -> list[Edit]:
 
     A stale gradient costs memory, and an optimizer would go on updating the parameter by it.
     """
-    edits = []
+    edits: list[Edit] = []
     if tensor.requires_grad is not trains:
-        edits.append(Edit(put_flag, tensor, None, not trains, trains))
+        edits.append((put_flag, tensor, None, not trains, trains))
     if not trains and tensor.grad is not None:
-        edits.append(Edit(put_gradient, tensor, None, tensor.grad, None))
+        edits.append((put_gradient, tensor, None, tensor.grad, None))
     return edits
 
 
 def attribute_edit(target: Any, name: str, value: Any) -> Edit:
     """Set an attribute, or take it away."""
-    return Edit(put_attribute, target, name, target.__dict__.get(name, MISSING), value)
+    return (put_attribute, target, name, target.__dict__.get(name, MISSING), value)
 
 
 def items_edits(owner: Any, items: Sequence[tuple[Any, Any]]) -> list[Edit]:
     """Give a dict these items in this order, where it has them not."""
     now = list(owner.items())
     same = [(k, id(v)) for k, v in now] == [(k, id(v)) for k, v in items]
-    return [] if same else [Edit(put_items, owner, None, now, items)]
+    return [] if same else [(put_items, owner, None, now, items)]

@@ -14,7 +14,7 @@ from lora_inject.core.adapter import Adapter
 from lora_inject.core.commit import Fresh, first_state, stand_in
 from lora_inject.core.look import Look
 from lora_inject.core.site import Site
-from lora_inject.core.state import Injection, Reach, State, Trained, Use
+from lora_inject.core.state import Before, Injection, Reach, State, Trained, Use
 from lora_inject.kinds import Kind, Spec
 from lora_inject.own import Place, own_tensor
 from lora_inject.placements import fill, is_distributed, shards, whole
@@ -87,7 +87,7 @@ def adaptation(
             for (_, *names), pair in zip(adapter.pairs, pairs, strict=True):
                 own |= {(key, name): value for key, value in zip(names, pair, strict=True)}
             state = made.states[site.module]
-            made.states[site.module] = replace(state, adapters=(*state.adapters, adapter))
+            made.states[site.module] = state.change(adapters=(*state.adapters, adapter))
         own_in_place(look, made, name, content.in_place, content.use)
         _fill(made, name, content.tensors)
     train_in_full(look, made.states, name, content.train_also.values())
@@ -105,7 +105,7 @@ def reached(look: Look, injection: Injection | None = None) -> dict[nn.Module, S
             reach what has been added to the model since.
     """
     reaches: dict[int, Reach] = {}
-    alike: dict[tuple[object, ...], State] = {}  # frozen modules that tell the same are one value
+    alike: dict[Before, State] = {}  # frozen modules that tell the same are one value
     root, states = look.model, dict[nn.Module, State]()
     new = () if injection is None else (injection,)
     first = Reach(new or look.injections)
@@ -113,24 +113,24 @@ def reached(look: Look, injection: Injection | None = None) -> dict[nn.Module, S
         old = look.states.get(module)
         if old is None:
             state = first_state(look, module, first, is_held(module))
-            states[module] = alike.setdefault(tuple(state.before), state)
+            states[module] = alike.setdefault(state.before, state)
         elif new:
             reach = old.reach
             if id(reach) not in reaches:
                 reaches[id(reach)] = reach._replace(injections=(*reach.injections, *new))
-            states[module] = replace(old, reach=reaches[id(reach)])
+            states[module] = old.change(reach=reaches[id(reach)])
         else:
             states[module] = old
     if injection is not None:
         reach = states[root].reach
         roots = reach.roots | {injection.id}
-        states[root] = replace(states[root], reach=reach._replace(roots=roots))
+        states[root] = states[root].change(reach=reach._replace(roots=roots))
     forgetful = {module for module in look.index.modules if isinstance(module, _FORGETFUL)}
     for module in look.index.modules if forgetful else ():
         noted = tuple((n, states[m]) for n, m in module._modules.items() if m in forgetful)
         if noted:
             reach = states[module].reach._replace(noted=noted)
-            states[module] = replace(states[module], reach=reach)
+            states[module] = states[module].change(reach=reach)
     return states
 
 
@@ -144,7 +144,7 @@ def train_in_full(
             in_full = tuple(dict.fromkeys((*reach.in_full, name)))
             marked = tuple(dict.fromkeys((*reach.tops, name))) if module is top else reach.tops
             reach = reach._replace(in_full=in_full, tops=marked)
-            states[module] = replace(states[module], reach=reach)
+            states[module] = states[module].change(reach=reach)
 
 
 def own_in_place(
@@ -180,7 +180,7 @@ def own_in_place(
                     made.fresh.setdefault(owner, {})[key, name] = copies[id(known.former)]
             known = replace(known, owners={**known.owners, name: trains})
             others = tuple(trained for trained in state.trained if trained.name != key)
-            made.states[owner] = replace(state, trained=(*others, known))
+            made.states[owner] = state.change(trained=(*others, known))
 
 
 def _untouched(
@@ -219,7 +219,7 @@ def _put_in_use(made: Adaptation, name: str) -> None:
             if id(use) not in uses:
                 weights = {name: 1.0, **use.weights}
                 uses[id(use)] = Use(weights, use.trains | {name})
-            made.states[module] = replace(state, use=uses[id(use)])
+            made.states[module] = state.change(use=uses[id(use)])
 
 
 def _pairs(

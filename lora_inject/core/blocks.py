@@ -6,7 +6,6 @@ in any order, never refuse at their end, and an interrupted end is tried again.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -54,7 +53,7 @@ def _enter(look: Look, token: object, rows: Callable[[nn.Module, State], Any] | 
     states, values = dict[nn.Module, State](), list[Edit]()
     for module, state in look.own.items():
         computes = None if rows is None else rows(module, state)
-        new = replace(state, blocks=(*state.blocks, Block(token, computes)))
+        new = state.change(blocks=(*state.blocks, Block(token, computes)))
         if state.merged and not state.blocks:
             aside = {}
             for name, former in state.merged.former.items():
@@ -62,7 +61,7 @@ def _enter(look: Look, token: object, rows: Callable[[nn.Module, State], Any] | 
                 if weight is not None and former is not None:
                     aside[name] = weight.detach()
                     values.append(value_edit(weight, former))
-            new = replace(new, merged=state.merged._replace(aside=aside))
+            new = new.change(merged=state.merged._replace(aside=aside))
         states[module] = new
     commit(look, states, values=values)
 
@@ -74,12 +73,12 @@ def _leave(look: Look, token: object) -> None:
         left = tuple(block for block in state.blocks if block.token is not token)
         if len(left) == len(state.blocks):
             continue
-        new = replace(state, blocks=left)
+        new = state.change(blocks=left)
         if state.merged and not left:
             for name, merged in state.merged.aside.items():
                 weight = own_tensor(module, name)
                 if weight is not None:
                     values.append(value_edit(weight, merged))
-            new = replace(new, merged=state.merged._replace(aside={}))
+            new = new.change(merged=state.merged._replace(aside={}))
         states[module] = new
     commit(look, states, values=values)

@@ -90,16 +90,23 @@ def _rebuild(
     return layer
 
 
-def class_edits(module: nn.Module, base: type[nn.Module], state: State | None) -> list[Edit]:
-    """Give a module the class that follows from its state.
+def add_class_edits(
+    edits: list[Edit], module: nn.Module, base: type[nn.Module], state: State | None
+) -> None:
+    """Append what gives a module the class that follows from its state.
 
     A class that was put on top of ours (``fully_shard``) stays; ours below it adds what runs.
     """
     wanted = base if state is None else class_for(state)
     placed = type(module)
     if placed is wanted or not (placed is base or _is_made(placed)):
-        return []
-    return [*_forward_edits(module, wanted), Edit(put_class, module, None, placed, wanted)]
+        return
+    # accelerate's hooks keep the class's forward on the instance: let them call the new one.
+    for name in ("_old_forward", "forward"):
+        if name in module.__dict__ and _is_forward_of(module.__dict__[name], placed):
+            forward = types.MethodType(wanted.forward, module)
+            edits.append(attribute_edit(module, name, forward))
+    edits.append((put_class, module, None, placed, wanted))
 
 
 def class_for(state: State) -> type[nn.Module]:
@@ -115,13 +122,8 @@ def is_intact(module: nn.Module) -> bool:
     return state is not None and type(module) is class_for(state)
 
 
-def _forward_edits(module: nn.Module, wanted: type[nn.Module]) -> list[Edit]:
-    """Let accelerate's hooks, which keep the class's forward on the instance, call the new one."""
-    return [
-        attribute_edit(module, name, types.MethodType(wanted.forward, module))
-        for name in ("_old_forward", "forward")
-        if getattr(module.__dict__.get(name), "__func__", None) is type(module).forward
-    ]
+def _is_forward_of(method: Any, cls: type[nn.Module]) -> bool:
+    return getattr(method, "__func__", None) is cls.forward
 
 
 def _is_made(cls: type[nn.Module]) -> bool:

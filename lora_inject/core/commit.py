@@ -19,6 +19,7 @@ from lora_inject.changes.edits import (
     attribute_edit,
     items_edits,
     put_attribute,
+    put_flag,
     put_gradient,
     put_items,
     put_members,
@@ -28,12 +29,11 @@ from lora_inject.changes.edits import (
 )
 from lora_inject.changes.recompute import is_checkpointed, recompute_edits
 from lora_inject.changes.statistics import has_statistics, holding_edits
-from lora_inject.core.class_swap import class_edits
+from lora_inject.core.class_swap import add_class_edits
 from lora_inject.core.layer import SCALES, scales_of
 from lora_inject.core.look import Look
 from lora_inject.core.marks import (
     Mark,
-    is_marked,
     mark_edit,
     mark_of,
     marking_edits,
@@ -83,12 +83,18 @@ def edits_of(
 ) -> list[Edit]:
     """What ``commit`` carries out."""
     edits, general = [*values], dict[nn.Module, State | None]()
+    before = look.states
     for module, state in states.items():
-        old = look.states.get(module)
-        if old is None and state is not None and _is_alone(look, module, state):
+        old = before.get(module)
+        if old is not None and state is not None:
+            if old.trained or state.trained or old.adapters is not state.adapters:
+                general[module] = state
+            else:
+                _add_still_edits(edits, module, old, state, flags)
+        elif state is not None and _is_alone(look, module, state):
             edits += _first_edits(module, state, fresh.get(module, {}))
-        elif old is not None and state is not None and _is_still(module, old, state, fresh):
-            edits += _still_edits(module, old, state, flags)
+        elif old is not None and _is_alone(look, module, old):
+            edits += _last_edits(module, old)
         else:
             general[module] = state
     if general:
@@ -103,20 +109,24 @@ def first_state(look: Look, module: nn.Module, reach: Reach, held: bool) -> Stat
     return State(Before(type(module), module.training, tuple(named), held), reach)
 
 
-# --- a first touch ------------------------------------------------------------------------------
+# --- a first touch, and the last ----------------------------------------------------------------
 
 
 def _is_alone(look: Look, module: nn.Module, state: State) -> bool:
-    """Whether its parameters stand nowhere else and no call has seen them."""
+    """Whether its parameters stand nowhere else, and no call but those on it has seen them."""
     own = module._parameters
-    return not state.trained and not (
-        len(own)
-        and any(
-            len(look.tensor_places[id(p)]) > 1 or is_marked(p)
-            for p in own.values()
-            if p is not None
-        )
-    )
+    if state.trained:
+        return False
+    if len(own):
+        places, is_new = look.tensor_places, module not in look.states
+        for name, parameter in own.items():
+            if parameter is not None:
+                mark = mark_of(parameter)
+                if len(places[id(parameter)]) > 1:
+                    return False
+                if mark is not None and (is_new or not mark.is_at(module, name)):
+                    return False
+    return True
 
 
 def _first_edits(
@@ -133,63 +143,108 @@ def _first_edits(
     if fresh:
         now = list(own.items())
         added = [(name, tensor) for (name, _), tensor in fresh.items()]
-        yield Edit(put_items, own, None, now, [*now, *added])
+        yield put_items, own, None, now, [*now, *added]
         own = {**own, **dict(added)}
-    yield from _other_edits(module, None, state, own)
+    yield from _edges(module, None, state, own)
+
+
+def _last_edits(module: nn.Module, state: State) -> Iterator[Edit]:
+    own: Any = module._parameters
+    if len(own):
+        ours = {name for adapter in state.adapters for name in adapter.parameters}
+        flags = dict(state.before.flags)
+        for name, parameter in own.items():
+            if parameter is not None and name not in ours:
+                mark = mark_of(parameter)
+                flag = mark.flag if mark else flags.get(name)
+                if flag is not None:
+                    yield from training_edits(parameter, flag)
+                if mark:
+                    yield mark_edit(parameter, None)
+        if ours:
+            now = list(own.items())
+            yield put_items, own, None, now, [item for item in now if item[0] not in ours]
+    yield from _edges(module, state, None, own)
 
 
 # --- nothing moves ------------------------------------------------------------------------------
 
 
-def _is_still(module: nn.Module, old: State, state: State, fresh: Fresh) -> bool:
-    moves = old.trained or state.trained or old.adapters is not state.adapters
-    return not moves and module not in fresh
-
-
-def _still_edits(module: nn.Module, old: State, state: State, flags: Flags) -> Iterator[Edit]:
+def _add_still_edits(
+    edits: list[Edit], module: nn.Module, old: State, state: State, flags: Flags
+) -> None:
+    """Append the edits of a module of which no tensor moves: the way of a hot swap."""
     own: Any = module._parameters
-    adapters = {name: trains for name, _, trains in owned(state)}
-    if flags == "all" and len(own):
-        adapters = {name: adapters.get(name, False) for name in own if own[name] is not None}
-    if flags != "changed" or old.use.trains != state.use.trains:
-        for name, trains in adapters.items():
-            yield from training_edits(own[name], trains)
-    yield from _other_edits(module, old, state, own)
+    if flags == "all":
+        trains = {name: trains for name, _, trains in owned(state)}
+        for name, parameter in own.items() if len(own) else ():
+            if parameter is not None:
+                edits += training_edits(parameter, trains.get(name, False))
+    elif flags == "owned" or old.use.trains != state.use.trains:
+        for adapter in state.adapters:
+            train = adapter.name in state.use.trains
+            for name in adapter.parameters:
+                parameter = own[name]
+                if parameter.requires_grad is not train:
+                    edits.append((put_flag, parameter, None, not train, train))
+                if not train and parameter.grad is not None:
+                    edits.append((put_gradient, parameter, None, parameter.grad, None))
+    edits.append((put_attribute, module, STATE, module.__dict__.get(STATE, MISSING), state))
+    if state.adapters:
+        _add_class_edits(edits, module, old, state, own)
+    if old.reach is not state.reach or state.reach.in_full:
+        edits += _statistics_edits(module, old, state)
+        edits += _lent_edits(module, old, state)
 
 
 # --- what is not a tensor -----------------------------------------------------------------------
 
 
-def _other_edits(
+def _edges(
     module: nn.Module, old: State | None, state: State | None, own: Mapping[str, Any]
-) -> Iterator[Edit]:
-    """State, class, scales, statistics and hooks; with the last adapter the mode comes back."""
-    base = old.before.cls if old is not None else type(module)
-    yield Edit(
-        put_attribute, module, STATE, module.__dict__.get(STATE, MISSING),
-        MISSING if state is None else state,
-    )  # fmt: skip
+) -> list[Edit]:
+    """State, class, statistics, hooks and what was lent; without a state the mode comes back."""
+    edits: list[Edit] = [attribute_edit(module, STATE, MISSING if state is None else state)]
+    _add_class_edits(edits, module, old, state, own)
+    edits += _statistics_edits(module, old, state)
+    edits += _lent_edits(module, old, state)
+    if (old is None) != (state is None) and is_checkpointed(module):
+        edits += recompute_edits(module, state is not None)
+    if old is not None and state is None and module.training is not old.before.training:
+        edits.append(attribute_edit(module, "training", old.before.training))
+    return edits
+
+
+def _add_class_edits(
+    edits: list[Edit],
+    module: nn.Module,
+    old: State | None,
+    state: State | None,
+    own: Mapping[str, Any],
+) -> None:
     known = module.__dict__
     if state is not None and state.adapters:
-        if (scales := scales_of(state, known, own)) is not known.get(SCALES):
-            yield attribute_edit(module, SCALES, scales)
+        scales = scales_of(state, known, own)
+        if scales is not known.get(SCALES):
+            edits.append(attribute_edit(module, SCALES, scales))
     elif SCALES in known:
-        yield attribute_edit(module, SCALES, MISSING)
-    if old is None or state is None or state.adapters or old.adapters:
-        yield from class_edits(module, base, state)
-    in_full = old is None or state is None or old.reach.in_full or state.reach.in_full
-    if in_full and has_statistics(module):
-        if state is not None:
-            yield from holding_edits(module, not state.statistics_move())
-        elif old is not None:
-            yield from holding_edits(module, old.before.held)
-    if (old is None) != (state is None) and is_checkpointed(module):
-        yield from recompute_edits(module, state is not None)
-    if old is not None:
-        for name in set(old.reach.lent) - set(state.reach.lent if state else ()):
-            yield attribute_edit(module, name, MISSING)
-        if state is None and module.training is not old.before.training:
-            yield attribute_edit(module, "training", old.before.training)
+        edits.append(attribute_edit(module, SCALES, MISSING))
+    known_state = old or state
+    if known_state is not None:
+        add_class_edits(edits, module, known_state.before.cls, state)
+
+
+def _statistics_edits(module: nn.Module, old: State | None, state: State | None) -> list[Edit]:
+    if not has_statistics(module):
+        return []
+    if state is not None:
+        return holding_edits(module, not state.statistics_move())
+    return holding_edits(module, old is not None and old.before.held)
+
+
+def _lent_edits(module: nn.Module, old: State | None, state: State | None) -> list[Edit]:
+    gone = set(old.reach.lent if old else ()) - set(state.reach.lent if state else ())
+    return [attribute_edit(module, name, MISSING) for name in gone]
 
 
 # --- the general way ----------------------------------------------------------------------------
@@ -223,7 +278,7 @@ class _General:
         yield from self._tensor_edits({m: parameters for m, (parameters, *_) in after.items()})
         for module, state in self.states.items():
             own = dict(after[module][0])
-            yield from _other_edits(module, self.look.states.get(module), state, own)
+            yield from _edges(module, self.look.states.get(module), state, own)
 
     def _stand_ins(self) -> Fresh:
         """Tensors with former values for places of which an adapter has the base's own tensor."""
@@ -320,7 +375,7 @@ class _General:
             for module, name in self.look.everywhere(before):
                 state = self.states.get(module)
                 if state is None or state.find(name) is None:
-                    yield Edit(put_tensor, module, name, before, after)
+                    yield (put_tensor, module, name, before, after)
 
     def _tensor_edits(self, after: Mapping[nn.Module, list[tuple[str, Any]]]) -> Iterator[Edit]:
         """Flags, gradients and marks of every parameter on these modules."""
@@ -346,7 +401,7 @@ class _General:
             if former is not None:
                 yield from training_edits(tensor, former)
             if former and tensor.grad is not None and any(is_ours for _, is_ours in before):
-                yield Edit(put_gradient, tensor, None, tensor.grad, None)
+                yield (put_gradient, tensor, None, tensor.grad, None)
             yield from unmarking_edits(tensor)
             return
         trains, is_adapters = (any(fact[i] for fact in facts) for i in (0, 1))
@@ -410,10 +465,10 @@ def _placing_edits(
             yield from items_edits(owner, items)
             moved = moved if keeps else []
         for name, old, new in moved:
-            yield Edit(put_tensor, module, name, old, new)
+            yield (put_tensor, module, name, old, new)
     own = module._non_persistent_buffers_set
     if own != unsaved:
-        yield Edit(put_members, own, None, frozenset(own), frozenset(unsaved))
+        yield (put_members, own, None, frozenset(own), frozenset(unsaved))
 
 
 def stand_in(trained: Trained, like: Tensor | None) -> Tensor | None:

@@ -59,7 +59,7 @@ class Index:
     @cached_property
     def modules(self) -> list[nn.Module]:
         """Every module once."""
-        return list(dict.fromkeys(module for module, _, _ in self._visits))
+        return list({visit[0]: None for visit in self._visits})
 
     def path(self, module: nn.Module) -> str:
         """The first path of a module."""

@@ -1,6 +1,5 @@
 """Attributes put on an adapted model for a while; they go with its adapters at the latest."""
 
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -31,6 +30,6 @@ def _edits(module: nn.Module, name: str, value: Any) -> list[Edit]:
     if state is not None:
         others = tuple(lent for lent in state.reach.lent if lent != name)
         lent = others if value is MISSING else (*others, name)
-        new = replace(state, reach=state.reach._replace(lent=lent))
+        new = state.change(reach=state.reach._replace(lent=lent))
         edits.append(attribute_edit(module, STATE, new))
     return edits

@@ -51,7 +51,7 @@ class Look:
     @cached_property
     def own(self) -> dict[nn.Module, State]:
         """Of these the modules on which an adapter has something."""
-        return {module: state for module, state in self.states.items() if state.own}
+        return {m: state for m, state in self.states.items() if state.adapters or state.trained}
 
     @cached_property
     def layers(self) -> dict[str, nn.Module]:
@@ -167,7 +167,8 @@ class Look:
             LoRAInjectError: it has.
         """
         now = Look(self.model)
-        if now.index.by_path != self.index.by_path or now.states != self.states:
+        same = now.index.by_path == self.index.by_path and len(now.states) == len(self.states)
+        if not same or any(now.states.get(m) is not state for m, state in self.states.items()):
             raise LoRAInjectError(
                 "the model has changed since the plan was made.", remedy="Call plan again."
             )
@@ -224,7 +225,7 @@ class Look:
         Raises:
             LoRAInjectError: they are.
         """
-        for module, state in self.states.items():
+        for module, state in self.own.items():
             if state.merged:
                 raise LoRAInjectError(
                     "its adapter is merged now.",
@@ -241,7 +242,7 @@ class Look:
         Raises:
             LoRAInjectError: it is.
         """
-        for module, state in self.states.items():
+        for module, state in self.own.items():
             if state.blocks and not (but_rows and state.rows is not None):
                 raise LoRAInjectError(
                     f"it is inside a {state.block_text} block now.",

@@ -35,14 +35,13 @@ class Mark:
     def __init__(self, flag: bool, places: _References) -> None:
         self.flag, self.places = flag, places
 
+    def is_at(self, module: nn.Module, name: str) -> bool:
+        """Whether that is the only place."""
+        return len(self.places) == 1 and self.places[0][0]() is module and self.places[0][1] == name
+
     def __reduce__(self) -> Any:
         # Something that any reader of a pickle knows, weights_only ones too: it stays behind.
         return OrderedDict, ()
-
-
-def is_marked(tensor: Tensor) -> bool:
-    """Whether a call has seen the tensor."""
-    return _MARK in tensor.__dict__
 
 
 def mark_of(tensor: Tensor) -> Mark | None:
@@ -60,7 +59,7 @@ def places_of(mark: Mark | None) -> list[Place]:
 def mark_edit(tensor: Tensor, mark: Mark | None) -> Edit:
     """Mark a tensor, or take its mark off."""
     old = tensor.__dict__.get(_MARK, MISSING)
-    return Edit(put_attribute, tensor, _MARK, old, MISSING if mark is None else mark)
+    return (put_attribute, tensor, _MARK, old, MISSING if mark is None else mark)
 
 
 def marking_edits(tensor: Tensor, flag: bool, places: list[Place]) -> list[Edit]:

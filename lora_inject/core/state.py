@@ -7,7 +7,7 @@ no other module, so that a part of a model can be copied, pickled and stripped o
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -142,8 +142,23 @@ class Block(NamedTuple):
     rows: Any = None
 
 
-@dataclass(frozen=True, eq=False)
-class State:
+class _Fields(NamedTuple):
+    before: Before
+    reach: Reach
+    use: Use
+    adapters: tuple[Adapter, ...]
+    trained: tuple[Trained, ...]
+    merged: Merged | None
+    blocks: tuple[Block, ...]
+    running: tuple[Term, ...]
+    rows: Any
+
+
+_GIVEN = _Fields._fields[:-2]
+_NOTHING = Use({}, frozenset())
+
+
+class State(_Fields):
     """What is known of a module.
 
     Attributes:
@@ -154,28 +169,36 @@ class State:
         trained: what of it trains in place.
         merged: what is merged.
         blocks: the blocks that it is inside of, the outermost first.
-        running: what is added now, in the way of a plain batch.
-        rows: what computes one adapter for each row of a batch, in a block that asks for it.
+        running: what is added now, in the way of a plain batch; follows from the others.
+        rows: what computes one adapter for each row of a batch, in a block that asks for it; too.
     """
 
-    before: Before
-    reach: Reach
-    use: Use = field(default=Use({}, frozenset()))
-    adapters: tuple[Adapter, ...] = ()
-    trained: tuple[Trained, ...] = ()
-    merged: Merged | None = None
-    blocks: tuple[Block, ...] = ()
-    running: tuple[Term, ...] = field(init=False, default=())
-    rows: Any = field(init=False, default=None)
+    __slots__ = ()
 
-    def __post_init__(self) -> None:
-        if self.blocks:
-            if all(block.rows is not None for block in self.blocks):
-                object.__setattr__(self, "rows", self.blocks[-1].rows)
-        elif self.adapters:
-            folded = self.merged.adapters if self.merged else frozenset[str]()
-            running = self.terms(a for a in self.adapters if a.name not in folded)
-            object.__setattr__(self, "running", running)
+    def __new__(
+        cls,
+        before: Before,
+        reach: Reach,
+        use: Use = _NOTHING,
+        adapters: tuple[Adapter, ...] = (),
+        trained: tuple[Trained, ...] = (),
+        merged: Merged | None = None,
+        blocks: tuple[Block, ...] = (),
+    ) -> "State":
+        """A new state; layers ask what runs far more often than it changes."""
+        running: tuple[Term, ...] = ()
+        rows: Any = None
+        if blocks:
+            if all(block.rows is not None for block in blocks):
+                rows = blocks[-1].rows
+        elif adapters:
+            folded = merged.adapters if merged else ()
+            running = terms((a for a in adapters if a.name not in folded), use.weights)
+        fields = (before, reach, use, adapters, trained, merged, blocks, running, rows)
+        return tuple.__new__(cls, fields)
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return tuple(self)[: len(_GIVEN)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Copies and pickles of any module come here, whatever class it has now.
@@ -185,6 +208,10 @@ class State:
                 remedy="Leave the with block first.",
             )
         return super().__reduce_ex__(protocol)
+
+    def change(self, **fields: Any) -> "State":
+        """The same state with other values of some fields."""
+        return State(**{**dict(zip(_GIVEN, self, strict=False)), **fields})
 
     @property
     def own(self) -> bool:
@@ -206,15 +233,6 @@ class State:
     def names(self) -> set[str]:
         """The adapters whose calls reached the module."""
         return {injection.adapter for injection in self.reach.injections}
-
-    def terms(self, adapters: Iterable[Adapter]) -> tuple[Term, ...]:
-        """What those of the adapters that are in use add, with their weights."""
-        terms: tuple[Term, ...] = ()
-        for adapter in adapters:
-            weight = self.use.weights.get(adapter.name)
-            if weight is not None:
-                terms += adapter.terms if weight == 1.0 else adapter.weighted_terms(weight)
-        return terms
 
     def inside(self, trained: Trained) -> str:
         """Whose tensor stands in a place: an adapter's name, or ``BASE`` for the former value."""
@@ -242,6 +260,16 @@ class State:
     def find(self, name: str) -> Trained | None:
         """What of it trains in place under this name."""
         return next((trained for trained in self.trained if trained.name == name), None)
+
+
+def terms(adapters: Iterable[Adapter], weights: Mapping[str, float]) -> tuple[Term, ...]:
+    """What those of the adapters that are in use add, with their weights."""
+    found: tuple[Term, ...] = ()
+    for adapter in adapters:
+        weight = weights.get(adapter.name)
+        if weight is not None:
+            found += adapter.terms if weight == 1.0 else adapter.weighted_terms(weight)
+    return found
 
 
 def waiting_name(name: str, owner: str) -> str:
