@@ -13,7 +13,8 @@ import torch
 from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
 
-from lora_inject import demo, inject, lora_parameters
+from lora_inject import inject, lora_parameters
+from lora_inject.cli import demo
 
 TOLERANCE = 1e-4  # float32 sums in another order
 

@@ -20,7 +20,8 @@ from rich.progress import Progress
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from lora_inject import LoRALayer, demo, freeze, inject, lora_parameters
+from lora_inject import LoRALayer, freeze, inject, lora_parameters
+from lora_inject.cli import demo
 
 CHART = Path(__file__).parent / "quality.png"
 GOAL = 1e-4

@@ -6,11 +6,13 @@ print(inject(model, targets=["q_proj", "v_proj"], r=4))
 strip(model)
 """
 
-from lora_inject.adapters import remove, use
-from lora_inject.capacity import Capacity, capacity
-from lora_inject.combine import CombineReport, combine
+from lora_inject.adapters.combine import CombineReport, combine
+from lora_inject.adapters.disabled import disabled
+from lora_inject.adapters.extract import ExtractReport, extract
+from lora_inject.adapters.per_row import per_row
+from lora_inject.adapters.use import remove, use
+from lora_inject.capacity.capacity import Capacity, capacity
 from lora_inject.core.layer import LoRALayer
-from lora_inject.disable import disabled
 from lora_inject.errors import (
     AlreadyAdaptedError,
     ArgumentError,
@@ -20,18 +22,16 @@ from lora_inject.errors import (
     NoMatchError,
     UnsupportedLayerError,
 )
-from lora_inject.extract import ExtractReport, extract
-from lora_inject.files import load, save
-from lora_inject.freeze import freeze, mark_only_lora_as_trainable
+from lora_inject.files.save_load import load, save
+from lora_inject.files.stored import load_lora_state_dict, lora_state_dict
 from lora_inject.inject import inject, strip
 from lora_inject.kinds import Kind, Spec, register_kind
-from lora_inject.merge import MergeReport, merge, merged, unmerge
+from lora_inject.merging.merge import MergeReport, merge, merged, unmerge
 from lora_inject.plan import Plan, plan
-from lora_inject.report import Report, report
-from lora_inject.reset import reset_lora_parameters
-from lora_inject.roles import lora_parameters, param_groups
-from lora_inject.rows import per_row
-from lora_inject.state import load_lora_state_dict, lora_state_dict
+from lora_inject.report.report import Report, report
+from lora_inject.training.freeze import freeze, mark_only_lora_as_trainable
+from lora_inject.training.optimizer import lora_parameters, param_groups
+from lora_inject.training.reset import reset_lora_parameters
 
 __all__ = [
     "AlreadyAdaptedError",

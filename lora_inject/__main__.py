@@ -2,6 +2,6 @@
 
 import sys
 
-from lora_inject.cli import main
+from lora_inject.cli.main import main
 
 sys.exit(main())

@@ -10,9 +10,9 @@ from torch import nn
 from lora_inject.core.look import Look
 from lora_inject.core.removal import remove_adapters
 from lora_inject.errors import LoRAInjectWarning
-from lora_inject.merge import folded
+from lora_inject.merging.merge import folded
 from lora_inject.plan import Plan, plan
-from lora_inject.report import Report
+from lora_inject.report.report import Report
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -17,8 +17,11 @@ from lora_inject.core.checks import (
     require_injectable,
     require_module,
 )
+from lora_inject.core.choosing import Limits, Skip, View, choose
 from lora_inject.core.commit import commit
+from lora_inject.core.in_place import in_place
 from lora_inject.core.look import Look
+from lora_inject.core.patterns import Pattern
 from lora_inject.core.request import (
     ALL_LINEAR,
     Request,
@@ -26,16 +29,13 @@ from lora_inject.core.request import (
     parts_by_pattern,
     settings_by_pattern,
 )
+from lora_inject.core.resolving import Resolver
 from lora_inject.core.site import Site
-from lora_inject.core.training import in_place
 from lora_inject.errors import ArgumentError, LoRAInjectWarning, NoMatchError
-from lora_inject.plan_tables import sites_section, skipped_section, train_also_section
-from lora_inject.report import Report, report_of
-from lora_inject.selection import Limits, Skip, View, choose
+from lora_inject.printing import Tables, plural
+from lora_inject.report.plan_tables import sites_section, skipped_section, train_also_section
+from lora_inject.report.report import Report, report_of
 from lora_inject.settings import BiasMode, Parts
-from lora_inject.sites import Resolver
-from lora_inject.tables import Tables, plural
-from lora_inject.targets import Pattern
 
 
 @dataclass(frozen=True)

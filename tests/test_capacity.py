@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from lora_inject import LoRAInjectError, capacity, inject
-from lora_inject.memory import stored_tensors
+from lora_inject.report.bytes import stored_tensors
 
 pytestmark = pytest.mark.cpu("what is counted is measured on it")
 

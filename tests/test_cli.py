@@ -11,8 +11,8 @@ import transformers as tf
 from transformers import GPT2Config, LlamaConfig
 
 from lora_inject import inject, save
-from lora_inject.cli import main
-from lora_inject.formats.storage import read_tensors
+from lora_inject.cli.main import main
+from lora_inject.files.formats.storage import read_tensors
 
 pytestmark = pytest.mark.cpu("commands compute nothing")
 

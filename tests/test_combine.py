@@ -8,8 +8,8 @@ from helpers import PEFT_WARNS, Net, changed_parts, randomize_adapters, snapshot
 from torch import nn
 
 from lora_inject import ArgumentError, LoRAInjectError, combine, inject, merged, report, strip, use
+from lora_inject.arithmetic.low_rank import product_norm, truncated
 from lora_inject.core.state import adapters_of
-from lora_inject.low_rank import product_norm, truncated
 
 pytestmark = pytest.mark.usefixtures("device")
 

@@ -49,8 +49,8 @@ from lora_inject import (
     strip,
     use,
 )
-from lora_inject.formats.storage import read_tensors
-from lora_inject.placements import whole
+from lora_inject.files.formats.storage import read_tensors
+from lora_inject.sharding import whole
 
 pytestmark = [pytest.mark.distributed, pytest.mark.cpu("the ranks are processes there")]
 

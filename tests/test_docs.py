@@ -18,7 +18,7 @@ from torch import nn
 from transformers import LlamaConfig
 
 import lora_inject
-from lora_inject.cli import main
+from lora_inject.cli.main import main
 
 pytestmark = pytest.mark.cpu("the examples are the same everywhere")
 

@@ -25,7 +25,7 @@ from lora_inject import (
     save,
     strip,
 )
-from lora_inject.convert import convert
+from lora_inject.files.convert import convert
 
 pytestmark = pytest.mark.usefixtures("device")
 

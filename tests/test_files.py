@@ -491,7 +491,7 @@ def test_the_config_decides_and_says_when_it_cannot(tmp_path):
         tensors, _ = read_tensors(tmp_path / SAFE)
         write_tensors(tensors, tmp_path / SAFE, {"format": "pt"})  # as PEFT has it
 
-    from lora_inject.formats.storage import read_tensors, write_tensors
+    from lora_inject.files.formats.storage import read_tensors, write_tensors
 
     for changes, message in (
         ({"use_dora": True}, "use_dora=True is not supported"),

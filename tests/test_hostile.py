@@ -15,7 +15,7 @@ from helpers import changed_parts, snapshot
 from test_files import SAFE, bare, trained
 
 from lora_inject import FormatError, load, lora_state_dict, save
-from lora_inject.formats.storage import read_tensors, write_tensors
+from lora_inject.files.formats.storage import read_tensors, write_tensors
 
 pytestmark = pytest.mark.cpu("files are read on it")
 

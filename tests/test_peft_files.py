@@ -20,7 +20,7 @@ from lora_inject import (
     save,
     strip,
 )
-from lora_inject.formats import peft as peft_format
+from lora_inject.files.formats import peft as peft_format
 
 pytestmark = [PEFT_WARNS, pytest.mark.usefixtures("device")]
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lora_inject import ArgumentError, inject, lora_parameters, plan, report
-from lora_inject.memory import OPTIMIZER_STATES
+from lora_inject.report.bytes import OPTIMIZER_STATES
 
 pytestmark = pytest.mark.cpu("it counts, and computes next to nothing")
 

@@ -7,7 +7,8 @@ from torch import nn
 
 from lora_inject import ArgumentError, LoRAInjectError, inject, lora_parameters, param_groups
 from lora_inject.core.look import Look
-from lora_inject.roles import is_bias, roles
+from lora_inject.core.roles import roles
+from lora_inject.kinds.bias import is_bias
 
 pytestmark = pytest.mark.cpu("nothing is computed")
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_inject import ArgumentError, LoRAInjectError, NoMatchError, inject, plan
 from lora_inject.core.index import Index
-from lora_inject.targets import braces, parse
+from lora_inject.core.patterns import braces, parse
 
 pytestmark = pytest.mark.cpu("nothing is computed")
 

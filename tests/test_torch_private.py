@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import lora_inject
 from lora_inject import inject, torch_private
 from lora_inject.arithmetic import linear as ways
-from lora_inject.placements import elements
+from lora_inject.sharding import elements
 
 pytestmark = pytest.mark.cpu("it is about names")
 
@@ -112,7 +112,7 @@ def test_without_the_place_of_a_shard_the_whole_tensor_is_asked(monkeypatch):
     monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(builtins, "__import__", missing)
     assert torch_private.offset_of_shard((2,), None, None) is None
-    monkeypatch.setattr("lora_inject.placements.offset_of_shard", lambda *args: None)
+    monkeypatch.setattr("lora_inject.sharding.offset_of_shard", lambda *args: None)
     whole = torch.arange(12.0).view(3, 4)
 
     class Sharded:  # what elements asks of a DTensor

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from lora_inject.arithmetic.masks import Masks, masks_for
 from lora_inject.arithmetic.product import cast_to, draw_dropout, has_autocast, product
 from lora_inject.arithmetic.whole import Added, adapted_product
-from lora_inject.torch_private import (
+from lora_inject.compat.torch_private import (
     has_instructions,
     is_autocast_anywhere,
     is_forward_mode,

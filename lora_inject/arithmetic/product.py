@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_inject.arithmetic.masks import LANES, Masks, rows
-from lora_inject.torch_private import is_autocast_anywhere, is_batched
+from lora_inject.compat.torch_private import is_autocast_anywhere, is_batched
 
 Backward = Callable[[Any, Tensor], tuple[Tensor | None, ...]]
 Dropout = tuple[Masks, int, Tensor | None]  # what makes the mask, of how many dropped, from what

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_inject.placements import is_distributed, shards
+from lora_inject.sharding import is_distributed, shards
 
 MISSING: Any = object()  # the value of an attribute that is not there
 _TRIES = 100  # to take an edit back while interrupts go on coming

@@ -6,7 +6,6 @@ inside would silently not train. A hook on each block that can be checkpointed l
 gradient then; it changes no value, and does nothing at other times.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,13 +13,12 @@ from torch import Tensor, nn
 
 from lora_inject.changes.edits import Edit
 from lora_inject.changes.hooks import has_hook, pre_hook_edits
-
-_SWITCH = "gradient_checkpointing"
+from lora_inject.compat.marks import checkpointing_switch, may_be_reentrant
 
 
 def is_checkpointed(module: nn.Module) -> bool:
     """Whether it has the switch by which transformers and diffusers checkpoint a module."""
-    return isinstance(_switch(module), bool)
+    return isinstance(checkpointing_switch(module), bool)
 
 
 def recompute_edits(module: nn.Module, on: bool) -> list[Edit]:
@@ -28,11 +26,6 @@ def recompute_edits(module: nn.Module, on: bool) -> list[Edit]:
     if has_hook(module, _let_input_need_gradient) is on:
         return []
     return pre_hook_edits(module, _let_input_need_gradient, on)
-
-
-def _switch(module: nn.Module) -> Any:
-    # Not by getattr: asking every module of a model for what it has not is slow.
-    return vars(module).get(_SWITCH, getattr(type(module), _SWITCH, None))
 
 
 def _let_input_need_gradient(
@@ -55,8 +48,5 @@ def _let_input_need_gradient(
 
 def _is_on(module: nn.Module) -> bool:
     """Whether the module is checkpointed now, in a form that may be the reentrant one."""
-    if not (_switch(module) and module.training):
-        return False
-    function = getattr(module, "_gradient_checkpointing_func", None)
-    known = function.keywords if isinstance(function, partial) else {}
-    return bool(known.get("use_reentrant", True))
+    on = bool(checkpointing_switch(module)) and module.training
+    return on and may_be_reentrant(module)

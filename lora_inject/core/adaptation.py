@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from lora_inject import initial
+from lora_inject.arithmetic import starting_values as initial
 from lora_inject.changes.edits import Edit, value_edit
 from lora_inject.changes.statistics import is_held
 from lora_inject.core.adapter import Adapter
@@ -17,8 +17,8 @@ from lora_inject.core.site import Site
 from lora_inject.core.state import Before, Injection, Reach, State, Trained, Use
 from lora_inject.kinds import Kind, Spec
 from lora_inject.own import Place, own_tensor
-from lora_inject.placements import fill, is_distributed, shards, whole
 from lora_inject.settings import BiasMode
+from lora_inject.sharding import fill, is_distributed, shards, whole
 
 # A copy of such a module has no attributes but its own: its parent remembers what it was.
 _FORGETFUL = (torch.jit.ScriptModule, torch.fx.GraphModule)

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from lora_inject.changes.edits import Edit, attribute_edit, put_class
+from lora_inject.compat.marks import kept_forwards
 from lora_inject.core.adapter import Adapter
 from lora_inject.core.layer import BranchLayer, LoRALayer, WeightLayer, WholeLayer
 from lora_inject.core.state import State, state_of
@@ -101,9 +102,8 @@ def add_class_edits(
     placed = type(module)
     if placed is wanted or not (placed is base or _is_made(placed)):
         return
-    # accelerate's hooks keep the class's forward on the instance: let them call the new one.
-    for name in ("_old_forward", "forward"):
-        if name in module.__dict__ and _is_forward_of(module.__dict__[name], placed):
+    if "forward" in module.__dict__:
+        for name in kept_forwards(module):  # let them call the new one
             forward = types.MethodType(wanted.forward, module)
             edits.append(attribute_edit(module, name, forward))
     edits.append((put_class, module, None, placed, wanted))
@@ -120,10 +120,6 @@ def is_intact(module: nn.Module) -> bool:
     """Whether nothing has swapped the class again since (``fully_shard``, ``parametrize``)."""
     state = state_of(module)
     return state is not None and type(module) is class_for(state)
-
-
-def _is_forward_of(method: Any, cls: type[nn.Module]) -> bool:
-    return getattr(method, "__func__", None) is cls.forward
 
 
 def _is_made(cls: type[nn.Module]) -> bool:

@@ -41,8 +41,8 @@ from lora_inject.core.marks import (
 )
 from lora_inject.core.state import Before, Reach, State, Trained, owned, state_of
 from lora_inject.own import STATE, Place, own_tensor
-from lora_inject.placements import is_distributed, shards
 from lora_inject.settings import BASE
+from lora_inject.sharding import is_distributed, shards
 
 States = Mapping[nn.Module, State | None]
 Fresh = dict[nn.Module, dict[tuple[str, str], Tensor | None]]  # by name and owner

@@ -4,7 +4,7 @@ from functools import cached_property
 
 from torch import nn
 
-from lora_inject.targets import Place
+from lora_inject.core.patterns import Place
 
 
 class Index:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.arithmetic.linear import Branch, adapted_linear, may_run_whole
+from lora_inject.compat.marks import is_fully_sharded
 from lora_inject.core.adapter import Adapter, Term
 from lora_inject.core.state import State
 from lora_inject.errors import LoRAInjectError
 from lora_inject.kinds.base import Kind, Pair, Spec
 from lora_inject.own import STATE
-from lora_inject.placements import is_distributed, is_fully_sharded, redistributed
+from lora_inject.sharding import is_distributed, redistributed
 
 SCALES = "_lora_inject_scales"  # the scaling of what runs as tensors, in a layer's __dict__
 Scales = dict[str, tuple[float, Tensor]]  # by adapter: its scaling, and a tensor that holds it

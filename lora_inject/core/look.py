@@ -9,6 +9,7 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
+from lora_inject.compat.marks import has_accelerate_hook, is_fully_sharded, kept_forwards
 from lora_inject.core.adapter import Adapter
 from lora_inject.core.class_swap import is_intact
 from lora_inject.core.index import Index
@@ -17,7 +18,6 @@ from lora_inject.core.marks import mark_of, places_of
 from lora_inject.core.state import Injection, State, Trained
 from lora_inject.errors import ArgumentError, LoRAInjectError
 from lora_inject.own import STATE, Place, own_tensor
-from lora_inject.placements import is_fully_sharded
 from lora_inject.settings import BiasMode
 
 
@@ -323,14 +323,14 @@ def _require_intact(path: str, layer: nn.Module, state: State) -> None:
             remedy="Save the adapter on all ranks, and load it into a model that is not sharded.",
         )
     names = [name for adapter in state.adapters for name in adapter.parameters]
-    if "_hf_hook" in layer.__dict__ and any(layer.get_parameter(name).is_meta for name in names):
+    if has_accelerate_hook(layer) and any(layer.get_parameter(name).is_meta for name in names):
         raise LoRAInjectError(
             "accelerate has offloaded its adapter, and its hook would look for it.",
             path=path,
             remedy="Call accelerate.hooks.remove_hook_from_submodules(model) first.",
         )
-    own = getattr(layer.__dict__.get("forward"), "__func__", None) is type(layer).forward
-    if "forward" in layer.__dict__ and "_hf_hook" not in layer.__dict__ and not own:
+    known = has_accelerate_hook(layer) or "forward" in kept_forwards(layer)
+    if "forward" in layer.__dict__ and not known:
         raise LoRAInjectError(
             "a forward was set on this very instance after inject, and it would go on adding.",
             path=path,

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from lora_inject import settings as check
+from lora_inject.core.patterns import Pattern, parse
 from lora_inject.kinds import find_kind
 from lora_inject.settings import BiasMode, Parts, Settings
-from lora_inject.targets import Pattern, parse
 
 ALL_LINEAR = "all-linear"
 _DEFAULTS = {"r": 8, "alpha": None, "dropout": 0.0, "how": "auto", "layout": None}

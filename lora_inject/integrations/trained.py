@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from lora_inject.core.look import Look
 from lora_inject.core.state import owned as tensors_of
+from lora_inject.files.stored import require_fit
 from lora_inject.own import own_tensor
 from lora_inject.settings import BASE
-from lora_inject.state import require_fit
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:

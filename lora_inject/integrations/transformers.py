@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lora_inject.core.lend import lend, take_back
 from lora_inject.core.look import Look
 from lora_inject.errors import LoRAInjectError
-from lora_inject.files import save
+from lora_inject.files.save_load import save
 from lora_inject.integrations.trained import require_trained, trained_tensors
 
 

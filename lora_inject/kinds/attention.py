@@ -13,8 +13,8 @@ from lora_inject.kinds.base import (
     out_in_spec,
     overrides_forward,
 )
+from lora_inject.kinds.weight_reads import calls_super
 from lora_inject.own import own_class
-from lora_inject.readers import calls_super
 from lora_inject.settings import Settings
 
 

@@ -8,18 +8,18 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lora_inject import initial
+from lora_inject.arithmetic import starting_values as initial
+from lora_inject.compat.marks import has_accelerate_hook, is_fully_sharded
 from lora_inject.own import own_class
-from lora_inject.placements import (
+from lora_inject.settings import Settings
+from lora_inject.sharding import (
     has_known_placements,
     is_distributed,
-    is_fully_sharded,
     is_placeholder,
     placements_of_pair,
     replicated,
     whole_shape,
 )
-from lora_inject.settings import Settings
 
 Way = Literal["branch", "weight"]
 # What adapter files call A and B: see ``formats.data``. "other" is what only we have.
@@ -265,7 +265,7 @@ def general_refusal(module: nn.Module, new_names: list[str], way: Way) -> str | 
     """Why a module of any kind cannot be adapted by a class swap, with the remedy; else None."""
     if isinstance(module, torch.jit.ScriptModule):
         return "it is a ScriptModule, whose forward cannot be changed. Adapt it before scripting."
-    if "_hf_hook" in module.__dict__ and any(p.is_meta for p in module.parameters(recurse=False)):
+    if has_accelerate_hook(module) and any(p.is_meta for p in module.parameters(recurse=False)):
         return "accelerate has offloaded its weights. Remove the hooks, inject, and add them again."
     if way == "branch" and "forward" in module.__dict__:
         return (

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lora_inject.kinds.linear import LinearKind
 from lora_inject.own import own_class
-from lora_inject.placements import whole_shape
+from lora_inject.sharding import whole_shape
 
 
 class Conv1DKind(LinearKind):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lora_inject import initial
+from lora_inject.arithmetic import starting_values as initial
 from lora_inject.kinds.base import Form, Kind, Spec, Way
 from lora_inject.own import own_class
 from lora_inject.settings import Settings

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_inject import initial
+from lora_inject.arithmetic import starting_values as initial
 from lora_inject.arithmetic.embedding import divide_gradient_by_frequency, embedding_down
 from lora_inject.arithmetic.linear import linear_up
 from lora_inject.kinds.base import (
@@ -16,10 +16,10 @@ from lora_inject.kinds.base import (
     linear_spec,
     overrides_forward,
 )
+from lora_inject.kinds.weight_reads import calls_super, reads_own_weight
 from lora_inject.own import own_class
-from lora_inject.placements import replicated
-from lora_inject.readers import calls_super, reads_own_weight
 from lora_inject.settings import Settings
+from lora_inject.sharding import replicated
 
 
 class EmbeddingKind(MatrixKind):

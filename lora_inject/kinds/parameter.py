@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_inject import initial
+from lora_inject.arithmetic import starting_values as initial
+from lora_inject.compat.torch_private import tree_map
 from lora_inject.kinds.base import Form, Kind, MatrixKind, Pair, Spec, Way
 from lora_inject.settings import Settings
-from lora_inject.torch_private import tree_map
 
 
 class ParameterKind(MatrixKind):

@@ -1,0 +1,1 @@
+"""Several adapters in one model: in use, switched off, combined, extracted, one for each row."""

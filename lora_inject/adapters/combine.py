@@ -1,0 +1,371 @@
+"""A new adapter out of several: their weighted sum, exactly, truncated, or by a merging rule.
+
+Of each adapter i with weight w and scaling s, the rules see the matrices A and B:
+
+    cat     the ranks side by side: exactly the sum of w s B A, of the summed rank
+    svd     that sum, truncated to rank r by a singular value decomposition (best in its norm)
+    linear  A = sum of sign(w s) sqrt|w s| A_i, B = sum of sqrt|w s| B_i, of the same rank
+    ties    as linear, keeping the largest entries and, of these, the majority's sign
+            (TIES-Merging, arXiv 2306.01708)
+    dare    as linear, of randomly kept entries, rescaled (DARE, arXiv 2311.03099)
+
+The last three act on A and B and not on their product, as PEFT's ``add_weighted_adapter`` does; the
+report says how far the result is from the sum.
+"""
+
+import math
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_inject.arithmetic import starting_values as initial
+from lora_inject.arithmetic.low_rank import difference_norm, product_norm, side_by_side, truncated
+from lora_inject.core.adaptation import as_parameters, reached
+from lora_inject.core.adapter import Adapter, Term
+from lora_inject.core.commit import Fresh, commit
+from lora_inject.core.layer import oriented
+from lora_inject.core.look import Look
+from lora_inject.core.state import Injection
+from lora_inject.errors import ArgumentError, UnsupportedLayerError
+from lora_inject.kinds.base import Kind, Spec
+from lora_inject.printing import Section, Tables
+from lora_inject.settings import (
+    Settings,
+    check_adapter,
+    check_choice,
+    check_count,
+    check_seed,
+    check_weights,
+)
+from lora_inject.sharding import whole
+
+How = Literal["cat", "svd", "linear", "ties", "dare"]
+_AB = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class CombinedLayer:
+    """One layer of a combined adapter.
+
+    Attributes:
+        path: its path.
+        r: the new adapter's rank there.
+        off: the norm of the difference between its update and the weighted sum of those it is made
+            of, relative to the norm of that sum.
+    """
+
+    path: str
+    r: int
+    off: float
+
+
+@dataclass(frozen=True)
+class CombineReport:
+    """What ``combine`` made, layer by layer; ``print`` shows it as a table."""
+
+    adapter: str
+    layers: tuple[CombinedLayer, ...]
+
+    @property
+    def worst(self) -> float:
+        """The largest relative difference from the weighted sum."""
+        return max(layer.off for layer in self.layers)
+
+    def _tables(self) -> Tables:
+        rows = [(layer.path, str(layer.r), f"{layer.off:.2%}") for layer in self.layers]
+        title = f"Adapter {self.adapter!r} on {len(rows)} layers"
+        return Tables([Section(title, ("layer", ">r", ">off the weighted sum"), rows)])
+
+    def __str__(self) -> str:
+        return self._tables().text()
+
+    def _repr_html_(self) -> str:
+        return self._tables().html()
+
+
+def combine(
+    model: nn.Module,
+    adapters: Mapping[str, float],
+    name: str,
+    how: How = "cat",
+    *,
+    r: int | None = None,
+    density: float | None = None,
+    seed: int | None = None,
+) -> CombineReport:
+    """Make a new adapter out of several; it stands beside them and is not in use yet.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4))
+        >>> _ = inject(model, nn.Linear, r=2, adapter="fr")
+        >>> _ = inject(model, nn.Linear, r=4, adapter="de")
+        >>> print(combine(model, {"fr": 0.7, "de": 0.3}, "both").layers[0].r)
+        6
+        >>> _ = use(model, "both")
+
+    Args:
+        model: an adapted model.
+        adapters: names with finite weights. Where one does not stand on a layer, the others are
+            combined there.
+        name: the new adapter's name.
+        how: "cat", "svd", "linear", "ties" or "dare"; see the module's first lines.
+        r: the rank for "svd"; None for the largest among the adapters of a layer.
+        density: for "ties" and "dare", the share of entries to keep, above 0 and at most 1.
+        seed: for "dare", decides what is kept; None takes one draw from torch's global generator.
+
+    Returns:
+        The rank of each layer, and how far its update is from the weighted sum.
+
+    Raises:
+        ArgumentError: an argument cannot be used, an adapter is not known, the ranks differ where
+            they must not, or an adapter has trained biases or modules in place.
+        UnsupportedLayerError: the adapters divide the weights of a layer in different ways.
+        LoRAInjectError: the model is merged or inside a block. Nothing has changed then.
+    """
+    name, how = check_adapter(name), check_choice(how, "how", How)
+    weights = check_weights(adapters)
+    look = Look(model)
+    look.require_adapters()
+    _check_names(look, weights, name)
+    look.require_whole(weights)
+    rule = _Rule(how, *_check_options(how, r, density, seed), name)
+    look.require_awake()
+    look.require_intact()
+
+    with torch.inference_mode(False), torch.no_grad():  # tensors made in it could never train
+        made = _combined(look, weights, name, rule)
+    states, fresh = reached(look, Injection(secrets.randbits(63), name, "none")), Fresh()
+    for new in made:
+        state = states[new.layer]
+        states[new.layer] = state.change(adapters=(*state.adapters, new.adapter))
+        values = (new.leader or new).parameters
+        named = zip(new.adapter.parameters, values, strict=True)
+        fresh.setdefault(new.layer, {}).update({(key, name): value for key, value in named})
+    commit(look, states, fresh=fresh)
+    shown = [CombinedLayer(n.path, n.adapter.settings.r, n.off) for n in made if not n.leader]
+    return CombineReport(name, tuple(shown))
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """How the matrices of several adapters become one pair."""
+
+    how: How
+    r: int | None
+    density: float
+    seed: int
+    name: str
+
+    def __call__(
+        self, path: str, As: list[Tensor], Bs: list[Tensor], factors: list[float], exact: _AB
+    ) -> _AB:
+        """The pair for matrices that count with these factors; ``exact`` is their weighted sum."""
+        if self.how == "cat":
+            return exact
+        if self.how == "svd":
+            r = max(A.shape[-2] for A in As) if self.r is None else self.r
+            return truncated(*exact, r)
+        if len({A.shape for A in As}) > 1:
+            raise ArgumentError(
+                f"how={self.how!r} needs equal ranks, not {[A.shape[-2] for A in As]}.",
+                path=path,
+                remedy='Use how="cat" or how="svd".',
+            )
+        roots = [math.sqrt(abs(factor)) for factor in factors]
+        signed = [math.copysign(root, f) for root, f in zip(roots, factors, strict=True)]
+        generator = initial.site_generator(self.seed, self.name, path)
+        return self._sum(As, signed, generator), self._sum(Bs, roots, generator)
+
+    def _sum(
+        self, tensors: list[Tensor], factors: list[float], generator: torch.Generator
+    ) -> Tensor:
+        """The weighted sum of what the rule keeps."""
+        kept = torch.stack([self._keep(tensor, generator) for tensor in tensors])
+        scaled = kept * kept.new_tensor(factors).reshape(-1, *[1] * tensors[0].dim())
+        if self.how != "ties":
+            return scaled.sum(0)
+        majority = torch.where(kept.sum(0) >= 0, 1, -1)
+        agrees = kept.sign() == majority
+        total: Tensor = (scaled * agrees).sum(0) / agrees.sum(0).clamp(min=1)
+        return total
+
+    def _keep(self, tensor: Tensor, generator: torch.Generator) -> Tensor:
+        if self.how == "ties":
+            count = int(self.density * tensor.numel())
+            largest = tensor.abs().flatten().topk(count).indices
+            return torch.zeros_like(tensor.flatten()).index_copy(
+                0, largest, tensor.flatten()[largest]
+            ).reshape(tensor.shape)  # fmt: skip
+        if self.how == "dare":
+            draws = torch.rand(tensor.shape, generator=generator, device="cpu").to(tensor.device)
+            return tensor * (draws < self.density) / self.density
+        return tensor
+
+
+@dataclass
+class _Made:
+    """A new adapter for one layer; tied layers share the parameters of their leader."""
+
+    path: str
+    layer: nn.Module
+    adapter: Adapter
+    values: list[tuple[Tensor, Tensor]]
+    off: float
+    leader: "_Made | None" = None
+    parameters: list[nn.Parameter] = field(init=False)
+
+    def __post_init__(self) -> None:
+        own = zip(self.adapter.specs, self.values, strict=not self.leader)
+        kind = self.adapter.kind
+        pairs = [as_parameters(kind, self.layer, spec, pair, trains=False) for spec, pair in own]
+        self.parameters = [half for pair in pairs for half in pair]
+
+
+def _combined(look: Look, weights: Mapping[str, float], name: str, rule: _Rule) -> list[_Made]:
+    """The new adapters of a model's layers, in the order in which these were adapted."""
+    groups: dict[tuple[nn.Module, tuple[str, ...]], list[tuple[str, Adapter]]] = {}
+    # Leaders first, for those that share their parameters.
+    for layer, adapter in sorted(look.adapters, key=lambda pair: bool(pair[1].follows)):
+        if adapter.name in weights:
+            targets = tuple(dict.fromkeys(spec.weight for spec in adapter.specs))
+            path = look.target_path(layer, adapter)
+            groups.setdefault((layer, targets), []).append((path, adapter))
+    made: list[_Made] = []
+    leaders: dict[frozenset[int], _Made] = {}
+    for (layer, targets), own in groups.items():
+        others = [w for other, w in groups if other is layer and w != targets]
+        if any(set(w) & set(targets) for w in others):
+            raise UnsupportedLayerError(
+                "its adapters divide its weights in different ways.", path=own[0][0]
+            )
+        sources = [adapter for _, adapter in own]
+        key = frozenset(id(layer.get_parameter(n)) for a in sources for n in a.parameters)
+        new = _combine_layer(own[0][0], layer, sources, weights, name, rule, leaders.get(key))
+        leaders.setdefault(key, new)
+        made.append(new)
+    return made
+
+
+def _combine_layer(
+    path: str,
+    layer: nn.Module,
+    sources: list[Adapter],
+    weights: Mapping[str, float],
+    name: str,
+    rule: _Rule,
+    leader: "_Made | None",
+) -> _Made:
+    first = sources[0]
+    if leader is not None:
+        swapped = first.kind.transposes != leader.adapter.kind.transposes
+        specs = tuple(
+            replace(spec, weight=own.weight, swapped=swapped)
+            for spec, own in zip(leader.adapter.specs, first.specs, strict=True)
+        )
+        adapter = replace(
+            leader.adapter, kind=first.kind, way=first.way, specs=specs, path=first.path,
+            pattern=f"tied to {leader.path}", follows=leader.adapter.path,
+        )  # fmt: skip
+        return _Made(path, layer, adapter, [], 0.0, leader)
+    parts: dict[tuple[Any, ...], list[tuple[Term, float]]] = {}
+    for source in sources:
+        for term in source.terms:
+            weighted = (term, term.scaling * weights[source.name])
+            parts.setdefault(term.spec.place, []).append(weighted)
+    pairs, offs = [], []
+    for terms in parts.values():
+        A, B, off = _combine_pair(path, layer, terms, rule)
+        pairs.append((A, B))
+        offs.append(off)
+    prefixes = [terms[0][0].spec.prefix for terms in parts.values()]
+    if len(set(prefixes)) < len(prefixes):
+        raise UnsupportedLayerError(
+            "its adapters have parts of one name in different places.", path=path
+        )
+    r = max(A.shape[-2] for A, _ in pairs)
+    shaped = [
+        _shaped(first.kind, layer, terms[0][0], A, B, r)
+        for (A, B), terms in zip(pairs, parts.values(), strict=True)
+    ]
+    values = [value for _, value in shaped]
+    settings = Settings(r=r, alpha=float(r), dropout=0.0, how=first.settings.how,
+                        layout=first.settings.layout, parts=first.settings.parts)  # fmt: skip
+    pattern = " + ".join(source.name for source in sources)
+    adapter = Adapter(
+        name, settings, first.kind, first.way, tuple(spec for spec, _ in shaped), pattern,
+        first.path, rule.seed,
+    )  # fmt: skip
+    return _Made(path, layer, adapter, values, max(offs))
+
+
+def _combine_pair(
+    path: str, layer: nn.Module, terms: list[tuple[Term, float]], rule: _Rule
+) -> tuple[Tensor, Tensor, float]:
+    """One pair as matrices, in at least float32, and how far it is from the weighted sum."""
+    As, Bs = [], []
+    for term, _ in terms:
+        values = (whole(layer.get_parameter(name)) for name in (term.A, term.B))
+        own = oriented(term.spec, *values)
+        if any(tensor.is_meta or not tensor.isfinite().all() for tensor in own):
+            raise UnsupportedLayerError(
+                f"the A or B of {term.adapter!r} has no finite values.", path=path
+            )
+        A, B = term.kind.to_matrices(layer, *own)
+        As.append(A.to(torch.promote_types(A.dtype, torch.float32)))
+        Bs.append(B.to(torch.promote_types(B.dtype, torch.float32)))
+    factors = [factor for _, factor in terms]
+    exact = side_by_side([(A * f, B) for A, B, f in zip(As, Bs, factors, strict=True)])
+    made = rule(path, As, Bs, factors, exact)
+    norm = product_norm(*exact)
+    return *made, difference_norm(exact, made) / norm if norm else 0.0
+
+
+def _shaped(
+    kind: Kind, layer: nn.Module, term: Term, A: Tensor, B: Tensor, r: int
+) -> tuple[Spec, tuple[Tensor, Tensor]]:
+    """Matrices padded to rank r, in the shapes of the layer's kind and its adapters' dtype."""
+    dtype = layer.get_parameter(term.A).dtype
+    A, B = F.pad(A, (0, 0, 0, r - A.shape[-2])), F.pad(B, (0, r - B.shape[-1]))
+    A, B = (tensor.to(dtype).contiguous() for tensor in kind.from_matrices(layer, A, B))
+    old = term.spec
+    n_in, n_out = (old.n_out, old.n_in) if old.swapped else (old.n_in, old.n_out)
+    shapes = tuple(A.shape), tuple(B.shape)
+    return Spec(old.weight, n_in, n_out, *shapes, old.part, old.start, old.experts), (A, B)
+
+
+def _check_names(look: Look, weights: Mapping[str, float], name: str) -> None:
+    look.require_known(weights, "adapters")
+    if not weights:
+        raise ArgumentError('adapters must name at least one adapter: {"fr": 0.7, "de": 0.3}.')
+    if name in look.known:
+        raise ArgumentError(f"name: there is an adapter {name!r} already.")
+    for module, trained in look.trained:
+        for other in weights.keys() & trained.owners.keys():
+            raise ArgumentError(
+                f"{other!r} trained {trained.text(module)}, which cannot be combined."
+            )
+
+
+def _check_options(
+    how: How, r: int | None, density: float | None, seed: int | None
+) -> tuple[int | None, float, int]:
+    """The options, each given only where it has a meaning."""
+    for name, value, hows in (
+        ("r", r, ("svd",)), ("density", density, ("ties", "dare")), ("seed", seed, ("dare",)),
+    ):  # fmt: skip
+        if value is not None and how not in hows:
+            raise ArgumentError(f"{name} has no meaning for how={how!r}; leave it out.")
+    if how in ("ties", "dare") and (not isinstance(density, int | float) or not 0 < density <= 1):
+        raise ArgumentError(f"density must be above 0 and at most 1 for how={how!r}: {density!r}.")
+    seed = check_seed(seed)
+    draws = how == "dare" and seed is None
+    return (
+        None if r is None else check_count(r, "r"),
+        1.0 if density is None else float(density),
+        initial.draw_seed() if draws else seed or 0,
+    )

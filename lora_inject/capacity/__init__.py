@@ -1,0 +1,1 @@
+"""Capacity on paper: what training needs, counted where nothing is computed."""

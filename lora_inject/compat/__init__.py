@@ -1,0 +1,1 @@
+"""What depends on other libraries' inner names, in one place, each with a fallback."""

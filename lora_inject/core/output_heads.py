@@ -1,0 +1,58 @@
+"""Which Linear layers are output heads: what ``"all-linear"`` leaves alone.
+
+A head is, in this order of evidence: what the model itself calls its output embeddings (the
+transformers convention), a layer whose weight is the weight of an embedding, or a layer under one
+of the usual names that stands outside the repeated blocks.
+"""
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from lora_inject.core.patterns import Place
+
+# Names that transformers, timm and torchvision give to the last layer or the module that holds it.
+HEAD_NAMES = frozenset(
+    {"lm_head", "head", "heads", "classifier", "score", "qa_outputs", "output_layer", "embed_out"}
+    | {"cls", "multiple_choice_head"}
+)
+
+
+def find_heads(places: Iterable[Place]) -> dict[nn.Module, str]:
+    """The output heads of a model, each with the reason why it is taken for one."""
+    places = list(places)
+    weights = {place.module: _own_weight(place.module) for place in places}
+    embeddings = {id(w) for m, w in weights.items() if isinstance(m, nn.Embedding)}
+    heads: dict[nn.Module, str] = {}
+    for place in places:
+        if (head := _declared_head(place.module)) is not None:
+            heads.setdefault(head, "output head (get_output_embeddings)")
+        if isinstance(place.module, nn.Embedding):
+            continue
+        if weights[place.module] is not None and id(weights[place.module]) in embeddings:
+            heads.setdefault(place.module, "output head (shares its weight with an embedding)")
+        elif any(_named_like_a_head(path) for path in place.paths):
+            heads.setdefault(place.module, "output head (by its name)")
+    return heads
+
+
+def _own_weight(module: nn.Module) -> nn.Parameter | None:
+    return dict(module._parameters.items()).get("weight")
+
+
+def _declared_head(module: nn.Module) -> nn.Module | None:
+    ask = getattr(module, "get_output_embeddings", None)
+    try:
+        head = ask() if callable(ask) else None
+    except (NotImplementedError, AttributeError, TypeError):
+        return None  # transformers' base models have the method and no head, others mean another
+    return head if isinstance(head, nn.Module) else None
+
+
+def _named_like_a_head(path: str) -> bool:
+    for component in path.split("."):
+        if component.isdecimal():
+            return False
+        if component in HEAD_NAMES:
+            return True
+    return False

@@ -1,0 +1,53 @@
+"""Names of modules without those that wrappers put in: what a file calls them."""
+
+from collections.abc import Container, Mapping
+
+from torch import nn
+
+from lora_inject.compat.marks import WRAPPED_INFIXES, WRAPPED_PREFIXES, WRAPPERS
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model inside of wrappers."""
+    while (name := WRAPPERS.get(type(model).__name__)) in model._modules:
+        inside = model._modules[str(name)]
+        if inside is None:
+            break
+        model = inside
+    return model
+
+
+def bare_modules(by_path: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Modules by every path that they have, without the names that wrappers put in."""
+    modules: dict[str, nn.Module] = {}
+    shown: dict[str, tuple[str, str | None]] = {}  # path without wrappers, name of what is wrapped
+    for path, module in by_path.items():
+        parent, _, name = path.rpartition(".")
+        above, inside = shown[parent] if path else ("", "")
+        own = above if name == inside else f"{above}.{name}".lstrip(".")
+        shown[path] = own, WRAPPERS.get(type(module).__name__)
+        modules[own] = module  # of a wrapper and what it wraps, the latter
+    return modules
+
+
+def first_paths(modules: Mapping[str, nn.Module]) -> dict[nn.Module, str]:
+    """The first path of every module."""
+    paths: dict[nn.Module, str] = {}
+    for path, module in modules.items():
+        paths.setdefault(module, path)
+    return paths
+
+
+def bare_key(key: str, known: Container[str]) -> str:
+    """A key without the names of wrappers, if only so it is one of those known."""
+    if key in known:
+        return key
+    candidate = key
+    for infix in WRAPPED_INFIXES:
+        candidate = candidate.replace(infix, "")
+    while candidate not in known:
+        prefix = next((p for p in WRAPPED_PREFIXES if candidate.startswith(p)), None)
+        if prefix is None:
+            return key
+        candidate = candidate.removeprefix(prefix)
+    return candidate

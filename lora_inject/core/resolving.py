@@ -1,0 +1,234 @@
+"""From a selected target to a site: its kind, way and pairs, or why it cannot be adapted."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from lora_inject.core.adapter import parameter_names
+from lora_inject.core.choosing import Limits, Target, View
+from lora_inject.core.patterns import Pattern, Place
+from lora_inject.core.request import Request
+from lora_inject.core.site import Refusal, Site
+from lora_inject.core.state import adapters_of
+from lora_inject.errors import ArgumentError, UnsupportedLayerError
+from lora_inject.kinds import Kind, Spec
+from lora_inject.kinds.base import Way, general_refusal, weight_refusal
+from lora_inject.kinds.parameter import ParameterKind, layout_of
+from lora_inject.kinds.weight_reads import weights_read_below
+from lora_inject.settings import Parts, Settings
+from lora_inject.sharding import is_placeholder, whole_numel
+
+
+@dataclass(frozen=True)
+class Resolver:
+    """What turns a selected target into a site, or says why it cannot be one.
+
+    Attributes:
+        view: the model.
+        request: what was asked for.
+        parts: the parts of fused projections.
+        limits: what is not to be adapted.
+    """
+
+    view: View
+    request: Request
+    parts: Mapping[nn.Module, Parts]
+    limits: Limits
+
+    def resolve(self, target: Target, pattern: Pattern) -> Site | Refusal:
+        """The site that the target is for this pattern, or why it cannot be one."""
+        module, settings = target.module, self._settings(target, pattern)
+        if module in self.limits.in_full:
+            return Refusal(
+                "it is to be adapted and to train in full. Exclude it, or take it out of "
+                "train_also."
+            )
+        if target.parameter is not None and is_placeholder(target.tensor):
+            return Refusal(
+                "ZeRO-3 has partitioned it. Inject before deepspeed.zero.Init, or exclude it."
+            )
+        kind = self._kind(target, settings)
+        if kind is None:
+            return Refusal(
+                "it has three dimensions, and nothing tells which order they have. Say "
+                'layout="out_in" for (E, out, in) or layout="in_out" for (E, in, out).'
+                if target.tensor.dim() == 3
+                else "only parameters of two or three dimensions can be adapted. Exclude it."
+            )
+        if _is_adapted(target, self.request.adapter):
+            return Refusal(f"it already carries the adapter {self.request.adapter!r}.", True)
+        return self._site(target, kind, settings, pattern.label)
+
+    def _settings(self, target: Target, pattern: Pattern) -> Settings:
+        """The pattern's settings with the layer's parts."""
+        settings, parts = self.request.settings[pattern], self.parts.get(target.module, ())
+        return replace(settings, parts=parts) if parts else settings
+
+    def _kind(self, target: Target, settings: Settings) -> Kind | None:
+        """The kind of a module; for a parameter one with its layout, where that is known."""
+        if target.parameter is None:
+            return self.view.kinds[target.module]
+        parameter = target.tensor
+        layout = settings.layout or layout_of(target.module, parameter)
+        known = layout is not None and parameter.dim() in (2, 3)
+        return ParameterKind(target.parameter, layout or "") if known else None
+
+    def _way(self, target: Target, kind: Kind, settings: Settings) -> Way:
+        """Branch, or weight where the user asks for it or something reads the weight uncalled."""
+        if settings.how == "weight" or kind.way(target.module) == "weight":
+            return "weight"
+        return "weight" if self._is_read(target) else "branch"
+
+    @cached_property
+    def _readers(self) -> dict[str, frozenset[str]]:
+        """By the path of a module: the paths below it of the weights that its methods read."""
+        found = {path: weights_read_below(m) for path, m in self.view.look.index.by_path.items()}
+        return {path: read for path, read in found.items() if read}
+
+    def _is_read(self, target: Target) -> bool:
+        """Whether a module above the target reads its weight."""
+        for path in target.paths if self._readers else ():
+            components = [*path.split("."), "weight"]
+            for depth in range(len(components) - 1):
+                read = self._readers.get(".".join(components[:depth]))
+                if read and ".".join(components[depth:]) in read:
+                    return True
+        return False
+
+    def _site(self, target: Target, kind: Kind, settings: Settings, label: str) -> Site | Refusal:
+        """The site of a target of which kind and settings are known."""
+        module, way = target.module, self._way(target, kind, settings)
+        specs = _specs(module, kind, way, settings, self.request.adapter)
+        if isinstance(specs, Refusal):
+            return specs
+        weights = {spec.weight: kind.weight(module, spec.weight) for spec in specs}
+        first = next(iter(weights.values()))
+        return Site(
+            paths=target.paths,
+            type=target.type,
+            module=module,
+            kind=kind,
+            way=way,
+            specs=specs,
+            settings=settings,
+            dtype=_adapter_dtype(first, self.request.dtype, target.path),
+            pattern=label,
+            base_elements=_base_elements(weights, specs),
+        )
+
+    def followers(self, site: Site) -> list[Site]:
+        """The sites of every other place where the weight is registered: all see one adapter.
+
+        Raises:
+            UnsupportedLayerError: one of them could not see it.
+        """
+        name = site.specs[0].weight
+        weight = site.module._parameters.get(name)
+        if weight is None or len({spec.weight for spec in site.specs}) > 1:
+            return []
+        return [
+            self._follower(site, place, other)
+            for place, other in self.view.owners.get(weight, ())
+            if (place.module, other) != (site.module, name)
+            if place.module not in self.limits.excluded
+        ]
+
+    def _follower(self, site: Site, place: Place, name: str) -> Site:
+        leader = site.specs[0]
+        target = Target(place, None if name == "weight" and self.view.kinds[place.module] else name)
+        kind = self._kind(target, site.settings)
+        own: Site | Refusal = Refusal("its shape tells no layout")
+        if kind is not None:
+            own = self._site(target, kind, site.settings, f"tied to {site.path}")
+        if isinstance(own, Refusal) or leader.part or place.module in self.limits.in_full:
+            reason = own.reason if isinstance(own, Refusal) else ""
+            raise UnsupportedLayerError(
+                f"its {leader.weight} is tied to {name} of {target.path}, which cannot share the "
+                f"adapter: {reason or 'it is adapted in parts or trains in full'}.",
+                path=site.path,
+                remedy=f"Exclude {target.path} to leave it with the weight as it was.",
+            )
+        swapped = own.kind.transposes != site.kind.transposes
+        spec = replace(leader, weight=name, swapped=swapped)
+        return replace(
+            own,
+            specs=(spec,),
+            dtype=site.dtype,
+            base_elements=site.base_elements,
+            follows=site.path,
+        )
+
+
+def _specs(
+    module: nn.Module, kind: Kind, way: Way, settings: Settings, adapter: str
+) -> tuple[Spec, ...] | Refusal:
+    """The pairs that a module gets, or why it can have none."""
+    if reason := kind.refusal(module, way):
+        return Refusal(reason)
+    for other in adapters_of(module):
+        if other.way != way:
+            acts = {"branch": "beside its forward", "weight": "in its weight"}
+            return Refusal(
+                f"its adapter {other.name!r} acts {acts[other.way]}, and {adapter!r} would act "
+                f"{acts[way]}. Give both the same how=."
+            )
+    if settings.parts and (way == "weight" or not kind.has_parts):
+        return Refusal("parts= is for Linear layers in a branch. Leave it out for this one.")
+    try:
+        specs = kind.specs(module, settings)
+    except ArgumentError as error:
+        return Refusal(str(error))
+    if not specs:
+        return Refusal(
+            "its weights are normed, pruned or otherwise computed. Undo that or exclude it."
+        )
+    names = [name for spec in specs for name in parameter_names(spec, adapter)]
+    new = [] if adapters_of(module) else ["lora_adapters"]
+    if reason := general_refusal(module, [*new, *names], way):
+        return Refusal(reason)
+    if way == "weight" and settings.dropout:
+        return Refusal(
+            f"it is adapted in its weight, where there is no input for dropout={settings.dropout:g}"
+            " to act on. Give it dropout 0 by a pattern of its own, or exclude it."
+        )
+    for spec in specs:
+        if reason := weight_refusal(module, kind.weight(module, spec.weight), spec, way):
+            return Refusal(reason)
+    return specs
+
+
+def _is_adapted(target: Target, adapter: str) -> bool:
+    """Whether the target carries this adapter; another parameter of its module may carry it too."""
+    own = [a for a in adapters_of(target.module) if a.name == adapter]
+    weights = {spec.weight for a in own for spec in a.specs}
+    return bool(weights) if target.parameter is None else target.parameter in weights
+
+
+def _base_elements(weights: Mapping[str, Tensor], specs: Sequence[Spec]) -> int:
+    """Elements of the adapted weights; a packed one has as many as its features say."""
+    return sum(
+        whole_numel(weight)
+        if weight.is_floating_point()
+        else math.prod(next((s.n_in, s.n_out) for s in specs if s.weight == name))
+        for name, weight in weights.items()
+    )
+
+
+def _adapter_dtype(weight: Tensor, dtype: torch.dtype | str | None, path: str) -> torch.dtype:
+    """float32 over a 16-bit or quantized base, else the base's, unless the user says otherwise."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    can_train = weight.dtype.is_floating_point and weight.dtype.itemsize > 1
+    if dtype == "base" and not can_train:
+        raise ArgumentError(
+            f'dtype="base": the base weight is {weight.dtype}, in which nothing can train.',
+            path=path,
+            remedy="Name a dtype, such as torch.bfloat16.",
+        )
+    if dtype == "base" or (can_train and weight.dtype.itemsize > 2):
+        return weight.dtype
+    return torch.float32

@@ -1,0 +1,1 @@
+"""Adapters on disk: saved, loaded, converted, in any format."""

@@ -1,0 +1,67 @@
+"""Which base model an adapter was made for: a few values of each adapted weight.
+
+An adapter on another base computes nonsense without an error. A fingerprint is a shape, a dtype and
+a few values at fixed places, so that it costs nothing to take and says at which layer bases differ.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_inject.sharding import elements, has_known_placements, is_distributed, is_placeholder
+
+SAMPLES = 8
+
+
+def fingerprint(weight: Tensor) -> dict[str, Any] | None:
+    """Shape, dtype and sampled values of a weight; None where its values cannot be read.
+
+    Quantized weights have other values on every machine, and those on meta have none. The values
+    of a sharded one are on several ranks, all of which must call this.
+    """
+    plain = type(weight) in (Tensor, nn.Parameter) or is_distributed(weight)
+    if not plain or not weight.is_floating_point() or weight.is_meta or weight.dtype.itemsize < 2:
+        return None
+    if is_placeholder(weight) or (is_distributed(weight) and not has_known_placements(weight)):
+        return None
+    return {
+        "shape": list(weight.shape),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "values": elements(weight.detach(), _places(weight.numel())).double().tolist(),
+    }
+
+
+@functools.cache
+def _places(elements: int) -> Tensor:
+    """Where the samples are taken, spread over the whole weight."""
+    return torch.linspace(0, elements - 1, SAMPLES, dtype=torch.float64, device="cpu").long()
+
+
+def differs(saved: Mapping[str, Any], weight: Tensor) -> bool:
+    """Whether a weight is not the one of which a fingerprint was taken.
+
+    Bases of several dtypes are compared in the coarser one, to which the finer is rounded: a model
+    that is loaded in bfloat16 is the same base.
+    """
+    now = fingerprint(weight)
+    if now is None:
+        return False
+    if dict(saved) == now:
+        return False
+    if list(saved.get("shape", [])) != now["shape"]:
+        return True
+    coarser = [getattr(torch, str(side.get("dtype")), None) for side in (saved, now)]
+    values = [
+        torch.tensor(side.get("values", []), dtype=torch.float64, device="cpu")
+        for side in (saved, now)
+    ]
+    if not all(isinstance(dtype, torch.dtype) for dtype in coarser):
+        return True
+    for dtype in coarser:
+        values = [value.to(dtype).double() for value in values]
+    # Of two 16-bit types neither holds the other, and rounding twice may differ by one place.
+    rtol = 2.0**-7 if {"float16", "bfloat16"} == {saved.get("dtype"), now["dtype"]} else 0.0
+    return not torch.allclose(values[0], values[1], rtol=rtol, atol=0.0, equal_nan=True)

@@ -1,0 +1,113 @@
+"""diffusers directories: ``pytorch_lora_weights.safetensors`` with PEFT's keys.
+
+In place of PEFT's prefix stands the component of the pipeline (``unet.``, ``transformer.``), or
+nothing, as ``save_lora_adapter`` has it; PEFT's config stands in the metadata of the file.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_inject.core.index import Index
+from lora_inject.core.paths import bare_modules
+from lora_inject.errors import FormatError
+from lora_inject.files.formats import peft
+from lora_inject.files.formats.data import AdapterData
+from lora_inject.files.formats.peft_config import METADATA as OWN_METADATA
+from lora_inject.files.formats.storage import (
+    parse_json,
+    read_tensors,
+    replaced_together,
+    write_tensors,
+)
+
+TENSORS = "pytorch_lora_weights.safetensors"
+METADATA = "lora_adapter_metadata"
+COMPONENTS = {"UNet": "unet", "TextModel": "text_encoder", "Transformer": "transformer"}
+_ALL_COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
+
+
+def looks_like(path: Path) -> bool:
+    """Whether it is a directory as diffusers writes it."""
+    return path.is_dir() and (path / TENSORS).exists()
+
+
+def read(path: Path, model: nn.Module | None = None, alpha: float | None = None) -> AdapterData:
+    """Read a directory, or the file in it.
+
+    Args:
+        path: the directory or the file.
+        model: the model that it is for, whose component is read; None reads the only one.
+        alpha: for files without a config; None takes each layer's rank, as diffusers does.
+
+    Raises:
+        FormatError: the file is not there or not whole, or holds other components only.
+    """
+    tensors, metadata = read_tensors(path / TENSORS if path.is_dir() else path)
+    component = _component_in(tensors, metadata, model, path)
+    own = {
+        key.removeprefix(component): t for key, t in tensors.items() if key.startswith(component)
+    }
+    config = _config(metadata, component, path)
+    alphas = {key: own.pop(key) for key in list(own) if key.endswith(".alpha")}
+    if not config:
+        ranks = {_owner(key): t.shape[1] for key, t in own.items() if ".lora_B" in key}
+        given = {_owner(key): float(value) for key, value in alphas.items()}
+        scale = {name: given.get(name, r if alpha is None else alpha) for name, r in ranks.items()}
+        patterns = {f"^{re.escape(name)}": value for name, value in ranks.items()}
+        scales = {f"^{re.escape(name)}": value for name, value in scale.items()}
+        config = {"peft_type": "LORA", "r": 0, "lora_alpha": 1, "rank_pattern": patterns,
+                  "alpha_pattern": scales}  # fmt: skip
+    return peft.from_tensors(config, own, metadata, path, model, alpha)
+
+
+def write(data: AdapterData, path: Path) -> None:
+    """Write a directory.
+
+    Raises:
+        FormatError: the adapter holds what PEFT cannot read, or the directory cannot be written.
+    """
+    component = next((c for part, c in COMPONENTS.items() if part in data.model_class), "")
+    prefix = f"{component}." if component else ""
+    config, tensors, own = peft.to_tensors(data)
+    keys = {f"{prefix}{key.removeprefix(peft.PREFIX)}": value for key, value in tensors.items()}
+    shown = {f"{prefix}{key}": value for key, value in config.items()}
+    metadata = {"format": "pt", METADATA: json.dumps(shown, sort_keys=True), OWN_METADATA: own}
+    with replaced_together(path / TENSORS) as (file,):
+        write_tensors(keys, file, metadata)
+
+
+def _owner(key: str) -> str:
+    return key.removesuffix(".alpha").partition(".lora_")[0]
+
+
+def _component_in(
+    tensors: dict[str, Tensor], metadata: dict[str, str], model: nn.Module | None, path: Path
+) -> str:
+    """The prefix of the component to read: the model's, or the only one in the file."""
+    config = metadata.get(METADATA, "")
+    there = [
+        c
+        for c in _ALL_COMPONENTS
+        if any(key.startswith(f"{c}.") for key in tensors) and (not config or f'"{c}.' in config)
+    ]
+    modules = set() if model is None else set(bare_modules(Index(model).by_path))
+    fitting = [c for c in there if any(_owner(key.removeprefix(f"{c}.")) in modules
+                                       for key in tensors)]  # fmt: skip
+    if model is not None and any(_owner(key) in modules for key in tensors):
+        return ""
+    choice = fitting or there
+    if len(choice) > 1:
+        raise FormatError(f"{path} holds several components, {choice}, and which is meant is open.")
+    return f"{choice[0]}." if choice else ""
+
+
+def _config(metadata: dict[str, str], component: str, path: Path) -> dict[str, Any]:
+    """PEFT's config of the component."""
+    if METADATA not in metadata:
+        return {}
+    config = parse_json(metadata[METADATA], f"the metadata of {path}")
+    return {k.removeprefix(component): v for k, v in config.items() if k.startswith(component)}

@@ -1,0 +1,444 @@
+"""Between a model and an adapter's data: what is saved of it, and how it is put in place.
+
+Everything is found through the states of modules, never by searching names, so that nothing of an
+adapter can be left out. Paths are those of the bare model: what wrappers put in front is left out.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_inject.arithmetic.low_rank import same_product
+from lora_inject.changes.edits import filling, run
+from lora_inject.compat.marks import is_fully_sharded
+from lora_inject.core.adapter import Adapter
+from lora_inject.core.layer import oriented
+from lora_inject.core.look import Look
+from lora_inject.core.paths import bare, bare_key, bare_modules, first_paths
+from lora_inject.core.state import Trained
+from lora_inject.errors import ArgumentError, FormatError, LoRAInjectError
+from lora_inject.files.fingerprint import fingerprint
+from lora_inject.files.formats.data import AdapterData, PairData, is_usable
+from lora_inject.files.formats.pairs import told_layout
+from lora_inject.kinds.base import Spec
+from lora_inject.kinds.parameter import ParameterKind
+from lora_inject.settings import BiasMode, check_adapter
+from lora_inject.sharding import is_placeholder, require_whole, reshard, whole
+
+
+def lora_state_dict(
+    model: nn.Module,
+    bias: BiasMode | None = None,
+    *,
+    adapter: str | None = None,
+    full: bool = True,
+) -> dict[str, Tensor]:
+    """What an adapter is, in loralib's keys: A, B, and the biases and modules it trained.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4))
+        >>> _ = inject(model, "0", r=2, bias="lora_only")
+        >>> list(lora_state_dict(model))
+        ['0.lora_A', '0.lora_B', '0.bias']
+
+    Args:
+        model: an adapted model, or a wrapper that holds it.
+        bias: the bias mode to save; it must be the one that the adapter was trained with, which
+            None stands for.
+        adapter: the adapter's name; None for the only one there is, or the only one in use.
+        full: gather sharded tensors whole, for which all ranks must call this; False leaves them
+            as DTensors, as ``torch.distributed.checkpoint`` takes them.
+
+    Returns:
+        The tensors themselves, detached, by names without the adapter's.
+
+    Raises:
+        ArgumentError: the adapter is not known or not unique, or another bias mode would lose what
+            was trained.
+        LoRAInjectError: the model has no adapters, is merged or inside a block.
+    """
+    stored = Stored(model, adapter)
+    if bias is not None:
+        stored.check_bias(bias)
+    tensors = {**stored.tensors(), **stored.tied()}
+    return {key: whole(t.detach()) if full else t.detach() for key, t in tensors.items()}
+
+
+def load_lora_state_dict(
+    model: nn.Module, state: Mapping[str, Tensor], *, adapter: str | None = None
+) -> nn.Module:
+    """Fill an adapter that is in the model with values, all of them or none.
+
+    Parameters stay the same objects, so that an optimizer and a compiled model stay valid. A
+    smaller rank is padded with zeros; the scaling stays the model's.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4))
+        >>> _ = inject(model, "0", r=2)
+        >>> _ = load_lora_state_dict(model, lora_state_dict(model))
+
+    Args:
+        model: an adapted model, or a wrapper that holds it.
+        state: what ``lora_state_dict`` returned; prefixes of wrappers are understood. In a sharded
+            model every rank takes its part of a whole value.
+        adapter: the adapter's name; None for the only one there is, or the only one in use.
+
+    Returns:
+        The same model.
+
+    Raises:
+        FormatError: keys are missing, unexpected or of another shape, or values are not finite.
+        ArgumentError: the adapter is not known or not unique.
+        LoRAInjectError: the model has no adapters, is merged or inside a block.
+    """
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+        raise ArgumentError(f"state must be a mapping of names to tensors, not {type(state)}.")
+    Stored(model, adapter).fill(state, {})
+    return model
+
+
+@dataclass(frozen=True)
+class Held:
+    """One pair of an adapter where it stands."""
+
+    path: str
+    layer: nn.Module
+    adapter: Adapter
+    spec: Spec
+    A: str
+    B: str
+
+    @property
+    def key(self) -> str:
+        """The start of loralib's keys for it: the path and the prefix of what is not a weight."""
+        return f"{self.path}.{self.spec.prefix}".lstrip(".")
+
+    @property
+    def values(self) -> tuple[Tensor, Tensor]:
+        """A and B."""
+        return self.layer.get_parameter(self.A), self.layer.get_parameter(self.B)
+
+
+class Stored:
+    """One adapter of a model as what is saved of it.
+
+    Args:
+        model: an adapted model, or a wrapper that holds it.
+        adapter: its name; None for the only one, or the only one in use.
+        look: the model, where it has been looked at.
+    """
+
+    def __init__(self, model: nn.Module, adapter: str | None, look: Look | None = None) -> None:
+        look = look or Look(model)
+        reshard(look.index.modules)
+        self.model, self.look = model, look
+        look.require_adapters()
+        self.name = adapter_name(look, adapter)
+        look.require_whole([self.name])
+        self.modules = bare_modules(look.index.by_path)
+        self.paths = first_paths(self.modules)
+        self.real_prefixes = [name for name in ("module", "base_model") if name in self.modules]
+        look.require_awake()
+        self.pairs = [
+            Held(self.paths[layer], layer, own, spec, A, B)
+            for layer, own in look.adapters
+            if own.name == self.name
+            for spec, A, B in own.pairs
+        ]
+
+    @property
+    def bias(self) -> BiasMode:
+        """The bias mode that the adapter was trained with."""
+        return self.look.known[self.name]
+
+    @functools.cached_property
+    def trained(self) -> dict[str, tuple[nn.Module, Trained]]:
+        """What it trained in place, by the name in the bare model."""
+        return {
+            f"{self.paths[module]}.{trained.name}".lstrip("."): (module, trained)
+            for module, trained in self.look.trained
+            if trained.name not in module._non_persistent_buffers_set
+            if self.look.tensor(module, trained, self.name) is not None
+        }
+
+    def check_bias(self, bias: Any) -> None:
+        """Refuse a bias mode other than the one it was trained with."""
+        if bias != self.bias:
+            lost = sorted(self.trained)
+            would = f"{len(lost)} trained tensors, such as {lost[0]}, would be lost" if lost else (
+                "no bias was trained"
+            )  # fmt: skip
+            raise ArgumentError(
+                f"bias={bias!r}, but {self.name!r} was trained with bias={self.bias!r}: {would}.",
+                remedy="Leave bias out to save what was trained.",
+            )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the adapter by its key; a tied pair once, where it leads."""
+        tensors: dict[str, Tensor] = {}
+        for held in self.pairs:
+            if not held.adapter.follows:
+                A, B = held.values
+                require_whole(f"{held.key}lora_A", A, held.spec.A_shape)
+                require_whole(f"{held.key}lora_B", B, held.spec.B_shape)
+                tensors |= {f"{held.key}lora_A": A, f"{held.key}lora_B": B}
+        for key, (module, place) in self.trained.items():
+            tensor = self.look.tensor(module, place, self.name)
+            assert tensor is not None
+            if is_placeholder(tensor) or is_fully_sharded(module):
+                require_whole(key, tensor, None if place.former is None else place.former.shape)
+            tensors[key] = tensor
+        for key, tensor in tensors.items():
+            if tensor.is_meta:
+                raise LoRAInjectError(f"{key} is on the meta device and has no values.")
+        return tensors
+
+    def tied(self) -> dict[str, Tensor]:
+        """The pairs of places that share the pair of another, as they stand there."""
+        found: dict[str, Tensor] = {}
+        for held in self.pairs:
+            if held.adapter.follows:
+                A, B = oriented(held.spec, *held.values)
+                found |= {f"{held.key}lora_A": A, f"{held.key}lora_B": B}
+        return found
+
+    def data(self) -> AdapterData:
+        """The adapter apart from the model."""
+        tensors = self.tensors()
+        trained = {key: tensors[key] for key in self.trained}
+        tops = [m for m, s in self.look.states.items() if self.name in s.reach.tops]
+        config = getattr(bare(self.model), "config", None)
+        name = getattr(config, "_name_or_path", "") or getattr(self.model, "name_or_path", "")
+        kind = type(bare(self.model)).__name__
+        weights = {
+            f"{held.path}.{held.spec.weight}".lstrip("."): held.adapter.kind.weight(
+                held.layer, held.spec.weight
+            )
+            for held in self.pairs
+        }
+        prints = {key: fingerprint(weight) for key, weight in weights.items()}
+        return AdapterData(
+            pairs=tuple(self._pair(held) for held in self._in_order()),
+            tensors={key: whole(t.detach()) for key, t in trained.items()},
+            bias=self.bias,
+            train_also=tuple(self.paths[module] for module in tops),
+            targets=tuple(dict.fromkeys(held.adapter.pattern for held in self.pairs)),
+            base={key: value for key, value in prints.items() if value is not None},
+            base_name=name if isinstance(name, str) else "",
+            model_class=kind,
+            task="CAUSAL_LM" if kind.endswith(("ForCausalLM", "LMHeadModel")) else "",
+            modules=tuple(path for path in self.paths.values() if path),
+            facts={"refused": self._in_several_places()},
+        )
+
+    def _in_order(self) -> list[Held]:
+        """The pairs, those of one module in the order of its parameters."""
+        first: dict[str, int] = {}
+        for i, held in enumerate(self.pairs):
+            first.setdefault(held.path, i)
+
+        def position(held: Held) -> tuple[int, int]:
+            names = list(held.layer._parameters)
+            weight = held.spec.weight
+            return first[held.path], names.index(weight) if weight in names else 0
+
+        return sorted(self.pairs, key=position)
+
+    def _in_several_places(self) -> dict[str, str]:
+        """What other libraries would take apart: shared layers, and tied tensors that train."""
+        paths = Counter(self.modules.values())
+        shared = {held.path for held in self.pairs if paths[held.layer] > 1}
+        tied = {key for key, (_, place) in self.trained.items() if place.places > 1}
+        why = "stands at several paths of the model, of which it would adapt one alone"
+        return dict.fromkeys(shared, why) | dict.fromkeys(
+            tied, "is tied to another, from which it would be untied"
+        )
+
+    def _pair(self, held: Held) -> PairData:
+        spec, settings, kind = held.spec, held.adapter.settings, held.adapter.kind
+        A, B = (whole(tensor.detach()) for tensor in held.values)
+        A, B = oriented(spec, A, B)
+        layout = "in_out" if kind.transposes else ""
+        if isinstance(kind, ParameterKind):
+            layout = told_layout(held.layer, kind.weight(held.layer, spec.weight))
+            if layout != kind.layout:  # the same update, written as others read it
+                A, B = B.transpose(-2, -1), A.transpose(-2, -1)
+        above = self.modules.get(held.path.rpartition(".")[0])
+        return PairData(
+            path=held.path,
+            A=A,
+            B=B,
+            alpha=settings.alpha if spec.rank == settings.r else settings.scaling * spec.rank,
+            form=kind.form(held.layer),
+            weight=spec.weight,
+            part=spec.part,
+            span=(spec.start, cast(Any, kind).features(held.layer)[1]) if spec.part else (0, 0),
+            dropout=settings.dropout,
+            layout=layout,
+            in_attention=isinstance(above, nn.MultiheadAttention) and above.out_proj is held.layer,
+        )
+
+    def fill(self, state: Mapping[str, Tensor], scalings: Mapping[str, float]) -> None:
+        """Copy values into the adapter's tensors, all or none.
+
+        Args:
+            state: the values by loralib's keys.
+            scalings: of pairs whose values were made for another scaling than the model's, by key.
+
+        Raises:
+            FormatError: something is missing, unexpected, of another shape or not finite.
+        """
+        own, tied = self.tensors(), self.tied()
+        known = own.keys() | tied.keys()
+        given: dict[str, Tensor] = {}
+        for key, value in state.items():
+            # A prefix that is the name of a real module here is none of a wrapper's.
+            real = any(key.startswith(f"{path}.") for path in self.real_prefixes)
+            name = key if real else bare_key(key, known)
+            if name in given:
+                raise FormatError(f"two of the keys mean {name}.", remedy="Nothing was loaded.")
+            given[name] = whole(value) if isinstance(value, Tensor) else value
+        shared = {key: given.pop(key) for key in tied if key in given}
+        ready = dict(given)
+        for held in self.pairs:
+            keys = f"{held.key}lora_A", f"{held.key}lora_B"
+            usable = all(_is_for(given.get(key), None) for key in keys)
+            if not held.adapter.follows and usable:
+                scaling = scalings.get(held.key, held.adapter.settings.scaling)
+                A, B = self._fitted(held, given[keys[0]], given[keys[1]], scaling)
+                ready |= {keys[0]: A, keys[1]: B}
+        wrong = [key for key, value in ready.items() if not _is_for(value, own.get(key))]
+        raise_problems("some values cannot be used", {"no plain tensors": wrong})
+        shapes = {key: tuple(tensor.shape) for key, tensor in own.items()}
+        require_fit("the values do not fit the adapter", shapes, ready)
+        cast = {key: ready[key].to(dtype=tensor.dtype) for key, tensor in own.items()}
+        raise_problems(
+            f"the values do not fit {next(iter(own.values())).dtype}",
+            {"too large": not_finite(cast)},
+        )
+        self._require_agreement(cast, shared, scalings)
+        # In place: an optimizer's flat views and captured graphs hold the storage.
+        run([filling(tensor, cast[key]) for key, tensor in own.items()])
+
+    def _require_agreement(
+        self,
+        own: Mapping[str, Tensor],
+        shared: Mapping[str, Tensor],
+        scalings: Mapping[str, float],
+    ) -> None:
+        """Refuse values of a tied place that are not those of the place whose pair it shares."""
+        for held in self.pairs:
+            keys = f"{held.key}lora_A", f"{held.key}lora_B"
+            if held.adapter.follows and all(key in shared for key in keys):
+                leader = next(h for h in self.pairs if not h.adapter.follows
+                              and h.values[0] is held.values[0])  # fmt: skip
+                values = (own[f"{leader.key}lora_A"], own[f"{leader.key}lora_B"])
+                own_scaling = held.adapter.settings.scaling
+                factor = scalings.get(held.key, own_scaling) / own_scaling
+                mine = shared[keys[0]], shared[keys[1]] * factor
+                if not same_product(oriented(held.spec, *values), mine):
+                    raise FormatError(
+                        f"{held.path} and {leader.path} are tied in this model and have different "
+                        "adapters here.",
+                        remedy="Nothing was loaded.",
+                    )
+
+    def _fitted(self, held: Held, A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+        """Values of a smaller rank padded with zeros, and of another scaling with it in B."""
+        if scaling != held.adapter.settings.scaling:
+            B = (B.double() * (scaling / held.adapter.settings.scaling)).to(B.dtype)
+        spec = held.spec
+        same = tuple(A.shape) == spec.A_shape and tuple(B.shape) == spec.B_shape
+        kind, rank_dim = held.adapter.kind, 2 if spec.experts else 1
+        if same or B.dim() != len(spec.B_shape) or not 0 < B.shape[rank_dim] < spec.rank:
+            return A, B
+        try:
+            A_m, B_m = kind.to_matrices(held.layer, A, B)
+        except RuntimeError:  # of shapes that are no smaller rank of this layer's
+            return A, B
+        extra = spec.rank - B.shape[rank_dim]
+        A_m, B_m = F.pad(A_m, (0, 0, 0, extra)), F.pad(B_m, (0, extra))
+        if A_m.numel() != held.values[0].numel():
+            return A, B
+        return kind.from_matrices(held.layer, A_m, B_m)
+
+
+def require_fit(
+    what: str, wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, Tensor]
+) -> None:
+    """Refuse values that are not exactly those wanted, by name and shape, or not finite.
+
+    Raises:
+        FormatError: they are not, with counts and examples of each problem.
+    """
+    shapes = {key: tuple(value.shape) for key, value in given.items()}
+    raise_problems(
+        what,
+        {
+            "missing": [key for key in wanted if key not in given],
+            "unexpected": [key for key in given if key not in wanted],
+            "of another shape": [
+                f"{key} {shapes[key]}, not {shape}"
+                for key, shape in wanted.items()
+                if key in given and shapes[key] != shape
+            ],
+            "not finite": not_finite(given),
+        },
+    )
+
+
+def raise_problems(what: str, problems: Mapping[str, Iterable[str]]) -> None:
+    """One error for everything that is wrong with values, with counts and examples.
+
+    Raises:
+        FormatError: there is a problem.
+    """
+    lists = {problem: list(names) for problem, names in problems.items()}
+    texts = [
+        f"{len(names):,} {problem} ({', '.join(name[:200] for name in names[:3])}"
+        + (", ...)" if names[3:] else ")")
+        for problem, names in lists.items()
+        if names
+    ]
+    if texts:
+        raise FormatError(f"{what}: {'; '.join(texts)}.", remedy="Nothing was loaded.")
+
+
+def _is_for(value: Any, place: Tensor | None) -> bool:
+    """Whether a value is a tensor with numbers of the kind that a place wants, A and B floating."""
+    floating = place is None or place.is_floating_point()
+    return isinstance(value, Tensor) and is_usable(value, floating)
+
+
+def not_finite(tensors: Mapping[Any, Tensor]) -> list[Any]:
+    """The keys of those that hold NaN or infinity."""
+    floating = {key: t for key, t in tensors.items() if t.is_floating_point()}
+    if not floating:
+        return []
+    # One norm of each, all in one call; only where it is not finite every element is looked at.
+    norms = torch.stack([norm.float().cpu() for norm in torch._foreach_norm([*floating.values()])])
+    fine = norms.isfinite().tolist()
+    doubtful = [key for key, is_fine in zip(floating, fine, strict=True) if not is_fine]
+    return [key for key in doubtful if not floating[key].isfinite().all()]
+
+
+def adapter_name(look: Look, adapter: str | None) -> str:
+    """The adapter that is meant: that of the name, the only one, or the only one in use.
+
+    Raises:
+        ArgumentError: there is none of this name, or None could mean several.
+    """
+    if adapter is not None:
+        look.require_known([check_adapter(adapter)], "adapter")
+        return adapter
+    known, used = sorted(look.known), sorted(look.used)
+    for names in (known, used):
+        if len(names) == 1:
+            return names[0]
+    raise ArgumentError(f"there are several adapters, {known}.", remedy="Name one by adapter=.")

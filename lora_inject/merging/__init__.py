@@ -1,0 +1,1 @@
+"""Adapters merged into weights, and out of them again."""

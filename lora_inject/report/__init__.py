@@ -1,0 +1,1 @@
+"""What trains and what it costs, counted from the live model."""

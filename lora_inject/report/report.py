@@ -1,0 +1,301 @@
+"""What trains, counted from the live model: parameters, and the bytes that training them needs."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_inject.changes.statistics import is_held
+from lora_inject.core.look import Look
+from lora_inject.core.roles import ADAPTER_ROLES, ROLES, roles
+from lora_inject.kinds.bias import is_bias
+from lora_inject.own import own_tensor
+from lora_inject.printing import Section, Tables, count, plural, size
+from lora_inject.report.bytes import (
+    Bytes,
+    can_train,
+    frozen_bytes,
+    logical_numel,
+    optimizer_states,
+    training_bytes,
+)
+
+
+@dataclass(frozen=True)
+class PatternRow:
+    """What one target pattern adapted.
+
+    Attributes:
+        pattern: as the user wrote it.
+        adapter: the adapter's name.
+        layers: how many layers it chose.
+        ranks: the ranks there, ascending.
+        parameters: elements of A and B.
+        weight: that with which the adapter is in use; None for one that is not.
+    """
+
+    pattern: str
+    adapter: str
+    layers: int
+    ranks: tuple[int, ...]
+    parameters: int
+    weight: float | None = 1.0
+
+    @property
+    def rank_text(self) -> str:
+        """The ranks for a table."""
+        return ", ".join(map(str, self.ranks))
+
+    @property
+    def use_text(self) -> str:
+        """Whether it is in use, for a table."""
+        return "no" if self.weight is None else "yes" if self.weight == 1 else f"{self.weight:g}"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that training needs, beside those of training the whole model; activations left out.
+
+    Attributes:
+        optimizer: the optimizer it is for.
+        trainable: weights, gradients and optimizer state of what trains.
+        frozen: weights of what stands still.
+        full: weights, gradients and optimizer state if every parameter of the base model trained.
+    """
+
+    optimizer: str
+    trainable: Bytes
+    frozen: Bytes
+    full: Bytes
+
+    @property
+    def ratio(self) -> float:
+        """How many times less the trainable part needs than full fine-tuning does."""
+        return self.full.total / self.trainable.total if self.trainable.total else float("inf")
+
+    @property
+    def ratio_with_frozen(self) -> float:
+        """The same with the frozen weights, which have to be held too."""
+        held = self.trainable.total + self.frozen.total
+        return self.full.total / held if held else float("inf")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Trainable parameters and training memory of a model; ``print`` shows it as a table.
+
+    Every Parameter is counted once, however many names it has.
+
+    Attributes:
+        model: the model's class name.
+        trainable: elements of parameters that train.
+        frozen: elements of parameters that do not.
+        split: elements that train by part: lora_A, lora_B, bias, train_also, other.
+        patterns: what each target pattern adapted.
+        bias: the bias mode, or None where nothing was injected.
+        memory: bytes for the optimizer asked about.
+        notes: remarks for the reader.
+    """
+
+    model: str
+    trainable: int
+    frozen: int
+    split: dict[str, int]
+    patterns: tuple[PatternRow, ...]
+    bias: str | None
+    memory: Memory
+    notes: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> int:
+        """Elements of all parameters, adapters included."""
+        return self.trainable + self.frozen
+
+    @property
+    def percent(self) -> float:
+        """Trainable parameters in percent of all; 0 for a model without parameters."""
+        return 100 * self.trainable / self.total if self.total else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts, for JSON."""
+        m = self.memory
+        return {
+            "model": self.model,
+            "trainable": self.trainable,
+            "frozen": self.frozen,
+            "total": self.total,
+            "percent": self.percent,
+            "bias": self.bias,
+            "split": dict(self.split),
+            "patterns": [{**asdict(row), "ranks": list(row.ranks)} for row in self.patterns],
+            "memory": {
+                "optimizer": m.optimizer,
+                "trainable": m.trainable.to_dict(),
+                "frozen": m.frozen.to_dict(),
+                "full": m.full.to_dict(),
+                "ratio": m.ratio,
+                "ratio_with_frozen": m.ratio_with_frozen,
+            },
+            "notes": list(self.notes),
+        }
+
+    def _tables(self) -> Tables:
+        headline = (
+            f"{self.model}: {count(self.trainable)} of {count(self.total)} parameters train "
+            f"({self.percent:.4f} %)"
+        )
+        parts = [(name, count(n)) for name, n in self.split.items() if n]
+        trains = Section(
+            headline, ("trains", ">parameters"), [*parts, ("frozen", count(self.frozen))]
+        )
+        chosen = _patterns_section(self.patterns)
+        memory = _memory_section(self.memory)
+        sections = [trains, *([chosen] if self.patterns else []), memory]
+        if self.notes:
+            sections.append(Section("Notes", ("",), [(note,) for note in self.notes]))
+        return Tables(sections)
+
+    def __str__(self) -> str:
+        return self._tables().text()
+
+    def _repr_html_(self) -> str:
+        return self._tables().html()
+
+
+def report(model: nn.Module, optimizer: str = "adamw") -> Report:
+    """Count what trains in a model, injected or not, and what memory that takes.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8))
+        >>> _ = inject(model, nn.Linear, r=2)
+        >>> report(model).trainable, report(model, optimizer="sgd").memory.trainable.total
+        (32, 256)
+
+    Args:
+        model: any ``nn.Module``; it may be on the meta device.
+        optimizer: what the memory is for: "adamw", "adam", "sgd", "sgd-momentum", "rmsprop", ...
+
+    Returns:
+        The numbers; ``str`` makes them readable, ``to_dict`` ready for JSON.
+
+    Raises:
+        ArgumentError: the optimizer is not known.
+    """
+    return report_of(Look(model), optimizer)
+
+
+def report_of(look: Look, optimizer: str = "adamw") -> Report:
+    """``report`` for a model that has been looked at."""
+    states = optimizer_states(optimizer)
+    role_of = roles(look)
+    trainable = [p for p in role_of if p.requires_grad]
+    frozen = [p for p in role_of if not p.requires_grad]
+    waiting = {own_tensor(module, name) for module, _, name in look.waiting()}
+    base = [
+        p
+        for p, role in role_of.items()
+        if role not in ADAPTER_ROLES and can_train(p) and p not in waiting
+    ]
+    return Report(
+        model=type(look.model).__name__,
+        trainable=_elements(trainable),
+        frozen=_elements(frozen),
+        split={role: _elements(p for p in trainable if role_of[p] == role) for role in ROLES},
+        patterns=_pattern_rows(look),
+        bias=" + ".join(dict.fromkeys(look.known.values())) or None,
+        memory=Memory(
+            optimizer,
+            trainable=training_bytes(trainable, states),
+            frozen=frozen_bytes(frozen),
+            full=training_bytes(base, states),
+        ),
+        notes=_notes(look, trainable),
+    )
+
+
+def _elements(parameters: Iterable[Tensor]) -> int:
+    return sum(map(logical_numel, parameters))
+
+
+def _pattern_rows(look: Look) -> tuple[PatternRow, ...]:
+    groups: dict[tuple[str, str, float | None], list[tuple[int, int]]] = {}
+    for layer, adapter in look.adapters:
+        if adapter.follows:
+            continue  # it has no parameters of its own
+        weight = look.states[layer].use.weights.get(adapter.name)  # parts of a model may differ
+        found = groups.setdefault((adapter.pattern, adapter.name, weight), [])
+        found.append((adapter.settings.r, sum(spec.elements for spec in adapter.specs)))
+    return tuple(
+        PatternRow(
+            pattern=pattern,
+            adapter=name,
+            layers=len(found),
+            ranks=tuple(sorted({r for r, _ in found})),
+            parameters=sum(n for _, n in found),
+            weight=weight,
+        )
+        for (pattern, name, weight), found in groups.items()
+    )
+
+
+def _notes(look: Look, trainable: list[nn.Parameter]) -> tuple[str, ...]:
+    notes = [] if trainable else ["No parameter trains."]
+    trains_biases = any(bias != "none" for bias in look.known.values())
+    still = sum(
+        not flag and is_bias(module, name)
+        for module, state in (look.states.items() if trains_biases else ())
+        for name, flag in state.before.flags
+        if (parameter := own_tensor(module, name)) is not None and not parameter.requires_grad
+    )
+    if still:
+        notes.append(f"{plural(still, 'bias parameter')} had been frozen before and stay so.")
+    held = [module for module in look.index.modules if is_held(module)]
+    if held:
+        notes.append(
+            f"The running statistics of {plural(len(held), 'normalisation layer')} stand still; in "
+            "training mode they normalise by the batch, as before."
+        )
+    return tuple(notes)
+
+
+def _patterns_section(patterns: tuple[PatternRow, ...]) -> Section:
+    """What each pattern adapted, and what of it is in use where that is not all."""
+    rows = [
+        (p.pattern, p.adapter, count(p.layers), p.rank_text, count(p.parameters), p.use_text)
+        for p in patterns
+    ]
+    columns = ("chosen by", "adapter", ">layers", ">r", ">parameters", "in use")
+    shown = len(columns) if any(p.weight != 1 for p in patterns) else len(columns) - 1
+    return Section("Adapted layers", columns[:shown], [row[:shown] for row in rows])
+
+
+def _times(ratio: float) -> str:
+    """How much less, or more where layers are smaller than their adapters."""
+    times, word = (ratio, "less") if ratio >= 1 else (1 / ratio, "more")
+    return f"{times:,.0f} times {word}" if times >= 10 else f"{times:.1f} times {word}"
+
+
+def _memory_section(memory: Memory) -> Section:
+    rows = [
+        (part, *(_by_dtype(getattr(held, part)) for held in _columns(memory)))
+        for part in ("weights", "gradients", "optimizer")
+    ]
+    rows.append(("total", *(size(held.total) for held in _columns(memory))))
+    ratios = "Training state: none"
+    if memory.trainable.total:
+        ratios = f"Training state: {_times(memory.ratio)} than full fine-tuning"
+    return Section(
+        f"Memory with {memory.optimizer}, activations left out",
+        ("", ">trainable", ">frozen", ">full fine-tuning"),
+        rows,
+        notes=[f"{ratios}; with the frozen weights, {memory.ratio_with_frozen:.1f} times."],
+    )
+
+
+def _columns(memory: Memory) -> tuple[Bytes, Bytes, Bytes]:
+    return memory.trainable, memory.frozen, memory.full
+
+
+def _by_dtype(parts: dict[str, int]) -> str:
+    return " + ".join(f"{size(n)} {dtype}" for dtype, n in parts.items() if n) or "-"

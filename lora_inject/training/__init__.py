@@ -1,0 +1,1 @@
+"""What trains and what stands still, and what an optimizer gets."""

@@ -1,0 +1,75 @@
+"""What an optimizer should get: exactly what trains, in groups."""
+
+from typing import Any
+
+from torch import nn
+
+from lora_inject.core.look import Look
+from lora_inject.core.roles import ROLES, biases, roles
+from lora_inject.errors import ArgumentError, LoRAInjectError
+
+
+def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Everything that trains, each parameter once: adapters, trainable biases, ``train_also``.
+
+    Example:
+        >>> optimizer = torch.optim.AdamW(lora_parameters(model), lr=2e-4)  # doctest: +SKIP
+
+    Raises:
+        LoRAInjectError: nothing trains, so that an optimizer would have nothing to do.
+    """
+    return _trainable(Look(model))
+
+
+def _trainable(look: Look) -> list[nn.Parameter]:
+    parameters = [p for p in look.parameters if p.requires_grad]
+    if not parameters:
+        raise LoRAInjectError("no parameter of this model trains.", remedy="Call inject first.")
+    return parameters
+
+
+def param_groups(
+    model: nn.Module, lr: float, weight_decay: float = 0.0, lr_ratio: float = 1.0
+) -> list[dict[str, Any]]:
+    """Optimizer groups of exactly what trains: A, B, biases and ``train_also``.
+
+    B learns at ``lr * lr_ratio``: LoRA+ (arXiv 2402.12354) trains faster with a ratio of about 16.
+    Biases, those inside ``train_also`` modules included, get no weight decay.
+
+    Example:
+        >>> groups = param_groups(model, lr=2e-4, weight_decay=0.01, lr_ratio=16)  # doctest: +SKIP
+        >>> optimizer = torch.optim.AdamW(groups)  # doctest: +SKIP
+
+    Args:
+        model: an adapted model.
+        lr: learning rate of everything but B, above 0.
+        weight_decay: of everything but biases, at least 0.
+        lr_ratio: learning rate of B divided by that of A, above 0.
+
+    Returns:
+        Groups with the keys name, params, lr and weight_decay; empty ones are left out.
+
+    Raises:
+        ArgumentError: a number is out of range.
+        LoRAInjectError: nothing trains.
+    """
+    for name, value in (("lr", lr), ("lr_ratio", lr_ratio)):
+        if not value > 0:
+            raise ArgumentError(f"{name} must be above 0, not {value!r}.")
+    if not weight_decay >= 0:
+        raise ArgumentError(f"weight_decay must be at least 0, not {weight_decay!r}.")
+    look = Look(model)
+    trainable, role_of, without_decay = _trainable(look), roles(look), biases(look)
+    named: dict[str, list[nn.Parameter]] = {role: [] for role in ROLES}
+    for parameter in trainable:
+        named["bias" if parameter in without_decay else role_of[parameter]].append(parameter)
+    return [
+        {
+            "name": role,
+            "params": parameters,
+            "lr": lr * lr_ratio if role == "lora_B" else lr,
+            "weight_decay": 0.0 if role == "bias" else weight_decay,
+        }
+        for role, parameters in named.items()
+        if parameters
+    ]

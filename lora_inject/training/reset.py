@@ -1,0 +1,97 @@
+"""Starting values anew, and first ones for a model that was adapted on the meta device."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from lora_inject.changes.edits import Edit, filling, put_tensor
+from lora_inject.core.adaptation import former_value, starting_values
+from lora_inject.core.adapter import Adapter
+from lora_inject.core.commit import commit
+from lora_inject.core.look import Look
+from lora_inject.core.state import State, Trained
+from lora_inject.errors import LoRAInjectError
+from lora_inject.own import own_tensor
+from lora_inject.sharding import require_whole, reshard
+
+
+def reset_lora_parameters(model: nn.Module) -> None:
+    """Give every A and B the starting values again that ``inject`` gave or would have given.
+
+    After ``inject`` on the meta device this makes the adapters real. The order is then: build on
+    meta, inject, ``to_empty``, load the base weights, ``reset_lora_parameters``, train.
+
+    Example:
+        >>> reset_lora_parameters(model)  # doctest: +SKIP
+
+    Raises:
+        LoRAInjectError: an adapter is still on the meta device; nothing is changed.
+    """
+    look = Look(model)
+    reshard(look.index.modules)
+    edits: list[Edit] = []
+    for path, layer in look.layers.items():
+        for adapter in look.states[layer].adapters:
+            if not adapter.follows:
+                edits += _starting(path, layer, adapter)
+    edits += _tying(look)
+    states = {m: s for m, s in look.own.items() if any(_is_unknown(m, t) for t in s.trained)}
+    formers: dict[int, Tensor] = {}
+    new = {m: _known(m, state, formers, edits) for m, state in states.items()}
+    commit(look, new, values=edits)
+
+
+def _starting(path: str, layer: nn.Module, adapter: Adapter) -> Iterator[Edit]:
+    """Edits that write the starting values into A and B."""
+    for spec, *names in adapter.pairs:
+        A, B = (layer.get_parameter(name) for name in names)
+        require_whole(f"lora_A of {path}", A, spec.A_shape)
+        require_whole(f"lora_B of {path}", B, spec.B_shape)
+        if A.is_meta or B.is_meta:
+            raise LoRAInjectError(
+                "its adapter is on the meta device and has no values to set.",
+                path=path,
+                remedy='Call model.to_empty(device="cpu") first, then load the base weights.',
+            )
+        for parameter, value in zip((A, B), starting_values(adapter, spec), strict=True):
+            yield filling(parameter, value, source=0)  # whatever seed the other ranks drew
+
+
+def _tying(look: Look) -> Iterator[Edit]:
+    """Edits that let tied layers share their A and B again, which ``to_empty`` takes apart."""
+    adapters = [(m, a) for m, state in look.own.items() for a in state.adapters]
+    leaders = {(a.path, a.name, a.seed): (m, a) for m, a in adapters if not a.follows}
+    for layer, adapter in adapters:
+        if adapter.follows:
+            leader, first = leaders[adapter.follows, adapter.name, adapter.seed]
+            for name, shared in zip(adapter.parameters, first.parameters, strict=True):
+                old, new = layer._parameters[name], leader.get_parameter(shared)
+                if old is not new:
+                    yield (put_tensor, layer, name, old, new)
+
+
+def _is_unknown(module: nn.Module, trained: Trained) -> bool:
+    """Whether a former value was on the meta device and has come into being since."""
+    tensor = own_tensor(module, trained.name)
+    unknown = trained.former is not None and trained.former.is_meta
+    return unknown and tensor is not None and not tensor.is_meta
+
+
+def _known(module: nn.Module, state: State, formers: dict[int, Tensor], edits: list[Edit]) -> State:
+    """The state with the values that came as former ones; other adapters start from them."""
+    trained = []
+    for place in state.trained:
+        tensor = own_tensor(module, place.name)
+        if tensor is not None and _is_unknown(module, place):
+            key = id(place.former)
+            if key not in formers:
+                formers[key] = former_value(tensor)
+            former = formers[key]
+            place = replace(place, former=former)
+            for home in state.homes(place).values():
+                own = own_tensor(module, home)
+                if home != place.name and own is not None:
+                    edits.append(filling(own, former))
+        trained.append(place)
+    return state.change(trained=tuple(trained))
