@@ -1,6 +1,6 @@
 """``torchrun --nproc-per-node 2 -m benchmarks.fsdp``: MiniLM under FSDP2 and in one process.
 
-The demo's model and data (``lora_inject.demo``) without dropout, whose random numbers would differ.
+The demo's model and data without dropout, whose random numbers would differ.
 Every rank takes its rows of each batch; the first rank then trains the same model alone, on all of
 them, and both losses of every step are compared.
 """

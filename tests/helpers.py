@@ -77,7 +77,7 @@ class Faults:
 
     def __enter__(self):
         self.patch = pytest.MonkeyPatch()
-        for module in ("core.commit", "core.lend", "freeze", "state"):
+        for module in ("core.commit", "core.lend", "training.freeze", "files.stored"):
             module = importlib.import_module(f"lora_inject.{module}")
             self.patch.setattr(module, "run", self.run)
         return self

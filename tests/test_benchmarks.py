@@ -140,13 +140,13 @@ def stand_ins(monkeypatch):
         time.sleep(60)
 
     rows = [gpu.GpuRow("broken", 0, broken), gpu.GpuRow("endless", 0.5, endless),
-            gpu.GpuRow("fine", 5, fine), gpu.GpuRow("long", 100, fine)]  # fmt: skip
+            gpu.GpuRow("fine", 20, fine), gpu.GpuRow("long", 400, fine)]  # fmt: skip
     monkeypatch.setattr(gpu, "_ceilings", lambda device, quick: Ceilings(1e9, 1e9))
     return rows
 
 
 def test_a_failure_is_a_line_and_what_does_not_fit_is_left_out(tmp_path, monkeypatch, capsys):
-    gpu.run(stand_ins(monkeypatch), tmp_path, "cpu", quick=True, minutes=(5 + 0.5 + 2) / 60)
+    gpu.run(stand_ins(monkeypatch), tmp_path, "cpu", quick=True, minutes=(20 + 0.5 + 8) / 60)
     found = json.loads((tmp_path / "gpu.json").read_text())
     lines = [(row["row"], row["workload"], row["value"]) for row in found["rows"]]
     assert lines == [

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lora_inject import ArgumentError, demo
+from lora_inject import ArgumentError
+from lora_inject.cli import demo
 
 pytestmark = pytest.mark.cpu("it is slow")
 

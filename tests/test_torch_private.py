@@ -15,8 +15,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_inject
-from lora_inject import inject, torch_private
+from lora_inject import inject
 from lora_inject.arithmetic import linear as ways
+from lora_inject.compat import torch_private
 from lora_inject.sharding import elements
 
 pytestmark = pytest.mark.cpu("it is about names")

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_inject.training.optimizer import param_groups
 from lora_inject.errors import ArgumentError
 from lora_inject.inject import inject, strip
 from lora_inject.plan import plan
+from lora_inject.training.optimizer import param_groups
 
 HELD_OUT = 1000
 BATCH = 64

@@ -142,23 +142,11 @@ class Block(NamedTuple):
     rows: Any = None
 
 
-class _Fields(NamedTuple):
-    before: Before
-    reach: Reach
-    use: Use
-    adapters: tuple[Adapter, ...]
-    trained: tuple[Trained, ...]
-    merged: Merged | None
-    blocks: tuple[Block, ...]
-    running: tuple[Term, ...]
-    rows: Any
-
-
-_GIVEN = _Fields._fields[:-2]
 _NOTHING = Use({}, frozenset())
+_GIVEN = ("before", "reach", "use", "adapters", "trained", "merged", "blocks")
 
 
-class State(_Fields):
+class State:
     """What is known of a module.
 
     Attributes:
@@ -173,10 +161,21 @@ class State(_Fields):
         rows: what computes one adapter for each row of a batch, in a block that asks for it; too.
     """
 
-    __slots__ = ()
+    before: Before
+    reach: Reach
+    use: Use
+    adapters: tuple[Adapter, ...]
+    trained: tuple[Trained, ...]
+    merged: Merged | None
+    blocks: tuple[Block, ...]
+    running: tuple[Term, ...]
+    rows: Any
 
-    def __new__(
-        cls,
+    # Not a NamedTuple, which torch.export takes apart, nor a frozen dataclass: a hot swap makes
+    # hundreds of them, and this is the fastest to make of what cannot be changed.
+
+    def __init__(
+        self,
         before: Before,
         reach: Reach,
         use: Use = _NOTHING,
@@ -184,21 +183,23 @@ class State(_Fields):
         trained: tuple[Trained, ...] = (),
         merged: Merged | None = None,
         blocks: tuple[Block, ...] = (),
-    ) -> "State":
-        """A new state; layers ask what runs far more often than it changes."""
-        running: tuple[Term, ...] = ()
-        rows: Any = None
+    ) -> None:
+        own = self.__dict__
+        own["before"], own["reach"], own["use"] = before, reach, use
+        own["adapters"], own["trained"] = adapters, trained
+        own["merged"], own["blocks"] = merged, blocks
+        # Layers ask what runs far more often than it changes.
+        own["running"], own["rows"] = (), None
         if blocks:
             if all(block.rows is not None for block in blocks):
-                rows = blocks[-1].rows
+                own["rows"] = blocks[-1].rows
         elif adapters:
             folded = merged.adapters if merged else ()
-            running = terms((a for a in adapters if a.name not in folded), use.weights)
-        fields = (before, reach, use, adapters, trained, merged, blocks, running, rows)
-        return tuple.__new__(cls, fields)
+            running = (a for a in adapters if a.name not in folded)
+            own["running"] = terms(running, use.weights)
 
-    def __getnewargs__(self) -> tuple[Any, ...]:
-        return tuple(self)[: len(_GIVEN)]
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError("a state is a value: make another one with change().")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Copies and pickles of any module come here, whatever class it has now.
@@ -211,7 +212,8 @@ class State(_Fields):
 
     def change(self, **fields: Any) -> "State":
         """The same state with other values of some fields."""
-        return State(**{**dict(zip(_GIVEN, self, strict=False)), **fields})
+        kept = {name: self.__dict__[name] for name in _GIVEN if name not in fields}
+        return State(**kept, **fields)
 
     @property
     def own(self) -> bool:
