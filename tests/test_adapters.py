@@ -10,6 +10,7 @@ from helpers import (
     Net,
     changed_parts,
     ids,
+    paired,
     randomize_adapters,
     snapshot,
     train_steps,
@@ -60,7 +61,7 @@ def by_hand(base, model, weights):
     with torch.no_grad():
         for path, layer in model.named_modules():
             for adapter in adapters_of(layer):
-                for spec, A, B in adapter.pairs:
+                for spec, (A, B) in paired(adapter):
                     factor = weights.get(adapter.name, 0.0) * adapter.settings.scaling
                     update = layer.get_parameter(B) @ layer.get_parameter(A)
                     merged_base.get_submodule(path).get_parameter(spec.weight).add_(factor * update)

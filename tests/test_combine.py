@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import PEFT_WARNS, Net, changed_parts, randomize_adapters, snapshot
+from helpers import PEFT_WARNS, Net, changed_parts, paired, randomize_adapters, snapshot
 from torch import nn
 
 from lora_inject import ArgumentError, LoRAInjectError, combine, inject, merged, report, strip, use
@@ -38,7 +38,7 @@ def updates(model, name):
     (layer,) = model
     found = {}
     for adapter in adapters_of(layer):
-        for spec, A, B in adapter.pairs if adapter.name == name else ():
+        for spec, (A, B) in paired(adapter) if adapter.name == name else ():
             W = layer._parameters[spec.weight]
             A, B = layer.get_parameter(A), layer.get_parameter(B)
             update = adapter.kind.update(layer, W, spec, A, B) * adapter.settings.scaling

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from families import mixtral, qwen3_moe
-from helpers import changed_parts, randomize_adapters, snapshot, train_steps
+from helpers import changed_parts, paired, randomize_adapters, snapshot, train_steps
 from torch import nn
 
 from lora_inject import (
@@ -36,7 +36,7 @@ def merged_copy(model):
     with torch.no_grad():
         for path, layer in model.named_modules():
             for adapter in layer.lora_adapters if isinstance(layer, LoRALayer) else ():
-                for spec, A_name, B_name in adapter.pairs:
+                for spec, (A_name, B_name) in paired(adapter):
                     A, B = layer.get_parameter(A_name), layer.get_parameter(B_name)
                     weight = plain.get_parameter(f"{path}.{spec.weight}")
                     BA = B @ A

@@ -222,8 +222,11 @@ class _Made:
     def __post_init__(self) -> None:
         own = zip(self.adapter.specs, self.values, strict=not self.leader)
         kind = self.adapter.kind
-        pairs = [as_parameters(kind, self.layer, spec, pair, trains=False) for spec, pair in own]
-        self.parameters = [half for pair in pairs for half in pair]
+        frozen = {"A": False, "B": False}
+        pairs = [
+            as_parameters(kind, self.layer, spec, {"A": A, "B": B}, frozen) for spec, (A, B) in own
+        ]
+        self.parameters = [parameter for pair in pairs for parameter in pair.values()]
 
 
 def _combined(look: Look, weights: Mapping[str, float], name: str, rule: _Rule) -> list[_Made]:

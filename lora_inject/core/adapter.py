@@ -1,18 +1,41 @@
 """One adapter on one layer: everything about it but the values of A and B."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from torch import nn
+
 from lora_inject.kinds.base import Kind, Spec, Way
 from lora_inject.settings import Settings
+from lora_inject.variants import Variant
 
 DEFAULT_ADAPTER = "default"
 
 
-def parameter_names(spec: Spec, adapter: str) -> tuple[str, str]:
-    """The names of A and B: loralib's for the default adapter, others add their own name."""
+def parameter_names(spec: Spec, adapter: str, variant: Variant) -> dict[str, str]:
+    """The names of a pair's tensors by role, loralib's for the default adapter.
+
+    Others add their own name: A and B of "fr" are ``lora_A_fr`` and ``lora_B_fr``.
+    """
     suffix = "" if adapter == DEFAULT_ADAPTER else f"_{adapter}"
-    return f"{spec.prefix}lora_A{suffix}", f"{spec.prefix}lora_B{suffix}"
+    return {role: f"{spec.prefix}lora_{role}{suffix}" for role in variant.roles}
+
+
+class Pair(NamedTuple):
+    """The tensors of an adapter on one weight.
+
+    Attributes:
+        spec: the weight, and the shapes.
+        names: the names of the parameters by role: ``{"A": "lora_A", "B": "lora_B"}``.
+    """
+
+    spec: Spec
+    names: Mapping[str, str]
+
+    def tensors(self, layer: nn.Module) -> dict[str, nn.Parameter]:
+        """The tensors of a layer by role."""
+        return {role: layer.get_parameter(name) for role, name in self.names.items()}
 
 
 class Term(NamedTuple):
@@ -53,8 +76,8 @@ class Adapter:
         path: the target's path when it was adapted; with the seed it decides the starting values.
         seed: the seed of the call that made it.
         follows: the path of the tied target whose A and B it shares, or "".
-        pairs: each pair's spec with the names of its A and B.
-        parameters: the names of all of its parameters.
+        pairs: each pair's spec with the names of its tensors.
+        parameters: the names of all of its parameters, and whether they train when it does.
         terms: what it adds when it is in use with a weight of 1.
     """
 
@@ -67,22 +90,32 @@ class Adapter:
     path: str
     seed: int
     follows: str = ""
-    pairs: tuple[tuple[Spec, str, str], ...] = field(init=False)
-    parameters: tuple[str, ...] = field(init=False)
+    pairs: tuple[Pair, ...] = field(init=False)
+    parameters: Mapping[str, bool] = field(init=False)
     terms: tuple[Term, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        pairs = tuple((spec, *parameter_names(spec, self.name)) for spec in self.specs)
+        variant = self.settings.variant
+        pairs = tuple(Pair(spec, parameter_names(spec, self.name, variant)) for spec in self.specs)
         object.__setattr__(self, "pairs", pairs)
-        names = tuple(name for _, *names in pairs for name in names)
-        object.__setattr__(self, "parameters", names)
+        named = (item for pair in pairs for item in pair.names.items())
+        trains = {name: variant.trains(role) for role, name in named}
+        object.__setattr__(self, "parameters", trains)
         object.__setattr__(self, "terms", self.weighted_terms(1.0))
 
     def weighted_terms(self, weight: float) -> tuple[Term, ...]:
         """What it adds when it is in use with this weight."""
         s = self.settings
-        parts = [(spec.start, spec.n_out) if spec.part else None for spec in self.specs]
         return tuple(
-            Term(self.kind, spec, A, B, s.scaling * weight, s.dropout, self.name, part)
-            for (spec, A, B), part in zip(self.pairs, parts, strict=True)
+            Term(
+                kind=self.kind,
+                spec=spec,
+                A=names["A"],
+                B=names["B"],
+                scaling=s.scaling * weight,
+                dropout=s.dropout,
+                adapter=self.name,
+                part=(spec.start, spec.n_out) if spec.part else None,
+            )
+            for spec, names in self.pairs
         )

@@ -186,7 +186,9 @@ def _specs(
         return Refusal(
             "its weights are normed, pruned or otherwise computed. Undo that or exclude it."
         )
-    names = [name for spec in specs for name in parameter_names(spec, adapter)]
+    names = [
+        name for spec in specs for name in parameter_names(spec, adapter, settings.variant).values()
+    ]
     new = [] if adapters_of(module) else ["lora_adapters"]
     if reason := general_refusal(module, [*new, *names], way):
         return Refusal(reason)

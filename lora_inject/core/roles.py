@@ -16,8 +16,8 @@ def roles(look: Look) -> dict[nn.Parameter, str]:
     for module in look.in_full:
         found |= {p: "train_also" for p in module._parameters.values() if p is not None}
     for layer, state in look.own.items():
-        for _, A, B in (pair for adapter in state.adapters for pair in adapter.pairs):
-            found[layer.get_parameter(A)], found[layer.get_parameter(B)] = ADAPTER_ROLES
+        for pair in (pair for adapter in state.adapters for pair in adapter.pairs):
+            found |= {tensor: f"lora_{role}" for role, tensor in pair.tensors(layer).items()}
     return found
 
 

@@ -221,12 +221,14 @@ def _targets(wanted: Fitted) -> dict[Pattern, dict[str, Any]]:
     for f in wanted.pairs:
         r, alpha = f.pair.rank, f.pair.known_alpha
         layout = f.pair.layout if f.pair.form == "experts" and f.pair.A.dim() == 3 else None
-        groups.setdefault((r, alpha, f.pair.dropout, layout), set()).add(f.target)
+        key = (r, alpha, f.pair.dropout, layout, f.pair.rule, f.pair.fixed or None)
+        groups.setdefault(key, set()).add(f.target)
     return {
         Pattern(label, _within(paths), by_name=True): {
-            "r": r, "alpha": alpha, "dropout": dropout, "layout": layout,
+            "r": r, "alpha": alpha, "dropout": dropout, "layout": layout, "scaling": rule,
+            "fixed": fixed,
         }
-        for (r, alpha, dropout, layout), paths in groups.items()
+        for (r, alpha, dropout, layout, rule, fixed), paths in groups.items()
     }  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from lora_inject.kinds.base import Spec
 from lora_inject.kinds.parameter import ParameterKind
 from lora_inject.settings import BiasMode, check_adapter
 from lora_inject.sharding import is_placeholder, require_whole, reshard, whole
+from lora_inject.variants import OTHER
 
 
 def lora_state_dict(
@@ -146,10 +147,10 @@ class Stored:
         self.real_prefixes = [name for name in ("module", "base_model") if name in self.modules]
         look.require_awake()
         self.pairs = [
-            Held(self.paths[layer], layer, own, spec, A, B)
+            Held(self.paths[layer], layer, own, pair.spec, pair.names["A"], pair.names["B"])
             for layer, own in look.adapters
             if own.name == self.name
-            for spec, A, B in own.pairs
+            for pair in own.pairs
         ]
 
     @property
@@ -262,19 +263,23 @@ class Stored:
 
     def _pair(self, held: Held) -> PairData:
         spec, settings, kind = held.spec, held.adapter.settings, held.adapter.kind
+        rule, divided = settings.variant.scaling, spec.rank != settings.r
         A, B = (whole(tensor.detach()) for tensor in held.values)
         A, B = oriented(spec, A, B)
+        fixed, turned = settings.variant.fixed or "", spec.swapped
         layout = "in_out" if kind.transposes else ""
         if isinstance(kind, ParameterKind):
             layout = told_layout(held.layer, kind.weight(held.layer, spec.weight))
             if layout != kind.layout:  # the same update, written as others read it
-                A, B = B.transpose(-2, -1), A.transpose(-2, -1)
+                A, B, turned = B.transpose(-2, -1), A.transpose(-2, -1), not turned
         above = self.modules.get(held.path.rpartition(".")[0])
         return PairData(
             path=held.path,
             A=A,
             B=B,
-            alpha=settings.alpha if spec.rank == settings.r else settings.scaling * spec.rank,
+            alpha=rule.alpha(settings.scaling, spec.rank) if divided else settings.alpha,
+            rule=rule.name,
+            fixed=OTHER[fixed] if turned else fixed,
             form=kind.form(held.layer),
             weight=spec.weight,
             part=spec.part,

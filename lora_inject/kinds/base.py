@@ -93,6 +93,7 @@ class Kind(ABC):
         linear_like: whether ``"all-linear"`` selects it.
         has_parts: whether ``specs`` heeds ``settings.parts``.
         transposes: whether the weight is (in, out), so that its update is B A transposed.
+        zero: which of A and B starts at zero.
         rank_dim: the dimension of h that counts the rank; the first one counts the rows of a batch.
         below: a class whose forward the branch is added to directly, so that a subclass that
             scales or shifts what ``super().forward`` returns does the same to the adapter. None
@@ -103,6 +104,7 @@ class Kind(ABC):
     linear_like: ClassVar[bool] = False
     has_parts: ClassVar[bool] = False
     transposes: bool = False
+    zero: ClassVar[str] = "B"
     rank_dim: ClassVar[int] = -1
     below: ClassVar[type[nn.Module] | None] = None
 
