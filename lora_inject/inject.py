@@ -10,7 +10,7 @@ from torch import nn
 from lora_inject.core.look import Look
 from lora_inject.core.removal import remove_adapters
 from lora_inject.errors import LoRAInjectWarning
-from lora_inject.merging.merge import folded
+from lora_inject.merging.folding import folded
 from lora_inject.plan import Plan, plan
 from lora_inject.report.report import Report
 

@@ -16,8 +16,9 @@ from lora_inject.core.site import Refusal, Site
 from lora_inject.core.state import adapters_of
 from lora_inject.errors import ArgumentError, UnsupportedLayerError
 from lora_inject.kinds import Kind, Spec
-from lora_inject.kinds.base import Way, general_refusal, weight_refusal
+from lora_inject.kinds.base import Way
 from lora_inject.kinds.parameter import ParameterKind, layout_of
+from lora_inject.kinds.refusals import general_refusal, weight_refusal
 from lora_inject.kinds.weight_reads import weights_read_below
 from lora_inject.settings import Parts, Settings
 from lora_inject.sharding import is_placeholder, whole_numel

@@ -17,11 +17,12 @@ from lora_inject.core.patterns import Pattern, Predicate
 from lora_inject.core.request import Request, settings_by_pattern
 from lora_inject.core.site import Site
 from lora_inject.errors import ArgumentError, FormatError
+from lora_inject.files.fit_checks import require_fit
 from lora_inject.files.formats import named_format, read_adapter
 from lora_inject.files.formats.data import PairData
 from lora_inject.files.formats.pairs import as_portable
 from lora_inject.files.layout import Fitted
-from lora_inject.files.stored import Stored, require_fit
+from lora_inject.files.stored import Stored
 from lora_inject.kinds.base import name_prefix
 from lora_inject.own import Place, own_tensor
 from lora_inject.plan import plan_for

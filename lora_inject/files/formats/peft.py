@@ -272,8 +272,8 @@ def _pair(
     rule, alpha = SCALINGS[scalings.rule], scalings.alpha_of(name, A.shape[0])
     if groups > 1:
         alpha = rule.alpha(rule.factor(alpha, A.shape[0]), A.shape[0] // groups)
-    data = PairData(name, A, B, alpha, form, weights.get(key, "weight"), in_attention=in_attention,
-                    rule=rule.name)  # fmt: skip
+    weight = weights.get(key, "weight")
+    data = PairData(name, A, B, alpha, form, weight, in_attention=in_attention, rule=rule.name)
     return [data] if name not in parts else list(divided(data, parts[name], path))
 
 
