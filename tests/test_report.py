@@ -185,3 +185,13 @@ def test_the_plan_as_it_prints():
         "LayerNorm", "excluded by 'embed'",
     ):  # fmt: skip
         assert part in text
+
+
+def test_what_came_into_the_model_since_is_told():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    assert not inject(model, "0", r=1, bias="all").notes
+    model.append(nn.Linear(4, 2))
+    model[1].register_parameter("extra", nn.Parameter(torch.ones(3)))
+    (note,) = report(model).notes
+    assert note.startswith("3 parameters that came into the model since inject train too")
+    assert not freeze(model, bias="all").notes

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from lora_inject.changes.statistics import is_held
 from lora_inject.core.look import Look
+from lora_inject.core.marks import mark_of
 from lora_inject.core.roles import ADAPTER_ROLES, ROLES, roles
+from lora_inject.core.state import owned
 from lora_inject.kinds.bias import is_bias
 from lora_inject.own import own_tensor
 from lora_inject.printing import Section, Tables, count, plural, size
@@ -241,6 +243,12 @@ def _pattern_rows(look: Look) -> tuple[PatternRow, ...]:
 
 def _notes(look: Look, trainable: list[nn.Parameter]) -> tuple[str, ...]:
     notes = [] if trainable else ["No parameter trains."]
+    added = _added_since(look) if look.states else 0
+    if added:
+        notes.append(
+            f"{plural(added, 'parameter')} that came into the model since inject train too, until "
+            "the next inject or freeze."
+        )
     trains_biases = any(bias != "none" for bias in look.known.values())
     still = sum(
         not flag and is_bias(module, name)
@@ -257,6 +265,19 @@ def _notes(look: Look, trainable: list[nn.Parameter]) -> tuple[str, ...]:
             "training mode they normalise by the batch, as before."
         )
     return tuple(notes)
+
+
+def _added_since(look: Look) -> int:
+    """How many parameters train that no call knows of."""
+    count = 0
+    for module in look.index.modules:
+        state = look.states.get(module)
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad and mark_of(parameter) is None:
+                ours = state is not None and any(name == known for known, *_ in owned(state))
+                known = state is not None and state.before.flag(name) is not None
+                count += not (ours or known)
+    return count
 
 
 def _patterns_section(patterns: tuple[PatternRow, ...]) -> Section:
