@@ -10,7 +10,7 @@ from helpers import PEFT_WARNS, Net, ids
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lora_inject import ArgumentError, inject, lora_parameters, plan, report
+from lora_inject import ArgumentError, freeze, inject, lora_parameters, plan, report
 from lora_inject.report.bytes import OPTIMIZER_STATES
 
 pytestmark = pytest.mark.cpu("it counts, and computes next to nothing")
