@@ -25,7 +25,6 @@ from lora_inject import (
     LoRAInjectError,
     LoRALayer,
     disabled,
-    fingerprint,
     inject,
     load,
     load_lora_state_dict,
@@ -37,6 +36,7 @@ from lora_inject import (
     strip,
     use,
 )
+from lora_inject.files import fingerprint
 
 pytestmark = pytest.mark.usefixtures("device")
 
