@@ -8,8 +8,7 @@ import torch
 import transformers as tf
 from families import DECODER
 from helpers import PEFT_WARNS, ids, randomize_adapters
-from test_files import bare, trained
-from test_peft_files import Nested, peft_loads
+from stored_models import Nested, Tied, bare, peft_loads, trained
 from torch import nn
 
 from lora_inject import (
@@ -28,16 +27,6 @@ from lora_inject import (
 from lora_inject.files.convert import convert
 
 pytestmark = pytest.mark.usefixtures("device")
-
-
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.emb, self.head = nn.Embedding(9, 4), nn.Linear(4, 9, bias=False)
-        self.head.weight = self.emb.weight
-
-    def forward(self, tokens):
-        return self.head(self.emb(tokens))
 
 
 class Square(nn.Module):

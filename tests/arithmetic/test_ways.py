@@ -1,15 +1,25 @@
 """Every way of the arithmetic: values, gradients, randomness, and what is kept for backward."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from helpers import randomize_adapters
+from products import (
+    SCALING,
+    I,
+    O,
+    R,
+    assert_all_close,
+    assert_near,
+    gradients,
+    layer,
+    make,
+    plain,
+    saved,
+)
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
@@ -17,7 +27,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts as selec
 
 from lora_inject import inject, merge, remove, use
 from lora_inject.arithmetic import linear as ways
-from lora_inject.arithmetic.linear import adapted_linear, linear_down, linear_up, may_run_whole
+from lora_inject.arithmetic.linear import adapted_linear
 from lora_inject.arithmetic.masks import HASHED
 from lora_inject.arithmetic.whole import adapted_product
 from lora_inject.core.layer import SCALES
@@ -28,8 +38,6 @@ pytestmark = pytest.mark.usefixtures("device")
 DROPPED_ON_CPU = pytest.param(0.3, marks=pytest.mark.cpu("dropout keeps seeds there alone"))
 MASKS = pytest.mark.cpu("masks are made of seeds there alone")
 
-I, O, R = 24, 20, 4  # noqa: E741
-SCALING = 1.5
 SHAPES = [(), (5,), (2, 3), (2, 1, 3), (0,), (0, 3)]
 WAYS = ["whole", "composed"]
 
@@ -38,63 +46,6 @@ WAYS = ["whole", "composed"]
 def _seeded(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(ways, "_LARGE", 0)  # the Functions at every size
-
-
-def make(*shape, dtype=torch.float64, adapters=None):
-    x = torch.randn(*shape, I).to(dtype).requires_grad_()
-    W, b = (torch.randn(O, I) / I**0.5).to(dtype), torch.randn(O).to(dtype)
-    A = (torch.randn(R, I) / I**0.5).to(adapters or dtype).requires_grad_()
-    B = torch.randn(O, R).to(adapters or dtype).requires_grad_()
-    return x, W, b, A, B
-
-
-def layer(way: str, dropout: float) -> Callable[..., Tensor]:
-    """One branch on a layer with the values of ``make`` as arguments, as ``layer.py`` does it."""
-
-    def whole(x, W, b, A, B):
-        branches = [(A, B, SCALING, dropout, None)]
-        if may_run_whole(x, W, branches):
-            return adapted_linear(x, W, b, branches)
-        return composed(x, W, b, A, B)
-
-    def composed(x, W, b, A, B):
-        y, delta = F.linear(x, W, b), linear_up(linear_down(x, A, dropout), B)
-        return torch.add(y, delta.to(y.dtype), alpha=SCALING)
-
-    return whole if way == "whole" else composed
-
-
-def plain(x, W, b, A, B):
-    return F.linear(x, W, b) + SCALING * F.linear(F.linear(x, A), B)
-
-
-def gradients(y, of, retain=False):
-    g = torch.linspace(-1, 1, y.numel()).bfloat16().to(y.dtype).view(y.shape)
-    return list(torch.autograd.grad(y, of, g, retain_graph=retain))
-
-
-def assert_all_close(left, right):
-    for a, b in zip(left, right, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def assert_near(left, right):
-    """Equal but for the rounding of 16 bits, which grows where a sum cancels."""
-    for a, b in zip(left, right, strict=True):
-        assert (a - b).norm() < 0.03 * b.norm()
-
-
-@contextmanager
-def saved() -> Iterator[list[Tensor]]:
-    """What is kept for the backward pass of the block."""
-    found: list[Tensor] = []
-
-    def pack(t):
-        found.append(t)
-        return t
-
-    with saved_tensors_hooks(pack, lambda t: t):
-        yield found
 
 
 # Values and gradients

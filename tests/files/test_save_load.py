@@ -16,7 +16,7 @@ from helpers import (
     snapshot,
     train_steps,
 )
-from test_peft_files import Nested
+from stored_models import SAFE, Nested, bare, trained
 from torch import nn
 
 from lora_inject import (
@@ -39,21 +39,6 @@ from lora_inject import (
 from lora_inject.files import fingerprint
 
 pytestmark = pytest.mark.usefixtures("device")
-
-SAFE = "adapter_model.safetensors"
-
-
-def trained(bias="none", seed=0, **options):
-    torch.manual_seed(seed)
-    model = Net()
-    inject(model, ["q_proj", "v_proj"], r=2, alpha=3, bias=bias, **options)
-    train_steps(model, ids())
-    return model
-
-
-def bare():
-    torch.manual_seed(0)
-    return Net()
 
 
 @pytest.mark.parametrize("bias", ["none", "lora_only", "all"])

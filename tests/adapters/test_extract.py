@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import Net, changed_parts, ids, randomize_adapters, snapshot
-from test_peft_files import Experts, Nested
+from stored_models import Experts, Nested
 from torch import nn
 
 from lora_inject import ArgumentError, NoMatchError, extract, inject, merged, strip

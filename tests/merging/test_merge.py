@@ -5,9 +5,9 @@ import pickle
 
 import pytest
 import torch
+from every_kind import KINDS, base_output, make
 from families import FAMILIES
 from helpers import Net, changed_parts, ids, randomize_adapters, snapshot, train_steps
-from test_every_kind import KINDS, base_output, make
 from torch import nn
 from torch.nn.utils import parametrizations
 from transformers.pytorch_utils import Conv1D

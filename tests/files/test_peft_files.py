@@ -2,13 +2,13 @@
 
 import copy
 import json
-import warnings
 
 import pytest
 import torch
 import transformers as tf
 from families import DECODER, FAMILIES, mixtral, unet
 from helpers import PEFT_WARNS, changed_parts, randomize_adapters, snapshot
+from stored_models import Experts, Nested, peft_loads
 from torch import nn
 
 from lora_inject import (
@@ -23,36 +23,6 @@ from lora_inject import (
 from lora_inject.files.formats import peft as peft_format
 
 pytestmark = [PEFT_WARNS, pytest.mark.usefixtures("device")]
-
-
-class Nested(nn.Module):
-    """One layer at the path a.b, called with what the kind needs."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.a = nn.ModuleDict({"b": layer})
-        self.c = nn.Linear(2, 2)
-
-    def forward(self, *args):
-        result = self.a["b"](*args)
-        return result[0] if isinstance(result, tuple) else result
-
-
-class Experts(nn.Module):
-    """Two fused weights; ``is_transposed`` says how they stand, if it is there."""
-
-    def __init__(self, transposed=None):
-        super().__init__()
-        shape = (3, 4, 6) if transposed else (3, 6, 4)
-        self.up = nn.Parameter(torch.randn(shape))
-        self.down = nn.Parameter(torch.randn(shape[0], shape[2], shape[1]))
-        if transposed is not None:
-            self.is_transposed = transposed
-
-    def forward(self, x):
-        flip = getattr(self, "is_transposed", False)
-        up, down = (w if flip else w.transpose(1, 2) for w in (self.up, self.down))
-        return torch.stack([torch.relu(x @ up[e]) @ down[e] for e in range(3)]).sum(0)
 
 
 def conv1d():
@@ -85,18 +55,6 @@ def targets_of(kind):
     if kind.startswith("experts"):
         return ["b.up", "b.down"]
     return ["a.b", "a.b.out_proj"] if kind == "attention" else "a.b"
-
-
-def peft_loads(base, folder):
-    """PEFT's model of a copy of the base, from our directory, without a warning."""
-    import peft
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message=".*groups > 1. Merging is not supported")
-        for category in (DeprecationWarning, FutureWarning):  # of transformers by PEFT
-            warnings.filterwarnings("ignore", category=category)
-        return peft.PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
 
 
 def same_in_double(one, other, inputs):
