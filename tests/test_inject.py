@@ -138,8 +138,6 @@ def test_strip_of_a_deepcopy_leaves_the_original_adapted():
 
 
 def test_the_adapted_layers_of_a_copy_are_those_of_the_copy():
-    import copy
-
     model = Net()
     inject(model, "q_proj", r=1)
     twin = copy.deepcopy(model)
