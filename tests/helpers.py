@@ -162,6 +162,10 @@ def trainable_names(model):
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
+def linears(*names):
+    return nn.ModuleDict({name: nn.Linear(4, 4) for name in names})
+
+
 class Block(nn.Module):
     def __init__(self, dim, dtype=None):
         super().__init__()

@@ -2,13 +2,13 @@
 
 import copy
 import json
-import warnings
 
 import pytest
 import torch
 import transformers as tf
 from families import DECODER, FAMILIES, mixtral, unet
 from helpers import PEFT_WARNS, changed_parts, randomize_adapters, snapshot
+from stored_models import Experts, Nested, Tied, peft_loads
 from torch import nn
 
 from lora_inject import (
@@ -23,36 +23,6 @@ from lora_inject import (
 from lora_inject.files.formats import peft as peft_format
 
 pytestmark = [PEFT_WARNS, pytest.mark.usefixtures("device")]
-
-
-class Nested(nn.Module):
-    """One layer at the path a.b, called with what the kind needs."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.a = nn.ModuleDict({"b": layer})
-        self.c = nn.Linear(2, 2)
-
-    def forward(self, *args):
-        result = self.a["b"](*args)
-        return result[0] if isinstance(result, tuple) else result
-
-
-class Experts(nn.Module):
-    """Two fused weights; ``is_transposed`` says how they stand, if it is there."""
-
-    def __init__(self, transposed=None):
-        super().__init__()
-        shape = (3, 4, 6) if transposed else (3, 6, 4)
-        self.up = nn.Parameter(torch.randn(shape))
-        self.down = nn.Parameter(torch.randn(shape[0], shape[2], shape[1]))
-        if transposed is not None:
-            self.is_transposed = transposed
-
-    def forward(self, x):
-        flip = getattr(self, "is_transposed", False)
-        up, down = (w if flip else w.transpose(1, 2) for w in (self.up, self.down))
-        return torch.stack([torch.relu(x @ up[e]) @ down[e] for e in range(3)]).sum(0)
 
 
 def conv1d():
@@ -85,18 +55,6 @@ def targets_of(kind):
     if kind.startswith("experts"):
         return ["b.up", "b.down"]
     return ["a.b", "a.b.out_proj"] if kind == "attention" else "a.b"
-
-
-def peft_loads(base, folder):
-    """PEFT's model of a copy of the base, from our directory, without a warning."""
-    import peft
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message=".*groups > 1. Merging is not supported")
-        for category in (DeprecationWarning, FutureWarning):  # of transformers by PEFT
-            warnings.filterwarnings("ignore", category=category)
-        return peft.PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
 
 
 def same_in_double(one, other, inputs):
@@ -347,3 +305,122 @@ def test_tied_weights_are_written_for_both_places(tmp_path):
     peft_format.write_tensors(tensors, tmp_path / peft_format.TENSORS, metadata)
     with pytest.raises(FormatError, match="tied in this model and have different adapters"):
         load(base, tmp_path)
+
+
+class Square(nn.Module):
+    """Two fused weights of one shape, so that a swap would not be noticed."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = (nn.Parameter(torch.randn(3, 4, 4)) for _ in range(2))
+
+    def forward(self, x):
+        return sum(torch.relu(x @ self.up[e].T) @ self.down[e].T for e in range(3))
+
+
+def test_fused_weights_are_written_in_the_order_of_the_module(tmp_path):
+    base, x = Nested(Square()).eval(), torch.randn(2, 4)
+    model = copy.deepcopy(base)
+    inject(model, ["b.down", "b.up"], r=2, layout="out_in")
+    randomize_adapters(model)
+    save(model, tmp_path)
+    for other in (load(copy.deepcopy(base), tmp_path), peft_loads(base, tmp_path)):
+        torch.testing.assert_close(other(x), model(x), atol=1e-5, rtol=1e-5)
+    assert torch.equal(load(model, tmp_path)(x), model(x))  # filling reads the parameters too
+
+
+@pytest.mark.parametrize("place", ["emb", "head"])
+def test_one_place_of_a_tied_weight_stays_one(place, tmp_path):
+    import peft
+
+    base, tokens = Tied().eval(), torch.arange(9)
+    model = copy.deepcopy(base)
+    inject(model, place, exclude={"emb": "head", "head": "emb"}[place], r=2)
+    randomize_adapters(model)
+    save(model, tmp_path / "ours")
+    torch.testing.assert_close(load(copy.deepcopy(base), tmp_path / "ours")(tokens), model(tokens))
+    config = peft.LoraConfig(target_modules=[place], init_lora_weights=False, r=2)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load(copy.deepcopy(base), tmp_path / "theirs")
+    torch.testing.assert_close(ours(tokens), theirs(tokens), atol=1e-6, rtol=1e-5)
+
+
+def test_a_tied_module_that_trains_in_full_is_not_untied(tmp_path):
+    import peft
+
+    base = tf.LlamaForCausalLM(tf.LlamaConfig(**DECODER, tie_word_embeddings=True))
+    model = copy.deepcopy(base)
+    inject(model, "q_proj", r=2, train_also="lm_head")
+    with pytest.raises(FormatError, match="untied"):
+        save(model, tmp_path / "ours")
+    save(model, tmp_path / "ours.pt", format="loralib")
+    load(copy.deepcopy(base), tmp_path / "ours.pt", alpha=2)
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    theirs.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(FormatError, match="is tied in this model"):
+        load(base, tmp_path / "theirs")
+
+
+def test_what_peft_repeats_of_the_base_does_not_train(tmp_path):
+    import peft
+
+    base = tf.LlamaForCausalLM(tf.LlamaConfig(**DECODER)).eval()
+    config = peft.LoraConfig(target_modules=["embed_tokens", "q_proj"], init_lora_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = load(copy.deepcopy(base), tmp_path)
+    tokens = {"input_ids": torch.randint(3, 60, (2, 5))}
+    torch.testing.assert_close(ours(**tokens)[0], theirs(**tokens)[0], atol=1e-5, rtol=1e-5)
+    assert all("lora" in name for name, p in ours.named_parameters() if p.requires_grad)
+    with torch.no_grad():
+        base.model.embed_tokens.weight.add_(1)
+    with pytest.raises(FormatError, match=r"weight of the adapted layer model\.embed_tokens"):
+        load(base, tmp_path)
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_classifiers_of_peft(bias, tmp_path):
+    import peft
+
+    config = tf.BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_labels=3,
+                           num_attention_heads=4, intermediate_size=24)  # fmt: skip
+    base = tf.BertForSequenceClassification(config).eval()
+    theirs = peft.get_peft_model(
+        copy.deepcopy(base),
+        peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], bias=bias,
+                        init_lora_weights=False),
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if p.requires_grad and "lora" not in name:
+                p.add_(0.1)
+    theirs.save_pretrained(tmp_path)
+    ours, tokens = load(base, tmp_path).eval(), {"input_ids": torch.randint(3, 60, (2, 5))}
+    torch.testing.assert_close(ours(**tokens)[0], theirs(**tokens)[0], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("half", ["a.b", "a.b.out_proj"])
+@pytest.mark.parametrize("bias", ["none", "lora_only"])
+@pytest.mark.parametrize("portable", [False, True])
+def test_one_half_of_an_attention(half, bias, portable, tmp_path):
+    base, x = Nested(nn.MultiheadAttention(4, 2)).eval(), (torch.randn(3, 2, 4),) * 3
+    model = copy.deepcopy(base)
+    inject(model, half, r=2, alpha=3, bias=bias)
+    randomize_adapters(model)
+    expected = model(*x)
+    save(model, tmp_path, portable=portable)
+    torch.testing.assert_close(peft_loads(base, tmp_path)(*x), expected, atol=1e-6, rtol=1e-5)
+    for other in (copy.deepcopy(base), model):
+        torch.testing.assert_close(load(other, tmp_path)(*x), expected)
+
+
+def test_names_are_no_expressions(tmp_path):
+    base = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("x(1)", "a+b", "x[0]", "y")})
+    model = copy.deepcopy(base)
+    for i, name in enumerate(base):
+        inject(model, lambda path, _, name=name: path == name, r=i + 1)
+    save(model, tmp_path)
+    assert load(copy.deepcopy(base), tmp_path)["x[0]"].lora_A.shape[0] == 3
+    peft_loads(base, tmp_path)

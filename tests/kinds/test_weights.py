@@ -12,6 +12,7 @@ from helpers import changed_parts, randomize_adapters, snapshot, train_steps
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
 
 from lora_inject import (
     AlreadyAdaptedError,
@@ -438,3 +439,88 @@ def test_threads_do_not_share_what_a_forward_pass_computed():
     assert not torch.equal(model[0].weight, before)
     strip(model)
     assert not [name for name in vars(model[0]) if "lora" in name]
+
+
+class Parent(nn.Module):
+    """Reads the weight of one child, asks facts of another, and calls a third."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.asked, self.called = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        x = nn.functional.linear(x, self.read.weight, self.read.bias)
+        if isinstance(self.asked.weight, torch.Tensor) and x.dtype != self.asked.weight.dtype:
+            x = x.to(self.asked.weight.dtype)
+        return self.called(self.asked(x))
+
+
+def test_a_weight_that_a_parent_reads_is_found_in_its_code():
+    model, x = nn.Sequential(Parent()), torch.randn(2, 4)
+    ways = {site.path: site.way for site in plan(model).sites}
+    assert ways == {"0.read": "weight", "0.asked": "branch", "0.called": "branch"}
+    inject(model, r=1)
+    randomize_adapters(model)
+    model(x).sum().backward()
+    assert all(p.grad.any() for n, p in model.named_parameters() if "lora_" in n)
+
+
+def test_a_grandparent_reads_too():
+    class Grandparent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.ModuleDict({"proj": nn.Linear(4, 4)})
+            self.block = Parent()
+
+        def forward(self, x):
+            return [self.block.called.weight @ row for row in x]
+
+    ways = {site.path: site.way for site in plan(Grandparent()).sites}
+    assert ways["block.called"] == "weight"
+    assert ways["inner.proj"] == "branch"
+
+
+def test_wavlm_trains_its_projections():
+    import transformers as tf
+
+    config = tf.WavLMConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+        conv_dim=(8,), conv_stride=(5,), conv_kernel=(10,), num_feat_extract_layers=1,
+        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    model = tf.WavLMModel(config).eval()
+    inject(model, ["q_proj", "v_proj"], r=2)
+    model(torch.randn(1, 400))[0].sum().backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "lora_" in n)
+
+
+def test_recurrent_layers_with_normed_weights_are_refused():
+    normed = parametrizations.weight_norm(nn.LSTM(4, 4), "weight_hh_l0")
+    pruned = nn.LSTMCell(4, 4)
+    prune.l1_unstructured(pruned, "weight_hh", 0.5)
+    for layer in (normed, pruned):
+        with pytest.raises(UnsupportedLayerError, match="normed, pruned"):
+            inject(nn.Sequential(layer), "0")
+
+
+def test_attention_with_a_pruned_weight_is_refused_and_left_by_all_linear():
+    attention = nn.MultiheadAttention(4, 2)
+    prune.l1_unstructured(attention, "in_proj_weight", 0.5)
+    model = nn.ModuleDict({"attention": attention, "up": nn.Linear(4, 4)})
+    with pytest.raises(UnsupportedLayerError, match="normed, pruned"):
+        inject(model, "attention")
+    assert "attention" in {skip.path for skip in plan(model).skipped if skip.wanted}
+
+
+def test_subclasses_with_another_forward_are_refused():
+    class OddLSTM(nn.LSTM):
+        def forward(self, x):
+            return torch.tanh(x @ self.weight_ih_l0.T)
+
+    class OddAttention(nn.MultiheadAttention):
+        def forward(self, x):
+            return x
+
+    for layer in (OddLSTM(4, 4), OddAttention(4, 2)):
+        with pytest.raises(UnsupportedLayerError, match="has a forward"):
+            inject(nn.Sequential(layer), "0")

@@ -1,13 +1,13 @@
-"""Merge, exact unmerge and disable: equal outputs, equal bits, and the class from before."""
+"""Merge and exact unmerge: equal outputs, equal bits, and the class from before."""
 
 import copy
 import pickle
 
 import pytest
 import torch
+from every_kind import KINDS, base_output, make
 from families import FAMILIES
 from helpers import Net, changed_parts, ids, randomize_adapters, snapshot, train_steps
-from test_every_kind import KINDS, base_output, make
 from torch import nn
 from torch.nn.utils import parametrizations
 from transformers.pytorch_utils import Conv1D
@@ -262,40 +262,6 @@ def test_strip_with_merge_changes_nothing_when_it_is_refused():
     with pytest.raises(LoRAInjectError, match="ParametrizedLoRALinear"):
         strip(model, merge=True)
     assert changed_parts(before, snapshot(model)) == []
-
-
-def test_disabled_shows_the_base_model_with_its_biases_and_head():
-    model, x = Net(), ids()
-    base = copy.deepcopy(model).requires_grad_(False)
-    inject(model, ["q_proj", "embed"], r=2, bias="all", train_also="head")
-    train_steps(model, x)
-    before, trained = snapshot(model), model(x)
-    with disabled(model):
-        assert torch.equal(model(x), base(x))
-        with disabled(model):
-            assert torch.equal(model(x), base(x))
-        assert torch.equal(model(x), base(x))
-    assert changed_parts(before, snapshot(model)) == []
-    assert torch.equal(model(x), trained)
-    with pytest.raises(ZeroDivisionError), disabled(model):
-        raise ZeroDivisionError
-    assert changed_parts(before, snapshot(model)) == []
-
-
-def test_a_graph_stays_valid_across_a_disabled_block():
-    gradients = []
-    for block in (False, True):
-        torch.manual_seed(0)
-        model, x = Net(), ids()
-        inject(model, "q_proj", r=2, bias="all", train_also="head", seed=0)
-        randomize_adapters(model)
-        output = model(x)
-        if block:  # as a reference model between forward and backward
-            with disabled(model), torch.no_grad():
-                model(x)
-        output.pow(2).sum().backward()
-        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_disabled_while_merged():

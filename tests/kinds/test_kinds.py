@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_inject import (
     Kind,
+    LoRAInjectError,
     LoRALayer,
     Spec,
     UnsupportedLayerError,
@@ -164,6 +165,17 @@ def test_a_subclass_runs_its_own_forward():
     assert isinstance(layer, Doubled)
 
 
+def test_a_layer_that_returns_no_tensor_says_so():
+    class Pair(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), None
+
+    model = nn.ModuleDict({"pair": Pair(4, 4)})
+    inject(model, "pair", r=1)
+    with pytest.raises(LoRAInjectError, match=r"^pair: its forward returned a tuple"):
+        model["pair"](torch.randn(2, 4))
+
+
 def test_conv1d_is_found_by_what_it_is():
     class Conv1D(nn.Module):
         def __init__(self):
@@ -248,6 +260,17 @@ def test_a_sparse_embedding_has_a_sparse_gradient_equal_to_the_dense_one():
     assert not gradients[0][:, 3].any()
 
 
+def test_an_embedding_that_sometimes_reads_its_weight():
+    class Soft(nn.Embedding):
+        def forward(self, x):
+            return x @ self.weight if x.is_floating_point() else super().forward(x)
+
+    with pytest.raises(UnsupportedLayerError, match="does not always call"):
+        inject(Soft(4, 4), nn.Embedding)
+    with pytest.raises(UnsupportedLayerError, match="sparse=True"):
+        inject(nn.Embedding(4, 4, sparse=True), nn.Embedding, how="weight")
+
+
 REFUSED = {
     "max_norm": (nn.Embedding(4, 4, max_norm=1.0), "max_norm"),
     "own forward": (type("Other", (nn.Embedding,), {"forward": lambda s, x: x})(4, 4), "Other"),
@@ -296,6 +319,26 @@ def test_a_clash_of_names_is_refused():
         inject(model, "0")
     inject(model, "0", adapter="fr")
     assert model[0].lora_A_fr.shape == (8, 4)
+
+
+def test_attributes_of_the_layer_are_not_hidden():
+    class Gated(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.kind, self.adapters, self.settings = "relu", nn.Identity(), 3
+
+        def forward(self, x):
+            y = super().forward(x)
+            return self.adapters(y).relu() if self.kind == "relu" else y
+
+    model, x = nn.Sequential(Gated()), torch.randn(3, 4)
+    expected = model(x)
+    inject(model, "0", r=1)
+    assert torch.equal(model(x), expected)
+    clash = nn.Sequential(nn.Linear(4, 4))
+    clash[0].lora_adapters = 3
+    with pytest.raises(UnsupportedLayerError, match="lora_adapters"):
+        inject(clash, "0")
 
 
 def test_quantized_subclasses_run_their_own_forward():
@@ -390,6 +433,17 @@ def test_keyword_calls():
     assert torch.equal(layer(input=x), layer(x))
 
 
+def test_the_first_argument_is_found_by_its_name():
+    class Scaling(nn.Linear):
+        def forward(self, x, scale=1.0):
+            return super().forward(x) * scale
+
+    layer, x = Scaling(4, 4), torch.randn(2, 4)
+    inject(layer, nn.Linear, r=1)
+    randomize_adapters(layer)
+    assert torch.equal(layer(scale=2.0, x=x), layer(x, scale=2.0))
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_compile_in_one_graph(family):
     build = FAMILIES[family]
@@ -400,3 +454,10 @@ def test_compile_in_one_graph(family):
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     # The compiler is given the composed way, whose sums are rounded one by one.
     torch.testing.assert_close(compiled(**inputs)[0], model(**inputs)[0])
+
+
+def test_a_large_scaling_does_not_overflow_in_half_precision():
+    model, x = nn.Linear(64, 64, dtype=torch.float16), (torch.randn(4, 64) * 3000).half()
+    expected = model(x)
+    inject(model, nn.Linear, r=8, alpha=512)
+    assert torch.equal(model(x), expected)

@@ -3,12 +3,8 @@
 import pytest
 import torch
 from helpers import Net, ids, trainable_names
-from torch import nn
 
 from lora_inject import ArgumentError, LoRAInjectError, inject, lora_parameters, param_groups
-from lora_inject.core.look import Look
-from lora_inject.core.roles import roles
-from lora_inject.kinds.bias import is_bias
 
 pytestmark = pytest.mark.cpu("nothing is computed")
 
@@ -72,37 +68,3 @@ def test_a_model_in_which_nothing_trains():
     for call in (lora_parameters, lambda m: param_groups(m, lr=0.1)):
         with pytest.raises(LoRAInjectError, match="no parameter"):
             call(model)
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [("bias", True), ("in_proj_bias", True), ("bias_hh_l0_reverse", True), ("weight", False),
-     ("biases", False), ("relative_position_bias_table", False), ("lora_A", False)],
-)  # fmt: skip
-def test_the_name_of_a_bias(name, expected):
-    owner = nn.Module()
-    owner.register_parameter(name, nn.Parameter(torch.zeros(3)))
-    assert is_bias(owner, name) == expected
-
-
-def test_a_matrix_is_a_bias_beside_its_weight_only():
-    owner = nn.Module()
-    owner.up_proj = nn.Parameter(torch.zeros(2, 3, 4))
-    owner.up_proj_bias = nn.Parameter(torch.zeros(2, 3))
-    owner.relative_attention_bias = nn.Parameter(torch.zeros(32, 8))
-    assert is_bias(owner, "up_proj_bias")
-    assert not is_bias(owner, "relative_attention_bias")
-    attention = nn.MultiheadAttention(4, 2, add_bias_kv=True)
-    assert is_bias(attention, "bias_k")
-
-
-def test_every_parameter_has_one_role():
-    model = Net()
-    model.tied = nn.Linear(8, 11, bias=False)
-    model.tied.weight = model.embed.weight
-    inject(model, "q_proj", train_also="tied")
-    role_of = roles(Look(model))
-    assert list(role_of) == list(model.parameters())
-    assert role_of[model.embed.weight] == "train_also"
-    assert role_of[model.layers[0].q_proj.lora_A] == "lora_A"
-    assert role_of[model.layers[0].norm.weight] == "other"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import changed_parts, snapshot
-from test_files import SAFE, bare, trained
+from stored_models import SAFE, bare, trained
 
 from lora_inject import FormatError, load, lora_state_dict, save
 from lora_inject.files.formats.storage import read_tensors, write_tensors
@@ -269,7 +269,7 @@ import os, sys
 from pathlib import Path
 import safetensors.torch
 from lora_inject import save
-from test_files import trained
+from stored_models import trained
 
 def dying(tensors, path, metadata):
     Path(path).write_bytes(b"half")
@@ -286,7 +286,7 @@ def test_a_killed_save_leaves_the_former_files(tmp_path):
     model = trained()
     save(model, tmp_path)
     command = [sys.executable, "-c", DYING, str(tmp_path)]
-    tests = Path(__file__).parent
+    tests = Path(__file__).parent.parent
     env = {**os.environ, "PYTHONPATH": str(tests.parent)}  # the copy that is tested
     ended = subprocess.run(command, cwd=tests, env=env, timeout=120, check=False)
     assert ended.returncode == -9

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from test_functional import O, R, assert_near, gradients, layer, make, saved
+from products import O, R, assert_near, gradients, layer, make, saved
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 

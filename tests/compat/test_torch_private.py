@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_functional import I, R, gradients, layer, make, plain
+from products import I, R, gradients, layer, make, plain
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import Net, changed_parts, ids, randomize_adapters, snapshot
-from test_peft_files import Experts, Nested
+from stored_models import Experts, Nested, Tied
 from torch import nn
 
 from lora_inject import ArgumentError, NoMatchError, extract, inject, merged, strip
@@ -92,3 +92,26 @@ def test_models_that_do_not_belong_together_are_refused():
     with pytest.raises(ArgumentError, match="no values"):
         extract(base, empty, "q_proj")
     assert changed_parts(before, snapshot(base)) == []
+
+
+def test_extract_sees_adapters_and_ties():
+    base, tuned = (nn.Sequential(nn.Linear(4, 4, bias=False)) for _ in range(2))
+    for model in (base, tuned):
+        inject(model, "0", r=2)
+        with pytest.raises(ArgumentError, match="adapters in use"):
+            extract(base, tuned, "0", r=2)
+        strip(model)
+    tied, untied = Tied(), Tied()
+    untied.head.weight = nn.Parameter(torch.randn(9, 4))
+    assert extract(tied, untied, "emb", r=4).others == ("head.weight",)
+    assert extract(Tied(), Tied(), "emb", r=4).others == ()
+    with torch.no_grad():
+        tuned[0].weight.fill_(float("inf"))
+    with pytest.raises(ArgumentError, match="not finite"):
+        extract(base, tuned, "0", r=2)
+    with torch.no_grad():
+        tuned[0].weight.copy_(torch.randn(4, 4) * 1e38)
+    with pytest.raises(ArgumentError, match="too large"):
+        extract(base, tuned, "0", r=2)
+    half, other = (nn.Sequential(nn.Linear(32, 32)).bfloat16() for _ in range(2))
+    assert extract(half, other, "0", r=32, dtype="base").worst > 1e-4  # bfloat16 loses as much

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lora_inject import inject, plan, strip
+from lora_inject import UnsupportedLayerError, inject, plan, strip
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -202,3 +202,32 @@ def test_a_residual_network_trains_and_comes_back():
     assert train_steps(model, x, steps=10) < first
     strip(model)
     assert changed_parts(before, snapshot(model)) == []
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.ConvTranspose1d(5, 4, 3, stride=1, dilation=3, output_padding=2),
+        nn.ConvTranspose2d(5, 4, 3, stride=2, dilation=3, output_padding=2),
+    ],
+)
+def test_an_output_padding_as_large_as_the_stride(layer):
+    x = torch.randn(2, 5, *(6,) * len(layer.kernel_size))
+    expected = layer.to(x.device)(x)
+    inject(layer, type(layer), r=2)
+    assert torch.equal(layer(x), expected)
+
+
+def test_convolutions_that_change_their_weight():
+    class Masked(nn.Conv2d):
+        def _conv_forward(self, x, weight, bias):
+            return super()._conv_forward(x, weight * torch.eye(weight.shape[-1]), bias)
+
+    class Writing(nn.Conv2d):
+        def forward(self, x):
+            self.weight.data *= 0.5
+            return super().forward(x)
+
+    assert plan(Masked(2, 2, 3), nn.Conv2d, r=1).sites[0].way == "weight"
+    with pytest.raises(UnsupportedLayerError, match="writes to its weight"):
+        inject(nn.Sequential(Writing(2, 2, 3)), "0")

@@ -216,3 +216,26 @@ def test_parameters_that_cannot_be():
     model.counts = nn.Parameter(torch.ones(2, 2).long(), requires_grad=False)
     with pytest.raises(UnsupportedLayerError, match="quantized or not a parameter"):
         inject(model, "counts")
+
+
+def test_fused_weights_have_the_operators_of_a_tensor():
+    layer = nn.Module()
+    layer.w = nn.Parameter(torch.randn(2, 3, 4))
+    inject(layer, "w", r=1, layout="out_in")
+    randomize_adapters(layer)
+    whole = torch.stack([layer.w[0], layer.w[1]])
+    for ours, theirs in [
+        (layer.w * 2, whole * 2), (2 * layer.w, 2 * whole), (layer.w + 1, whole + 1),
+        (1 - layer.w, 1 - whole), (layer.w / 2, whole / 2), (-layer.w, -whole),
+        (layer.w**2, whole**2), (layer.w > 0, whole > 0),
+    ]:  # fmt: skip
+        assert torch.equal(ours, theirs)
+
+
+def test_biases_of_experts_are_no_matrices_to_adapt():
+    experts = nn.Module()
+    experts.is_transposed = True
+    experts.up_proj = nn.Parameter(torch.randn(2, 4, 6))
+    experts.up_proj_bias = nn.Parameter(torch.zeros(2, 6))
+    model = nn.ModuleDict({"experts": experts})
+    assert [site.path for site in plan(model, "experts.*").sites] == ["experts.up_proj"]
