@@ -1,6 +1,7 @@
 """One adapter on one layer: everything about it but the values of A and B."""
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 from lora_inject.kinds.base import Kind, Spec, Way
@@ -72,17 +73,38 @@ class Adapter:
     terms: tuple[Term, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        pairs = tuple((spec, *parameter_names(spec, self.name)) for spec in self.specs)
+        pairs = _named_pairs(self.specs, self.name)
         object.__setattr__(self, "pairs", pairs)
-        names = tuple(name for _, *names in pairs for name in names)
-        object.__setattr__(self, "parameters", names)
+        object.__setattr__(self, "parameters", tuple(n for _, *names in pairs for n in names))
         object.__setattr__(self, "terms", self.weighted_terms(1.0))
 
     def weighted_terms(self, weight: float) -> tuple[Term, ...]:
         """What it adds when it is in use with this weight."""
-        s = self.settings
-        parts = [(spec.start, spec.n_out) if spec.part else None for spec in self.specs]
-        return tuple(
-            Term(self.kind, spec, A, B, s.scaling * weight, s.dropout, self.name, part)
-            for (spec, A, B), part in zip(self.pairs, parts, strict=True)
+        return _terms(self.kind, self.specs, self.settings, self.name, weight)
+
+
+# Very many layers are alike, and these are values: layers that are share them.
+
+
+@lru_cache
+def _named_pairs(specs: tuple[Spec, ...], adapter: str) -> tuple[tuple[Spec, str, str], ...]:
+    return tuple((spec, *parameter_names(spec, adapter)) for spec in specs)
+
+
+@lru_cache
+def _terms(
+    kind: Kind, specs: tuple[Spec, ...], settings: Settings, adapter: str, weight: float
+) -> tuple[Term, ...]:
+    return tuple(
+        Term(
+            kind,
+            spec,
+            A,
+            B,
+            settings.scaling * weight,
+            settings.dropout,
+            adapter,
+            (spec.start, spec.n_out) if spec.part else None,
         )
+        for spec, A, B in _named_pairs(specs, adapter)
+    )

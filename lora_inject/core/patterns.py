@@ -9,7 +9,7 @@ import fnmatch
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import regex
 from torch import nn
@@ -24,8 +24,7 @@ REGEX_SECONDS = 2.0
 REGEX_CHARACTERS = 2000
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """One module and every path that leads to it, the first in registration order first."""
 
     module: nn.Module

@@ -10,7 +10,7 @@ from lora_inject.kinds.base import Way
 from lora_inject.settings import Settings
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: there are very many, and each would take four times as long to make
 class Site:
     """One layer, or one parameter, that can be adapted.
 

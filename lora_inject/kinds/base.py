@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -241,6 +242,7 @@ class MatrixKind(Kind):
 Pair = tuple[Spec, Tensor, Tensor, float]
 
 
+@lru_cache  # very many layers have the same one
 def linear_spec(weight: str, n_in: int, n_out: int, r: int) -> Spec:
     """The spec of a matrix: A is (r, in), B is (out, r)."""
     return Spec(weight, n_in, n_out, (r, n_in), (n_out, r))
@@ -283,8 +285,13 @@ def _has(module: nn.Module, name: str) -> bool:
     """``hasattr``, without the cost of the exception where nn.Module looks for it."""
     if type(module).__getattr__ is not nn.Module.__getattr__:
         return hasattr(module, name)
-    owned = (module.__dict__, module._parameters, module._buffers, module._modules)
-    return any(name in names for names in owned) or hasattr(type(module), name)
+    return (
+        name in module.__dict__
+        or name in module._parameters
+        or name in module._buffers
+        or name in module._modules
+        or hasattr(type(module), name)
+    )
 
 
 def weight_refusal(module: nn.Module, weight: Tensor, spec: Spec, way: Way) -> str | None:
