@@ -17,7 +17,7 @@ import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +48,7 @@ How = Literal["cat", "svd", "linear", "ties", "dare"]
 _AB = tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True)
-class CombinedLayer:
+class CombinedLayer(NamedTuple):
     """One layer of a combined adapter.
 
     Attributes:
@@ -151,8 +150,7 @@ def combine(
     return CombineReport(name, tuple(shown))
 
 
-@dataclass(frozen=True)
-class _Rule:
+class _Rule(NamedTuple):
     """How the matrices of several adapters become one pair."""
 
     how: How

@@ -2,7 +2,8 @@
 
 import secrets
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,7 @@ from lora_inject.sharding import fill, is_distributed, shards, whole
 _FORGETFUL = (torch.jit.ScriptModule, torch.fx.GraphModule)
 
 
-@dataclass(frozen=True)
-class Content:
+class Content(NamedTuple):
     """What an adapter trains besides its A and B, and the values that it has where it is loaded.
 
     Attributes:
@@ -38,14 +38,13 @@ class Content:
     """
 
     bias: BiasMode = "none"
-    train_also: Mapping[str, nn.Module] = field(default_factory=dict)
-    in_place: Mapping[Place, bool] = field(default_factory=dict)
+    train_also: Mapping[str, nn.Module] = {}
+    in_place: Mapping[Place, bool] = {}
     values: Mapping[tuple[str, str], tuple[Tensor, Tensor]] | None = None
-    tensors: Mapping[Place, Tensor] = field(default_factory=dict)
+    tensors: Mapping[Place, Tensor] = {}
     use: bool = True
 
 
-@dataclass
 class Adaptation:
     """What an adapter makes of a model.
 
@@ -55,9 +54,10 @@ class Adaptation:
         values: what is written into tensors that are there.
     """
 
-    states: dict[nn.Module, State] = field(default_factory=dict)
-    fresh: Fresh = field(default_factory=dict)
-    values: list[Edit] = field(default_factory=list)
+    def __init__(self, states: dict[nn.Module, State]) -> None:
+        self.states = states
+        self.fresh: Fresh = {}
+        self.values: list[Edit] = []
 
 
 def adaptation(
@@ -244,13 +244,12 @@ def _pairs(
         if content.values is not None:
             A, B = content.values[site.path, spec.prefix]
         elif device.type == "meta":
-            A, B = (
-                torch.empty(spec.A_shape, device=device),
-                torch.empty(spec.B_shape, device=device),
-            )
+            shapes = spec.A_shape, spec.B_shape
+            A, B = [torch.empty(shape, dtype=site.dtype, device=device) for shape in shapes]
         else:
             A, B = starting_values(adapter, spec, generator)
-        A, B = A.to(device, site.dtype), B.to(device, site.dtype)
+        if not (A.device == B.device == device and A.dtype is B.dtype is site.dtype):
+            A, B = A.to(device, site.dtype), B.to(device, site.dtype)
         pairs.append(as_parameters(site.kind, site.module, spec, (A, B), content.use))
     return pairs
 

@@ -5,7 +5,6 @@ A pattern that ends up choosing nothing is always an error, which tells what it 
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -66,8 +65,7 @@ class Target(NamedTuple):
         return f"Parameter {tuple(self.tensor.shape)}"
 
 
-@dataclass(frozen=True)
-class Skip:
+class Skip(NamedTuple):
     """Something that a pattern selected and that the plan leaves alone, and why.
 
     ``wanted`` tells that the pattern would have adapted it if it could.
@@ -80,11 +78,10 @@ class Skip:
     wanted: bool = False
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(NamedTuple):
     """What the targets may select and the plan still leaves alone, module by module."""
 
-    excluded: Mapping[nn.Module, str] = field(default_factory=dict)
+    excluded: Mapping[nn.Module, str] = {}
     in_full: frozenset[nn.Module] = frozenset()
     layers: tuple[int, ...] | None = None
 

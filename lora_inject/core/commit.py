@@ -94,7 +94,7 @@ def edits_of(
             else:
                 _add_still_edits(edits, module, old, state, flags)
         elif state is not None and _is_alone(look, module, state):
-            edits += _first_edits(module, state, fresh.get(module, {}))
+            _add_first_edits(edits, module, state, fresh.get(module, {}))
         elif old is not None and _is_alone(look, module, old):
             edits += _last_edits(module, old)
         else:
@@ -131,23 +131,26 @@ def _is_alone(look: Look, module: nn.Module, state: State) -> bool:
     return True
 
 
-def _first_edits(
-    module: nn.Module, state: State, fresh: dict[tuple[str, str], Tensor | None]
-) -> Iterator[Edit]:
+def _add_first_edits(
+    edits: list[Edit],
+    module: nn.Module,
+    state: State,
+    fresh: dict[tuple[str, str], Tensor | None],
+) -> None:
     own: Any = module._parameters
     if len(own):
         reference = weakref.ref(module)
         for name, parameter in own.items():
             if parameter is not None:
                 mark = Mark(parameter.requires_grad, ((reference, name),))
-                yield from training_edits(parameter, False)
-                yield mark_edit(parameter, mark)
+                edits += training_edits(parameter, False)
+                edits.append(mark_edit(parameter, mark))
     if fresh:
         now = list(own.items())
-        added = [(name, tensor) for (name, _), tensor in fresh.items()]
-        yield put_items, own, None, now, [*now, *added]
-        own = {**own, **dict(added)}
-    yield from _edges(module, None, state, own)
+        items = [*now, *((name, tensor) for (name, _), tensor in fresh.items())]
+        edits.append((put_items, own, None, now, items))
+        own = dict(items)
+    edits += _edges(module, None, state, own)
 
 
 def _last_edits(module: nn.Module, state: State) -> Iterator[Edit]:

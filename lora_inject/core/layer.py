@@ -293,6 +293,9 @@ def scales_of(state: State, former: Mapping[str, Any], own: Mapping[str, Any]) -
         device = torch.device("cpu") if A is None else A.device
         if held is None or held[0] != term.scaling or held[1].device != device:
             dtype = torch.float32 if device.type == "mps" else torch.float64
-            scale = torch.scalar_tensor(term.scaling, dtype=dtype, device=device)
+            if device.type == "meta":  # where there are no values, and to write one takes long
+                scale = torch.empty((), dtype=dtype, device=device)
+            else:
+                scale = torch.scalar_tensor(term.scaling, dtype=dtype, device=device)
             scales = {**scales, term.adapter: (term.scaling, scale)}
     return scales

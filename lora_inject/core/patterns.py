@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-import regex
 from torch import nn
 
 from lora_inject.errors import ArgumentError
@@ -142,6 +141,8 @@ def _text_test(text: str, argument: str) -> Predicate:
 
 
 def _regex_test(text: str, argument: str) -> Predicate:
+    import regex  # which takes long to import, and few calls need it
+
     expression = text.removeprefix("re:")
     if not expression or len(expression) > REGEX_CHARACTERS:
         raise ArgumentError(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -24,21 +24,20 @@ from lora_inject.settings import Parts, Settings
 from lora_inject.sharding import is_placeholder, whole_numel
 
 
-@dataclass(frozen=True)
 class Resolver:
     """What turns a selected target into a site, or says why it cannot be one.
 
-    Attributes:
+    Args:
         view: the model.
         request: what was asked for.
         parts: the parts of fused projections.
         limits: what is not to be adapted.
     """
 
-    view: View
-    request: Request
-    parts: Mapping[nn.Module, Parts]
-    limits: Limits
+    def __init__(
+        self, view: View, request: Request, parts: Mapping[nn.Module, Parts], limits: Limits
+    ) -> None:
+        self.view, self.request, self.parts, self.limits = view, request, parts, limits
 
     def resolve(self, target: Target, pattern: Pattern) -> Site | Refusal:
         """The site that the target is for this pattern, or why it cannot be one."""

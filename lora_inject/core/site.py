@@ -1,6 +1,7 @@
 """What a selected target becomes: a site that can be adapted, or a refusal."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -60,8 +61,7 @@ class Site:
         return ", ".join(shown)
 
 
-@dataclass(frozen=True)
-class Refusal:
+class Refusal(NamedTuple):
     """Why a target cannot be adapted.
 
     Attributes:

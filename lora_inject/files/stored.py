@@ -7,8 +7,7 @@ adapter can be left out. Paths are those of the bare model: what wrappers put in
 import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -103,8 +102,7 @@ def load_lora_state_dict(
     return model
 
 
-@dataclass(frozen=True)
-class Held:
+class Held(NamedTuple):
     """One pair of an adapter where it stands."""
 
     path: str

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,7 @@ from lora_inject.sharding import is_partial
 Keep = Literal["device", "cpu", False]
 
 
-@dataclass(frozen=True)
-class MergedWeight:
+class MergedWeight(NamedTuple):
     """One merged weight.
 
     Attributes:
@@ -108,8 +107,7 @@ def merge(model: nn.Module, adapters: Any = None, *, keep: Keep = "device") -> M
     return new.report
 
 
-@dataclass(frozen=True)
-class Folded:
+class Folded(NamedTuple):
     """What merging makes of a model.
 
     Attributes:

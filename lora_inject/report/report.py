@@ -1,8 +1,8 @@
 """What trains, counted from the live model: parameters, and the bytes that training them needs."""
 
 from collections import Counter
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torch import dtype, nn
 
@@ -25,8 +25,7 @@ from lora_inject.report.bytes import (
 from lora_inject.sharding import whole_numel
 
 
-@dataclass(frozen=True)
-class PatternRow:
+class PatternRow(NamedTuple):
     """What one target pattern adapted.
 
     Attributes:
@@ -56,8 +55,7 @@ class PatternRow:
         return "no" if self.weight is None else "yes" if self.weight == 1 else f"{self.weight:g}"
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """Bytes that training needs, beside those of training the whole model; activations left out.
 
     Attributes:
@@ -131,7 +129,7 @@ class Report:
             "percent": self.percent,
             "bias": self.bias,
             "split": dict(self.split),
-            "patterns": [{**asdict(row), "ranks": list(row.ranks)} for row in self.patterns],
+            "patterns": [{**row._asdict(), "ranks": list(row.ranks)} for row in self.patterns],
             "memory": {
                 "optimizer": m.optimizer,
                 "trainable": m.trainable.to_dict(),
