@@ -99,13 +99,14 @@ class Plan:
             LoRAInjectError: the model has changed since the plan was made.
         """
         self.look.require_unchanged()
-        made = adaptation(self.look, self.sites, self.adapter, self.seed, self.content)
+        look = self.look.again()  # its tensors may be others by now
+        made = adaptation(look, self.sites, self.adapter, self.seed, self.content)
 
         def shown() -> Report:
-            return _with_notes(report_of(self.look.again()), self)
+            return _with_notes(report_of(look.again()), self)
 
         return commit(  # type: ignore[no-any-return]
-            self.look, made.states, fresh=made.fresh, values=made.values, then=shown
+            look, made.states, fresh=made.fresh, values=made.values, then=shown
         )
 
     def _tables(self) -> Tables:

@@ -2,9 +2,8 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from io import StringIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -12,8 +11,7 @@ if TYPE_CHECKING:
 WIDTH = 120
 
 
-@dataclass(frozen=True)
-class Section:
+class Section(NamedTuple):
     """A titled table; columns whose name starts with '>' are right-aligned."""
 
     title: str
@@ -40,8 +38,7 @@ class Section:
         return Group(Text(self.title), table, *map(Text, self.notes))
 
 
-@dataclass(frozen=True)
-class Tables:
+class Tables(NamedTuple):
     """Several sections, one under the other."""
 
     sections: Sequence[Section]

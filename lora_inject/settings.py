@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-import regex
 import torch
 
 from lora_inject.errors import ArgumentError
@@ -198,13 +197,18 @@ def check_seed(seed: Any) -> int | None:
 
 def check_adapter(name: Any) -> str:
     """An adapter's name becomes part of a parameter's name: letters, digits and underscores."""
-    if not isinstance(name, str) or not regex.fullmatch(r"[A-Za-z0-9_]+", name):
+    if not isinstance(name, str) or not _is_word(name):
         raise ArgumentError(
             f"adapter must be a name of letters, digits and underscores, not {name!r}."
         )
     if name == BASE:
         raise ArgumentError(f"adapter must not be {BASE!r}, which is the model without adapters.")
     return name
+
+
+def _is_word(text: str) -> bool:
+    """Whether it is one or more ASCII letters, digits and underscores."""
+    return text.isascii() and text.replace("_", "a").isalnum()
 
 
 def check_names(names: Any, argument: str) -> tuple[str, ...]:

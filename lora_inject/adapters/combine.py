@@ -16,7 +16,7 @@ report says how far the result is from the sum.
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +42,7 @@ from lora_inject.settings import (
 from lora_inject.sharding import whole
 
 
-@dataclass(frozen=True)
-class CombinedLayer:
+class CombinedLayer(NamedTuple):
     """One layer of a combined adapter.
 
     Attributes:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,7 @@ from lora_inject.sharding import is_partial
 OVERSAMPLING, ITERATIONS = 10, 4  # of the randomized decomposition: within 1 % of the exact one
 
 
-@dataclass(frozen=True)
-class ExtractedWeight:
+class ExtractedWeight(NamedTuple):
     """One weight of which the difference was extracted.
 
     Attributes:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,7 @@ from lora_inject.report.bytes import stored_tensors
 _CHECKS = {torch.all: True, Tensor.all: True, torch.any: False, Tensor.any: False}
 
 
-@dataclass(frozen=True)
-class Saved:
+class Saved(NamedTuple):
     """Bytes that are held from the forward to the backward pass.
 
     Attributes:
@@ -98,8 +97,7 @@ class _Kept:
         return math.ceil(self.storage.nbytes() / (tp if self.split else 1))
 
 
-@dataclass
-class _Known:
+class _Known(NamedTuple):
     """What tensor parallelism makes of a tensor, and whether it is made of weights alone."""
 
     storage: torch.UntypedStorage  # held, so that no later one has its address

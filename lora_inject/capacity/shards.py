@@ -6,8 +6,7 @@ parallelism divides a weight by its outputs ("column-wise") or its inputs ("row-
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -21,8 +20,7 @@ from lora_inject.report.bytes import stored_tensors
 Products = Literal["split", "whole"]
 
 
-@dataclass(frozen=True)
-class Share:
+class Share(NamedTuple):
     """How tensor parallelism divides a parameter.
 
     Attributes:

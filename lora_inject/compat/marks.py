@@ -44,7 +44,7 @@ def kept_forwards(module: nn.Module) -> dict[str, MethodType]:
 def is_fully_sharded(module: nn.Module) -> bool:
     """Whether FSDP manages the module's parameters, by ``fully_shard`` or the FSDP1 wrapper."""
     # Both leave this mark, which torch.compile reads.
-    return bool(getattr(module, "_is_fsdp_managed_module", False))
+    return bool(_attribute(module, "_is_fsdp_managed_module"))
 
 
 def zero_shape(tensor: Tensor) -> tuple[int, ...] | None:
@@ -54,11 +54,8 @@ def zero_shape(tensor: Tensor) -> tuple[int, ...] | None:
 
 
 def checkpointing_switch(module: nn.Module) -> Any:
-    """The switch by which transformers and diffusers checkpoint a module: a bool, else it has none.
-
-    Not by ``getattr``: asking every module of a model for what it has not is slow.
-    """
-    return vars(module).get(_CHECKPOINTING, getattr(type(module), _CHECKPOINTING, None))
+    """The switch by which transformers and diffusers checkpoint a module: a bool where it is."""
+    return _attribute(module, _CHECKPOINTING)
 
 
 def may_be_reentrant(module: nn.Module) -> bool:
@@ -66,3 +63,8 @@ def may_be_reentrant(module: nn.Module) -> bool:
     function = getattr(module, "_gradient_checkpointing_func", None)
     known = function.keywords if isinstance(function, partial) else {}
     return bool(known.get("use_reentrant", True))
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    """``getattr``, which is slow for what a module has not; of a model every module is asked."""
+    return vars(module).get(name, getattr(type(module), name, None))

@@ -2,7 +2,8 @@
 
 import secrets
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from lora_inject.arithmetic import starting_values as initial
 from lora_inject.changes.edits import Edit, value_edit
 from lora_inject.changes.statistics import is_held
 from lora_inject.core.adapter import Adapter
-from lora_inject.core.commit import Fresh, first_state, stand_in
+from lora_inject.core.commit import Fresh, before_of, stand_in
 from lora_inject.core.look import Look
 from lora_inject.core.site import Site
 from lora_inject.core.state import Before, Injection, Reach, State, Trained, Use
@@ -24,8 +25,7 @@ from lora_inject.sharding import fill, is_distributed, shards, whole
 _FORGETFUL = (torch.jit.ScriptModule, torch.fx.GraphModule)
 
 
-@dataclass(frozen=True)
-class Content:
+class Content(NamedTuple):
     """What an adapter trains besides its A and B, and the values that it has where it is loaded.
 
     Attributes:
@@ -38,14 +38,13 @@ class Content:
     """
 
     bias: BiasMode = "none"
-    train_also: Mapping[str, nn.Module] = field(default_factory=dict)
-    in_place: Mapping[Place, bool] = field(default_factory=dict)
+    train_also: Mapping[str, nn.Module] = {}
+    in_place: Mapping[Place, bool] = {}
     values: Mapping[tuple[str, str], tuple[Tensor, Tensor]] | None = None
-    tensors: Mapping[Place, Tensor] = field(default_factory=dict)
+    tensors: Mapping[Place, Tensor] = {}
     use: bool = True
 
 
-@dataclass
 class Adaptation:
     """What an adapter makes of a model.
 
@@ -55,9 +54,10 @@ class Adaptation:
         values: what is written into tensors that are there.
     """
 
-    states: dict[nn.Module, State] = field(default_factory=dict)
-    fresh: Fresh = field(default_factory=dict)
-    values: list[Edit] = field(default_factory=list)
+    def __init__(self, states: dict[nn.Module, State]) -> None:
+        self.states = states
+        self.fresh: Fresh = {}
+        self.values: list[Edit] = []
 
 
 def adaptation(
@@ -75,24 +75,27 @@ def adaptation(
     seed = initial.draw_seed() if seed is None else seed
     made = Adaptation(reached(look, Injection(secrets.randbits(63), name, content.bias)))
     leaders: dict[str, list[dict[str, nn.Parameter]]] = {}
+    adapters: dict[nn.Module, tuple[Adapter, ...]] = {}
+    generator = torch.Generator(device="cpu")
     with torch.inference_mode(False):  # tensors made in it could never train
         for site in sites:
             adapter = Adapter(
                 name, site.settings, site.kind, site.way, site.specs, site.pattern, site.path,
                 seed, site.follows,
             )  # fmt: skip
-            pairs = leaders[site.follows] if site.follows else _pairs(site, adapter, content)
+            adapters[site.module] = (*adapters.get(site.module, ()), adapter)
+            if site.follows:
+                pairs = leaders[site.follows]
+            else:
+                pairs = _pairs(site, adapter, content, generator)
             leaders[site.path] = pairs
             own = made.fresh.setdefault(site.module, {})
             for (_, names), pair in zip(adapter.pairs, pairs, strict=True):
                 own |= {(key, name): pair[role] for role, key in names.items()}
-            state = made.states[site.module]
-            made.states[site.module] = state.change(adapters=(*state.adapters, adapter))
         own_in_place(look, made, name, content.in_place, content.use)
         _fill(made, name, content.tensors)
     train_in_full(look, made.states, name, content.train_also.values())
-    if content.use:
-        _put_in_use(made, name)
+    _put_on_layers(made.states, name, adapters, content.use)
     return made
 
 
@@ -112,8 +115,10 @@ def reached(look: Look, injection: Injection | None = None) -> dict[nn.Module, S
     for module in look.index.modules:
         old = look.states.get(module)
         if old is None:
-            state = first_state(look, module, first, is_held(module))
-            states[module] = alike.setdefault(state.before, state)
+            before = before_of(look, module, is_held(module))
+            if before not in alike:
+                alike[before] = State(before, first)
+            states[module] = alike[before]
         elif new:
             reach = old.reach
             if id(reach) not in reaches:
@@ -210,19 +215,28 @@ def _fill(made: Adaptation, name: str, tensors: Mapping[Place, Tensor]) -> None:
             made.values.append(value_edit(own, value.clone()))
 
 
-def _put_in_use(made: Adaptation, name: str) -> None:
-    """Let an adapter run and train wherever it has something."""
+def _put_on_layers(
+    states: dict[nn.Module, State],
+    name: str,
+    adapters: Mapping[nn.Module, tuple[Adapter, ...]],
+    use: bool,
+) -> None:
+    """Put an adapter on its layers, and let it run and train wherever it has something."""
     uses: dict[int, Use] = {}
-    for module, state in made.states.items():
-        if state.own and name in state.on_it:
-            use = state.use
-            if id(use) not in uses:
-                weights = {name: 1.0, **use.weights}
-                uses[id(use)] = Use(weights, use.trains | {name})
-            made.states[module] = state.change(use=uses[id(use)])
+    for module, state in states.items():
+        own = adapters.get(module, ())
+        now = state.use
+        if use and (own or (state.own and name in state.on_it)):
+            if id(now) not in uses:
+                uses[id(now)] = Use({name: 1.0, **now.weights}, now.trains | {name})
+            now = uses[id(now)]
+        if own or now is not state.use:
+            states[module] = state.change(adapters=(*state.adapters, *own), use=now)
 
 
-def _pairs(site: Site, adapter: Adapter, content: Content) -> list[dict[str, nn.Parameter]]:
+def _pairs(
+    site: Site, adapter: Adapter, content: Content, generator: torch.Generator
+) -> list[dict[str, nn.Parameter]]:
     """The tensors of each pair of a site by role, as parameters."""
     device = site.kind.weight(site.module, site.specs[0].weight).device
     pairs, variant = [], site.settings.variant
@@ -230,10 +244,12 @@ def _pairs(site: Site, adapter: Adapter, content: Content) -> list[dict[str, nn.
         if content.values is not None:
             A, B = content.values[site.path, spec.prefix]
         elif device.type == "meta":
-            A, B = (torch.empty(s, device=device) for s in (spec.A_shape, spec.B_shape))
+            shapes = spec.A_shape, spec.B_shape
+            A, B = [torch.empty(shape, dtype=site.dtype, device=device) for shape in shapes]
         else:
-            A, B = starting_values(adapter, spec)
-        A, B = A.to(device, site.dtype), B.to(device, site.dtype)
+            A, B = starting_values(adapter, spec, generator)
+        if not (A.device == B.device == device and A.dtype is B.dtype is site.dtype):
+            A, B = A.to(device, site.dtype), B.to(device, site.dtype)
         trains = {role: content.use and variant.trains(role) for role in variant.roles}
         pairs.append(as_parameters(site.kind, site.module, spec, {"A": A, "B": B}, trains))
     return pairs
@@ -258,8 +274,10 @@ def as_parameters(
     return {role: nn.Parameter(t, requires_grad=trains[role]) for role, t in tensors.items()}
 
 
-def starting_values(adapter: Adapter, spec: Spec) -> tuple[Tensor, Tensor]:
-    """A and B of a pair as they start, float32 on the CPU."""
+def starting_values(
+    adapter: Adapter, spec: Spec, used: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """A and B of a pair as they start, float32 on the CPU; a used generator makes it faster."""
     path = f"{adapter.path}/{spec.prefix}" if spec.prefix else adapter.path
-    generator = initial.site_generator(adapter.seed, adapter.name, path)
+    generator = initial.site_generator(adapter.seed, adapter.name, path, used)
     return adapter.kind.initial(spec, generator)

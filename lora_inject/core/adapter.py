@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 from torch import nn
@@ -95,27 +96,40 @@ class Adapter:
     terms: tuple[Term, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        variant = self.settings.variant
-        pairs = tuple(Pair(spec, parameter_names(spec, self.name, variant)) for spec in self.specs)
+        pairs = _named_pairs(self.specs, self.name, self.settings.variant)
         object.__setattr__(self, "pairs", pairs)
+        trains = self.settings.variant.trains
         named = (item for pair in pairs for item in pair.names.items())
-        trains = {name: variant.trains(role) for role, name in named}
-        object.__setattr__(self, "parameters", trains)
+        object.__setattr__(self, "parameters", {name: trains(role) for role, name in named})
         object.__setattr__(self, "terms", self.weighted_terms(1.0))
 
     def weighted_terms(self, weight: float) -> tuple[Term, ...]:
         """What it adds when it is in use with this weight."""
-        s = self.settings
-        return tuple(
-            Term(
-                kind=self.kind,
-                spec=spec,
-                A=names["A"],
-                B=names["B"],
-                scaling=s.scaling * weight,
-                dropout=s.dropout,
-                adapter=self.name,
-                part=(spec.start, spec.n_out) if spec.part else None,
-            )
-            for spec, names in self.pairs
+        return _terms(self.kind, self.specs, self.settings, self.name, weight)
+
+
+# Very many layers are alike, and these are values: layers that are share them.
+
+
+@lru_cache
+def _named_pairs(specs: tuple[Spec, ...], adapter: str, variant: Variant) -> tuple[Pair, ...]:
+    return tuple(Pair(spec, parameter_names(spec, adapter, variant)) for spec in specs)
+
+
+@lru_cache
+def _terms(
+    kind: Kind, specs: tuple[Spec, ...], settings: Settings, adapter: str, weight: float
+) -> tuple[Term, ...]:
+    return tuple(
+        Term(
+            kind,
+            spec,
+            names["A"],
+            names["B"],
+            settings.scaling * weight,
+            settings.dropout,
+            adapter,
+            (spec.start, spec.n_out) if spec.part else None,
         )
+        for spec, names in _named_pairs(specs, adapter, settings.variant)
+    )

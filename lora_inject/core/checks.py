@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lora_inject.core.look import Look
 from lora_inject.core.site import Site
@@ -12,6 +13,8 @@ from lora_inject.core.state import adapters_of
 from lora_inject.errors import ArgumentError, UnsupportedLayerError
 from lora_inject.own import Place
 from lora_inject.settings import BASE, BiasMode
+
+_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
 def require_module(model: Any) -> None:
@@ -28,16 +31,18 @@ def require_module(model: Any) -> None:
 def require_injectable(look: Look) -> None:
     """Refuse what makes any injection wrong, wherever in the model it stands."""
     for place in look.index.places:
-        if isinstance(place.module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        if isinstance(place.module, _WRAPPERS):
             raise UnsupportedLayerError(
                 f"{type(place.module).__name__} would not know of new parameters.",
                 path=place.path,
                 remedy="Inject first, then wrap the model.",
             )
         for name, parameter in place.module._parameters.items():
-            if isinstance(parameter, nn.UninitializedParameter):
+            if parameter is None:
+                continue
+            if is_lazy(parameter):
                 problem, remedy = "it is lazy and has no shape yet.", "Run one forward pass first."
-            elif parameter is not None and parameter.is_inference():
+            elif parameter.is_inference():
                 problem = f"its {name} was made in inference mode and can never train again."
                 remedy = "Build or load the model outside of torch.inference_mode."
             else:

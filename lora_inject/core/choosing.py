@@ -5,8 +5,8 @@ A pattern that ends up choosing nothing is always an error, which tells what it 
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 from torch import nn
 
@@ -21,14 +21,13 @@ from lora_inject.errors import (
     NoMatchError,
     UnsupportedLayerError,
 )
-from lora_inject.kinds import find_kind
+from lora_inject.kinds import Kind, find_kind
 from lora_inject.kinds.bias import is_bias
 from lora_inject.printing import plural
 from lora_inject.sharding import whole_shape
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """Something that a pattern can select: a module, or with a name one of its own parameters."""
 
     place: Place
@@ -66,8 +65,7 @@ class Target:
         return f"Parameter {tuple(self.tensor.shape)}"
 
 
-@dataclass(frozen=True)
-class Skip:
+class Skip(NamedTuple):
     """Something that a pattern selected and that the plan leaves alone, and why.
 
     ``wanted`` tells that the pattern would have adapted it if it could.
@@ -80,11 +78,10 @@ class Skip:
     wanted: bool = False
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(NamedTuple):
     """What the targets may select and the plan still leaves alone, module by module."""
 
-    excluded: Mapping[nn.Module, str] = field(default_factory=dict)
+    excluded: Mapping[nn.Module, str] = {}
     in_full: frozenset[nn.Module] = frozenset()
     layers: tuple[int, ...] | None = None
 
@@ -96,13 +93,18 @@ class View:
         self.look = look
         self.model = look.model
         self.places = look.index.places
-        self.kinds = {place.module: find_kind(place.module) for place in self.places}
         self.by_path = look.index.by_path
-        self.owners: dict[nn.Parameter, list[tuple[Place, str]]] = {}
-        for place in self.places:
-            for name, parameter in place.module._parameters.items():
-                if parameter is not None:
-                    self.owners.setdefault(parameter, []).append((place, name))
+        self._kinds: dict[nn.Module, Kind | None] = {}
+
+    def kind(self, module: nn.Module) -> Kind | None:
+        """The kind of a module, or None where there is none."""
+        if module not in self._kinds:
+            self._kinds[module] = find_kind(module)
+        return self._kinds[module]
+
+    def is_able(self, target: Target) -> bool:
+        """Whether a target is a layer with a kind, or a parameter."""
+        return target.parameter is not None or self.kind(target.place.module) is not None
 
     @cached_property
     def heads(self) -> dict[nn.Module, str]:
@@ -115,10 +117,10 @@ class View:
         return [
             Target(place, name)
             for place in self.places
-            if self.kinds[place.module] is None
+            if len(place.module._parameters)
             for name, parameter in place.module._parameters.items()
             if parameter is not None and len(whole_shape(parameter)) > 1
-            if not is_bias(place.module, name)
+            if self.kind(place.module) is None and not is_bias(place.module, name)
         ]
 
     def modules_of(self, argument: str, pattern: Pattern) -> list[Place]:
@@ -159,8 +161,7 @@ class View:
         """
         selected = [Target(place) for place in self._selected(pattern)]
         exact = pattern.by_name and not pattern.wide
-        adaptable = any(self.kinds[target.module] is not None for target in selected)
-        if exact or (pattern.by_name and not adaptable):
+        if exact or (pattern.by_name and not any(map(self.is_able, selected))):
             selected += [t for t in self.matrices if any(pattern.names(path) for path in t.paths)]
         return selected
 
@@ -206,13 +207,13 @@ class View:
 
     def adaptable_names(self) -> list[str]:
         """The last components of the paths of everything that has a kind."""
-        names = [p.path.rpartition(".")[2] for p in self.places if self.kinds[p.module] is not None]
+        names = [p.path.rpartition(".")[2] for p in self.places if self.kind(p.module) is not None]
         return sorted(set(names) - {""})
 
     def adaptable_below(self, targets: Iterable[Target]) -> list[str]:
         """Paths of layers with a kind inside these modules."""
         inside = {m for target in targets for m in self.look.index.below(target.module)}
-        return [p.path for p in self.places if p.module in inside and self.kinds[p.module]]
+        return [p.path for p in self.places if p.module in inside and self.kind(p.module)]
 
 
 def choose(
@@ -249,8 +250,7 @@ def choose(
     for pattern, targets in selected.items():
         for target in targets:
             reason = _reason_to_leave(view, target, pattern, limits, outside)
-            able = view.kinds[target.module] is not None or target.parameter is not None
-            found = resolve(target, pattern) if reason is None and able else None
+            found = resolve(target, pattern) if reason is None and view.is_able(target) else None
             refusal = found if isinstance(found, Refusal) and not found.conflict else None
             if refusal is not None and pattern.label != ALL_LINEAR:
                 refused.setdefault(target.path, refusal.reason)
@@ -264,8 +264,8 @@ def choose(
         if pattern.label == ALL_LINEAR:
             _note_matrices(view, limits, skips)
     _raise_refused(refused)
+    winners = {key: winner for key, (_, winner, _) in chosen.items()}
     for pattern, targets in selected.items():
-        winners = {key: winner for key, (_, winner, _) in chosen.items()}
         _require_choice(view, pattern, targets, winners, skips)
     order = {place.module: index for index, place in enumerate(view.places)}
     sites: dict[str, Site] = {}
@@ -296,12 +296,7 @@ def _outside(
 ) -> set[nn.Module]:
     if layers is None:
         return set()
-    places = [
-        target.place
-        for targets in selected
-        for target in targets
-        if target.parameter is not None or view.kinds[target.module] is not None
-    ]
+    places = [t.place for targets in selected for t in targets if view.is_able(t)]
     return {place.module for place in places} - in_blocks(places, layers, view.model)
 
 
@@ -317,7 +312,7 @@ def _reason_to_leave(
         return "trains in full (train_also)"
     if pattern.label == ALL_LINEAR and module in view.heads:
         return view.heads[module]
-    if target.parameter is None and view.kinds[module] is None:
+    if not view.is_able(target):
         owns = any(p is not None for p in module._parameters.values())
         return "no kind of layer that can be adapted" if owns else None
     return None
@@ -360,7 +355,7 @@ def _nothing_chosen(
     view: View, pattern: Pattern, targets: Sequence[Target], skips: Mapping[str, Skip]
 ) -> LoRAInjectError:
     """The error for a pattern that selects something and chooses nothing of it."""
-    able = [t for t in targets if t.parameter is not None or view.kinds[t.module] is not None]
+    able = [target for target in targets if view.is_able(target)]
     if able:
         reasons = Counter(skips[target.path].reason for target in able)
         told = "; ".join(f"{plural(n, 'layer')}: {reason}" for reason, n in reasons.items())

@@ -39,7 +39,7 @@ from lora_inject.core.marks import (
     marking_edits,
     unmarking_edits,
 )
-from lora_inject.core.state import Before, Reach, State, Trained, owned, state_of
+from lora_inject.core.state import Before, State, Trained, owned, state_of
 from lora_inject.own import STATE, Place, own_tensor
 from lora_inject.settings import BASE
 from lora_inject.sharding import is_distributed, shards
@@ -75,7 +75,9 @@ def commit(
     Returns:
         What ``then`` returned.
     """
-    return run(edits_of(look, states, fresh or {}, values, flags), then)
+    with torch.inference_mode(False):  # tensors made in it could never train
+        edits = edits_of(look, states, fresh or {}, values, flags)
+    return run(edits, then)
 
 
 def edits_of(
@@ -92,7 +94,7 @@ def edits_of(
             else:
                 _add_still_edits(edits, module, old, state, flags)
         elif state is not None and _is_alone(look, module, state):
-            edits += _first_edits(module, state, fresh.get(module, {}))
+            _add_first_edits(edits, module, state, fresh.get(module, {}))
         elif old is not None and _is_alone(look, module, old):
             edits += _last_edits(module, old)
         else:
@@ -102,11 +104,11 @@ def edits_of(
     return edits
 
 
-def first_state(look: Look, module: nn.Module, reach: Reach, held: bool) -> State:
-    """The state of a module that no call has reached yet."""
+def before_of(look: Look, module: nn.Module, held: bool) -> Before:
+    """What a module is that no call has reached yet."""
     own = module._parameters
     named = [(n, look.former_flag(p)) for n, p in own.items() if p is not None] if len(own) else ()
-    return State(Before(type(module), module.training, tuple(named), held), reach)
+    return Before(type(module), module.training, tuple(named), held)
 
 
 # --- a first touch, and the last ----------------------------------------------------------------
@@ -118,34 +120,37 @@ def _is_alone(look: Look, module: nn.Module, state: State) -> bool:
     if state.trained:
         return False
     if len(own):
-        places, is_new = look.tensor_places, module not in look.states
+        is_new = module not in look.states
         for name, parameter in own.items():
             if parameter is not None:
                 mark = mark_of(parameter)
-                if len(places[id(parameter)]) > 1:
+                if id(parameter) in look.tied:
                     return False
                 if mark is not None and (is_new or not mark.is_at(module, name)):
                     return False
     return True
 
 
-def _first_edits(
-    module: nn.Module, state: State, fresh: dict[tuple[str, str], Tensor | None]
-) -> Iterator[Edit]:
+def _add_first_edits(
+    edits: list[Edit],
+    module: nn.Module,
+    state: State,
+    fresh: dict[tuple[str, str], Tensor | None],
+) -> None:
     own: Any = module._parameters
     if len(own):
         reference = weakref.ref(module)
         for name, parameter in own.items():
             if parameter is not None:
                 mark = Mark(parameter.requires_grad, ((reference, name),))
-                yield from training_edits(parameter, False)
-                yield mark_edit(parameter, mark)
+                edits += training_edits(parameter, False)
+                edits.append(mark_edit(parameter, mark))
     if fresh:
         now = list(own.items())
-        added = [(name, tensor) for (name, _), tensor in fresh.items()]
-        yield put_items, own, None, now, [*now, *added]
-        own = {**own, **dict(added)}
-    yield from _edges(module, None, state, own)
+        items = [*now, *((name, tensor) for (name, _), tensor in fresh.items())]
+        edits.append((put_items, own, None, now, items))
+        own = dict(items)
+    edits += _edges(module, None, state, own)
 
 
 def _last_edits(module: nn.Module, state: State) -> Iterator[Edit]:
@@ -243,8 +248,9 @@ def _statistics_edits(module: nn.Module, old: State | None, state: State | None)
 
 
 def _lent_edits(module: nn.Module, old: State | None, state: State | None) -> list[Edit]:
-    gone = set(old.reach.lent if old else ()) - set(state.reach.lent if state else ())
-    return [attribute_edit(module, name, MISSING) for name in gone]
+    lent = old.reach.lent if old else ()
+    kept = state.reach.lent if state else ()
+    return [attribute_edit(module, name, MISSING) for name in lent if name not in kept]
 
 
 # --- the general way ----------------------------------------------------------------------------

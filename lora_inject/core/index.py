@@ -54,12 +54,16 @@ class Index:
     @cached_property
     def places(self) -> list[Place]:
         """The same as the patterns read it."""
-        return [Place(module, paths) for module, paths in self.paths.items()]
+        return [Place(*item) for item in self.paths.items()]
 
     @cached_property
     def modules(self) -> list[nn.Module]:
         """Every module once."""
         return list({visit[0]: None for visit in self._visits})
+
+    def is_like(self, other: "Index") -> bool:
+        """Whether another walk met the same modules in the same places."""
+        return self._visits == other._visits
 
     def path(self, module: nn.Module) -> str:
         """The first path of a module."""

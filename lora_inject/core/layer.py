@@ -74,7 +74,9 @@ class LoRALayer(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # On the device where the adapters are now.
-        self.__dict__[SCALES] = scales_of(self.__dict__[STATE], self.__dict__, self._parameters)
+        with torch.inference_mode(False):
+            scales = scales_of(self.__dict__[STATE], self.__dict__, self._parameters)
+        self.__dict__[SCALES] = scales
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -282,15 +284,19 @@ def scales_of(state: State, former: Mapping[str, Any], own: Mapping[str, Any]) -
         former: its ``__dict__``; what it has of it already is returned where it is right.
         own: its parameters.
     """
-    known: Scales = former.get(SCALES, {})
-    names = {adapter.name for adapter in state.adapters}
-    scales = known if known.keys() <= names else {n: s for n, s in known.items() if n in names}
+    scales: Scales = former.get(SCALES, {})
+    if scales:
+        names = {adapter.name for adapter in state.adapters}
+        if not scales.keys() <= names:
+            scales = {name: scale for name, scale in scales.items() if name in names}
     for term in state.running:
         A, held = own.get(term.A), scales.get(term.adapter)
         device = torch.device("cpu") if A is None else A.device
         if held is None or held[0] != term.scaling or held[1].device != device:
             dtype = torch.float32 if device.type == "mps" else torch.float64
-            with torch.inference_mode(False):
-                scale = torch.tensor(term.scaling, dtype=dtype, device=device)
+            if device.type == "meta":  # where there are no values, and to write one takes long
+                scale = torch.empty((), dtype=dtype, device=device)
+            else:
+                scale = torch.scalar_tensor(term.scaling, dtype=dtype, device=device)
             scales = {**scales, term.adapter: (term.scaling, scale)}
     return scales

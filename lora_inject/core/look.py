@@ -131,6 +131,17 @@ class Look:
                             places.setdefault(id(tensor), []).append((module, name))
         return places
 
+    @cached_property
+    def tied(self) -> set[int]:
+        """The ids of the parameters and buffers that are registered in several places."""
+        seen, tied = set[int](), set[int]()
+        for module in self.index.modules:
+            for owned in (module._parameters, module._buffers):
+                if len(owned):
+                    for tensor in owned.values():
+                        (tied if id(tensor) in seen else seen).add(id(tensor))
+        return tied - {id(None)}
+
     def everywhere(self, tensor: Tensor) -> list[Place]:
         """The places of a tensor in this model, and in other parts that calls have seen."""
         here = self.tensor_places.get(id(tensor), [])
@@ -167,7 +178,7 @@ class Look:
             LoRAInjectError: it has.
         """
         now = Look(self.model)
-        same = now.index.by_path == self.index.by_path and len(now.states) == len(self.states)
+        same = now.index.is_like(self.index) and len(now.states) == len(self.states)
         if not same or any(now.states.get(m) is not state for m, state in self.states.items()):
             raise LoRAInjectError(
                 "the model has changed since the plan was made.", remedy="Call plan again."

@@ -9,9 +9,8 @@ import fnmatch
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
-import regex
 from torch import nn
 
 from lora_inject.errors import ArgumentError
@@ -24,8 +23,7 @@ REGEX_SECONDS = 2.0
 REGEX_CHARACTERS = 2000
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """One module and every path that leads to it, the first in registration order first."""
 
     module: nn.Module
@@ -143,6 +141,8 @@ def _text_test(text: str, argument: str) -> Predicate:
 
 
 def _regex_test(text: str, argument: str) -> Predicate:
+    import regex  # which takes long to import, and few calls need it
+
     expression = text.removeprefix("re:")
     if not expression or len(expression) > REGEX_CHARACTERS:
         raise ArgumentError(

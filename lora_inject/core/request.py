@@ -1,8 +1,7 @@
 """What a call of ``plan`` or ``inject`` asks for, checked as far as it can be without a model."""
 
 from collections.abc import Mapping, Sized
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,8 +18,7 @@ _DEFAULTS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """The arguments of ``plan``, as patterns and checked values.
 
     Attributes:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -20,25 +20,25 @@ from lora_inject.kinds.base import Way
 from lora_inject.kinds.parameter import ParameterKind, layout_of
 from lora_inject.kinds.refusals import general_refusal, weight_refusal
 from lora_inject.kinds.weight_reads import weights_read_below
+from lora_inject.own import own_class
 from lora_inject.settings import Parts, Settings
 from lora_inject.sharding import is_placeholder, whole_numel
 
 
-@dataclass(frozen=True)
 class Resolver:
     """What turns a selected target into a site, or says why it cannot be one.
 
-    Attributes:
+    Args:
         view: the model.
         request: what was asked for.
         parts: the parts of fused projections.
         limits: what is not to be adapted.
     """
 
-    view: View
-    request: Request
-    parts: Mapping[nn.Module, Parts]
-    limits: Limits
+    def __init__(
+        self, view: View, request: Request, parts: Mapping[nn.Module, Parts], limits: Limits
+    ) -> None:
+        self.view, self.request, self.parts, self.limits = view, request, parts, limits
 
     def resolve(self, target: Target, pattern: Pattern) -> Site | Refusal:
         """The site that the target is for this pattern, or why it cannot be one."""
@@ -72,7 +72,7 @@ class Resolver:
     def _kind(self, target: Target, settings: Settings) -> Kind | None:
         """The kind of a module; for a parameter one with its layout, where that is known."""
         if target.parameter is None:
-            return self.view.kinds[target.module]
+            return self.view.kind(target.module)
         parameter = target.tensor
         layout = settings.layout or layout_of(target.module, parameter)
         known = layout is not None and parameter.dim() in (2, 3)
@@ -87,8 +87,11 @@ class Resolver:
     @cached_property
     def _readers(self) -> dict[str, frozenset[str]]:
         """By the path of a module: the paths below it of the weights that its methods read."""
-        found = {path: weights_read_below(m) for path, m in self.view.look.index.by_path.items()}
-        return {path: read for path, read in found.items() if read}
+        index = self.view.look.index
+        classes = {own_class(module): module for module in index.modules}
+        reads = {cls: read for cls, m in classes.items() if (read := weights_read_below(m))}
+        paths = index.by_path.items() if reads else ()
+        return {p: reads[own_class(m)] for p, m in paths if own_class(m) in reads}
 
     def _is_read(self, target: Target) -> bool:
         """Whether a module above the target reads its weight."""
@@ -128,19 +131,19 @@ class Resolver:
             UnsupportedLayerError: one of them could not see it.
         """
         name = site.specs[0].weight
-        weight = site.module._parameters.get(name)
-        if weight is None or len({spec.weight for spec in site.specs}) > 1:
+        weight, look = site.module._parameters.get(name), self.view.look
+        if id(weight) not in look.tied or len({spec.weight for spec in site.specs}) > 1:
             return []
         return [
-            self._follower(site, place, other)
-            for place, other in self.view.owners.get(weight, ())
-            if (place.module, other) != (site.module, name)
-            if place.module not in self.limits.excluded
+            self._follower(site, Place(module, look.index.paths[module]), other)
+            for module, other in look.tensor_places[id(weight)]
+            if (module, other) != (site.module, name) and other in module._parameters
+            if module not in self.limits.excluded
         ]
 
     def _follower(self, site: Site, place: Place, name: str) -> Site:
         leader = site.specs[0]
-        target = Target(place, None if name == "weight" and self.view.kinds[place.module] else name)
+        target = Target(place, None if name == "weight" and self.view.kind(place.module) else name)
         kind = self._kind(target, site.settings)
         own: Site | Refusal = Refusal("its shape tells no layout")
         if kind is not None:
@@ -170,7 +173,8 @@ def _specs(
     """The pairs that a module gets, or why it can have none."""
     if reason := kind.refusal(module, way):
         return Refusal(reason)
-    for other in adapters_of(module):
+    others = adapters_of(module)
+    for other in others:
         if other.way != way:
             acts = {"branch": "beside its forward", "weight": "in its weight"}
             return Refusal(
@@ -190,8 +194,7 @@ def _specs(
     names = [
         name for spec in specs for name in parameter_names(spec, adapter, settings.variant).values()
     ]
-    new = [] if adapters_of(module) else ["lora_adapters"]
-    if reason := general_refusal(module, [*new, *names], way):
+    if reason := general_refusal(module, names if others else ["lora_adapters", *names], way):
         return Refusal(reason)
     if way == "weight" and settings.dropout:
         return Refusal(
@@ -206,32 +209,32 @@ def _specs(
 
 def _is_adapted(target: Target, adapter: str) -> bool:
     """Whether the target carries this adapter; another parameter of its module may carry it too."""
-    own = [a for a in adapters_of(target.module) if a.name == adapter]
-    weights = {spec.weight for a in own for spec in a.specs}
+    own = (a for a in adapters_of(target.module) if a.name == adapter)
+    weights = [spec.weight for a in own for spec in a.specs]
     return bool(weights) if target.parameter is None else target.parameter in weights
 
 
 def _base_elements(weights: Mapping[str, Tensor], specs: Sequence[Spec]) -> int:
     """Elements of the adapted weights; a packed one has as many as its features say."""
-    return sum(
-        whole_numel(weight)
-        if weight.is_floating_point()
-        else math.prod(next((s.n_in, s.n_out) for s in specs if s.weight == name))
-        for name, weight in weights.items()
-    )
+    elements = 0
+    for name, weight in weights.items():
+        if weight.is_floating_point():
+            elements += whole_numel(weight)
+        else:
+            elements += math.prod(next((s.n_in, s.n_out) for s in specs if s.weight == name))
+    return elements
 
 
 def _adapter_dtype(weight: Tensor, dtype: torch.dtype | str | None, path: str) -> torch.dtype:
     """float32 over a 16-bit or quantized base, else the base's, unless the user says otherwise."""
     if isinstance(dtype, torch.dtype):
         return dtype
-    can_train = weight.dtype.is_floating_point and weight.dtype.itemsize > 1
-    if dtype == "base" and not can_train:
+    own = weight.dtype
+    size = own.itemsize if own.is_floating_point else 0
+    if dtype == "base" and size < 2:
         raise ArgumentError(
-            f'dtype="base": the base weight is {weight.dtype}, in which nothing can train.',
+            f'dtype="base": the base weight is {own}, in which nothing can train.',
             path=path,
             remedy="Name a dtype, such as torch.bfloat16.",
         )
-    if dtype == "base" or (can_train and weight.dtype.itemsize > 2):
-        return weight.dtype
-    return torch.float32
+    return own if dtype == "base" or size > 2 else torch.float32

@@ -7,17 +7,39 @@ from lora_inject.kinds.bias import is_bias
 
 ADAPTER_ROLES = ("lora_A", "lora_B")
 ROLES = (*ADAPTER_ROLES, "bias", "train_also", "other")
+_BY_PLACE = ("other", "bias", "train_also", *ADAPTER_ROLES)  # of tied places the last one counts
 
 
 def roles(look: Look) -> dict[nn.Parameter, str]:
     """The role of every parameter, each once, in registration order."""
-    found = dict.fromkeys(look.parameters, "other")
-    found |= dict.fromkeys(biases(look), "bias")
-    for module in look.in_full:
-        found |= {p: "train_also" for p in module._parameters.values() if p is not None}
-    for layer, state in look.own.items():
-        for pair in (pair for adapter in state.adapters for pair in adapter.pairs):
-            found |= {tensor: f"lora_{role}" for role, tensor in pair.tensors(layer).items()}
+    found: dict[nn.Parameter, str] = {}
+    waits = dict[nn.Module, dict[str, str]]()  # the names of the places that they are for
+    for module, trained, name in look.waiting():
+        waits.setdefault(module, {})[name] = trained.name
+    for module in look.index.modules:
+        own = module._parameters
+        if not len(own):
+            continue
+        state = look.own.get(module)
+        ours = {
+            name: f"lora_{role}"
+            for adapter in (state.adapters if state else ())
+            for pair in adapter.pairs
+            for role, name in pair.names.items()
+        }
+        in_full, places = module in look.in_full, waits.get(module, {})
+        for name, parameter in own.items():
+            if parameter is None:
+                continue
+            if name in ours:
+                role = ours[name]
+            elif in_full:
+                role = "train_also"
+            else:
+                role = "bias" if is_bias(module, places.get(name, name)) else "other"
+            known = found.setdefault(parameter, role)
+            if known is not role and _BY_PLACE.index(known) < _BY_PLACE.index(role):
+                found[parameter] = role
     return found
 
 

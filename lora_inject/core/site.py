@@ -1,6 +1,7 @@
 """What a selected target becomes: a site that can be adapted, or a refusal."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from lora_inject.kinds.base import Way
 from lora_inject.settings import Settings
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: there are very many, and each would take four times as long to make
 class Site:
     """One layer, or one parameter, that can be adapted.
 
@@ -60,8 +61,7 @@ class Site:
         return ", ".join(shown)
 
 
-@dataclass(frozen=True)
-class Refusal:
+class Refusal(NamedTuple):
     """Why a target cannot be adapted.
 
     Attributes:

@@ -143,7 +143,6 @@ class Block(NamedTuple):
 
 
 _NOTHING = Use({}, frozenset())
-_GIVEN = ("before", "reach", "use", "adapters", "trained", "merged", "blocks")
 
 
 class State:
@@ -212,8 +211,18 @@ class State:
 
     def change(self, **fields: Any) -> "State":
         """The same state with other values of some fields."""
-        kept = {name: self.__dict__[name] for name in _GIVEN if name not in fields}
-        return State(**kept, **fields)
+        now = fields.pop
+        changed = State(
+            now("before", self.before),
+            now("reach", self.reach),
+            now("use", self.use),
+            now("adapters", self.adapters),
+            now("trained", self.trained),
+            now("merged", self.merged),
+            now("blocks", self.blocks),
+        )
+        assert not fields, f"no fields of a state: {fields}"
+        return changed
 
     @property
     def own(self) -> bool:

@@ -1,7 +1,8 @@
 """A file's adapter laid out over a model: which module each pair is for, and as that needs it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,7 @@ from lora_inject.sharding import whole
 from lora_inject.variants import OTHER
 
 
-@dataclass(frozen=True)
-class FittedPair:
+class FittedPair(NamedTuple):
     """A pair of the file with the module that it is for, turned as that needs it.
 
     Attributes:

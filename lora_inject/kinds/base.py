@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -239,6 +240,7 @@ class MatrixKind(Kind):
 Pair = tuple[Spec, Tensor, Tensor, float]
 
 
+@lru_cache  # very many layers have the same one
 def linear_spec(weight: str, n_in: int, n_out: int, r: int) -> Spec:
     """The spec of a matrix: A is (r, in), B is (out, r)."""
     return Spec(weight, n_in, n_out, (r, n_in), (n_out, r))

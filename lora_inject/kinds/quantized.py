@@ -20,8 +20,8 @@ class QuantizedLinearKind(LinearKind):
         """Features of a Linear, no floating-point weight, and a packed tensor."""
         return (
             not isinstance(module, nn.Linear)
-            and self._feature_names(module) is not None
             and self._packed(module) is not None
+            and self._feature_names(module) is not None
         )
 
     def features(self, module: nn.Module) -> tuple[int, int]:

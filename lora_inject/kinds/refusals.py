@@ -34,8 +34,13 @@ def _has(module: nn.Module, name: str) -> bool:
     """``hasattr``, without the cost of the exception where nn.Module looks for it."""
     if type(module).__getattr__ is not nn.Module.__getattr__:
         return hasattr(module, name)
-    owned = (module.__dict__, module._parameters, module._buffers, module._modules)
-    return any(name in names for names in owned) or hasattr(type(module), name)
+    return (
+        name in module.__dict__
+        or name in module._parameters
+        or name in module._buffers
+        or name in module._modules
+        or hasattr(type(module), name)
+    )
 
 
 def weight_refusal(module: nn.Module, weight: Tensor, spec: Spec, way: Way) -> str | None:

@@ -5,7 +5,7 @@ of the same dtype; a frozen one holds its weight. With Adam in float32 that is 1
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -62,28 +62,18 @@ class Bytes:
         return {**asdict(self), "total": self.total}
 
 
-def training_bytes(parameters: Iterable[Tensor], states: int) -> Bytes:
-    """Weights, gradients and optimizer state of parameters that train.
+def training_bytes(sizes: Mapping[torch.dtype, int], states: int) -> Bytes:
+    """Weights, gradients and optimizer state of so many elements that train, by their dtype.
 
-    A quantized weight cannot train as it is: it is counted in the dtype it would have unpacked.
+    A quantized weight cannot train as it is: it counts in the dtype it would have unpacked.
     """
-    held = Bytes()
-    for parameter in parameters:
-        dtype = trainable_dtype(parameter)
-        name, size = _name(dtype), logical_numel(parameter) * dtype.itemsize
-        for part, factor in ((held.weights, 1), (held.gradients, 1), (held.optimizer, states)):
-            part[name] = part.get(name, 0) + factor * size
-    return held
+    weights = {_name(dtype): n * dtype.itemsize for dtype, n in sizes.items()}
+    return Bytes(weights, dict(weights), {name: states * n for name, n in weights.items()})
 
 
-def frozen_bytes(parameters: Iterable[Tensor]) -> Bytes:
-    """Weights of parameters that stand still, as they are stored."""
-    held = Bytes()
-    for parameter in parameters:
-        for tensor in stored_tensors(parameter):
-            name, size = _name(tensor.dtype), whole_numel(tensor) * tensor.element_size()
-            held.weights[name] = held.weights.get(name, 0) + size
-    return held
+def frozen_bytes(sizes: Mapping[torch.dtype, int]) -> Bytes:
+    """Weights that stand still, of which the bytes are known by dtype."""
+    return Bytes({_name(dtype): n for dtype, n in sizes.items()})
 
 
 def logical_numel(parameter: Tensor) -> int:

@@ -1,10 +1,10 @@
 """What trains, counted from the live model: parameters, and the bytes that training them needs."""
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import dtype, nn
 
 from lora_inject.changes.statistics import is_held
 from lora_inject.core.look import Look
@@ -20,12 +20,14 @@ from lora_inject.report.bytes import (
     frozen_bytes,
     logical_numel,
     optimizer_states,
+    stored_tensors,
+    trainable_dtype,
     training_bytes,
 )
+from lora_inject.sharding import whole_numel
 
 
-@dataclass(frozen=True)
-class PatternRow:
+class PatternRow(NamedTuple):
     """What one target pattern adapted.
 
     Attributes:
@@ -55,8 +57,7 @@ class PatternRow:
         return "no" if self.weight is None else "yes" if self.weight == 1 else f"{self.weight:g}"
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """Bytes that training needs, beside those of training the whole model; activations left out.
 
     Attributes:
@@ -130,7 +131,7 @@ class Report:
             "percent": self.percent,
             "bias": self.bias,
             "split": dict(self.split),
-            "patterns": [{**asdict(row), "ranks": list(row.ranks)} for row in self.patterns],
+            "patterns": [{**row._asdict(), "ranks": list(row.ranks)} for row in self.patterns],
             "memory": {
                 "optimizer": m.optimizer,
                 "trainable": m.trainable.to_dict(),
@@ -190,34 +191,35 @@ def report(model: nn.Module, optimizer: str = "adamw") -> Report:
 def report_of(look: Look, optimizer: str = "adamw") -> Report:
     """``report`` for a model that has been looked at."""
     states = optimizer_states(optimizer)
-    role_of = roles(look)
-    trainable = [p for p in role_of if p.requires_grad]
-    frozen = [p for p in role_of if not p.requires_grad]
-    waiting = {own_tensor(module, name) for module, _, name in look.waiting()}
-    base = [
-        p
-        for p, role in role_of.items()
-        if role not in ADAPTER_ROLES and can_train(p) and p not in waiting
-    ]
+    waiting = {id(own_tensor(module, name)) for module, _, name in look.waiting()}
+    split, still = dict.fromkeys(ROLES, 0), 0  # elements that train, and that do not
+    trains, stands, base = Counter[dtype](), Counter[dtype](), Counter[dtype]()
+    for parameter, role in roles(look).items():
+        n = logical_numel(parameter)
+        if parameter.requires_grad:
+            split[role] += n
+            trains[trainable_dtype(parameter)] += n
+        else:
+            still += n
+            for tensor in stored_tensors(parameter):
+                stands[tensor.dtype] += whole_numel(tensor) * tensor.element_size()
+        if role not in ADAPTER_ROLES and can_train(parameter) and id(parameter) not in waiting:
+            base[trainable_dtype(parameter)] += n
     return Report(
         model=type(look.model).__name__,
-        trainable=_elements(trainable),
-        frozen=_elements(frozen),
-        split={role: _elements(p for p in trainable if role_of[p] == role) for role in ROLES},
+        trainable=sum(split.values()),
+        frozen=still,
+        split=split,
         patterns=_pattern_rows(look),
         bias=" + ".join(dict.fromkeys(look.known.values())) or None,
         memory=Memory(
             optimizer,
-            trainable=training_bytes(trainable, states),
-            frozen=frozen_bytes(frozen),
+            trainable=training_bytes(trains, states),
+            frozen=frozen_bytes(stands),
             full=training_bytes(base, states),
         ),
-        notes=_notes(look, trainable),
+        notes=_notes(look, bool(trains)),
     )
-
-
-def _elements(parameters: Iterable[Tensor]) -> int:
-    return sum(map(logical_numel, parameters))
 
 
 def _pattern_rows(look: Look) -> tuple[PatternRow, ...]:
@@ -241,8 +243,8 @@ def _pattern_rows(look: Look) -> tuple[PatternRow, ...]:
     )
 
 
-def _notes(look: Look, trainable: list[nn.Parameter]) -> tuple[str, ...]:
-    notes = [] if trainable else ["No parameter trains."]
+def _notes(look: Look, trains: bool) -> tuple[str, ...]:
+    notes = [] if trains else ["No parameter trains."]
     added = _added_since(look) if look.states else 0
     if added:
         notes.append(

@@ -4,9 +4,9 @@ They say no alpha: in loralib it is part of the code. They tell an embedding fro
 little; with a model at hand that is looked up in it.
 """
 
+import re
 from pathlib import Path
 
-import regex
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +17,7 @@ from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.storage import read_pickled, replaced_together
 from lora_inject.kinds.base import Form
 
-_KEY = regex.compile(r"(?:(.+)\.)?(?:(\w+?)_)?lora_([AB])")
+_KEY = r"(?:(.+)\.)?(?:(\w+?)_)?lora_([AB])"
 
 
 def looks_like(path: Path) -> bool:
@@ -39,7 +39,7 @@ def read(path: Path, model: nn.Module | None = None, alpha: float | None = None)
     halves: dict[tuple[str, str], dict[str, Tensor]] = {}
     tensors: dict[str, Tensor] = {}
     for key, tensor in read_pickled(path).items():
-        match = _KEY.fullmatch(key)
+        match = re.fullmatch(_KEY, key)
         if match is None:
             tensors[key] = tensor
         else:

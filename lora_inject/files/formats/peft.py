@@ -6,12 +6,12 @@ file, which PEFT ignores.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import regex
 from torch import Tensor, nn
 
 from lora_inject.core.index import Index
@@ -52,7 +52,7 @@ OUT_PROJ = ".base_layer.out_proj"  # of nn.MultiheadAttention, inside of PEFT's 
 # PEFT adds the update of an nn.MultiheadAttention's out_proj twice (merge of its MultiheadAttention
 # layer, seen in 0.21): what a file means is what PEFT computes from it.
 _TIMES = 2
-_KEY = regex.compile(r"(?:base_model\.model\.)?(.+)\.lora_(embedding_)?([AB])(?(2)|\.weight)")
+_KEY = r"(?:base_model\.model\.)?(.+)\.lora_(embedding_)?([AB])(?(2)|\.weight)"
 
 
 def tensor_key(form: Form, path: str, letter: str) -> str:
@@ -187,7 +187,7 @@ def _pairs(tensors: Mapping[str, Tensor], path: Path) -> tuple[Found, dict[str, 
     halves: dict[str, dict[str, tuple[Form, Tensor]]] = {}
     others: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
+        match = re.fullmatch(_KEY, key)
         if match is None:
             if ".lora_" in key:
                 raise FormatError(f"{path}: the tensor {key} is of no kind that is supported.")
@@ -204,8 +204,8 @@ def _pairs(tensors: Mapping[str, Tensor], path: Path) -> tuple[Found, dict[str, 
 
 def _base_name(key: str) -> str:
     """The name of a base tensor, without what PEFT's wrappers put in."""
-    name = regex.sub(r"(\.base_layer)+\.", ".", key.removeprefix(PREFIX))
-    return str(regex.sub(r"\.modules_to_save\.(default\.)?", ".", name))
+    name = re.sub(r"(\.base_layer)+\.", ".", key.removeprefix(PREFIX))
+    return re.sub(r"\.modules_to_save\.(default\.)?", ".", name)
 
 
 def _nested_parameters(

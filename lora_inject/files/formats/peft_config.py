@@ -9,8 +9,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-import regex
-
 from lora_inject.core.patterns import REGEX_SECONDS
 from lora_inject.errors import FormatError
 from lora_inject.files.formats.data import AdapterData, PairData
@@ -129,6 +127,8 @@ class Scalings:
         return float(alpha)
 
     def _find(self, patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+        import regex  # which takes long to import, and few calls need it
+
         for pattern, value in patterns.items():
             try:
                 if regex.match(rf"(.*\.)?({pattern})$", path, timeout=REGEX_SECONDS):
