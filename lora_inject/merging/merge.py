@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.arithmetic.product import without_autocast
-from lora_inject.changes.edits import Edit, value_edit
+from lora_inject.changes.edits import Edit, surely, value_edit
 from lora_inject.compat.marks import is_fully_sharded
 from lora_inject.core.adapter import Term
 from lora_inject.core.commit import commit
@@ -194,19 +194,21 @@ def _unfold(look: Look, names: Mapping[nn.Module, frozenset[str]]) -> None:
         state = look.states[layer]
         assert state.merged is not None
         left = state.merged.adapters - own
-        former = dict(state.merged.former)
+        former, aside = dict(state.merged.former), dict(state.merged.aside)
         for name in list(former):
             weight, value = own_tensor(layer, name), former[name]
             assert weight is not None
             assert value is not None, "require_kept has refused this"
             if name in _weights(state, left):
                 path = f"{look.index.path(layer)}.{name}".lstrip(".")
-                merged, _ = _merged_weight(path, layer, name, state, left)
-                values.append(value_edit(weight, merged))
+                value, _ = _merged_weight(path, layer, name, state, left)
             else:
-                values.append(value_edit(weight, value))
                 del former[name]
-        states[layer] = state.change(merged=Merged(left, former) if left else None)
+            if not state.blocks:
+                values.append(value_edit(weight, value))
+            elif name in former:  # the block, which has outlived ours, shows the former value
+                aside[name] = value
+        states[layer] = state.change(merged=Merged(left, former, aside) if left else None)
     commit(look, states, values=values)
 
 
@@ -235,17 +237,14 @@ def merged(
     if not keep:
         raise ArgumentError('keep must be "device" or "cpu" here: the block ends with unmerge.')
     look = Look(model)
+    look.require_kept()
     new = folded(look, adapters, keep)
     before = {layer: look.states[layer].merged for layer in new.states}
     try:
         commit(look, new.states, values=new.values)
         yield new.report
     finally:
-        try:
-            _end(look, new, before)
-        except BaseException:  # nothing has changed then, and a block has to end all the same
-            _end(look, new, before)
-            raise
+        surely(lambda: _end(look, new, before))
 
 
 def _end(look: Look, new: Folded, before: Mapping[nn.Module, Merged | None]) -> None:
@@ -297,7 +296,7 @@ def _check_mergeable(look: Look, places: list[tuple[str, nn.Module, str]]) -> No
             reason = f"its {name} is quantized or parametrized, so that nothing can be added to it."
         elif reason is None and weight is not None and weight.is_meta:
             reason = "it is on the meta device and has no values."
-        elif reason is None and len(look.tensor_places[id(weight)]) > 1:
+        elif reason is None and weight is not None and len(look.everywhere(weight)) > 1:
             reason = f"its {name} is tied to that of another layer, which would change with it."
         if reason is not None:
             raise UnsupportedLayerError(
