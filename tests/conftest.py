@@ -39,9 +39,19 @@ def pytest_addoption(parser):
         default="cpu",
         help="where the tests run that fit any device (cuda); the others are skipped there",
     )
+    parser.addoption(
+        "--examples",
+        type=int,
+        help="how many random examples each test of them tries; see --hypothesis-seed too",
+    )
 
 
 def pytest_configure(config):
+    if examples := config.getoption("--examples"):
+        settings.register_profile(
+            "many", deadline=None, derandomize=False, max_examples=examples, database=None
+        )
+        settings.load_profile("many")
     if _device(config).type != "cpu":
         settings.load_profile("gpu")
         torch.backends.cudnn.allow_tf32 = False  # on by default, and off for matrices

@@ -5,12 +5,19 @@ import importlib
 import pytest
 import torch
 import transformers as tf
+from hypothesis import settings
 from torch import nn
 
 from lora_inject.changes.edits import run
 from lora_inject.core.state import adapters_of
 
 PEFT_WARNS = pytest.mark.filterwarnings("ignore")  # of deprecations in transformers, as an oracle
+
+
+def examples(share):
+    """How many a slow test tries: its share of the default, or what ``--examples`` says."""
+    default = settings.default
+    return int(share * default.max_examples) if default.derandomize else default.max_examples
 
 
 def snapshot(model):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from helpers import changed_parts, snapshot
+from helpers import changed_parts, examples, snapshot
 from hypothesis import Phase, assume, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -503,7 +503,7 @@ class Adapters(RuleBasedStateMachine):
 
 TestAdapters = Adapters.TestCase
 TestAdapters.settings = settings(
-    max_examples=settings.default.max_examples * 3 // 2,
+    max_examples=examples(1.5),
     stateful_step_count=25,
     deadline=None,
     phases=[Phase.generate],

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lora_inject.compat.torch_private import tree_map
+from lora_inject.core.state import state_of
 from lora_inject.errors import ArgumentError, LoRAInjectError
 
 
@@ -26,6 +27,13 @@ def on_meta(model: nn.Module) -> nn.Module:
     Attention counts as a fused kernel and experts as one grouped product for all of them: what the
     other ways compute depends on values or is not what one would train with.
     """
+    for state in map(state_of, model.modules()):
+        if state is not None and state.blocks:
+            raise LoRAInjectError(
+                f"the model is inside a {state.block_text} block, and its capacity is that of a "
+                "model to train.",
+                remedy="Leave the with block first.",
+            )
     with _WithoutValues():
         twin = copy.deepcopy(model)
     for name, parameter in [*twin.named_parameters(), *twin.named_buffers()]:

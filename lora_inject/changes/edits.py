@@ -42,6 +42,22 @@ def run(edits: Sequence[Edit], then: Callable[[], Any] | None = None) -> Any:
         raise
 
 
+def surely(action: Callable[[], Any]) -> None:
+    """Do what has to be done, and changes nothing where it fails: again, until it is done.
+
+    What was raised is raised in the end.
+    """
+    raised: BaseException | None = None
+    for _ in range(_TRIES):
+        try:
+            action()
+            break
+        except BaseException as error:
+            raised = raised or error
+    if raised is not None:
+        raise raised
+
+
 def undo(edits: Sequence[Edit]) -> None:
     """Put every old value back, where it still is too; go on where that is interrupted."""
     left, tries = list(edits), 0
@@ -82,14 +98,17 @@ def put_items(owner: Any, _: None, items: Iterable[tuple[Any, Any]]) -> None:
     owner.update(items)
 
 
-def put_tensor(module: nn.Module, name: str, tensor: Tensor | None) -> None:
-    """The tensor under a name that stays."""
-    if name not in module._parameters:
-        module._buffers[name] = tensor
-    elif type(module).__setattr__ is nn.Module.__setattr__:
+def put_parameter(module: nn.Module, name: str, tensor: Tensor | None) -> None:
+    """The parameter under a name that stays."""
+    if type(module).__setattr__ is nn.Module.__setattr__:
         module._parameters[name] = tensor  # type: ignore[assignment]
     else:
         setattr(module, name, tensor)  # a class that keeps lists of them hears of it (nn.LSTM)
+
+
+def put_buffer(module: nn.Module, name: str, tensor: Tensor | None) -> None:
+    """The buffer under a name that stays."""
+    module._buffers[name] = tensor
 
 
 def put_members(names: set[str], _: None, members: frozenset[str]) -> None:
@@ -156,6 +175,13 @@ def training_edits(tensor: Tensor, trains: bool) -> list[Edit]:
     if not trains and tensor.grad is not None:
         edits.append((put_gradient, tensor, None, tensor.grad, None))
     return edits
+
+
+def tensor_edit(module: nn.Module, name: str, old: Tensor | None, new: Tensor | None) -> Edit:
+    """Put another parameter or buffer in the place of one."""
+    # Which of the two is decided now: while an edit is taken back, the name may be missing.
+    put = put_parameter if name in module._parameters else put_buffer
+    return (put, module, name, old, new)
 
 
 def attribute_edit(target: Any, name: str, value: Any) -> Edit:

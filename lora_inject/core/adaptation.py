@@ -126,7 +126,9 @@ def reached(look: Look, injection: Injection | None = None) -> dict[nn.Module, S
             states[module] = old.change(reach=reaches[id(reach)])
         else:
             states[module] = old
-    if injection is not None:
+    if injection is None:  # what was called on parts reaches the whole now, and goes with it
+        _reach_all(look, states)
+    else:
         reach = states[root].reach
         roots = reach.roots | {injection.id}
         states[root] = states[root].change(reach=reach._replace(roots=roots))
@@ -137,6 +139,15 @@ def reached(look: Look, injection: Injection | None = None) -> dict[nn.Module, S
             reach = states[module].reach._replace(noted=noted)
             states[module] = states[module].change(reach=reach)
     return states
+
+
+def _reach_all(look: Look, states: dict[nn.Module, State]) -> None:
+    """Let every call count as one on the model itself."""
+    for module, state in states.items():
+        roots = look.roots if module is look.model else frozenset[int]()
+        if state.reach.roots != roots or state.reach.injections != look.injections:
+            reach = state.reach._replace(injections=look.injections, roots=roots)
+            states[module] = state.change(reach=reach)
 
 
 def train_in_full(

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_inject.changes.edits import Edit, value_edit
+from lora_inject.changes.edits import Edit, surely, value_edit
 from lora_inject.core.commit import commit
 from lora_inject.core.look import Look
 from lora_inject.core.state import Block, State
@@ -37,11 +37,7 @@ def block(look: Look, rows: Callable[[nn.Module, State], Any] | None = None) -> 
         _enter(look, token, rows)
         yield look.model
     finally:
-        try:
-            _leave(look, token)
-        except BaseException:  # nothing has changed then, and a block has to end all the same
-            _leave(look, token)
-            raise
+        surely(lambda: _leave(look, token))
 
 
 def _enter(look: Look, token: object, rows: Callable[[nn.Module, State], Any] | None) -> None:

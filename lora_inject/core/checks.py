@@ -9,9 +9,9 @@ from torch.nn.parameter import is_lazy
 
 from lora_inject.core.look import Look
 from lora_inject.core.site import Site
-from lora_inject.core.state import adapters_of
-from lora_inject.errors import ArgumentError, UnsupportedLayerError
-from lora_inject.own import Place
+from lora_inject.core.state import adapters_of, state_of
+from lora_inject.errors import ArgumentError, LoRAInjectError, UnsupportedLayerError
+from lora_inject.own import Place, own_tensor
 from lora_inject.settings import BASE, BiasMode
 
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
@@ -59,12 +59,7 @@ def require_extensible(look: Look, adapter: str, bias: BiasMode) -> None:
                 path=look.index.path(module),
                 remedy=f"Call use(model, {adapter!r}) first to add layers to it.",
             )
-    known = look.known.get(adapter)
-    if known is not None and known != bias:
-        raise ArgumentError(
-            f"bias={bias!r}, but {adapter!r} was injected with bias={known!r}.",
-            remedy="Use the same mode, and freeze(model, bias=...) to change it.",
-        )
+    look.require_one_mode(adapter, bias)
 
 
 def require_free_places(look: Look, adapter: str, tensors: Collection[Place]) -> None:
@@ -92,6 +87,27 @@ def require_alive(sites: Sequence[Site]) -> None:
                 f"fixed={zero!r}: its {zero} starts at zero, and the adapter could never learn.",
                 path=site.path,
                 remedy=f"Give it fixed={other!r} by a pattern of its own, or exclude it.",
+            )
+
+
+def require_one_owner(look: Look, tensors: Collection[Place]) -> None:
+    """Refuse to train what is trained already, through another part, where it is tied.
+
+    There would be two former values for one tensor, and which is right depends on the order in
+    which the parts are stripped.
+    """
+    for module, name in tensors:
+        tensor = own_tensor(module, name)
+        places = [] if tensor is None else look.everywhere(tensor)
+        known = {at: state.find(key) for at, key in places if (state := state_of(at)) is not None}
+        inside = [known.get(at) for at, _ in places if at in look.index.paths]
+        outside = any(known[at] for at in known if at not in look.index.paths)
+        if outside or len({id(trained and trained.former) for trained in inside}) > 1:
+            raise LoRAInjectError(
+                f"its {name} is tied, and trained already through a part of the model that has not "
+                "all of the places.",
+                path=look.index.path(module),
+                remedy="Take the adapter that trains it out, or call this on that part.",
             )
 
 

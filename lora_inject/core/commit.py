@@ -23,8 +23,8 @@ from lora_inject.changes.edits import (
     put_gradient,
     put_items,
     put_members,
-    put_tensor,
     run,
+    tensor_edit,
     training_edits,
 )
 from lora_inject.changes.recompute import is_checkpointed, recompute_edits
@@ -89,7 +89,8 @@ def edits_of(
     for module, state in states.items():
         old = before.get(module)
         if old is not None and state is not None:
-            if old.trained or state.trained or old.adapters is not state.adapters:
+            moves = old.trained or state.trained or old.adapters is not state.adapters
+            if moves or flags == "all" or _shares(module, state):
                 general[module] = state
             else:
                 _add_still_edits(edits, module, old, state, flags)
@@ -164,8 +165,7 @@ def _last_edits(module: nn.Module, state: State) -> Iterator[Edit]:
                 flag = mark.flag if mark else flags.get(name)
                 if flag is not None:
                     yield from training_edits(parameter, flag)
-                if mark:
-                    yield mark_edit(parameter, None)
+                yield from unmarking_edits(parameter)
         if ours:
             now = list(own.items())
             yield put_items, own, None, now, [item for item in now if item[0] not in ours]
@@ -175,17 +175,18 @@ def _last_edits(module: nn.Module, state: State) -> Iterator[Edit]:
 # --- nothing moves ------------------------------------------------------------------------------
 
 
+def _shares(module: nn.Module, state: State) -> bool:
+    """Whether it shares the A or B of an adapter with what it is tied to."""
+    own: Any = module._parameters
+    return any(mark_of(own[name]) for adapter in state.adapters for name in adapter.parameters)
+
+
 def _add_still_edits(
     edits: list[Edit], module: nn.Module, old: State, state: State, flags: Flags
 ) -> None:
     """Append the edits of a module of which no tensor moves: the way of a hot swap."""
     own: Any = module._parameters
-    if flags == "all":
-        known = {name: trains for name, _, trains in owned(state)}
-        for name, parameter in own.items() if len(own) else ():
-            if parameter is not None:
-                edits += training_edits(parameter, known.get(name, False))
-    elif flags == "owned" or old.use.trains != state.use.trains:
+    if flags == "owned" or old.use.trains != state.use.trains:
         for adapter in state.adapters:
             trains = adapter.name in state.use.trains
             for name, can_train in adapter.parameters.items():
@@ -381,7 +382,7 @@ class _General:
             for module, name in self.look.everywhere(before):
                 state = self.states.get(module)
                 if state is None or state.find(name) is None:
-                    yield (put_tensor, module, name, before, after)
+                    yield tensor_edit(module, name, before, after)
 
     def _tensor_edits(self, after: Mapping[nn.Module, list[tuple[str, Any]]]) -> Iterator[Edit]:
         """Flags, gradients and marks of every parameter on these modules."""
@@ -416,7 +417,7 @@ class _General:
         if is_new or self.flags == "all" or (is_adapters and self.flags == "owned"):
             yield from training_edits(tensor, trains)
         is_base = not is_adapters or any(self._is_base(*place) for place in places)
-        if former is not None and is_base:
+        if (former is not None and is_base) or len(places) > 1:
             yield from marking_edits(tensor, former, places)
 
     def _new(self, module: nn.Module) -> State | None:
@@ -427,7 +428,7 @@ class _General:
 
     def _former(self, tensor: Tensor, places: list[Place]) -> bool | None:
         """The flag from before any call; None of what was not there then."""
-        if (mark := mark_of(tensor)) is not None:
+        if (mark := mark_of(tensor)) is not None and mark.flag is not None:
             return mark.flag
         known = (
             state.before.flag(name)
@@ -467,11 +468,11 @@ def _placing_edits(
         now: dict[str, Any] = dict(owner.items())
         keeps = type(module).__setattr__ is not nn.Module.__setattr__  # a list of them (nn.LSTM)
         moved = [(n, now[n], t) for n, t in items if n in now and now[n] is not t]
-        if list(now) != [name for name, _ in items]:
+        comes_or_goes = list(now) != [name for name, _ in items]
+        for name, old, new in moved if keeps or not comes_or_goes else ():
+            yield tensor_edit(module, name, old, new)
+        if comes_or_goes:  # last, so that taking it back, interrupted or not, comes first
             yield from items_edits(owner, items)
-            moved = moved if keeps else []
-        for name, old, new in moved:
-            yield (put_tensor, module, name, old, new)
     own = module._non_persistent_buffers_set
     if own != unsaved:
         yield (put_members, own, None, frozenset(own), frozenset(unsaved))

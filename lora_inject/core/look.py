@@ -74,6 +74,26 @@ class Look:
         """Every adapter on every layer."""
         return [(m, adapter) for m, state in self.own.items() for adapter in state.adapters]
 
+    def leader(self, layer: nn.Module, adapter: Adapter) -> tuple[nn.Module, Adapter]:
+        """The adapter of the tied layer whose A and B this one shares.
+
+        Raises:
+            LoRAInjectError: it is not here.
+        """
+        found = self._leaders.get((adapter.follows, adapter.name, adapter.seed))
+        if found is None:
+            raise LoRAInjectError(
+                f"its adapter {adapter.name!r} shares its A and B with {adapter.follows}, which "
+                "is not here or has been stripped.",
+                path=self.index.path(layer),
+                remedy="Call this on the whole model, or remove the adapter.",
+            )
+        return found
+
+    @cached_property
+    def _leaders(self) -> dict[tuple[str, str, int], tuple[nn.Module, Adapter]]:
+        return {(a.path, a.name, a.seed): (m, a) for m, a in self.adapters if not a.follows}
+
     def target_path(self, layer: nn.Module, adapter: Adapter) -> str:
         """The path of what an adapter was put on: of a layer, or of a parameter of it."""
         path = self.index.path(layer)
@@ -154,7 +174,7 @@ class Look:
         What its mark says; else what the state of a place of it remembers; else what it is.
         """
         mark = mark_of(tensor)
-        if mark is not None:
+        if mark is not None and mark.flag is not None:
             return mark.flag
         if self.states:
             for module, name in self.tensor_places.get(id(tensor), ()):
@@ -208,6 +228,28 @@ class Look:
                         path=self.index.path(module),
                         remedy="Call this on the model that inject was called on.",
                     )
+
+    def require_one_mode(self, name: str, bias: BiasMode | None = None) -> None:
+        """Refuse an adapter that parts of the model have with different bias modes.
+
+        Args:
+            name: the adapter's name.
+            bias: the mode that it is to have; None for any.
+
+        Raises:
+            ArgumentError: it has several, or another one.
+        """
+        modes = {i.bias: None for i in self.injections if i.adapter == name}
+        if len(modes) > 1:
+            raise ArgumentError(
+                f"parts of the model have {name!r} with different bias modes, {list(modes)}.",
+                remedy="Call this on the parts, or first use it alone and freeze with one mode.",
+            )
+        if bias is not None and modes and bias not in modes:
+            raise ArgumentError(
+                f"bias={bias!r}, but {name!r} was injected with bias={next(iter(modes))!r}.",
+                remedy="Use the same mode, and freeze(model, bias=...) to change it.",
+            )
 
     def require_known(self, names: Iterable[str], argument: str) -> None:
         """Refuse names of adapters that are not there.
@@ -309,13 +351,21 @@ class Look:
         """
         for module, trained in places:
             _require_restorable(module, trained)
-            if trained.former is not None and self._tied[id(trained.former)] < trained.places:
-                raise LoRAInjectError(
-                    f"its {trained.name} is trained in {trained.places} tied places, of which some "
-                    "are outside.",
-                    path=self.index.path(module),
-                    remedy="Call this on the whole model.",
-                )
+            self.require_inside(module, trained)
+
+    def require_inside(self, module: nn.Module, trained: Trained) -> None:
+        """Refuse to move what stands in some of the places where it is tied alone.
+
+        Raises:
+            LoRAInjectError: others are outside of the model.
+        """
+        if trained.former is not None and self._tied[id(trained.former)] < trained.places:
+            raise LoRAInjectError(
+                f"its {trained.name} is trained in {trained.places} tied places, of which some "
+                "are outside.",
+                path=self.index.path(module),
+                remedy="Call this on the whole model.",
+            )
 
     @cached_property
     def _tied(self) -> dict[int, int]:

@@ -23,16 +23,16 @@ _References = tuple[tuple[weakref.ref[nn.Module], str], ...]
 
 
 class Mark:
-    """On a parameter that a call has frozen or let train.
+    """On a parameter that a call has frozen or let train, or that adapters share between places.
 
     Attributes:
-        flag: its ``requires_grad`` from before.
+        flag: its ``requires_grad`` from before; None for an adapter's.
         places: where it stands, in whatever part of a model, by weak reference.
     """
 
     __slots__ = ("flag", "places")
 
-    def __init__(self, flag: bool, places: _References) -> None:
+    def __init__(self, flag: bool | None, places: _References) -> None:
         self.flag, self.places = flag, places
 
     def is_at(self, module: nn.Module, name: str) -> bool:
@@ -62,7 +62,7 @@ def mark_edit(tensor: Tensor, mark: Mark | None) -> Edit:
     return (put_attribute, tensor, _MARK, old, MISSING if mark is None else mark)
 
 
-def marking_edits(tensor: Tensor, flag: bool, places: list[Place]) -> list[Edit]:
+def marking_edits(tensor: Tensor, flag: bool | None, places: list[Place]) -> list[Edit]:
     """Mark a tensor with these places, where it has not that very mark."""
     mark = mark_of(tensor)
     if mark is not None and places_of(mark) == places and mark.flag is flag:

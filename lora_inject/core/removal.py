@@ -33,11 +33,10 @@ def remove_adapters(
         states: states that take the place of those of the look.
         values: edits of values that come before.
     """
-    look.require_restorable(
-        (module, trained)
-        for module, trained in look.trained
-        if not keep and trained.owners.keys() & set(names)
-    )
+    leaving = [(m, trained) for m, trained in look.trained if trained.owners.keys() & set(names)]
+    for module, trained in leaving:
+        look.require_inside(module, trained)
+    look.require_restorable(() if keep else leaving)
     removal = _Removal(look, frozenset(names), keep)
     new = {m: removal.state(m, (states or {}).get(m, s)) for m, s in look.states.items()}
     gone = dict.fromkeys(_marked_elsewhere(look))  # no state, and no adapter any more

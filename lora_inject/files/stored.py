@@ -47,6 +47,7 @@ class Stored:
         look.require_adapters()
         self.name = adapter_name(look, adapter)
         look.require_whole([self.name])
+        look.require_one_mode(self.name)
         self.modules = bare_modules(look.index.by_path)
         self.paths = first_paths(self.modules)
         self.real_prefixes = [name for name in ("module", "base_model") if name in self.modules]
@@ -57,6 +58,9 @@ class Stored:
             if own.name == self.name
             for pair in own.pairs
         ]
+        for held in self.pairs:
+            if held.adapter.follows:
+                look.leader(held.layer, held.adapter)
 
     @property
     def bias(self) -> BiasMode:

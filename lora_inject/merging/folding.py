@@ -128,19 +128,21 @@ def unfold(look: Look, names: Mapping[nn.Module, frozenset[str]]) -> None:
         state = look.states[layer]
         assert state.merged is not None
         left = state.merged.adapters - own
-        former = dict(state.merged.former)
+        former, aside = dict(state.merged.former), dict(state.merged.aside)
         for name in list(former):
             weight, value = own_tensor(layer, name), former[name]
             assert weight is not None
             assert value is not None, "require_kept has refused this"
             if name in _weights(state, left):
                 path = f"{look.index.path(layer)}.{name}".lstrip(".")
-                merged, _ = _merged_weight(path, layer, name, state, left)
-                values.append(value_edit(weight, merged))
+                value, _ = _merged_weight(path, layer, name, state, left)
             else:
-                values.append(value_edit(weight, value))
                 del former[name]
-        states[layer] = state.change(merged=Merged(left, former) if left else None)
+            if not state.blocks:
+                values.append(value_edit(weight, value))
+            elif name in former:  # the block, which has outlived ours, shows the former value
+                aside[name] = value
+        states[layer] = state.change(merged=Merged(left, former, aside) if left else None)
     commit(look, states, values=values)
 
 

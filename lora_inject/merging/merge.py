@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from lora_inject.changes.edits import surely
 from lora_inject.core.commit import commit
 from lora_inject.core.look import Look
 from lora_inject.core.state import Merged
@@ -109,17 +110,14 @@ def merged(
     if not keep:
         raise ArgumentError('keep must be "device" or "cpu" here: the block ends with unmerge.')
     look = Look(model)
+    look.require_kept()
     new = folded(look, adapters, keep)
     before = {layer: look.states[layer].merged for layer in new.states}
     try:
         commit(look, new.states, values=new.values)
         yield new.report
     finally:
-        try:
-            _end(look, new, before)
-        except BaseException:  # nothing has changed then, and a block has to end all the same
-            _end(look, new, before)
-            raise
+        surely(lambda: _end(look, new, before))
 
 
 def _end(look: Look, new: Folded, before: Mapping[nn.Module, Merged | None]) -> None:

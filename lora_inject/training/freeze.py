@@ -9,6 +9,7 @@ from torch import nn
 from lora_inject.changes.edits import Edit, run, training_edits
 from lora_inject.changes.statistics import has_statistics, holding_edits
 from lora_inject.core.adaptation import Adaptation, own_in_place, reached, train_in_full
+from lora_inject.core.checks import require_one_owner
 from lora_inject.core.choosing import View
 from lora_inject.core.commit import commit
 from lora_inject.core.in_place import in_place
@@ -65,12 +66,13 @@ def freeze(model: nn.Module, bias: BiasMode = "none", train_also: Any = ()) -> R
     used = look.used
     layers = [m for m, s in look.own.items() if any(a.name in used for a in s.adapters)]
     tensors = in_place(look, layers, bias, in_full)
-    if look.own and tensors and list(used.values()) != [1.0]:
+    if look.own and tensors and not _is_one_in_use(look):
         raise ArgumentError(
-            f"{len(used)} adapters are in use, and what trains in place belongs to one, "
-            "with a weight of 1.",
+            f"{len(used)} adapters are in use, or parts use one differently, and what trains in "
+            "place belongs to one, with a weight of 1.",
             remedy='Name that one first: use(model, "default").',
         )
+    require_one_owner(look, tensors)
 
     def shown() -> Report:
         return report_of(look.again())
@@ -88,6 +90,12 @@ def freeze(model: nn.Module, bias: BiasMode = "none", train_also: Any = ()) -> R
             use = Use({**state.use.weights, **new}, frozenset(used))
             made.states[module] = state.change(use=use)
     return commit(look, made.states, fresh=made.fresh, flags="all", then=shown)  # type: ignore[no-any-return]
+
+
+def _is_one_in_use(look: Look) -> bool:
+    """Whether one adapter is in use, with a weight of 1 wherever it has something."""
+    on_it = [s.use.weights for s in look.own.values() if look.used.keys() & s.on_it]
+    return len(look.used) == 1 and all(list(weights.values()) == [1.0] for weights in on_it)
 
 
 mark_only_lora_as_trainable = freeze  # loralib's name

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from lora_inject.changes.edits import Edit, filling, put_tensor
+from lora_inject.changes.edits import Edit, filling, tensor_edit
 from lora_inject.core.adaptation import former_value, starting_values
 from lora_inject.core.adapter import Adapter
 from lora_inject.core.commit import commit
@@ -60,15 +60,13 @@ def _starting(path: str, layer: nn.Module, adapter: Adapter) -> Iterator[Edit]:
 
 def _tying(look: Look) -> Iterator[Edit]:
     """Edits that let tied layers share their A and B again, which ``to_empty`` takes apart."""
-    adapters = [(m, a) for m, state in look.own.items() for a in state.adapters]
-    leaders = {(a.path, a.name, a.seed): (m, a) for m, a in adapters if not a.follows}
-    for layer, adapter in adapters:
+    for layer, adapter in look.adapters:
         if adapter.follows:
-            leader, first = leaders[adapter.follows, adapter.name, adapter.seed]
+            leader, first = look.leader(layer, adapter)
             for name, shared in zip(adapter.parameters, first.parameters, strict=True):
                 old, new = layer._parameters[name], leader.get_parameter(shared)
                 if old is not new:
-                    yield (put_tensor, layer, name, old, new)
+                    yield tensor_edit(layer, name, old, new)
 
 
 def _is_unknown(module: nn.Module, trained: Trained) -> bool:
