@@ -391,6 +391,9 @@ class _General:
             for name, tensor in items:
                 if tensor is not None:
                     seen.setdefault(id(tensor), (tensor, []))[1].append((module, name))
+            for tensor in module._parameters.values():  # which may go, and stand elsewhere still
+                if tensor is not None and mark_of(tensor) is not None:
+                    seen.setdefault(id(tensor), (tensor, []))
         came_from = {id(now): before for before, now in self.replaced.values() if now is not None}
         for tensor, here in seen.values():
             others = self.look.everywhere(tensor)

@@ -184,7 +184,7 @@ def _is_the_bases(name: str, tensor: Tensor, value: Tensor, data: AdapterData) -
     )
     value = whole(value.detach())
     same = tensor.shape == value.shape and torch.equal(tensor.to(value), value)
-    if same and not inside and not name.endswith("bias"):
+    if same and not inside and "bias" not in name.rpartition(".")[2]:  # bias_ih_l0 of a layer too
         return True
     if not same and name in data.facts.get("base_weights", ()):
         raise FormatError(

@@ -68,6 +68,7 @@ class RecurrentKind(RecurrentCellKind):
         return {
             "_flat_weights": property(_read_flat, _store_flat),
             "_init_flat_weights": _store_flat,
+            "__setattr__": _set,
             "flatten_parameters": lambda layer: None,  # effective weights have no common storage
         }
 
@@ -80,6 +81,13 @@ def _read_flat(layer: Any) -> list[Tensor | None]:
         layer._lora_effective(name) if name in layer._parameters else getattr(layer, name, None)
         for name in layer._flat_weights_names
     ]
+
+
+def _set(layer: Any, name: str, value: Any) -> None:
+    """What ``nn.RNNBase`` does, whose list stands behind that of effective weights here."""
+    if name in layer.__dict__.get("_flat_weights_names", ()) and "_flat_weights" in layer.__dict__:
+        layer.__dict__["_flat_weights"][layer._flat_weights_names.index(name)] = value
+    nn.Module.__setattr__(layer, name, value)
 
 
 def _store_flat(layer: Any, _: Any = None) -> None:
