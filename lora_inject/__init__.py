@@ -23,10 +23,11 @@ from lora_inject.errors import (
     UnsupportedLayerError,
 )
 from lora_inject.files.save_load import load, save
-from lora_inject.files.stored import load_lora_state_dict, lora_state_dict
+from lora_inject.files.state_dict import load_lora_state_dict, lora_state_dict
 from lora_inject.inject import inject, strip
 from lora_inject.kinds import Kind, Spec, register_kind
-from lora_inject.merging.merge import MergeReport, merge, merged, unmerge
+from lora_inject.merging.folding import MergeReport
+from lora_inject.merging.merge import merge, merged, unmerge
 from lora_inject.plan import Plan, plan
 from lora_inject.report.report import Report, report
 from lora_inject.training.freeze import freeze, mark_only_lora_as_trainable

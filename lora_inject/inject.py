@@ -10,7 +10,7 @@ from torch import nn
 from lora_inject.core.look import Look
 from lora_inject.core.removal import remove_adapters
 from lora_inject.errors import LoRAInjectWarning
-from lora_inject.merging.merge import folded
+from lora_inject.merging.folding import folded
 from lora_inject.plan import Plan, plan
 from lora_inject.report.report import Report
 
@@ -51,12 +51,15 @@ def inject(*args: Any, **kwargs: Any) -> Report:  # noqa: D417 (those of plan)
             regular expression that matches the whole path; a module class; a callable
             ``(path, module) -> bool``; ``"all-linear"``, every Linear-like layer but the output
             head; a list of these; or a mapping of these to settings,
-            ``{"q_proj": {"r": 8, "alpha": 16, "dropout": 0.1}}``. The first pattern that selects a
+            ``{"q_proj": {"r": 8, "alpha": 16, "fixed": "A"}}``. The first pattern that selects a
             layer decides. A string also selects a parameter that no layer calls, such as the
             fused ``"experts.gate_up_proj"``.
         r: rank, at least 1.
         alpha: the delta is scaled by alpha / r; None means alpha = r, a scaling of 1.
         dropout: probability of dropout on the input of the adapter, in [0, 1).
+        scaling: "lora" scales by alpha / r, "rslora" by alpha / sqrt(r) (arXiv 2312.03732).
+        fixed: "A" or "B", a factor that stays as it starts and does not train; None trains both.
+            With "A" (LoRA-FA, arXiv 2308.03303) less is kept for the backward pass.
         bias: the biases that train: "none", "all" in the model, or "lora_only", those of adapted
             layers. Biases that were frozen before stay frozen.
         exclude: layers to leave alone, in the same grammar; excluding a module excludes what is

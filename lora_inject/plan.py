@@ -11,6 +11,7 @@ from torch import nn
 from lora_inject import settings as check
 from lora_inject.core.adaptation import Content, adaptation
 from lora_inject.core.checks import (
+    require_alive,
     require_apart,
     require_extensible,
     require_free_places,
@@ -130,6 +131,8 @@ def plan(
     r: int = 8,
     alpha: float | None = None,
     dropout: float = 0.0,
+    scaling: str = "lora",
+    fixed: str | None = None,
     bias: BiasMode = "none",
     exclude: Any = (),
     layers: Any = None,
@@ -152,8 +155,10 @@ def plan(
         model: any ``nn.Module``.
         targets: the layers to adapt; see ``inject`` for this and all that follow.
         r: rank.
-        alpha: scaling is alpha / r.
+        alpha: the delta is scaled by alpha / r.
         dropout: dropout on the adapter's input.
+        scaling: "lora" or "rslora".
+        fixed: the factor that does not train, if any.
         bias: which biases train.
         exclude: what to leave alone.
         layers: block indices to keep.
@@ -175,7 +180,10 @@ def plan(
         AlreadyAdaptedError: a selected layer already carries an adapter of this name.
     """
     require_module(model)
-    values = {"r": r, "alpha": alpha, "dropout": dropout, "how": how, "layout": layout}
+    values = {
+        "r": r, "alpha": alpha, "dropout": dropout, "scaling": scaling, "fixed": fixed, "how": how,
+        "layout": layout,
+    }  # fmt: skip
     settings = settings_by_pattern(targets, values)
     request = Request(
         settings=settings,
@@ -227,6 +235,7 @@ def plan_for(
     if content is not None:
         held = content(sites)
     else:
+        require_alive(sites)
         trained = in_place(look, [s.module for s in sites], request.bias, [*in_full.values()])
         held = Content(request.bias, in_full, trained)
     if held.use:

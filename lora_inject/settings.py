@@ -3,12 +3,13 @@
 import math
 import operator
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
 
 from lora_inject.errors import ArgumentError
+from lora_inject.variants import FIXED, SCALINGS, Variant
 
 BiasMode = Literal["none", "all", "lora_only"]
 How = Literal["auto", "weight"]
@@ -28,6 +29,7 @@ class Settings:
         how: "auto", or "weight" to adapt what the layer reads and not what it returns.
         layout: the order of the last two dimensions of a fused weight, if the user says it.
         parts: (name, size) of each part of a fused projection; None for what stays as it is.
+        variant: what A and B are to the weight.
     """
 
     r: int
@@ -36,11 +38,12 @@ class Settings:
     how: How = "auto"
     layout: Layout | None = None
     parts: Parts = ()
+    variant: Variant = field(default_factory=Variant)
 
     @property
     def scaling(self) -> float:
-        """The factor of B A x: alpha / r (LoRA, arXiv 2106.09685, section 4.1)."""
-        return self.alpha / self.r
+        """The factor of B A x: alpha / r (LoRA, arXiv 2106.09685, section 4.1), or as rsLoRA."""
+        return self.variant.scaling.factor(self.alpha, self.r)
 
     def part_sizes(self, n_out: int) -> list[tuple[str | None, int]]:
         """The parts with their sizes; equal ones where no sizes are given.
@@ -62,7 +65,7 @@ class Settings:
 
 
 def settings(values: Mapping[str, Any], override: Any = None, where: str = "") -> Settings:
-    """Check r, alpha, dropout, how and layout, with the overrides of one pattern.
+    """Check r, alpha and the like, with the overrides of one pattern.
 
     A pattern that sets ``r`` and not ``alpha`` gets the call's alpha, or its own r where the call
     leaves alpha at its default.
@@ -88,13 +91,22 @@ def settings(values: Mapping[str, Any], override: Any = None, where: str = "") -
         dropout=check_dropout(v["dropout"], names["dropout"]),
         how=check_choice(v["how"], names["how"], How),
         layout=None if v["layout"] is None else check_choice(v["layout"], names["layout"], Layout),
+        variant=Variant(
+            scaling=SCALINGS[check_word(v["scaling"], names["scaling"], SCALINGS)],
+            fixed=None if v["fixed"] is None else check_word(v["fixed"], names["fixed"], FIXED),
+        ),
     )
 
 
 def check_choice(value: Any, name: str, choices: Any) -> Any:
     """One of the words of a Literal."""
-    if not isinstance(value, str) or value not in get_args(choices):
-        raise ArgumentError(f"{name} must be one of {list(get_args(choices))}, not {value!r}.")
+    return check_word(value, name, get_args(choices))
+
+
+def check_word(value: Any, name: str, words: Iterable[str]) -> Any:
+    """One of these words."""
+    if not isinstance(value, str) or value not in words:
+        raise ArgumentError(f"{name} must be one of {list(words)}, not {value!r}.")
     return value
 
 

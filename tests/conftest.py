@@ -20,9 +20,10 @@ settings.load_profile("default")
 # On a GPU the most telling ones come first, as the time there may end before they do; compilers are
 # slow and come last.
 FIRST = (
-    "test_device", "test_philox", "test_functional", "test_every_kind", "test_families",
-    "test_merge", "test_adapters", "test_amp", "test_checkpointing", "test_rows", "test_initial",
-    "test_files", "test_weights", "test_kinds",
+    "test_device", "test_philox", "test_ways", "test_layer", "test_every_kind", "test_families",
+    "test_merge", "test_use", "test_amp", "test_checkpointing", "test_per_row",
+    "test_starting_values", "test_stored", "test_save_load", "test_fingerprint", "test_formats",
+    "test_weights", "test_kinds",
 )  # fmt: skip
 LAST = ("test_stateful", "test_compile")
 

@@ -118,6 +118,11 @@ def randomize_adapters(model, scale=0.1, names=None):
                         module.get_parameter(name).normal_(std=scale)
 
 
+def paired(adapter):
+    """Every pair of an adapter: its spec, and the names of A and B."""
+    return [(pair.spec, tuple(pair.names.values())) for pair in adapter.pairs]
+
+
 def train_steps(model, inputs, steps=3, lr=0.02):
     """Adam on everything that trains, towards a fixed target; returns the last loss."""
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
@@ -155,6 +160,10 @@ def checkpoint_blocks(model, reentrant=None):
 
 def trainable_names(model):
     return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def linears(*names):
+    return nn.ModuleDict({name: nn.Linear(4, 4) for name in names})
 
 
 class Block(nn.Module):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as tf
 from families import FAMILIES
-from helpers import Net, changed_parts, ids, randomize_adapters, snapshot, train_steps
+from helpers import Net, changed_parts, ids, paired, randomize_adapters, snapshot, train_steps
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -86,7 +86,7 @@ def every_adapter_gets_gradients(model, call):
     adapted = [m for m in model.modules() if isinstance(m, LoRALayer)]
     for layer in adapted:
         for adapter in layer.lora_adapters:
-            for _, A_name, B_name in adapter.pairs:
+            for _, (A_name, B_name) in paired(adapter):
                 assert layer.get_parameter(A_name).grad.any(), (layer, A_name)
                 assert layer.get_parameter(B_name).grad.any(), (layer, B_name)
     return len(adapted)

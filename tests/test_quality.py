@@ -9,7 +9,7 @@ from helpers import PEFT_WARNS
 from rich.progress import Progress
 
 from benchmarks import quality
-from lora_inject import demo
+from lora_inject.cli import demo
 
 pytestmark = [PEFT_WARNS, pytest.mark.cpu("it is slow")]
 

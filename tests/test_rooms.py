@@ -8,7 +8,8 @@ import lora_inject
 # The rooms from the ground up. A room is a sub-package or a file directly in the package.
 FLOORS = [
     {"errors", "compat", "printing"},
-    {"settings", "own", "sharding", "arithmetic"},
+    {"variants", "own", "sharding", "arithmetic"},
+    {"settings"},
     {"kinds", "changes"},
     {"core"},
     {"merging", "report"},

@@ -13,18 +13,17 @@ The last three act on A and B and not on their product, as PEFT's ``add_weighted
 report says how far the result is from the sum.
 """
 
-import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_inject.arithmetic import starting_values as initial
-from lora_inject.arithmetic.low_rank import difference_norm, product_norm, side_by_side, truncated
+from lora_inject.adapters.combine_rules import How, Rule, check_options
+from lora_inject.arithmetic.low_rank import difference_norm, product_norm, side_by_side
 from lora_inject.core.adaptation import as_parameters, reached
 from lora_inject.core.adapter import Adapter, Term
 from lora_inject.core.commit import Fresh, commit
@@ -38,14 +37,9 @@ from lora_inject.settings import (
     Settings,
     check_adapter,
     check_choice,
-    check_count,
-    check_seed,
     check_weights,
 )
 from lora_inject.sharding import whole
-
-How = Literal["cat", "svd", "linear", "ties", "dare"]
-_AB = tuple[Tensor, Tensor]
 
 
 class CombinedLayer(NamedTuple):
@@ -132,7 +126,7 @@ def combine(
     look.require_adapters()
     _check_names(look, weights, name)
     look.require_whole(weights)
-    rule = _Rule(how, *_check_options(how, r, density, seed), name)
+    rule = Rule(how, *check_options(how, r, density, seed), name)
     look.require_awake()
     look.require_intact()
 
@@ -150,61 +144,6 @@ def combine(
     return CombineReport(name, tuple(shown))
 
 
-class _Rule(NamedTuple):
-    """How the matrices of several adapters become one pair."""
-
-    how: How
-    r: int | None
-    density: float
-    seed: int
-    name: str
-
-    def __call__(
-        self, path: str, As: list[Tensor], Bs: list[Tensor], factors: list[float], exact: _AB
-    ) -> _AB:
-        """The pair for matrices that count with these factors; ``exact`` is their weighted sum."""
-        if self.how == "cat":
-            return exact
-        if self.how == "svd":
-            r = max(A.shape[-2] for A in As) if self.r is None else self.r
-            return truncated(*exact, r)
-        if len({A.shape for A in As}) > 1:
-            raise ArgumentError(
-                f"how={self.how!r} needs equal ranks, not {[A.shape[-2] for A in As]}.",
-                path=path,
-                remedy='Use how="cat" or how="svd".',
-            )
-        roots = [math.sqrt(abs(factor)) for factor in factors]
-        signed = [math.copysign(root, f) for root, f in zip(roots, factors, strict=True)]
-        generator = initial.site_generator(self.seed, self.name, path)
-        return self._sum(As, signed, generator), self._sum(Bs, roots, generator)
-
-    def _sum(
-        self, tensors: list[Tensor], factors: list[float], generator: torch.Generator
-    ) -> Tensor:
-        """The weighted sum of what the rule keeps."""
-        kept = torch.stack([self._keep(tensor, generator) for tensor in tensors])
-        scaled = kept * kept.new_tensor(factors).reshape(-1, *[1] * tensors[0].dim())
-        if self.how != "ties":
-            return scaled.sum(0)
-        majority = torch.where(kept.sum(0) >= 0, 1, -1)
-        agrees = kept.sign() == majority
-        total: Tensor = (scaled * agrees).sum(0) / agrees.sum(0).clamp(min=1)
-        return total
-
-    def _keep(self, tensor: Tensor, generator: torch.Generator) -> Tensor:
-        if self.how == "ties":
-            count = int(self.density * tensor.numel())
-            largest = tensor.abs().flatten().topk(count).indices
-            return torch.zeros_like(tensor.flatten()).index_copy(
-                0, largest, tensor.flatten()[largest]
-            ).reshape(tensor.shape)  # fmt: skip
-        if self.how == "dare":
-            draws = torch.rand(tensor.shape, generator=generator, device="cpu").to(tensor.device)
-            return tensor * (draws < self.density) / self.density
-        return tensor
-
-
 @dataclass
 class _Made:
     """A new adapter for one layer; tied layers share the parameters of their leader."""
@@ -220,11 +159,14 @@ class _Made:
     def __post_init__(self) -> None:
         own = zip(self.adapter.specs, self.values, strict=not self.leader)
         kind = self.adapter.kind
-        pairs = [as_parameters(kind, self.layer, spec, pair, trains=False) for spec, pair in own]
-        self.parameters = [half for pair in pairs for half in pair]
+        frozen = {"A": False, "B": False}
+        pairs = [
+            as_parameters(kind, self.layer, spec, {"A": A, "B": B}, frozen) for spec, (A, B) in own
+        ]
+        self.parameters = [parameter for pair in pairs for parameter in pair.values()]
 
 
-def _combined(look: Look, weights: Mapping[str, float], name: str, rule: _Rule) -> list[_Made]:
+def _combined(look: Look, weights: Mapping[str, float], name: str, rule: Rule) -> list[_Made]:
     """The new adapters of a model's layers, in the order in which these were adapted."""
     groups: dict[tuple[nn.Module, tuple[str, ...]], list[tuple[str, Adapter]]] = {}
     # Leaders first, for those that share their parameters.
@@ -255,7 +197,7 @@ def _combine_layer(
     sources: list[Adapter],
     weights: Mapping[str, float],
     name: str,
-    rule: _Rule,
+    rule: Rule,
     leader: "_Made | None",
 ) -> _Made:
     first = sources[0]
@@ -302,7 +244,7 @@ def _combine_layer(
 
 
 def _combine_pair(
-    path: str, layer: nn.Module, terms: list[tuple[Term, float]], rule: _Rule
+    path: str, layer: nn.Module, terms: list[tuple[Term, float]], rule: Rule
 ) -> tuple[Tensor, Tensor, float]:
     """One pair as matrices, in at least float32, and how far it is from the weighted sum."""
     As, Bs = [], []
@@ -347,23 +289,3 @@ def _check_names(look: Look, weights: Mapping[str, float], name: str) -> None:
             raise ArgumentError(
                 f"{other!r} trained {trained.text(module)}, which cannot be combined."
             )
-
-
-def _check_options(
-    how: How, r: int | None, density: float | None, seed: int | None
-) -> tuple[int | None, float, int]:
-    """The options, each given only where it has a meaning."""
-    for name, value, hows in (
-        ("r", r, ("svd",)), ("density", density, ("ties", "dare")), ("seed", seed, ("dare",)),
-    ):  # fmt: skip
-        if value is not None and how not in hows:
-            raise ArgumentError(f"{name} has no meaning for how={how!r}; leave it out.")
-    if how in ("ties", "dare") and (not isinstance(density, int | float) or not 0 < density <= 1):
-        raise ArgumentError(f"density must be above 0 and at most 1 for how={how!r}: {density!r}.")
-    seed = check_seed(seed)
-    draws = how == "dare" and seed is None
-    return (
-        None if r is None else check_count(r, "r"),
-        1.0 if density is None else float(density),
-        initial.draw_seed() if draws else seed or 0,
-    )

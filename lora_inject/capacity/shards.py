@@ -67,13 +67,13 @@ def shares(model: nn.Module) -> dict[Tensor, Share]:
             if found.get(parameter, _UNDIVIDED) == _UNDIVIDED:  # or divided where it is tied
                 found[parameter] = share
         for adapter in adapters:
-            for spec, A, B in adapter.pairs:
+            for spec, names in adapter.pairs:
                 base, first = own.get(spec.weight, _UNDIVIDED), 1 if spec.experts else 0
                 dims = {"in": first + 1, "out": first}
-                for name, side in ((A, "in"), (B, "out")):
+                for role, side in (("A", "in"), ("B", "out")):
                     follows = base.side == side
                     share = Share(dims[side], base.products) if follows else _UNDIVIDED
-                    found[module.get_parameter(name)] = share
+                    found[module.get_parameter(names[role])] = share
     return found
 
 

@@ -49,7 +49,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="lora-inject", description="LoRA as surgery: adapt any PyTorch model in place."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_plan(commands)
+    _add_files(commands)
+    _add_demo(commands)
+    return parser
 
+
+def _add_plan(commands: Any) -> None:
     show = commands.add_parser(
         "plan",
         help="show what would be adapted, what would train and what memory that takes",
@@ -82,6 +88,10 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--optimizer", default="adamw", help=", ".join(OPTIMIZER_STATES))
     show.add_argument("--dtype", choices=list(_DTYPES), help="of the base; default: the config's")
     show.add_argument("--json", action="store_true", help="print the report as JSON")
+    _add_capacity(show)
+
+
+def _add_capacity(show: argparse.ArgumentParser) -> None:
     paper = show.add_argument_group(
         "capacity", "Any of these also shows what each device would hold, and how many it takes."
     )
@@ -93,6 +103,8 @@ def _parser() -> argparse.ArgumentParser:
         "--checkpointing", action="store_const", const=True, help="compute blocks again"
     )
 
+
+def _add_files(commands: Any) -> None:
     look = commands.add_parser(
         "inspect",
         help="show what is in an adapter file",
@@ -116,6 +128,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--format", choices=list(FORMATS), help="default: found out")
         command.add_argument("--model", help="what it is for, as in plan; kohya's names need it")
 
+
+def _add_demo(commands: Any) -> None:
     demo = commands.add_parser(
         "demo",
         help="fine-tune a pretrained model on rated words, then strip it",
@@ -125,7 +139,6 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--epochs", type=int, default=2)
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG of loss and scatter")
-    return parser
 
 
 def _plan(options: argparse.Namespace) -> None:

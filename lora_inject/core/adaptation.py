@@ -74,7 +74,7 @@ def adaptation(
     """
     seed = initial.draw_seed() if seed is None else seed
     made = Adaptation(reached(look, Injection(secrets.randbits(63), name, content.bias)))
-    leaders: dict[str, list[tuple[nn.Parameter, nn.Parameter]]] = {}
+    leaders: dict[str, list[dict[str, nn.Parameter]]] = {}
     adapters: dict[nn.Module, tuple[Adapter, ...]] = {}
     generator = torch.Generator(device="cpu")
     with torch.inference_mode(False):  # tensors made in it could never train
@@ -90,8 +90,9 @@ def adaptation(
                 pairs = _pairs(site, adapter, content, generator)
             leaders[site.path] = pairs
             own = made.fresh.setdefault(site.module, {})
-            for (_, A_name, B_name), (A, B) in zip(adapter.pairs, pairs, strict=True):
-                own[A_name, name], own[B_name, name] = A, B
+            for (_, names), pair in zip(adapter.pairs, pairs, strict=True):
+                for role, key in names.items():
+                    own[key, name] = pair[role]
         own_in_place(look, made, name, content.in_place, content.use)
         _fill(made, name, content.tensors)
     train_in_full(look, made.states, name, content.train_also.values())
@@ -236,10 +237,10 @@ def _put_on_layers(
 
 def _pairs(
     site: Site, adapter: Adapter, content: Content, generator: torch.Generator
-) -> list[tuple[nn.Parameter, nn.Parameter]]:
-    """The A and B of a site, as parameters."""
+) -> list[dict[str, nn.Parameter]]:
+    """The tensors of each pair of a site by role, as parameters."""
     device = site.kind.weight(site.module, site.specs[0].weight).device
-    pairs = []
+    pairs, variant = [], site.settings.variant
     for spec in site.specs:
         if content.values is not None:
             A, B = content.values[site.path, spec.prefix]
@@ -250,24 +251,28 @@ def _pairs(
             A, B = starting_values(adapter, spec, generator)
         if not (A.device == B.device == device and A.dtype is B.dtype is site.dtype):
             A, B = A.to(device, site.dtype), B.to(device, site.dtype)
-        pairs.append(as_parameters(site.kind, site.module, spec, (A, B), content.use))
+        trains = {role: content.use and variant.trains(role) for role in variant.roles}
+        pairs.append(as_parameters(site.kind, site.module, spec, {"A": A, "B": B}, trains))
     return pairs
 
 
 def as_parameters(
-    kind: Kind, layer: nn.Module, spec: Spec, pair: tuple[Tensor, Tensor], trains: bool
-) -> tuple[nn.Parameter, nn.Parameter]:
-    """A and B as parameters of a layer.
+    kind: Kind,
+    layer: nn.Module,
+    spec: Spec,
+    tensors: Mapping[str, Tensor],
+    trains: Mapping[str, bool],
+) -> dict[str, nn.Parameter]:
+    """The tensors of a pair as parameters of a layer.
 
     Beside a sharded weight they are placed as it is, with the first rank's values, whatever seed
     the others drew.
     """
-    A, B = pair
     weight = kind.weight(layer, spec.weight)
     if is_distributed(weight):
-        places = kind.placements(weight, spec)
-        A, B = shards(A, weight, places[0], 0), shards(B, weight, places[1], 0)
-    return nn.Parameter(A, requires_grad=trains), nn.Parameter(B, requires_grad=trains)
+        places = dict(zip(("A", "B"), kind.placements(weight, spec), strict=True))
+        tensors = {role: shards(t, weight, places[role], 0) for role, t in tensors.items()}
+    return {role: nn.Parameter(t, requires_grad=trains[role]) for role, t in tensors.items()}
 
 
 def starting_values(

@@ -1,19 +1,42 @@
 """One adapter on one layer: everything about it but the values of A and B."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
+from torch import nn
+
 from lora_inject.kinds.base import Kind, Spec, Way
 from lora_inject.settings import Settings
+from lora_inject.variants import Variant
 
 DEFAULT_ADAPTER = "default"
 
 
-def parameter_names(spec: Spec, adapter: str) -> tuple[str, str]:
-    """The names of A and B: loralib's for the default adapter, others add their own name."""
+def parameter_names(spec: Spec, adapter: str, variant: Variant) -> dict[str, str]:
+    """The names of a pair's tensors by role, loralib's for the default adapter.
+
+    Others add their own name: A and B of "fr" are ``lora_A_fr`` and ``lora_B_fr``.
+    """
     suffix = "" if adapter == DEFAULT_ADAPTER else f"_{adapter}"
-    return f"{spec.prefix}lora_A{suffix}", f"{spec.prefix}lora_B{suffix}"
+    return {role: f"{spec.prefix}lora_{role}{suffix}" for role in variant.roles}
+
+
+class Pair(NamedTuple):
+    """The tensors of an adapter on one weight.
+
+    Attributes:
+        spec: the weight, and the shapes.
+        names: the names of the parameters by role: ``{"A": "lora_A", "B": "lora_B"}``.
+    """
+
+    spec: Spec
+    names: Mapping[str, str]
+
+    def tensors(self, layer: nn.Module) -> dict[str, nn.Parameter]:
+        """The tensors of a layer by role."""
+        return {role: layer.get_parameter(name) for role, name in self.names.items()}
 
 
 class Term(NamedTuple):
@@ -54,8 +77,8 @@ class Adapter:
         path: the target's path when it was adapted; with the seed it decides the starting values.
         seed: the seed of the call that made it.
         follows: the path of the tied target whose A and B it shares, or "".
-        pairs: each pair's spec with the names of its A and B.
-        parameters: the names of all of its parameters.
+        pairs: each pair's spec with the names of its tensors.
+        parameters: the names of all of its parameters, and whether they train when it does.
         terms: what it adds when it is in use with a weight of 1.
     """
 
@@ -68,14 +91,14 @@ class Adapter:
     path: str
     seed: int
     follows: str = ""
-    pairs: tuple[tuple[Spec, str, str], ...] = field(init=False)
-    parameters: tuple[str, ...] = field(init=False)
+    pairs: tuple[Pair, ...] = field(init=False)
+    parameters: Mapping[str, bool] = field(init=False)
     terms: tuple[Term, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        pairs = _named_pairs(self.specs, self.name)
+        pairs, parameters = _named(self.specs, self.name, self.settings.variant)
         object.__setattr__(self, "pairs", pairs)
-        object.__setattr__(self, "parameters", tuple(n for _, *names in pairs for n in names))
+        object.__setattr__(self, "parameters", parameters)
         object.__setattr__(self, "terms", self.weighted_terms(1.0))
 
     def weighted_terms(self, weight: float) -> tuple[Term, ...]:
@@ -83,12 +106,17 @@ class Adapter:
         return _terms(self.kind, self.specs, self.settings, self.name, weight)
 
 
-# Very many layers are alike, and these are values: layers that are share them.
+# Very many layers are alike, and these are values: layers that are alike share them.
 
 
 @lru_cache
-def _named_pairs(specs: tuple[Spec, ...], adapter: str) -> tuple[tuple[Spec, str, str], ...]:
-    return tuple((spec, *parameter_names(spec, adapter)) for spec in specs)
+def _named(
+    specs: tuple[Spec, ...], adapter: str, variant: Variant
+) -> tuple[tuple[Pair, ...], Mapping[str, bool]]:
+    """The pairs of an adapter, and the names of its parameters with whether they may train."""
+    pairs = tuple(Pair(spec, parameter_names(spec, adapter, variant)) for spec in specs)
+    named = (item for pair in pairs for item in pair.names.items())
+    return pairs, {name: variant.trains(role) for role, name in named}
 
 
 @lru_cache
@@ -97,14 +125,14 @@ def _terms(
 ) -> tuple[Term, ...]:
     return tuple(
         Term(
-            kind,
-            spec,
-            A,
-            B,
-            settings.scaling * weight,
-            settings.dropout,
-            adapter,
-            (spec.start, spec.n_out) if spec.part else None,
+            kind=kind,
+            spec=spec,
+            A=names["A"],
+            B=names["B"],
+            scaling=settings.scaling * weight,
+            dropout=settings.dropout,
+            adapter=adapter,
+            part=(spec.start, spec.n_out) if spec.part else None,
         )
-        for spec, A, B in _named_pairs(specs, adapter)
+        for spec, names in _named(specs, adapter, settings.variant)[0]
     )

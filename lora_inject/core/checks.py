@@ -82,6 +82,19 @@ def require_free_places(look: Look, adapter: str, tensors: Collection[Place]) ->
                 )
 
 
+def require_alive(sites: Sequence[Site]) -> None:
+    """Refuse new adapters that could never learn: the factor that starts at zero would stay so."""
+    for site in sites:
+        zero = site.kind.zero
+        if site.settings.variant.fixed == zero:
+            other = "A" if zero == "B" else "B"
+            raise UnsupportedLayerError(
+                f"fixed={zero!r}: its {zero} starts at zero, and the adapter could never learn.",
+                path=site.path,
+                remedy=f"Give it fixed={other!r} by a pattern of its own, or exclude it.",
+            )
+
+
 def require_apart(look: Look, sites: Sequence[Site], in_full: Mapping[str, nn.Module]) -> None:
     """Refuse to adapt what another adapter trains in full, and the other way round."""
     for site in sites:

@@ -181,15 +181,15 @@ def _add_still_edits(
     """Append the edits of a module of which no tensor moves: the way of a hot swap."""
     own: Any = module._parameters
     if flags == "all":
-        trains = {name: trains for name, _, trains in owned(state)}
+        known = {name: trains for name, _, trains in owned(state)}
         for name, parameter in own.items() if len(own) else ():
             if parameter is not None:
-                edits += training_edits(parameter, trains.get(name, False))
+                edits += training_edits(parameter, known.get(name, False))
     elif flags == "owned" or old.use.trains != state.use.trains:
         for adapter in state.adapters:
-            train = adapter.name in state.use.trains
-            for name in adapter.parameters:
-                parameter = own[name]
+            trains = adapter.name in state.use.trains
+            for name, can_train in adapter.parameters.items():
+                parameter, train = own[name], trains and can_train
                 if parameter.requires_grad is not train:
                     edits.append((put_flag, parameter, None, not train, train))
                 if not train and parameter.grad is not None:

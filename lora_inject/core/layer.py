@@ -61,7 +61,8 @@ class LoRALayer(nn.Module):
             s, weights = a.settings, [spec.part or spec.weight for spec in a.specs]
             on = "" if weights == ["weight"] else f"{'+'.join(weights)}: "
             used = "" if a.name in state.use.weights else ", not in use"
-            shown.append(f"{on}{a.name}(r={s.r}, alpha={s.alpha:g}, dropout={s.dropout:g}{used})")
+            own = f"r={s.r}, alpha={s.alpha:g}, dropout={s.dropout:g}{s.variant.text}"
+            shown.append(f"{on}{a.name}({own}{used})")
         return ", ".join(filter(None, [super().extra_repr(), "lora=" + " ".join(shown)]))
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -103,8 +104,8 @@ def _following(layer: LoRALayer, name: str, parameter: nn.Parameter) -> nn.Param
         LoRAInjectError: it is, or follows, a weight that cannot be sharded under its adapter.
     """
     for adapter in layer.lora_adapters:
-        for spec, *pair in adapter.pairs:
-            weight = layer._parameters.get(spec.weight)
+        for spec, names in adapter.pairs:
+            weight, pair = layer._parameters.get(spec.weight), list(names.values())
             if name in (spec.weight, *pair):
                 _require_follows(adapter)
             if name in pair and weight is not None and is_distributed(weight):

@@ -16,8 +16,9 @@ from lora_inject.core.site import Refusal, Site
 from lora_inject.core.state import adapters_of
 from lora_inject.errors import ArgumentError, UnsupportedLayerError
 from lora_inject.kinds import Kind, Spec
-from lora_inject.kinds.base import Way, general_refusal, weight_refusal
+from lora_inject.kinds.base import Way
 from lora_inject.kinds.parameter import ParameterKind, layout_of
+from lora_inject.kinds.refusals import general_refusal, weight_refusal
 from lora_inject.kinds.weight_reads import weights_read_below
 from lora_inject.own import own_class
 from lora_inject.settings import Parts, Settings
@@ -190,7 +191,9 @@ def _specs(
         return Refusal(
             "its weights are normed, pruned or otherwise computed. Undo that or exclude it."
         )
-    names = [name for spec in specs for name in parameter_names(spec, adapter)]
+    names = [
+        name for spec in specs for name in parameter_names(spec, adapter, settings.variant).values()
+    ]
     if reason := general_refusal(module, names if others else ["lora_adapters", *names], way):
         return Refusal(reason)
     if way == "weight" and settings.dropout:

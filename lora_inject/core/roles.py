@@ -22,10 +22,10 @@ def roles(look: Look) -> dict[nn.Parameter, str]:
             continue
         state = look.own.get(module)
         ours = {
-            name: role
+            name: f"lora_{role}"
             for adapter in (state.adapters if state else ())
-            for _, *pair in adapter.pairs
-            for name, role in zip(pair, ADAPTER_ROLES, strict=True)
+            for pair in adapter.pairs
+            for role, name in pair.names.items()
         }
         in_full, places = module in look.in_full, waits.get(module, {})
         for name, parameter in own.items():
@@ -38,7 +38,7 @@ def roles(look: Look) -> dict[nn.Parameter, str]:
             else:
                 role = "bias" if is_bias(module, places.get(name, name)) else "other"
             known = found.setdefault(parameter, role)
-            if known is not role and _BY_PLACE.index(known) < _BY_PLACE.index(role):
+            if known != role and _BY_PLACE.index(known) < _BY_PLACE.index(role):
                 found[parameter] = role
     return found
 

@@ -313,8 +313,8 @@ def owned(state: State | None) -> Iterator[tuple[str, str, bool]]:
         return
     trains = state.use.trains
     for adapter in state.adapters:
-        for name in adapter.parameters:
-            yield name, adapter.name, adapter.name in trains
+        for name, can_train in adapter.parameters.items():
+            yield name, adapter.name, can_train and adapter.name in trains
     for trained in state.trained:
         homes = state.homes(trained)
         for who, name in homes.items():

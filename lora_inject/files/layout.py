@@ -17,6 +17,7 @@ from lora_inject.kinds import find_kind
 from lora_inject.kinds.parameter import layout_of
 from lora_inject.own import Place, own_tensor
 from lora_inject.sharding import whole
+from lora_inject.variants import OTHER
 
 
 class FittedPair(NamedTuple):
@@ -203,7 +204,8 @@ def _turned(pair: PairData, module: nn.Module) -> PairData:
     W = module._parameters.get(pair.weight)
     own = layout_of(module, W) if W is not None and pair.form == "experts" else None
     if own is not None and pair.layout and own != pair.layout:
-        return replace(pair, A=pair.B.transpose(-2, -1), B=pair.A.transpose(-2, -1), layout=own)
+        A, B = pair.B.transpose(-2, -1), pair.A.transpose(-2, -1)
+        return replace(pair, A=A, B=B, layout=own, fixed=OTHER[pair.fixed])
     return pair
 
 

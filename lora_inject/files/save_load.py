@@ -17,11 +17,12 @@ from lora_inject.core.patterns import Pattern, Predicate
 from lora_inject.core.request import Request, settings_by_pattern
 from lora_inject.core.site import Site
 from lora_inject.errors import ArgumentError, FormatError
+from lora_inject.files.fit_checks import require_fit
 from lora_inject.files.formats import named_format, read_adapter
 from lora_inject.files.formats.data import PairData
 from lora_inject.files.formats.pairs import as_portable
 from lora_inject.files.layout import Fitted
-from lora_inject.files.stored import Stored, require_fit
+from lora_inject.files.stored import Stored
 from lora_inject.kinds.base import name_prefix
 from lora_inject.own import Place, own_tensor
 from lora_inject.plan import plan_for
@@ -221,12 +222,14 @@ def _targets(wanted: Fitted) -> dict[Pattern, dict[str, Any]]:
     for f in wanted.pairs:
         r, alpha = f.pair.rank, f.pair.known_alpha
         layout = f.pair.layout if f.pair.form == "experts" and f.pair.A.dim() == 3 else None
-        groups.setdefault((r, alpha, f.pair.dropout, layout), set()).add(f.target)
+        key = (r, alpha, f.pair.dropout, layout, f.pair.rule, f.pair.fixed or None)
+        groups.setdefault(key, set()).add(f.target)
     return {
         Pattern(label, _within(paths), by_name=True): {
-            "r": r, "alpha": alpha, "dropout": dropout, "layout": layout,
+            "r": r, "alpha": alpha, "dropout": dropout, "layout": layout, "scaling": rule,
+            "fixed": fixed,
         }
-        for (r, alpha, dropout, layout), paths in groups.items()
+        for (r, alpha, dropout, layout, rule, fixed), paths in groups.items()
     }  # fmt: skip
 
 

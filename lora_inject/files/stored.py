@@ -6,121 +6,29 @@ adapter can be left out. Paths are those of the bare model: what wrappers put in
 
 import functools
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, cast
+from collections.abc import Mapping
+from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_inject.arithmetic.low_rank import same_product
 from lora_inject.changes.edits import filling, run
 from lora_inject.compat.marks import is_fully_sharded
-from lora_inject.core.adapter import Adapter
 from lora_inject.core.layer import oriented
 from lora_inject.core.look import Look
 from lora_inject.core.paths import bare, bare_key, bare_modules, first_paths
 from lora_inject.core.state import Trained
 from lora_inject.errors import ArgumentError, FormatError, LoRAInjectError
 from lora_inject.files.fingerprint import fingerprint
-from lora_inject.files.formats.data import AdapterData, PairData, is_usable
+from lora_inject.files.fit_checks import is_for, not_finite, raise_problems, require_fit
+from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.pairs import told_layout
-from lora_inject.kinds.base import Spec
+from lora_inject.files.held import Held
 from lora_inject.kinds.parameter import ParameterKind
 from lora_inject.settings import BiasMode, check_adapter
 from lora_inject.sharding import is_placeholder, require_whole, reshard, whole
-
-
-def lora_state_dict(
-    model: nn.Module,
-    bias: BiasMode | None = None,
-    *,
-    adapter: str | None = None,
-    full: bool = True,
-) -> dict[str, Tensor]:
-    """What an adapter is, in loralib's keys: A, B, and the biases and modules it trained.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(4, 4))
-        >>> _ = inject(model, "0", r=2, bias="lora_only")
-        >>> list(lora_state_dict(model))
-        ['0.lora_A', '0.lora_B', '0.bias']
-
-    Args:
-        model: an adapted model, or a wrapper that holds it.
-        bias: the bias mode to save; it must be the one that the adapter was trained with, which
-            None stands for.
-        adapter: the adapter's name; None for the only one there is, or the only one in use.
-        full: gather sharded tensors whole, for which all ranks must call this; False leaves them
-            as DTensors, as ``torch.distributed.checkpoint`` takes them.
-
-    Returns:
-        The tensors themselves, detached, by names without the adapter's.
-
-    Raises:
-        ArgumentError: the adapter is not known or not unique, or another bias mode would lose what
-            was trained.
-        LoRAInjectError: the model has no adapters, is merged or inside a block.
-    """
-    stored = Stored(model, adapter)
-    if bias is not None:
-        stored.check_bias(bias)
-    tensors = {**stored.tensors(), **stored.tied()}
-    return {key: whole(t.detach()) if full else t.detach() for key, t in tensors.items()}
-
-
-def load_lora_state_dict(
-    model: nn.Module, state: Mapping[str, Tensor], *, adapter: str | None = None
-) -> nn.Module:
-    """Fill an adapter that is in the model with values, all of them or none.
-
-    Parameters stay the same objects, so that an optimizer and a compiled model stay valid. A
-    smaller rank is padded with zeros; the scaling stays the model's.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(4, 4))
-        >>> _ = inject(model, "0", r=2)
-        >>> _ = load_lora_state_dict(model, lora_state_dict(model))
-
-    Args:
-        model: an adapted model, or a wrapper that holds it.
-        state: what ``lora_state_dict`` returned; prefixes of wrappers are understood. In a sharded
-            model every rank takes its part of a whole value.
-        adapter: the adapter's name; None for the only one there is, or the only one in use.
-
-    Returns:
-        The same model.
-
-    Raises:
-        FormatError: keys are missing, unexpected or of another shape, or values are not finite.
-        ArgumentError: the adapter is not known or not unique.
-        LoRAInjectError: the model has no adapters, is merged or inside a block.
-    """
-    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
-        raise ArgumentError(f"state must be a mapping of names to tensors, not {type(state)}.")
-    Stored(model, adapter).fill(state, {})
-    return model
-
-
-class Held(NamedTuple):
-    """One pair of an adapter where it stands."""
-
-    path: str
-    layer: nn.Module
-    adapter: Adapter
-    spec: Spec
-    A: str
-    B: str
-
-    @property
-    def key(self) -> str:
-        """The start of loralib's keys for it: the path and the prefix of what is not a weight."""
-        return f"{self.path}.{self.spec.prefix}".lstrip(".")
-
-    @property
-    def values(self) -> tuple[Tensor, Tensor]:
-        """A and B."""
-        return self.layer.get_parameter(self.A), self.layer.get_parameter(self.B)
+from lora_inject.variants import OTHER
 
 
 class Stored:
@@ -144,10 +52,10 @@ class Stored:
         self.real_prefixes = [name for name in ("module", "base_model") if name in self.modules]
         look.require_awake()
         self.pairs = [
-            Held(self.paths[layer], layer, own, spec, A, B)
+            Held(self.paths[layer], layer, own, pair.spec, pair.names["A"], pair.names["B"])
             for layer, own in look.adapters
             if own.name == self.name
-            for spec, A, B in own.pairs
+            for pair in own.pairs
         ]
 
     @property
@@ -260,19 +168,23 @@ class Stored:
 
     def _pair(self, held: Held) -> PairData:
         spec, settings, kind = held.spec, held.adapter.settings, held.adapter.kind
+        rule, divided = settings.variant.scaling, spec.rank != settings.r
         A, B = (whole(tensor.detach()) for tensor in held.values)
         A, B = oriented(spec, A, B)
+        fixed, turned = settings.variant.fixed or "", spec.swapped
         layout = "in_out" if kind.transposes else ""
         if isinstance(kind, ParameterKind):
             layout = told_layout(held.layer, kind.weight(held.layer, spec.weight))
             if layout != kind.layout:  # the same update, written as others read it
-                A, B = B.transpose(-2, -1), A.transpose(-2, -1)
+                A, B, turned = B.transpose(-2, -1), A.transpose(-2, -1), not turned
         above = self.modules.get(held.path.rpartition(".")[0])
         return PairData(
             path=held.path,
             A=A,
             B=B,
-            alpha=settings.alpha if spec.rank == settings.r else settings.scaling * spec.rank,
+            alpha=rule.alpha(settings.scaling, spec.rank) if divided else settings.alpha,
+            rule=rule.name,
+            fixed=OTHER[fixed] if turned else fixed,
             form=kind.form(held.layer),
             weight=spec.weight,
             part=spec.part,
@@ -306,12 +218,12 @@ class Stored:
         ready = dict(given)
         for held in self.pairs:
             keys = f"{held.key}lora_A", f"{held.key}lora_B"
-            usable = all(_is_for(given.get(key), None) for key in keys)
+            usable = all(is_for(given.get(key), None) for key in keys)
             if not held.adapter.follows and usable:
                 scaling = scalings.get(held.key, held.adapter.settings.scaling)
                 A, B = self._fitted(held, given[keys[0]], given[keys[1]], scaling)
                 ready |= {keys[0]: A, keys[1]: B}
-        wrong = [key for key, value in ready.items() if not _is_for(value, own.get(key))]
+        wrong = [key for key, value in ready.items() if not is_for(value, own.get(key))]
         raise_problems("some values cannot be used", {"no plain tensors": wrong})
         shapes = {key: tuple(tensor.shape) for key, tensor in own.items()}
         require_fit("the values do not fit the adapter", shapes, ready)
@@ -365,65 +277,6 @@ class Stored:
         if A_m.numel() != held.values[0].numel():
             return A, B
         return kind.from_matrices(held.layer, A_m, B_m)
-
-
-def require_fit(
-    what: str, wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, Tensor]
-) -> None:
-    """Refuse values that are not exactly those wanted, by name and shape, or not finite.
-
-    Raises:
-        FormatError: they are not, with counts and examples of each problem.
-    """
-    shapes = {key: tuple(value.shape) for key, value in given.items()}
-    raise_problems(
-        what,
-        {
-            "missing": [key for key in wanted if key not in given],
-            "unexpected": [key for key in given if key not in wanted],
-            "of another shape": [
-                f"{key} {shapes[key]}, not {shape}"
-                for key, shape in wanted.items()
-                if key in given and shapes[key] != shape
-            ],
-            "not finite": not_finite(given),
-        },
-    )
-
-
-def raise_problems(what: str, problems: Mapping[str, Iterable[str]]) -> None:
-    """One error for everything that is wrong with values, with counts and examples.
-
-    Raises:
-        FormatError: there is a problem.
-    """
-    lists = {problem: list(names) for problem, names in problems.items()}
-    texts = [
-        f"{len(names):,} {problem} ({', '.join(name[:200] for name in names[:3])}"
-        + (", ...)" if names[3:] else ")")
-        for problem, names in lists.items()
-        if names
-    ]
-    if texts:
-        raise FormatError(f"{what}: {'; '.join(texts)}.", remedy="Nothing was loaded.")
-
-
-def _is_for(value: Any, place: Tensor | None) -> bool:
-    """Whether a value is a tensor with numbers of the kind that a place wants, A and B floating."""
-    floating = place is None or place.is_floating_point()
-    return isinstance(value, Tensor) and is_usable(value, floating)
-
-
-def not_finite(tensors: Mapping[Any, Tensor]) -> list[Any]:
-    """The keys of those that hold NaN or infinity."""
-    floating = {key: t for key, t in tensors.items() if t.is_floating_point()}
-    if not floating:
-        return []
-    # One norm of each, all in one call; only where it is not finite every element is looked at.
-    norms = torch.stack([norm.float().cpu() for norm in torch._foreach_norm([*floating.values()])])
-    fine = norms.isfinite().tolist()
-    doubtful = [key for key, is_fine in zip(floating, fine, strict=True) if not is_fine]
-    return [key for key in doubtful if not floating[key].isfinite().all()]
 
 
 def adapter_name(look: Look, adapter: str | None) -> str:

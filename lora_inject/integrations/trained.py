@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lora_inject.core.look import Look
 from lora_inject.core.state import owned as tensors_of
-from lora_inject.files.stored import require_fit
+from lora_inject.files.fit_checks import require_fit
 from lora_inject.own import own_tensor
 from lora_inject.settings import BASE
 

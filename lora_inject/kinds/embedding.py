@@ -31,6 +31,7 @@ class EmbeddingKind(MatrixKind):
 
     name = "Embedding"
     transposes = True
+    zero = "A"
     below = nn.Embedding
 
     def matches(self, module: nn.Module) -> bool:

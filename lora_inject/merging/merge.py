@@ -6,71 +6,23 @@ autograd notice a merge between a forward and its backward pass. The layer has i
 meanwhile and costs what it cost before.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lora_inject.arithmetic.product import without_autocast
-from lora_inject.changes.edits import Edit, value_edit
-from lora_inject.compat.marks import is_fully_sharded
-from lora_inject.core.adapter import Term
 from lora_inject.core.commit import commit
-from lora_inject.core.layer import pairs_of
 from lora_inject.core.look import Look
-from lora_inject.core.state import Merged, State, terms
-from lora_inject.errors import ArgumentError, LoRAInjectError, UnsupportedLayerError
-from lora_inject.kinds.base import Kind, MatrixKind, Spec, is_plain
-from lora_inject.own import own_class, own_tensor
-from lora_inject.printing import Section, Tables
-from lora_inject.settings import check_names
-from lora_inject.sharding import is_partial
-
-Keep = Literal["device", "cpu", False]
-
-
-class MergedWeight(NamedTuple):
-    """One merged weight.
-
-    Attributes:
-        path: its path in the model.
-        dtype: the dtype it was rounded to.
-        lost: the norm of what rounding to the weight's dtype changed, relative to the norm of the
-            update, scaling * B A; 0 where it is that of the sum, 1 where nothing of it is left.
-    """
-
-    path: str
-    dtype: torch.dtype
-    lost: float
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What ``merge`` did, weight by weight; ``print`` shows it as a table."""
-
-    weights: tuple[MergedWeight, ...]
-
-    @property
-    def worst(self) -> float:
-        """The largest share of an update that rounding lost."""
-        return max((weight.lost for weight in self.weights), default=0.0)
-
-    def _tables(self) -> Tables:
-        rows = [
-            (w.path, str(w.dtype).removeprefix("torch."), f"{w.lost:.2%}") for w in self.weights
-        ]
-        columns = ("weight", "dtype", ">lost to rounding")
-        return Tables([Section(f"Merged {len(rows)} weights", columns, rows)])
-
-    def __str__(self) -> str:
-        return self._tables().text()
-
-    def _repr_html_(self) -> str:
-        return self._tables().html()
+from lora_inject.core.state import Merged
+from lora_inject.errors import ArgumentError, LoRAInjectError
+from lora_inject.merging.folding import (
+    Folded,
+    Keep,
+    MergeReport,
+    folded,
+    unfold,
+)
 
 
 def merge(model: nn.Module, adapters: Any = None, *, keep: Keep = "device") -> MergeReport:
@@ -107,59 +59,6 @@ def merge(model: nn.Module, adapters: Any = None, *, keep: Keep = "device") -> M
     return new.report
 
 
-class Folded(NamedTuple):
-    """What merging makes of a model.
-
-    Attributes:
-        states: the new states of the layers.
-        values: edits that give weights their merged values.
-        report: how much of each update was lost.
-    """
-
-    states: dict[nn.Module, State]
-    values: list[Edit]
-    report: MergeReport
-
-
-def folded(look: Look, adapters: Any, keep: Keep) -> Folded:
-    """What ``merge`` would make of a model that has been looked at."""
-    look.require_adapters()
-    look.require_no_block()
-    names = _names_in_use(look, adapters)
-    todo = {
-        path: (layer, state, new)
-        for path, layer in look.layers.items()
-        if (new := _running(state := look.states[layer]) & names)
-    }
-    if not todo:
-        look.require_unmerged()
-        raise LoRAInjectError(
-            "the model has no adapters in use to merge.", remedy="Call inject or use first."
-        )
-    places = [
-        (path, layer, weight)
-        for path, (layer, state, new) in todo.items()
-        for weight in _weights(state, new)
-    ]
-    _check_mergeable(look, places)
-    states, values, rows = dict[nn.Module, State](), list[Edit](), list[MergedWeight]()
-    for path, (layer, state, new) in todo.items():
-        merged = state.merged or Merged(frozenset(), {})
-        former = dict(merged.former)
-        for name in _weights(state, new):
-            weight = layer._parameters[name]
-            assert weight is not None
-            if name not in former:
-                own = weight.detach()
-                former[name] = own if keep == "device" else own.cpu() if keep == "cpu" else None
-            shown = f"{path}.{name}".lstrip(".")
-            value, row = _merged_weight(shown, layer, name, state, merged.adapters | new)
-            values.append(value_edit(weight, value))
-            rows.append(row)
-        states[layer] = state.change(merged=Merged(merged.adapters | new, former))
-    return Folded(states, values, MergeReport(tuple(rows)))
-
-
 def unmerge(model: nn.Module) -> nn.Module:
     """Give merged weights their former values, bit for bit, and the adapters their place.
 
@@ -181,31 +80,8 @@ def unmerge(model: nn.Module) -> nn.Module:
         raise LoRAInjectError("nothing in the model is merged.", remedy="Call merge first.")
     look.require_no_block()
     look.require_kept()
-    _unfold(look, {layer: state.merged.adapters for layer, state in merged.items() if state.merged})
+    unfold(look, {layer: state.merged.adapters for layer, state in merged.items() if state.merged})
     return model
-
-
-def _unfold(look: Look, names: Mapping[nn.Module, frozenset[str]]) -> None:
-    """Take adapters out of the weights that they are merged into; others stay merged."""
-    states, values = dict[nn.Module, State](), list[Edit]()
-    for layer, own in names.items():
-        state = look.states[layer]
-        assert state.merged is not None
-        left = state.merged.adapters - own
-        former = dict(state.merged.former)
-        for name in list(former):
-            weight, value = own_tensor(layer, name), former[name]
-            assert weight is not None
-            assert value is not None, "require_kept has refused this"
-            if name in _weights(state, left):
-                path = f"{look.index.path(layer)}.{name}".lstrip(".")
-                merged, _ = _merged_weight(path, layer, name, state, left)
-                values.append(value_edit(weight, merged))
-            else:
-                values.append(value_edit(weight, value))
-                del former[name]
-        states[layer] = state.change(merged=Merged(left, former) if left else None)
-    commit(look, states, values=values)
 
 
 @contextmanager
@@ -256,100 +132,4 @@ def _end(look: Look, new: Folded, before: Mapping[nn.Module, Merged | None]) -> 
         own = state.merged.adapters - (former.adapters if former else frozenset())
         if now is not None and now.merged is not None and own & now.merged.adapters:
             names[layer] = own & now.merged.adapters
-    _unfold(look, names)
-
-
-def _running(state: State) -> frozenset[str]:
-    """The adapters of a layer that are in use and not merged yet."""
-    used = frozenset(a.name for a in state.adapters if a.name in state.use.weights)
-    return used - state.merged.adapters if state.merged else used
-
-
-def _names_in_use(look: Look, adapters: Any) -> frozenset[str]:
-    """The names to merge, which must be in use: else the model would not compute the same."""
-    used = frozenset(look.used)
-    wanted = used if adapters is None else frozenset(check_names(adapters, "adapters"))
-    for name in wanted - used:
-        raise ArgumentError(
-            f"adapters: {name!r} is not in use; in use: {sorted(used)}.",
-            remedy=f"Call use(model, {name!r}) first.",
-        )
-    return wanted
-
-
-def _weights(state: State, names: frozenset[str]) -> list[str]:
-    """The names of the weights that these adapters of the layer are for."""
-    specs = [spec for a in state.adapters if a.name in names for spec in a.specs]
-    return list(dict.fromkeys(spec.weight for spec in specs))
-
-
-def _check_mergeable(look: Look, places: list[tuple[str, nn.Module, str]]) -> None:
-    for path, layer, name in places:
-        state = look.states[layer]
-        adapter = next(a for a in state.adapters if name in [s.weight for s in a.specs])
-        weight = layer._parameters.get(name)
-        reason = adapter.kind.merge_refusal(layer, own_class(layer), adapter.way)
-        if is_fully_sharded(layer) or (weight is not None and is_partial(weight)):
-            reason = f"its {name} is sharded, and no rank holds it whole."
-        elif reason is None and (weight is None or not is_plain(weight)):
-            reason = f"its {name} is quantized or parametrized, so that nothing can be added to it."
-        elif reason is None and weight is not None and weight.is_meta:
-            reason = "it is on the meta device and has no values."
-        elif reason is None and len(look.tensor_places[id(weight)]) > 1:
-            reason = f"its {name} is tied to that of another layer, which would change with it."
-        if reason is not None:
-            raise UnsupportedLayerError(
-                reason, path=path, remedy="Leave it unmerged: it computes the same."
-            )
-
-
-@torch.no_grad()
-def _merged_weight(
-    path: str, layer: nn.Module, name: str, state: State, names: frozenset[str]
-) -> tuple[Tensor, MergedWeight]:
-    """The value of a weight with these adapters merged into it, and what rounding it lost."""
-    weight = own_tensor(layer, name)
-    assert weight is not None
-    # What is merged already is summed anew from the former weight, so that there is one rounding.
-    former = None if state.merged is None else state.merged.former.get(name)
-    start = weight if former is None else former.to(weight.device, weight.dtype)
-    if former is None and state.merged is not None:
-        names -= state.merged.adapters  # which are in the weight, as nothing was kept
-    chosen = terms((a for a in state.adapters if a.name in names), state.use.weights)
-    with without_autocast(weight.device.type):
-        exact = _exact_sum(layer, name, start, chosen)
-    rounded = exact.to(weight.dtype)
-    # The sum is one quick pass; only where it is not finite every element is looked at.
-    total = rounded.sum(dtype=exact.dtype).item()
-    if not (math.isfinite(total) or rounded.isfinite().all()):
-        raise UnsupportedLayerError(
-            f"the merged {name} is not finite in {weight.dtype}.",
-            path=path,
-            remedy="Look for NaN and infinity in its adapter.",
-        )
-    lost = 0.0
-    if rounded.dtype != exact.dtype and (update := (exact - start).norm().item()):
-        lost = (rounded - exact).norm().item() / update
-    return rounded.contiguous(), MergedWeight(path, weight.dtype, lost)
-
-
-def _exact_sum(layer: nn.Module, name: str, weight: Tensor, terms: tuple[Term, ...]) -> Tensor:
-    kind, pairs = pairs_of(layer, terms, name)
-    assert kind is not None
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    if len(pairs) == 1 and weight.dtype == dtype and _is_matrix(kind, weight, pairs[0][0]):
-        _, A, B, scaling = pairs[0]
-        factors = (A.t(), B.t()) if kind.transposes else (B, A)
-        # Without a pass to scale the product and one to add it.
-        return torch.addmm(weight, *(factor.to(dtype) for factor in factors), alpha=scaling)
-    total: Tensor | None = None
-    for spec, A, B, scaling in pairs:
-        update = kind.update(layer, weight, spec, A.to(dtype), B.to(dtype))
-        total = update.mul_(scaling) if total is None else total.add_(update, alpha=scaling)
-    assert total is not None
-    return total.add_(weight)
-
-
-def _is_matrix(kind: Kind, weight: Tensor, spec: Spec) -> bool:
-    """Whether the update of a weight is the product of two matrices, all of it."""
-    return isinstance(kind, MatrixKind) and weight.dim() == 2 and not spec.part
+    unfold(look, names)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lora_inject.errors import FormatError
 from lora_inject.kinds.base import Form, name_prefix
+from lora_inject.variants import SCALINGS
 
 
 def is_usable(tensor: Tensor, floating: bool) -> bool:
@@ -46,6 +47,8 @@ class PairData:
         dropout: dropout of the adapter's input in training.
         layout: "in_out" for a weight whose last two dimensions stand so, where that is known.
         in_attention: whether it is the ``out_proj`` of an ``nn.MultiheadAttention``.
+        rule: how alpha and the rank become the factor of ``B A``: a name of ``variants.SCALINGS``.
+        fixed: the factor that does not train, "A" or "B"; "" where both do.
     """
 
     path: str
@@ -59,6 +62,8 @@ class PairData:
     dropout: float = 0.0
     layout: str = ""
     in_attention: bool = False
+    rule: str = "lora"
+    fixed: str = ""
 
     def __post_init__(self) -> None:
         dims = self.A.dim(), self.B.dim()
@@ -90,7 +95,7 @@ class PairData:
     @property
     def scaling(self) -> float:
         """The factor of B A."""
-        return self.known_alpha / self.rank
+        return SCALINGS[self.rule].factor(self.known_alpha, self.rank)
 
     @property
     def key(self) -> str:

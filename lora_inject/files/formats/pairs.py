@@ -44,7 +44,7 @@ def _padded(pair: PairData, r: int) -> PairData:
         A = pair.A.reshape(groups, -1, *pair.A.shape[1:])
         A = F.pad(A, (*[0, 0] * (A.dim() - 2), 0, extra)).flatten(0, 1)
         B = F.pad(B, (*ends, 0, extra))
-    return replace(pair, A=A, B=B, alpha=float(r // groups))
+    return replace(pair, A=A, B=B, alpha=float(r // groups), rule="lora")
 
 
 def whole_layers(pairs: Iterable[PairData]) -> list[PairData]:
@@ -68,7 +68,8 @@ def _joined(parts: list[PairData]) -> PairData:
         # Parts of one adapter have one scaling.
         blocks.append(F.pad(pair.B, (0, 0, start, total - start - pair.B.shape[0])))
     A, B = torch.cat([pair.A for pair in parts]), torch.cat(blocks, 1)
-    return replace(parts[0], A=A, B=B, alpha=scaling * B.shape[1], part="", span=(0, 0))
+    alpha = scaling * B.shape[1]
+    return replace(parts[0], A=A, B=B, alpha=alpha, rule="lora", part="", span=(0, 0))
 
 
 def divided(pair: PairData, parts: Any, path: Path) -> Iterable[PairData]:
@@ -81,7 +82,8 @@ def divided(pair: PairData, parts: Any, path: Path) -> Iterable[PairData]:
     first = 0
     for part, start, size, r, alpha in rows:
         A, B = pair.A[first : first + r], pair.B[start : start + size, first : first + r]
-        yield replace(pair, A=A, B=B, alpha=alpha, part=part, span=(start, total))
+        span = (start, total)
+        yield replace(pair, A=A, B=B, alpha=alpha, rule="lora", part=part, span=span)
         first += r
 
 

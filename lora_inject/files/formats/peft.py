@@ -45,6 +45,7 @@ from lora_inject.files.formats.storage import (
     write_tensors,
 )
 from lora_inject.kinds.base import Form
+from lora_inject.variants import SCALINGS
 
 PREFIX = "base_model.model."
 OUT_PROJ = ".base_layer.out_proj"  # of nn.MultiheadAttention, inside of PEFT's layer for it
@@ -120,6 +121,8 @@ def from_tensors(
     dropout = float(config.get("lora_dropout") or 0.0)
     if dropout or dropouts:
         pairs = [replace(p, dropout=dropouts.get(p.path, dropout)) for p in pairs]
+    if fixed := own.get("fixed", {}):
+        pairs = [replace(p, fixed=fixed.get(p.path, "")) for p in pairs]
     return AdapterData(
         pairs=tuple(pairs),
         tensors=others,
@@ -260,14 +263,17 @@ def _pair(
             A = A.reshape(experts, -1, A.shape[-1])
             B = B.reshape(B.shape[0], -1, experts).permute(2, 0, 1)
         alpha = scalings.alpha_of(f"{name}.{weight}", A.shape[-2])
-        return [PairData(name, A, B, alpha, "experts", weight, layout=layout)]
+        return [PairData(name, A, B, alpha, "experts", weight, layout=layout, rule=scalings.rule)]
     name, in_attention = key.replace(".base_layer.", "."), key.endswith(OUT_PROJ)
     if in_attention:
         B = B * _TIMES
     PairData(name, A, B, None)  # checked before its shapes are read
     groups = max(1, A.shape[0] // B.shape[1])  # of a convolution: its rank counts all of them
-    alpha = scalings.alpha_of(name, A.shape[0]) / groups
-    data = PairData(name, A, B, alpha, form, weights.get(key, "weight"), in_attention=in_attention)
+    rule, alpha = SCALINGS[scalings.rule], scalings.alpha_of(name, A.shape[0])
+    if groups > 1:
+        alpha = rule.alpha(rule.factor(alpha, A.shape[0]), A.shape[0] // groups)
+    weight = weights.get(key, "weight")
+    data = PairData(name, A, B, alpha, form, weight, in_attention=in_attention, rule=rule.name)
     return [data] if name not in parts else list(divided(data, parts[name], path))
 
 

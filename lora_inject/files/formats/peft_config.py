@@ -15,6 +15,7 @@ from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.pairs import config_rank
 from lora_inject.files.formats.storage import parse_json
 from lora_inject.settings import BiasMode
+from lora_inject.variants import FIXED, SCALINGS, Scaling
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 METADATA = "lora_inject"
@@ -74,7 +75,10 @@ def own_metadata(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     own = parse_json(metadata[METADATA], f"the metadata of {path / TENSORS}")
     dropouts = own.get("dropout", {})
     wrong = [key for key in ("targets", "train_also", "padding") if not _is_names(own.get(key, []))]
-    wrong += [key for key in ("base", "parts", "dropout") if not isinstance(own.get(key, {}), dict)]
+    maps = ("base", "parts", "dropout", "fixed")
+    wrong += [key for key in maps if not isinstance(own.get(key, {}), dict)]
+    if not wrong and not set(own.get("fixed", {}).values()) <= set(FIXED):
+        wrong.append("fixed")
     if wrong or not all(isinstance(p, int | float) and 0 <= p < 1 for p in dropouts.values()):
         raise FormatError(f"{path / TENSORS}: its metadata cannot be read: {wrong or dropouts}.")
     return own
@@ -99,7 +103,7 @@ class Scalings:
         self.path = path
         self.alpha = config.get("lora_alpha", alpha)
         self.r = config.get("r", 8)
-        self.rslora = bool(config.get("use_rslora"))
+        self.rule = "rslora" if config.get("use_rslora") else "lora"
         self.ranks = self._patterns(config, "rank_pattern")
         self.alphas = self._patterns(config, "alpha_pattern")
 
@@ -120,7 +124,7 @@ class Scalings:
             raise FormatError(
                 f"{self.path} gives {path} the rank {r!r}, and its tensors have {A_rank}."
             )
-        return alpha * math.sqrt(A_rank) if self.rslora else float(alpha)
+        return float(alpha)
 
     def _find(self, patterns: Mapping[str, Any], path: str, default: Any) -> Any:
         import regex  # which takes long to import, and few calls need it
@@ -141,8 +145,9 @@ def to_config(data: AdapterData, pairs: list[PairData]) -> dict[str, Any]:
     modules = [p for p in pairs if p.form != "experts" and not p.in_attention]
     parameters = [p for p in pairs if p.form == "experts"]
     ranks = {_target(p): config_rank(p) for p in pairs if not p.in_attention}
-    alphas = {_target(p): _number(p.scaling * config_rank(p)) for p in pairs
-              if not p.in_attention}  # fmt: skip
+    rules = {pair.rule for pair in pairs}
+    rule = SCALINGS[rules.pop() if len(rules) == 1 else "lora"]
+    alphas = {_target(p): _number(_alpha(p, rule)) for p in pairs if not p.in_attention}
     r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     dropouts = {p.dropout for p in pairs}
     transposed = [p.layout == "in_out" for p in modules if p.form == "linear"]
@@ -164,7 +169,15 @@ def to_config(data: AdapterData, pairs: list[PairData]) -> dict[str, Any]:
         "use_dora": False,
         "init_lora_weights": True,
         "inference_mode": True,
+        **rule.peft,
     }
+
+
+def _alpha(pair: PairData, rule: Scaling) -> float:
+    """The alpha of a pair by the rule of the whole config, for what PEFT calls its rank."""
+    r = config_rank(pair)
+    same = pair.rule == rule.name and r == pair.rank
+    return pair.known_alpha if same else rule.alpha(pair.scaling, r)
 
 
 def _guessed_bias(data: AdapterData) -> str:
@@ -234,8 +247,10 @@ def to_metadata(data: AdapterData, config: Mapping[str, Any]) -> dict[str, Any]:
     for pair in data.pairs:
         if pair.part:
             own = parts.setdefault(pair.path, {"total": pair.span[1], "parts": []})
-            own["parts"].append([pair.part, pair.span[0], pair.B.shape[0], pair.rank, pair.alpha])
+            alpha = pair.scaling * pair.rank
+            own["parts"].append([pair.part, pair.span[0], pair.B.shape[0], pair.rank, alpha])
     dropouts = {p.path: p.dropout for p in data.pairs if p.dropout != config["lora_dropout"]}
+    fixed = {p.path: p.fixed for p in data.pairs if p.fixed}
     return {
         "config": config_digest(config),
         "targets": list(data.targets),
@@ -243,6 +258,7 @@ def to_metadata(data: AdapterData, config: Mapping[str, Any]) -> dict[str, Any]:
         "base": dict(data.base),
         **({"parts": parts} if parts else {}),
         **({"dropout": dropouts} if dropouts else {}),
+        **({"fixed": fixed} if fixed else {}),
     }
 
 

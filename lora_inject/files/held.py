@@ -1,0 +1,29 @@
+"""One pair of an adapter where it stands in a model."""
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from lora_inject.core.adapter import Adapter
+from lora_inject.kinds.base import Spec
+
+
+class Held(NamedTuple):
+    """One pair of an adapter where it stands."""
+
+    path: str
+    layer: nn.Module
+    adapter: Adapter
+    spec: Spec
+    A: str
+    B: str
+
+    @property
+    def key(self) -> str:
+        """The start of loralib's keys for it: the path and the prefix of what is not a weight."""
+        return f"{self.path}.{self.spec.prefix}".lstrip(".")
+
+    @property
+    def values(self) -> tuple[Tensor, Tensor]:
+        """A and B."""
+        return self.layer.get_parameter(self.A), self.layer.get_parameter(self.B)

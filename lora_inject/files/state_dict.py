@@ -1,0 +1,81 @@
+"""An adapter as a state dict in loralib's keys, and back."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from lora_inject.errors import ArgumentError
+from lora_inject.files.stored import Stored
+from lora_inject.settings import BiasMode
+from lora_inject.sharding import whole
+
+
+def lora_state_dict(
+    model: nn.Module,
+    bias: BiasMode | None = None,
+    *,
+    adapter: str | None = None,
+    full: bool = True,
+) -> dict[str, Tensor]:
+    """What an adapter is, in loralib's keys: A, B, and the biases and modules it trained.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4))
+        >>> _ = inject(model, "0", r=2, bias="lora_only")
+        >>> list(lora_state_dict(model))
+        ['0.lora_A', '0.lora_B', '0.bias']
+
+    Args:
+        model: an adapted model, or a wrapper that holds it.
+        bias: the bias mode to save; it must be the one that the adapter was trained with, which
+            None stands for.
+        adapter: the adapter's name; None for the only one there is, or the only one in use.
+        full: gather sharded tensors whole, for which all ranks must call this; False leaves them
+            as DTensors, as ``torch.distributed.checkpoint`` takes them.
+
+    Returns:
+        The tensors themselves, detached, by names without the adapter's.
+
+    Raises:
+        ArgumentError: the adapter is not known or not unique, or another bias mode would lose what
+            was trained.
+        LoRAInjectError: the model has no adapters, is merged or inside a block.
+    """
+    stored = Stored(model, adapter)
+    if bias is not None:
+        stored.check_bias(bias)
+    tensors = {**stored.tensors(), **stored.tied()}
+    return {key: whole(t.detach()) if full else t.detach() for key, t in tensors.items()}
+
+
+def load_lora_state_dict(
+    model: nn.Module, state: Mapping[str, Tensor], *, adapter: str | None = None
+) -> nn.Module:
+    """Fill an adapter that is in the model with values, all of them or none.
+
+    Parameters stay the same objects, so that an optimizer and a compiled model stay valid. A
+    smaller rank is padded with zeros; the scaling stays the model's.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4))
+        >>> _ = inject(model, "0", r=2)
+        >>> _ = load_lora_state_dict(model, lora_state_dict(model))
+
+    Args:
+        model: an adapted model, or a wrapper that holds it.
+        state: what ``lora_state_dict`` returned; prefixes of wrappers are understood. In a sharded
+            model every rank takes its part of a whole value.
+        adapter: the adapter's name; None for the only one there is, or the only one in use.
+
+    Returns:
+        The same model.
+
+    Raises:
+        FormatError: keys are missing, unexpected or of another shape, or values are not finite.
+        ArgumentError: the adapter is not known or not unique.
+        LoRAInjectError: the model has no adapters, is merged or inside a block.
+    """
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+        raise ArgumentError(f"state must be a mapping of names to tensors, not {type(state)}.")
+    Stored(model, adapter).fill(state, {})
+    return model

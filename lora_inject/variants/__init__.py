@@ -1,0 +1,13 @@
+"""What an adapter is to a weight: how its tensors become a change of it, and which of them train.
+
+A new one is a file of its own and a line in a table here. What files call it stands with it
+(``peft``); what a format has no word for, it says in its metadata or refuses.
+"""
+
+from lora_inject.variants.lora import Scaling, Variant
+from lora_inject.variants.lora_fa import FIXED, OTHER
+from lora_inject.variants.rslora import RankStabilized
+
+__all__ = ["FIXED", "OTHER", "SCALINGS", "Scaling", "Variant"]
+
+SCALINGS: dict[str, Scaling] = {scaling.name: scaling for scaling in (Scaling(), RankStabilized())}

@@ -1,0 +1,69 @@
+"""The fingerprint of the base: which models are the one that an adapter was made for."""
+
+import copy
+
+import pytest
+import torch
+from helpers import Net, changed_parts, ids, snapshot
+from stored_models import bare, trained
+from torch import nn
+
+from lora_inject import FormatError, LoRAInjectError, inject, load, merge, save, strip
+from lora_inject.files import fingerprint
+
+pytestmark = pytest.mark.usefixtures("device")
+
+
+def test_an_adapter_on_the_wrong_base_is_refused(tmp_path):
+    model, x = trained(), ids()
+    save(model, tmp_path)
+    other = bare()
+    with torch.no_grad():
+        other.layers[1].v_proj.weight.mul_(1.001)
+    before = snapshot(other)
+    with pytest.raises(FormatError, match=r"1 of 4 adapted weights .*: layers.1.v_proj.weight\."):
+        load(other, tmp_path)
+    assert changed_parts(before, snapshot(other)) == []
+    assert load(other, tmp_path, other_base=True) is other
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):  # the same base in other numbers
+        load(bare().to(dtype), tmp_path)
+    half = Net(dtype=torch.bfloat16)
+    half.load_state_dict(bare().state_dict())
+    inject(half, "q_proj", r=2)
+    save(half, tmp_path / "half")
+    load(bare(), tmp_path / "half")
+    assert torch.equal(load(bare(), tmp_path)(x), model(x))
+
+
+def test_a_default_device_changes_nothing_about_files(tmp_path):
+    model, x = trained(), ids()
+    fingerprint._places.cache_clear()
+    with torch.device("meta"):
+        save(model, tmp_path)
+    assert torch.equal(load(bare(), tmp_path)(x), model(x))
+
+
+def test_bases_that_are_the_same_and_that_are_not(tmp_path):
+    whole = bare()
+    for saved, loaded in ((torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)):
+        model = copy.deepcopy(whole).to(saved)
+        inject(model, "q_proj", r=2)
+        save(model, tmp_path)
+        load(copy.deepcopy(whole).to(loaded), tmp_path)
+    for value in (float("nan"), 1.0):
+        model = copy.deepcopy(whole)
+        with torch.no_grad():
+            model.layers[0].q_proj.weight[0, 0] = value
+        inject(model, "q_proj", r=2)
+        save(model, tmp_path)
+        load(strip(copy.deepcopy(model)), tmp_path)
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    other = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    normed, other = nn.ModuleList([normed]), nn.ModuleList([other])
+    inject(normed, "0", r=1)
+    save(normed, tmp_path)
+    with pytest.raises(FormatError, match="not those that the adapter was made for"):
+        load(other, tmp_path)
+    merge(model)
+    with pytest.raises(LoRAInjectError, match="merged now"):
+        load(model, tmp_path)

@@ -1,0 +1,52 @@
+"""The plan: it says what inject would do, refuses what inject refuses, and changes nothing."""
+
+import pytest
+import torch
+from helpers import Net, linears, snapshot
+from torch import nn
+
+from lora_inject import ArgumentError, inject, plan
+
+pytestmark = pytest.mark.usefixtures("device")
+
+
+def test_plan_changes_nothing():
+    model = Net()
+    before, state = snapshot(model), torch.get_rng_state()
+    plan(model, ["q_proj", nn.Embedding], bias="all", train_also="head", layers=None)
+    assert snapshot(model) == before
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_plan_refuses_what_inject_refuses():
+    model = Net()
+    inject(model, "q_proj")
+    with pytest.raises(ArgumentError, match="bias='all'"):
+        plan(model, "v_proj", bias="all")
+
+
+def test_a_plan_printed_afterwards_shows_the_layer_as_it_was():
+    model = linears("a")
+    shown = plan(model, "a")
+    inject(model, "a")
+    assert "LoRALinear" not in str(shown)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"layers": [[0]]}, {"alpha": 10**400}, {"r": 10**30}, {"r": 2**31}]
+)
+def test_absurd_values_are_refused_by_name(arguments):
+    with pytest.raises(ArgumentError, match=f"^{next(iter(arguments))}"):
+        plan(Net(), "q_proj", **arguments)
+
+
+@pytest.mark.parametrize("empty", [(), [], set(), frozenset(), None])
+def test_optional_patterns_may_be_empty(empty):
+    assert plan(Net(), "q_proj", exclude=empty, train_also=empty).sites
+
+
+def test_paths_with_braces_in_them():
+    model = nn.ModuleDict({"{}": nn.Linear(4, 4), "3": nn.Linear(4, 4)})
+    text = str(plan(model, nn.Linear))
+    assert "{}" in text
+    assert " 3 " in text

@@ -1,0 +1,209 @@
+"""What trains: bias modes, modules in full, and gradients that are dropped."""
+
+import pytest
+import torch
+from families import FAMILIES
+from helpers import Net, ids, linears, snapshot, train_steps, trainable_names
+from torch import nn
+
+from lora_inject import (
+    ArgumentError,
+    NoMatchError,
+    UnsupportedLayerError,
+    freeze,
+    inject,
+    mark_only_lora_as_trainable,
+    report,
+    strip,
+)
+
+pytestmark = pytest.mark.usefixtures("device")
+
+ADAPTERS = {f"layers.{i}.q_proj.lora_{part}" for i in (0, 1) for part in "AB"}
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+def test_the_bias_modes_train_exactly_what_they_say(bias):
+    model = Net()
+    expected = {
+        "none": set(),
+        "all": {name for name, _ in model.named_parameters() if name.endswith(".bias")},
+        "lora_only": {"layers.0.q_proj.bias", "layers.1.q_proj.bias"},
+    }[bias]
+    inject(model, "q_proj", bias=bias)
+    assert trainable_names(model) == ADAPTERS | expected
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train_steps(model, ids())
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == ADAPTERS | expected
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+def test_the_bias_modes_agree_with_loralib(bias):
+    loralib = pytest.importorskip("loralib")
+    theirs = nn.Sequential(loralib.Linear(4, 4, r=2), nn.LayerNorm(4), nn.Linear(4, 4))
+    loralib.mark_only_lora_as_trainable(theirs, bias)
+    ours = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4))
+    inject(ours, "0", r=2, bias=bias)
+    assert trainable_names(ours) == trainable_names(theirs)
+
+
+def test_a_bias_is_what_its_owner_uses_as_one():
+    model = nn.ModuleDict(
+        {
+            "target": nn.Linear(4, 4),
+            "attention": nn.MultiheadAttention(4, 2),
+            "rnn": nn.LSTM(4, 4, bidirectional=True),
+            "relative_attention_bias": nn.Embedding(4, 2),
+            "my_bias": nn.Linear(4, 4, bias=False),
+        }
+    )
+    model.register_parameter("q_bias", nn.Parameter(torch.zeros(4)))
+    inject(model, "target", bias="all")
+    trained = trainable_names(model) - {"target.lora_A", "target.lora_B"}
+    assert trained == {
+        "q_bias", "target.bias", "attention.in_proj_bias", "attention.out_proj.bias",
+        "rnn.bias_ih_l0", "rnn.bias_hh_l0", "rnn.bias_ih_l0_reverse", "rnn.bias_hh_l0_reverse",
+    }  # fmt: skip
+
+
+def test_the_position_bias_of_t5_is_a_weight():
+    model = FAMILIES["t5"].build()
+    inject(model, "q", r=2, bias="all")
+    name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    assert name in dict(model.named_parameters())
+    assert name not in trainable_names(model)
+
+
+def test_names_like_ours_are_frozen_like_any_other():
+    model = Net()
+    model.lora_gate = nn.Linear(8, 8)
+    model.register_parameter("lora_A", nn.Parameter(torch.zeros(2)))
+    inject(model, "q_proj")
+    assert trainable_names(model) == ADAPTERS
+
+
+def test_frozen_biases_stay_frozen_and_are_not_thawed_by_all():
+    model = Net()
+    model.layers[0].norm.bias.requires_grad_(False)
+    inject(model, "q_proj", bias="all")
+    assert not model.layers[0].norm.bias.requires_grad
+    assert model.layers[1].norm.bias.requires_grad
+
+
+def test_biases_that_had_been_frozen_are_mentioned():
+    model = linears("a", "b").requires_grad_(False)
+    shown = inject(model, "a", r=1, bias="all")
+    assert "2 bias parameters had been frozen before" in shown.notes[0]
+
+
+def test_integer_parameters_are_left_as_they_are():
+    model = Net()
+    model.table = nn.Parameter(torch.arange(3), requires_grad=False)
+    inject(model, "q_proj", train_also=nn.LayerNorm, bias="all")
+    assert not model.table.requires_grad
+    assert model.table.dtype == torch.int64
+    model.layers[0].table = nn.Parameter(torch.arange(3), requires_grad=False)
+    freeze(model, train_also="norm")
+    assert report(model).frozen > 0
+
+
+def test_integer_parameters_cost_no_training_memory():
+    model = linears("a")
+    before = report(model).memory.full.total
+    model.index = nn.Parameter(torch.arange(1000), requires_grad=False)
+    assert report(model).memory.full.total == before
+
+
+def test_train_also_trains_in_full_even_what_was_frozen():
+    model = Net()
+    model.requires_grad_(False)
+    inject(model, "q_proj", train_also=["head", "layers.1.norm"])
+    assert trainable_names(model) == ADAPTERS | {
+        "head.weight", "head.bias", "layers.1.norm.weight", "layers.1.norm.bias",
+    }  # fmt: skip
+
+
+def test_train_also_that_cannot_be():
+    model = Net()
+    model.silent = nn.ReLU()
+    before = snapshot(model)
+    for value, error in [
+        ("haed", NoMatchError),
+        ("silent", NoMatchError),
+        (3, ArgumentError),
+        ("q_proj", UnsupportedLayerError),
+        ("layers.0", UnsupportedLayerError),
+        ({"head": {"r": 2}}, ArgumentError),
+    ]:
+        with pytest.raises(error):
+            inject(model, "q_proj", train_also=value)
+        assert snapshot(model) == before
+    inject(model, "all-linear", train_also="layers.0")  # all-linear leaves what trains in full
+    assert {n.rpartition(".")[0] for n in trainable_names(model) if "lora_" in n} == {
+        f"layers.1.{p}_proj" for p in "qkvo"
+    }
+
+
+def test_a_glob_in_train_also_passes_over_what_cannot_train():
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "head": nn.Sequential(nn.Linear(4, 4), nn.ReLU())})
+    inject(model, "a", train_also="head*", r=1)
+    assert {"head.0.weight", "head.0.bias"} <= trainable_names(model)
+
+
+def test_train_also_does_not_take_a_parameter_for_a_module():
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4)})
+    model.token = nn.Parameter(torch.zeros(1, 4))
+    for argument in ("train_also", "exclude"):
+        with pytest.raises(NoMatchError, match="names a parameter"):
+            inject(model, "fc", **{argument: "token"})
+
+
+def test_stale_gradients_are_dropped_so_that_no_optimizer_moves_the_base():
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(ids()).sum().backward()
+    inject(model, "q_proj")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert all(p.grad is None for p in model.parameters())
+    optimizer.step()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_freeze_alone_and_its_other_name():
+    model = Net()
+    shown = freeze(model, "all", train_also="head")
+    assert mark_only_lora_as_trainable is freeze
+    assert trainable_names(model) == {
+        name for name, _ in model.named_parameters() if name.endswith(".bias")
+    } | {"head.weight"}
+    assert shown.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    freeze(model)
+    assert trainable_names(model) == set()
+    for bad in ({"bias": "lora"}, {"train_also": "haed"}):
+        with pytest.raises((ArgumentError, NoMatchError)):
+            freeze(model, **bad)
+
+
+def test_freeze_changes_the_mode_of_an_injected_model_and_strip_undoes_it():
+    model = Net()
+    model.layers[0].norm.bias.requires_grad_(False)
+    before = snapshot(model)
+    inject(model, "q_proj")
+    shown = freeze(model, "all", train_also="head")
+    assert shown.bias == "all"
+    assert shown.split["train_also"] == model.head.weight.numel() + model.head.bias.numel()
+    assert not model.layers[0].norm.bias.requires_grad
+    train_steps(model, ids())
+    freeze(model, "lora_only")
+    assert trainable_names(model) == ADAPTERS | {"layers.0.q_proj.bias", "layers.1.q_proj.bias"}
+    train_steps(model, ids())
+    strip(model)
+    assert snapshot(model) == before
+
+
+def test_adapters_do_not_train_in_full():
+    model = Net()
+    inject(model, "q_proj")
+    with pytest.raises(UnsupportedLayerError):
+        freeze(model, train_also="layers.0")
