@@ -70,9 +70,9 @@ def _leave(look: Look, token: object) -> None:
     look = look.again()
     states, values = dict[nn.Module, State](), list[Edit]()
     for module, state in look.states.items():
-        if all(block.token is not token for block in state.blocks):
+        left = tuple(b for b in state.blocks if b.token is not token) if state.blocks else ()
+        if len(left) == len(state.blocks):
             continue
-        left = tuple(block for block in state.blocks if block.token is not token)
         new = state.change(blocks=left)
         if state.merged and not left:
             for name, merged in state.merged.aside.items():
