@@ -67,4 +67,5 @@ def may_be_reentrant(module: nn.Module) -> bool:
 
 def _attribute(module: nn.Module, name: str) -> Any:
     """``getattr``, which is slow for what a module has not; of a model every module is asked."""
-    return vars(module).get(name, getattr(type(module), name, None))
+    own = module.__dict__
+    return own[name] if name in own else getattr(type(module), name, None)

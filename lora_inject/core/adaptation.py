@@ -91,7 +91,8 @@ def adaptation(
             leaders[site.path] = pairs
             own = made.fresh.setdefault(site.module, {})
             for (_, names), pair in zip(adapter.pairs, pairs, strict=True):
-                own |= {(key, name): pair[role] for role, key in names.items()}
+                for role, key in names.items():
+                    own[key, name] = pair[role]
         own_in_place(look, made, name, content.in_place, content.use)
         _fill(made, name, content.tensors)
     train_in_full(look, made.states, name, content.train_also.values())

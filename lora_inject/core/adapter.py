@@ -96,11 +96,9 @@ class Adapter:
     terms: tuple[Term, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        pairs = _named_pairs(self.specs, self.name, self.settings.variant)
+        pairs, parameters = _named(self.specs, self.name, self.settings.variant)
         object.__setattr__(self, "pairs", pairs)
-        trains = self.settings.variant.trains
-        named = (item for pair in pairs for item in pair.names.items())
-        object.__setattr__(self, "parameters", {name: trains(role) for role, name in named})
+        object.__setattr__(self, "parameters", parameters)
         object.__setattr__(self, "terms", self.weighted_terms(1.0))
 
     def weighted_terms(self, weight: float) -> tuple[Term, ...]:
@@ -108,12 +106,17 @@ class Adapter:
         return _terms(self.kind, self.specs, self.settings, self.name, weight)
 
 
-# Very many layers are alike, and these are values: layers that are share them.
+# Very many layers are alike, and these are values: layers that are alike share them.
 
 
 @lru_cache
-def _named_pairs(specs: tuple[Spec, ...], adapter: str, variant: Variant) -> tuple[Pair, ...]:
-    return tuple(Pair(spec, parameter_names(spec, adapter, variant)) for spec in specs)
+def _named(
+    specs: tuple[Spec, ...], adapter: str, variant: Variant
+) -> tuple[tuple[Pair, ...], Mapping[str, bool]]:
+    """The pairs of an adapter, and the names of its parameters with whether they may train."""
+    pairs = tuple(Pair(spec, parameter_names(spec, adapter, variant)) for spec in specs)
+    named = (item for pair in pairs for item in pair.names.items())
+    return pairs, {name: variant.trains(role) for role, name in named}
 
 
 @lru_cache
@@ -122,14 +125,14 @@ def _terms(
 ) -> tuple[Term, ...]:
     return tuple(
         Term(
-            kind,
-            spec,
-            names["A"],
-            names["B"],
-            settings.scaling * weight,
-            settings.dropout,
-            adapter,
-            (spec.start, spec.n_out) if spec.part else None,
+            kind=kind,
+            spec=spec,
+            A=names["A"],
+            B=names["B"],
+            scaling=settings.scaling * weight,
+            dropout=settings.dropout,
+            adapter=adapter,
+            part=(spec.start, spec.n_out) if spec.part else None,
         )
-        for spec, names in _named_pairs(specs, adapter, settings.variant)
+        for spec, names in _named(specs, adapter, settings.variant)[0]
     )

@@ -66,7 +66,7 @@ def _leave(look: Look, token: object) -> None:
     look = look.again()
     states, values = dict[nn.Module, State](), list[Edit]()
     for module, state in look.states.items():
-        left = tuple(block for block in state.blocks if block.token is not token)
+        left = tuple(b for b in state.blocks if b.token is not token) if state.blocks else ()
         if len(left) == len(state.blocks):
             continue
         new = state.change(blocks=left)

@@ -30,7 +30,7 @@ from lora_inject.changes.edits import (
 from lora_inject.changes.recompute import is_checkpointed, recompute_edits
 from lora_inject.changes.statistics import has_statistics, holding_edits
 from lora_inject.core.class_swap import add_class_edits
-from lora_inject.core.layer import SCALES, scales_of
+from lora_inject.core.layer import SCALES, Scales, scales_of
 from lora_inject.core.look import Look
 from lora_inject.core.marks import (
     Mark,
@@ -97,7 +97,7 @@ def edits_of(
         elif state is not None and _is_alone(look, module, state):
             _add_first_edits(edits, module, state, fresh.get(module, {}))
         elif old is not None and _is_alone(look, module, old):
-            edits += _last_edits(module, old)
+            _add_last_edits(edits, module, old)
         else:
             general[module] = state
     if general:
@@ -154,22 +154,22 @@ def _add_first_edits(
     edits += _edges(module, None, state, own)
 
 
-def _last_edits(module: nn.Module, state: State) -> Iterator[Edit]:
+def _add_last_edits(edits: list[Edit], module: nn.Module, state: State) -> None:
     own: Any = module._parameters
     if len(own):
         ours = {name for adapter in state.adapters for name in adapter.parameters}
-        flags = dict(state.before.flags)
-        for name, parameter in own.items():
-            if parameter is not None and name not in ours:
+        now = list(own.items())
+        kept = [item for item in now if item[0] not in ours]
+        for name, parameter in kept:
+            if parameter is not None:
                 mark = mark_of(parameter)
-                flag = mark.flag if mark else flags.get(name)
+                flag = mark.flag if mark else state.before.flag(name)
                 if flag is not None:
-                    yield from training_edits(parameter, flag)
-                yield from unmarking_edits(parameter)
+                    edits += training_edits(parameter, flag)
+                edits += unmarking_edits(parameter)
         if ours:
-            now = list(own.items())
-            yield put_items, own, None, now, [item for item in now if item[0] not in ours]
-    yield from _edges(module, state, None, own)
+            edits.append((put_items, own, None, now, kept))
+    edits += _edges(module, state, None, own)
 
 
 # --- nothing moves ------------------------------------------------------------------------------
@@ -228,12 +228,16 @@ def _add_class_edits(
     state: State | None,
     own: Mapping[str, Any],
 ) -> None:
-    known = module.__dict__
+    known = module.__dict__.get(SCALES)
     if state is not None and state.adapters:
-        scales = scales_of(state, known, own)
-        if scales is not known.get(SCALES):
+        scales: Scales = known or {}
+        if scales and old is not None and old.adapters is not state.adapters:
+            names = {adapter.name for adapter in state.adapters}
+            scales = {name: scale for name, scale in scales.items() if name in names}
+        scales = scales_of(state.running, scales, own)
+        if scales is not known:
             edits.append(attribute_edit(module, SCALES, scales))
-    elif SCALES in known:
+    elif known is not None:
         edits.append(attribute_edit(module, SCALES, MISSING))
     known_state = old or state
     if known_state is not None:

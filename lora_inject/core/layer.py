@@ -75,8 +75,8 @@ class LoRALayer(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # On the device where the adapters are now.
         with torch.inference_mode(False):
-            scales = scales_of(self.__dict__[STATE], self.__dict__, self._parameters)
-        self.__dict__[SCALES] = scales
+            known, state = self.__dict__[SCALES], self.__dict__[STATE]
+            self.__dict__[SCALES] = scales_of(state.running, known, self._parameters)
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -273,23 +273,18 @@ def pairs_of(
     return kind, pairs
 
 
-def scales_of(state: State, former: Mapping[str, Any], own: Mapping[str, Any]) -> Scales:
+def scales_of(terms: Sequence[Term], scales: Scales, own: Mapping[str, Any]) -> Scales:
     """The scaling of what runs as numbers and as tensors, on the device of the adapters.
 
     A compiler makes a constant of a number, and takes a tensor for an input. Each layer has tensors
     of its own: a compiler notices when two inputs become one object.
 
     Args:
-        state: of the layer.
-        former: its ``__dict__``; what it has of it already is returned where it is right.
-        own: its parameters.
+        terms: what runs in the layer.
+        scales: what the layer has already; it is returned where it is right.
+        own: the layer's parameters.
     """
-    scales: Scales = former.get(SCALES, {})
-    if scales:
-        names = {adapter.name for adapter in state.adapters}
-        if not scales.keys() <= names:
-            scales = {name: scale for name, scale in scales.items() if name in names}
-    for term in state.running:
+    for term in terms:
         A, held = own.get(term.A), scales.get(term.adapter)
         device = torch.device("cpu") if A is None else A.device
         if held is None or held[0] != term.scaling or held[1].device != device:

@@ -383,15 +383,17 @@ def _require_intact(path: str, layer: nn.Module, state: State) -> None:
             path=path,
             remedy="Save the adapter on all ranks, and load it into a model that is not sharded.",
         )
-    names = [name for adapter in state.adapters for name in adapter.parameters]
-    if has_accelerate_hook(layer) and any(layer.get_parameter(name).is_meta for name in names):
+    if has_accelerate_hook(layer) and any(
+        layer.get_parameter(name).is_meta for a in state.adapters for name in a.parameters
+    ):
         raise LoRAInjectError(
             "accelerate has offloaded its adapter, and its hook would look for it.",
             path=path,
             remedy="Call accelerate.hooks.remove_hook_from_submodules(model) first.",
         )
-    known = has_accelerate_hook(layer) or "forward" in kept_forwards(layer)
-    if "forward" in layer.__dict__ and not known:
+    if "forward" in layer.__dict__ and not (
+        has_accelerate_hook(layer) or "forward" in kept_forwards(layer)
+    ):
         raise LoRAInjectError(
             "a forward was set on this very instance after inject, and it would go on adding.",
             path=path,

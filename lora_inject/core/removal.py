@@ -10,7 +10,7 @@ from lora_inject.changes.edits import Edit, value_edit
 from lora_inject.core.commit import Fresh, commit
 from lora_inject.core.look import Look
 from lora_inject.core.marks import mark_of, places_of
-from lora_inject.core.state import State, Trained, Use
+from lora_inject.core.state import Reach, State, Trained, Use
 from lora_inject.errors import LoRAInjectWarning
 from lora_inject.own import own_tensor
 from lora_inject.settings import BASE
@@ -69,6 +69,7 @@ class _Removal:
     def __init__(self, look: Look, names: frozenset[str], keep: bool) -> None:
         self.look, self.names, self.keep = look, names, keep
         self.fresh: Fresh = {}
+        self._ended: dict[int, set[int]] = {}  # by the reach
         self.values: dict[int, Edit] = {}  # by the tensor: tied ones are written once
 
     def state(self, module: nn.Module, state: State) -> State | None:
@@ -76,8 +77,7 @@ class _Removal:
 
         What a call on something larger has frozen stays so.
         """
-        reach, names = state.reach, self.names
-        over = {i.id for i in reach.injections if i.adapter in names and i.id in self.look.roots}
+        reach, names, over = state.reach, self.names, self._over(state.reach)
         if state.merged and not self.keep:
             for name, former in state.merged.former.items():
                 weight = own_tensor(module, name)
@@ -100,6 +100,13 @@ class _Removal:
             adapters=tuple(a for a in state.adapters if a.name not in names),
             trained=tuple(t for t in trained if t is not None),
         )
+
+    def _over(self, reach: Reach) -> set[int]:
+        """The ids of the calls that end; very many modules share a reach."""
+        if id(reach) not in self._ended:
+            own = (i for i in reach.injections if i.adapter in self.names)
+            self._ended[id(reach)] = {i.id for i in own if i.id in self.look.roots}
+        return self._ended[id(reach)]
 
     def _without(self, module: nn.Module, state: State, trained: Trained) -> Trained | None:
         owners = {n: trains for n, trains in trained.owners.items() if n not in self.names}

@@ -38,7 +38,7 @@ def roles(look: Look) -> dict[nn.Parameter, str]:
             else:
                 role = "bias" if is_bias(module, places.get(name, name)) else "other"
             known = found.setdefault(parameter, role)
-            if known is not role and _BY_PLACE.index(known) < _BY_PLACE.index(role):
+            if known != role and _BY_PLACE.index(known) < _BY_PLACE.index(role):
                 found[parameter] = role
     return found
 

@@ -8,7 +8,7 @@ no other module, so that a part of a model can be copied, pickled and stripped o
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -209,20 +209,26 @@ class State:
             )
         return super().__reduce_ex__(protocol)
 
-    def change(self, **fields: Any) -> "State":
+    def change(
+        self,
+        *,
+        reach: Reach | None = None,
+        use: Use | None = None,
+        adapters: tuple[Adapter, ...] | None = None,
+        trained: tuple[Trained, ...] | None = None,
+        merged: Merged | Literal[False] | None = False,
+        blocks: tuple[Block, ...] | None = None,
+    ) -> "State":
         """The same state with other values of some fields."""
-        now = fields.pop
-        changed = State(
-            now("before", self.before),
-            now("reach", self.reach),
-            now("use", self.use),
-            now("adapters", self.adapters),
-            now("trained", self.trained),
-            now("merged", self.merged),
-            now("blocks", self.blocks),
+        return State(
+            self.before,
+            self.reach if reach is None else reach,
+            self.use if use is None else use,
+            self.adapters if adapters is None else adapters,
+            self.trained if trained is None else trained,
+            self.merged if merged is False else merged,
+            self.blocks if blocks is None else blocks,
         )
-        assert not fields, f"no fields of a state: {fields}"
-        return changed
 
     @property
     def own(self) -> bool:

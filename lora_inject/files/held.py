@@ -1,6 +1,6 @@
 """One pair of an adapter where it stands in a model."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -8,8 +8,7 @@ from lora_inject.core.adapter import Adapter
 from lora_inject.kinds.base import Spec
 
 
-@dataclass(frozen=True)
-class Held:
+class Held(NamedTuple):
     """One pair of an adapter where it stands."""
 
     path: str

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,7 @@ from lora_inject.sharding import is_partial
 Keep = Literal["device", "cpu", False]
 
 
-@dataclass(frozen=True)
-class MergedWeight:
+class MergedWeight(NamedTuple):
     """One merged weight.
 
     Attributes:
@@ -67,8 +66,7 @@ class MergeReport:
         return self._tables().html()
 
 
-@dataclass(frozen=True)
-class Folded:
+class Folded(NamedTuple):
     """What merging makes of a model.
 
     Attributes:

@@ -273,12 +273,13 @@ def _added_since(look: Look) -> int:
     """How many parameters train that no call knows of."""
     count = 0
     for module in look.index.modules:
+        own = module._parameters.items() if len(module._parameters) else ()
+        new = [n for n, p in own if p is not None and p.requires_grad and mark_of(p) is None]
         state = look.states.get(module)
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.requires_grad and mark_of(parameter) is None:
-                ours = state is not None and any(name == known for known, *_ in owned(state))
-                known = state is not None and state.before.flag(name) is not None
-                count += not (ours or known)
+        if new and state is not None:
+            known = {name for name, *_ in (*owned(state), *state.before.flags)}
+            new = [name for name in new if name not in known]
+        count += len(new)
     return count
 
 
