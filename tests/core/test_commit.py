@@ -200,8 +200,11 @@ OPERATIONS = {
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapter") / "b"
-    save(saved(), folder)
+    folder, model = tmp_path_factory.mktemp("adapter") / "b", saved()
+    with torch.no_grad():
+        for parameter in lora_parameters(model):
+            parameter.add_(1)  # other values than those of the model that it is loaded into
+    save(model, folder)
     return folder
 
 
