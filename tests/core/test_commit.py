@@ -17,6 +17,7 @@ from lora_inject import (
     freeze,
     inject,
     load,
+    lora_parameters,
     merge,
     merged,
     per_row,
