@@ -252,6 +252,7 @@ def _pairs(
     """The tensors of each pair of a site by role, as parameters."""
     device = site.kind.weight(site.module, site.specs[0].weight).device
     pairs, variant = [], site.settings.variant
+    trains = {role: content.use and variant.trains(role) for role in variant.roles}
     for spec in site.specs:
         if content.values is not None:
             A, B = content.values[site.path, spec.prefix]
@@ -262,7 +263,6 @@ def _pairs(
             A, B = starting_values(adapter, spec, generator)
         if not (A.device == B.device == device and A.dtype is B.dtype is site.dtype):
             A, B = A.to(device, site.dtype), B.to(device, site.dtype)
-        trains = {role: content.use and variant.trains(role) for role in variant.roles}
         pairs.append(as_parameters(site.kind, site.module, spec, {"A": A, "B": B}, trains))
     return pairs
 

@@ -63,7 +63,7 @@ class Term(NamedTuple):
     part: tuple[int, int] | None
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen, but never changed: there are very many, and each would take longer to make
 class Adapter:
     """One adapter on one layer: everything about it but the values of A and B.
 
@@ -96,10 +96,8 @@ class Adapter:
     terms: tuple[Term, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        pairs, parameters = _named(self.specs, self.name, self.settings.variant)
-        object.__setattr__(self, "pairs", pairs)
-        object.__setattr__(self, "parameters", parameters)
-        object.__setattr__(self, "terms", self.weighted_terms(1.0))
+        self.pairs, self.parameters = names_of(self.specs, self.name, self.settings.variant)
+        self.terms = self.weighted_terms(1.0)
 
     def weighted_terms(self, weight: float) -> tuple[Term, ...]:
         """What it adds when it is in use with this weight."""
@@ -110,7 +108,7 @@ class Adapter:
 
 
 @lru_cache
-def _named(
+def names_of(
     specs: tuple[Spec, ...], adapter: str, variant: Variant
 ) -> tuple[tuple[Pair, ...], Mapping[str, bool]]:
     """The pairs of an adapter, and the names of its parameters with whether they may train."""
@@ -134,5 +132,5 @@ def _terms(
             adapter=adapter,
             part=(spec.start, spec.n_out) if spec.part else None,
         )
-        for spec, names in _named(specs, adapter, settings.variant)[0]
+        for spec, names in names_of(specs, adapter, settings.variant)[0]
     )

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.adapter import parameter_names
+from lora_inject.core.adapter import names_of
 from lora_inject.core.choosing import Limits, Target, View
 from lora_inject.core.patterns import Pattern, Place
 from lora_inject.core.request import Request
@@ -191,9 +191,7 @@ def _specs(
         return Refusal(
             "its weights are normed, pruned or otherwise computed. Undo that or exclude it."
         )
-    names = [
-        name for spec in specs for name in parameter_names(spec, adapter, settings.variant).values()
-    ]
+    names = names_of(specs, adapter, settings.variant)[1]
     if reason := general_refusal(module, names if others else ["lora_adapters", *names], way):
         return Refusal(reason)
     if way == "weight" and settings.dropout:

@@ -11,7 +11,7 @@ from lora_inject.kinds.base import Way
 from lora_inject.settings import Settings
 
 
-@dataclass  # not frozen: there are very many, and each would take four times as long to make
+@dataclass  # not frozen, but never changed: there are very many, and each would take longer to make
 class Site:
     """One layer, or one parameter, that can be adapted.
 

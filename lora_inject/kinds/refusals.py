@@ -1,5 +1,7 @@
 """Why a module or a weight of any kind cannot be adapted."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +14,7 @@ from lora_inject.sharding import (
 )
 
 
-def general_refusal(module: nn.Module, new_names: list[str], way: Way) -> str | None:
+def general_refusal(module: nn.Module, new_names: Iterable[str], way: Way) -> str | None:
     """Why a module of any kind cannot be adapted by a class swap, with the remedy; else None."""
     if isinstance(module, torch.jit.ScriptModule):
         return "it is a ScriptModule, whose forward cannot be changed. Adapt it before scripting."

@@ -229,7 +229,7 @@ def _pattern_rows(look: Look) -> tuple[PatternRow, ...]:
             continue  # it has no parameters of its own
         weight = look.states[layer].use.weights.get(adapter.name)  # parts of a model may differ
         found = groups.setdefault((adapter.pattern, adapter.name, weight), [])
-        found.append((adapter.settings.r, sum(spec.elements for spec in adapter.specs)))
+        found.append((adapter.settings.r, sum([spec.elements for spec in adapter.specs])))
     return tuple(
         PatternRow(
             pattern=pattern,
@@ -273,9 +273,15 @@ def _added_since(look: Look) -> int:
     """How many parameters train that no call knows of."""
     count = 0
     for module in look.index.modules:
-        own = module._parameters.items() if len(module._parameters) else ()
-        new = [n for n, p in own if p is not None and p.requires_grad and mark_of(p) is None]
+        if not len(module._parameters):
+            continue
         state = look.states.get(module)
+        ours = {name for a in (state.adapters if state else ()) for name in a.parameters}
+        new = [
+            name
+            for name, p in module._parameters.items()
+            if p is not None and p.requires_grad and name not in ours and mark_of(p) is None
+        ]
         if new and state is not None:
             known = {name for name, *_ in (*owned(state), *state.before.flags)}
             new = [name for name in new if name not in known]
