@@ -19,10 +19,11 @@ from lora_inject.core.checks import (
     require_module,
     require_one_owner,
 )
-from lora_inject.core.choosing import Limits, Skip, View, choose
+from lora_inject.core.choosing import Limits, Skip, choose
 from lora_inject.core.commit import commit
 from lora_inject.core.in_place import in_place
 from lora_inject.core.look import Look
+from lora_inject.core.matcher import Matcher
 from lora_inject.core.patterns import Pattern
 from lora_inject.core.request import (
     ALL_LINEAR,
@@ -220,19 +221,19 @@ def plan_for(
     require_injectable(look)
     look.require_awake()
     require_extensible(look, request.adapter, request.bias)
-    view = View(look)
-    in_full = view.trainable_modules("train_also", request.train_also)
+    matcher = Matcher(look)
+    in_full = matcher.trainable_modules("train_also", request.train_also)
     limits = Limits(
-        excluded=view.subtrees("exclude", request.excluded),
+        excluded=matcher.subtrees("exclude", request.excluded),
         in_full=frozenset(m for top in in_full.values() for m in look.index.below(top)),
         layers=request.layers,
     )
     parts = request.parts or {}
-    resolver = Resolver(view, request, _parts_by_module(view, parts), limits)
-    chosen, skips = choose(view, list(request.settings), limits, resolver.resolve)
+    resolver = Resolver(matcher, request, _parts_by_module(matcher, parts), limits)
+    chosen, skips = choose(matcher, list(request.settings), limits, resolver.resolve)
     require_apart(look, chosen, in_full)
     sites = _with_followers(resolver, chosen)
-    _check_parts_used(view, parts, sites)
+    _check_parts_used(matcher, parts, sites)
     if content is not None:
         held = content(sites)
     else:
@@ -290,16 +291,18 @@ def _with_followers(resolver: Resolver, sites: Sequence[Site]) -> tuple[Site, ..
     return (*leaders, *followers.values())
 
 
-def _parts_by_module(view: View, to_part: Mapping[Pattern, Parts]) -> dict[nn.Module, Parts]:
+def _parts_by_module(matcher: Matcher, to_part: Mapping[Pattern, Parts]) -> dict[nn.Module, Parts]:
     return {
         place.module: parts
         for pattern, parts in to_part.items()
-        for place in view.modules_of("parts", pattern)
+        for place in matcher.modules_of("parts", pattern)
     }
 
 
-def _check_parts_used(view: View, to_part: Mapping[Pattern, Parts], sites: Sequence[Site]) -> None:
+def _check_parts_used(
+    matcher: Matcher, to_part: Mapping[Pattern, Parts], sites: Sequence[Site]
+) -> None:
     chosen = {site.module for site in sites}
     for pattern in to_part:
-        if not any(place.module in chosen for place in view.modules_of("parts", pattern)):
+        if not any(place.module in chosen for place in matcher.modules_of("parts", pattern)):
             raise NoMatchError(f"parts: {pattern.label!r} selects no layer that targets choose.")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_inject.adapters.combine_rules import How, Rule, check_options
+from lora_inject.adapters.combine_rules import Method, Rule, check_options
 from lora_inject.arithmetic.low_rank import difference_norm, product_norm, side_by_side
 from lora_inject.core.adaptation import as_parameters, reached
 from lora_inject.core.adapter import Adapter, Term
@@ -85,7 +85,7 @@ def combine(
     model: nn.Module,
     adapters: Mapping[str, float],
     name: str,
-    how: How = "cat",
+    how: Method = "cat",
     *,
     r: int | None = None,
     density: float | None = None,
@@ -120,7 +120,7 @@ def combine(
         UnsupportedLayerError: the adapters divide the weights of a layer in different ways.
         LoRAInjectError: the model is merged or inside a block. Nothing has changed then.
     """
-    name, how = check_adapter(name), check_choice(how, "how", How)
+    name, how = check_adapter(name), check_choice(how, "how", Method)
     weights = check_weights(adapters)
     look = Look(model)
     look.require_adapters()

@@ -1,4 +1,4 @@
-"""How the matrices of several adapters become one pair: the rules behind ``combine``."""
+"""Method the matrices of several adapters become one pair: the rules behind ``combine``."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from lora_inject.arithmetic.low_rank import truncated
 from lora_inject.errors import ArgumentError
 from lora_inject.settings import check_count, check_seed
 
-How = Literal["cat", "svd", "linear", "ties", "dare"]
+Method = Literal["cat", "svd", "linear", "ties", "dare"]
 
 
 Matrices = tuple[Tensor, Tensor]
@@ -20,9 +20,9 @@ Matrices = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Rule:
-    """How the matrices of several adapters become one pair."""
+    """Method the matrices of several adapters become one pair."""
 
-    how: How
+    how: Method
     r: int | None
     density: float
     seed: int
@@ -75,7 +75,7 @@ class Rule:
 
 
 def check_options(
-    how: How, r: int | None, density: float | None, seed: int | None
+    how: Method, r: int | None, density: float | None, seed: int | None
 ) -> tuple[int | None, float, int]:
     """The options, each given only where it has a meaning."""
     for name, value, hows in (

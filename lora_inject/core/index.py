@@ -4,7 +4,7 @@ from functools import cached_property
 
 from torch import nn
 
-from lora_inject.core.patterns import Place
+from lora_inject.core.patterns import NamedModule
 
 
 class Index:
@@ -52,9 +52,9 @@ class Index:
         return found
 
     @cached_property
-    def places(self) -> list[Place]:
+    def places(self) -> list[NamedModule]:
         """The same as the patterns read it."""
-        return [Place(*item) for item in self.paths.items()]
+        return [NamedModule(*item) for item in self.paths.items()]
 
     @cached_property
     def modules(self) -> list[nn.Module]:

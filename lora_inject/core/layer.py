@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.arithmetic.linear import Branch, adapted_linear, may_run_whole
-from lora_inject.compat.marks import is_fully_sharded
 from lora_inject.core.adapter import Adapter, Term
+from lora_inject.core.sharded import following, is_of_fsdp
 from lora_inject.core.state import State
 from lora_inject.errors import LoRAInjectError
 from lora_inject.kinds.base import Kind, Pair, Spec
 from lora_inject.own import STATE
-from lora_inject.sharding import is_distributed, redistributed
+from lora_inject.sharding import is_distributed
 
 SCALES = "_lora_inject_scales"  # the scaling of what runs as tensors, in a layer's __dict__
 Scales = dict[str, tuple[float, Tensor]]  # by adapter: its scaling, and a tensor that holds it
@@ -67,8 +67,8 @@ class LoRALayer(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Also what ``parallelize_module`` calls: A and B take the placements of their weight."""
-        if param is not None and is_distributed(param) and not _is_of_fsdp(self):
-            param = _following(self, name, param)
+        if param is not None and is_distributed(param) and not is_of_fsdp(self):
+            param = following(self, self.lora_adapters, name, param)
         super().register_parameter(name, param)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -86,52 +86,6 @@ class LoRALayer(nn.Module):
             base = self.__dict__[STATE].before.cls
             make, args = type(self)._lora_rebuild, (base, self.lora_adapters, make, args[1:])
         return (make, args, *rest)
-
-
-def _is_of_fsdp(layer: nn.Module) -> bool:
-    """Whether FSDP registers the layer's parameters, whose shards are all alike.
-
-    It writes past ``register_parameter`` where a class has no ``__setattr__`` of its own, so that
-    before its mark is there only those of other classes (``nn.LSTM``) come here.
-    """
-    return is_fully_sharded(layer) or type(layer).__setattr__ is not nn.Module.__setattr__
-
-
-def _following(layer: LoRALayer, name: str, parameter: nn.Parameter) -> nn.Parameter:
-    """A sharded parameter that replaces one of the layer, placed as its adapters need it.
-
-    Raises:
-        LoRAInjectError: it is, or follows, a weight that cannot be sharded under its adapter.
-    """
-    for adapter in layer.lora_adapters:
-        for spec, names in adapter.pairs:
-            weight, pair = layer._parameters.get(spec.weight), list(names.values())
-            if name in (spec.weight, *pair):
-                _require_follows(adapter)
-            if name in pair and weight is not None and is_distributed(weight):
-                both = adapter.kind.placements(weight, spec)
-                return redistributed(parameter, both[pair.index(name)])
-    return parameter
-
-
-def _require_follows(adapter: Adapter) -> None:
-    """Refuse to shard a weight that its adapter could not follow.
-
-    Raises:
-        LoRAInjectError: it acts in the weight, or is shared with a tied layer.
-    """
-    if adapter.way == "weight":
-        raise LoRAInjectError(
-            f"its adapter {adapter.name!r} acts in its weight, which cannot be sharded with it.",
-            path=adapter.path,
-            remedy="Leave the layer out of the plan of parallelize_module, or strip.",
-        )
-    if adapter.follows:
-        raise LoRAInjectError(
-            f"it is tied to {adapter.follows}, and parallelize_module would untie their adapter.",
-            path=adapter.path,
-            remedy="Call parallelize_module first and inject then.",
-        )
 
 
 class BranchLayer(LoRALayer):
@@ -244,7 +198,7 @@ class WeightLayer(LoRALayer):
         kind, pairs = pairs_of(self, state.running, name, scales)
         W = self._parameters[name]
         own = [W, *(factor for _, *pair, _ in pairs for factor in pair)]
-        if any(t is not None and is_distributed(t) for t in own) and _is_of_fsdp(self):
+        if any(t is not None and is_distributed(t) for t in own) and is_of_fsdp(self):
             return W  # FSDP looks for its shards; what a forward reads is gathered
         value = kind.effective(self, W, pairs) if kind and W is not None else W
         if computed is not None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from lora_inject.core.patterns import Place
+from lora_inject.core.patterns import NamedModule
 
 # Names that transformers, timm and torchvision give to the last layer or the module that holds it.
 HEAD_NAMES = frozenset(
@@ -18,7 +18,7 @@ HEAD_NAMES = frozenset(
 )
 
 
-def find_heads(places: Iterable[Place]) -> dict[nn.Module, str]:
+def find_heads(places: Iterable[NamedModule]) -> dict[nn.Module, str]:
     """The output heads of a model, each with the reason why it is taken for one."""
     places = list(places)
     weights = {place.module: _own_weight(place.module) for place in places}

@@ -1,7 +1,7 @@
 """Patterns to modules: the whole grammar of ``targets``, ``exclude`` and ``train_also``.
 
-Knows nothing of LoRA. A module that is registered under several names is one ``Place`` with several
-paths, and a pattern selects it by any of them.
+Knows nothing of LoRA. A module that is registered under several names is one ``NamedModule`` with
+several paths, and a pattern selects it by any of them.
 """
 
 import difflib
@@ -23,7 +23,7 @@ REGEX_SECONDS = 2.0
 REGEX_CHARACTERS = 2000
 
 
-class Place(NamedTuple):
+class NamedModule(NamedTuple):
     """One module and every path that leads to it, the first in registration order first."""
 
     module: nn.Module
@@ -52,7 +52,7 @@ class Pattern:
     last: str | None = None
     settings: Any = None
 
-    def selects(self, place: Place) -> bool:
+    def selects(self, place: NamedModule) -> bool:
         """Whether the pattern matches any of the module's names."""
         return any(self.test(path, place.module) for path in place.paths)
 
@@ -173,7 +173,9 @@ def _regex_test(text: str, argument: str) -> Predicate:
     return test
 
 
-def in_blocks(places: Iterable[Place], layers: tuple[int, ...], model: nn.Module) -> set[nn.Module]:
+def in_blocks(
+    places: Iterable[NamedModule], layers: tuple[int, ...], model: nn.Module
+) -> set[nn.Module]:
     """The modules that lie in the blocks of these indices.
 
     A block index is the first component of a path that is a number (``model.layers.3.mlp.up``: 3);

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.adapter import names_of
-from lora_inject.core.choosing import Limits, Target, View
-from lora_inject.core.patterns import Pattern, Place
+from lora_inject.core.choosing import Limits
+from lora_inject.core.matcher import Matcher, Target
+from lora_inject.core.patterns import NamedModule, Pattern
 from lora_inject.core.request import Request
 from lora_inject.core.site import Refusal, Site
 from lora_inject.core.state import adapters_of
@@ -29,16 +30,16 @@ class Resolver:
     """What turns a selected target into a site, or says why it cannot be one.
 
     Args:
-        view: the model.
+        matcher: the model.
         request: what was asked for.
         parts: the parts of fused projections.
         limits: what is not to be adapted.
     """
 
     def __init__(
-        self, view: View, request: Request, parts: Mapping[nn.Module, Parts], limits: Limits
+        self, matcher: Matcher, request: Request, parts: Mapping[nn.Module, Parts], limits: Limits
     ) -> None:
-        self.view, self.request, self.parts, self.limits = view, request, parts, limits
+        self.matcher, self.request, self.parts, self.limits = matcher, request, parts, limits
 
     def resolve(self, target: Target, pattern: Pattern) -> Site | Refusal:
         """The site that the target is for this pattern, or why it cannot be one."""
@@ -72,7 +73,7 @@ class Resolver:
     def _kind(self, target: Target, settings: Settings) -> Kind | None:
         """The kind of a module; for a parameter one with its layout, where that is known."""
         if target.parameter is None:
-            return self.view.kind(target.module)
+            return self.matcher.kind(target.module)
         parameter = target.tensor
         layout = settings.layout or layout_of(target.module, parameter)
         known = layout is not None and parameter.dim() in (2, 3)
@@ -87,7 +88,7 @@ class Resolver:
     @cached_property
     def _readers(self) -> dict[str, frozenset[str]]:
         """By the path of a module: the paths below it of the weights that its methods read."""
-        index = self.view.look.index
+        index = self.matcher.look.index
         classes = {own_class(module): module for module in index.modules}
         reads = {cls: read for cls, m in classes.items() if (read := weights_read_below(m))}
         paths = index.by_path.items() if reads else ()
@@ -131,19 +132,21 @@ class Resolver:
             UnsupportedLayerError: one of them could not see it.
         """
         name = site.specs[0].weight
-        weight, look = site.module._parameters.get(name), self.view.look
+        weight, look = site.module._parameters.get(name), self.matcher.look
         if id(weight) not in look.tied or len({spec.weight for spec in site.specs}) > 1:
             return []
         return [
-            self._follower(site, Place(module, look.index.paths[module]), other)
+            self._follower(site, NamedModule(module, look.index.paths[module]), other)
             for module, other in look.tensor_places[id(weight)]
             if (module, other) != (site.module, name) and other in module._parameters
             if module not in self.limits.excluded
         ]
 
-    def _follower(self, site: Site, place: Place, name: str) -> Site:
+    def _follower(self, site: Site, place: NamedModule, name: str) -> Site:
         leader = site.specs[0]
-        target = Target(place, None if name == "weight" and self.view.kind(place.module) else name)
+        target = Target(
+            place, None if name == "weight" and self.matcher.kind(place.module) else name
+        )
         kind = self._kind(target, site.settings)
         own: Site | Refusal = Refusal("its shape tells no layout")
         if kind is not None:

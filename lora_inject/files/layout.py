@@ -20,7 +20,7 @@ from lora_inject.sharding import whole
 from lora_inject.variants import OTHER
 
 
-class FittedPair(NamedTuple):
+class LaidOutPair(NamedTuple):
     """A pair of the file with the module that it is for, turned as that needs it.
 
     Attributes:
@@ -41,7 +41,7 @@ class FittedPair(NamedTuple):
         return f"{self.real}.{self.pair.weight}".lstrip(".")
 
 
-class Fitted:
+class Layout:
     """A file's adapter laid out over a model; made without changing the model.
 
     Raises:
@@ -52,7 +52,7 @@ class Fitted:
         self.look, self.data = look, data
         self.modules = bare_modules(look.index.by_path)
         real = {module: paths[0] for module, paths in look.index.paths.items()}
-        self.all_pairs: list[FittedPair] = []
+        self.all_pairs: list[LaidOutPair] = []
         unknown = []
         for pair in data.pairs:
             path = bare_key(pair.path, self.modules)
@@ -61,7 +61,7 @@ class Fitted:
                 unknown.append(pair.path)
             else:
                 pair = pair if path == pair.path else replace(pair, path=path)
-                self.all_pairs.append(FittedPair(_turned(pair, module), module, real[module]))
+                self.all_pairs.append(LaidOutPair(_turned(pair, module), module, real[module]))
         self.tensors: dict[str, Tensor] = {}
         for name, tensor in data.tensors.items():
             owner, _, last = name.rpartition(".")
@@ -150,13 +150,13 @@ class Fitted:
                 remedy="Load the right base model, or say other_base=True.",
             )
 
-    def _without_tied(self) -> list[FittedPair]:
+    def _without_tied(self) -> list[LaidOutPair]:
         """One pair of those that a tied weight has in files, where they agree.
 
         Raises:
             FormatError: they do not.
         """
-        first: dict[int, FittedPair] = {}
+        first: dict[int, LaidOutPair] = {}
         kept = []
         for fitted in self.all_pairs:
             W = fitted.module._parameters.get(fitted.pair.weight)

@@ -21,7 +21,7 @@ from lora_inject.files.fit_checks import require_fit
 from lora_inject.files.formats import named_format, read_adapter
 from lora_inject.files.formats.data import PairData
 from lora_inject.files.formats.pairs import as_portable
-from lora_inject.files.layout import Fitted
+from lora_inject.files.layout import Layout
 from lora_inject.files.stored import Stored
 from lora_inject.kinds.base import name_prefix
 from lora_inject.own import Place, own_tensor
@@ -115,7 +115,7 @@ def load(
     look = Look(model)
     look.require_awake()
     data = read_adapter(file, format, model, alpha)
-    wanted = Fitted(look, data)
+    wanted = Layout(look, data)
     if not other_base:
         wanted.check_base()
     if adapter in look.known:
@@ -136,7 +136,7 @@ def _path(path: Any) -> Path:
         raise ArgumentError(f"path must be a path, not {path!r}.") from error
 
 
-def _inject(wanted: Fitted, adapter: str, dtype: torch.dtype | str | None, use: bool) -> None:
+def _inject(wanted: Layout, adapter: str, dtype: torch.dtype | str | None, use: bool) -> None:
     """Put the file's adapter into the model as a new one."""
     wanted.require_tied()
     elsewhere = wanted.elsewhere()
@@ -152,7 +152,7 @@ def _inject(wanted: Fitted, adapter: str, dtype: torch.dtype | str | None, use: 
     plan_for(wanted.look, request, partial(_content, wanted, use)).apply()
 
 
-def _content(wanted: Fitted, use: bool, sites: Sequence[Site]) -> Content:
+def _content(wanted: Layout, use: bool, sites: Sequence[Site]) -> Content:
     """What the file holds for the sites.
 
     Raises:
@@ -178,7 +178,7 @@ def _content(wanted: Fitted, use: bool, sites: Sequence[Site]) -> Content:
 
 
 def _values(
-    wanted: Fitted, sites: Mapping[str, Site]
+    wanted: Layout, sites: Mapping[str, Site]
 ) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
     """A and B by path and prefix of each pair, all that the sites need and no others."""
     values: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
@@ -201,7 +201,7 @@ def _values(
     return values
 
 
-def _in_full(wanted: Fitted, places: Mapping[Place, Tensor]) -> dict[str, nn.Module]:
+def _in_full(wanted: Layout, places: Mapping[Place, Tensor]) -> dict[str, nn.Module]:
     """The modules of the file that train in full, by path."""
     paths, data = first_paths(wanted.modules), wanted.data
     if not data.bias:  # a file that says no more than its tensors
@@ -215,7 +215,7 @@ def _in_full(wanted: Fitted, places: Mapping[Place, Tensor]) -> dict[str, nn.Mod
     }
 
 
-def _targets(wanted: Fitted) -> dict[Pattern, dict[str, Any]]:
+def _targets(wanted: Layout) -> dict[Pattern, dict[str, Any]]:
     """Patterns that select the file's layers by their paths, with their settings."""
     label = ", ".join(wanted.data.targets) or "loaded"
     groups: dict[tuple[Any, ...], set[str]] = {}
@@ -237,7 +237,7 @@ def _within(paths: set[str]) -> Predicate:
     return lambda path, _: path in paths
 
 
-def _parts(wanted: Fitted) -> dict[Pattern, tuple[tuple[str | None, int], ...]]:
+def _parts(wanted: Layout) -> dict[Pattern, tuple[tuple[str | None, int], ...]]:
     """The parts of fused projections, with what lies between them."""
     layers: dict[str, list[PairData]] = {}
     for f in wanted.pairs:
@@ -259,7 +259,7 @@ def _parts(wanted: Fitted) -> dict[Pattern, tuple[tuple[str | None, int], ...]]:
 
 
 def _check_tensors(
-    wanted: Fitted, trained: Mapping[Place, bool], given: Mapping[Place, Tensor]
+    wanted: Layout, trained: Mapping[Place, bool], given: Mapping[Place, Tensor]
 ) -> None:
     """Refuse values that are not those of what trains in place, in the dtypes that it has."""
     paths, shapes, values = first_paths(wanted.modules), {}, {}

@@ -24,7 +24,7 @@ from lora_inject.files.fingerprint import fingerprint
 from lora_inject.files.fit_checks import is_for, not_finite, raise_problems, require_fit
 from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.pairs import told_layout
-from lora_inject.files.held import Held
+from lora_inject.files.stored_pair import StoredPair
 from lora_inject.kinds.parameter import ParameterKind
 from lora_inject.settings import BiasMode, check_adapter
 from lora_inject.sharding import is_placeholder, require_whole, reshard, whole
@@ -53,7 +53,7 @@ class Stored:
         self.real_prefixes = [name for name in ("module", "base_model") if name in self.modules]
         look.require_awake()
         self.pairs = [
-            Held(self.paths[layer], layer, own, pair.spec, pair.names["A"], pair.names["B"])
+            StoredPair(self.paths[layer], layer, own, pair.spec, pair.names["A"], pair.names["B"])
             for layer, own in look.adapters
             if own.name == self.name
             for pair in own.pairs
@@ -147,13 +147,13 @@ class Stored:
             facts={"refused": self._in_several_places()},
         )
 
-    def _in_order(self) -> list[Held]:
+    def _in_order(self) -> list[StoredPair]:
         """The pairs, those of one module in the order of its parameters."""
         first: dict[str, int] = {}
         for i, held in enumerate(self.pairs):
             first.setdefault(held.path, i)
 
-        def position(held: Held) -> tuple[int, int]:
+        def position(held: StoredPair) -> tuple[int, int]:
             names = list(held.layer._parameters)
             weight = held.spec.weight
             return first[held.path], names.index(weight) if weight in names else 0
@@ -170,7 +170,7 @@ class Stored:
             tied, "is tied to another, from which it would be untied"
         )
 
-    def _pair(self, held: Held) -> PairData:
+    def _pair(self, held: StoredPair) -> PairData:
         spec, settings, kind = held.spec, held.adapter.settings, held.adapter.kind
         rule, divided = settings.variant.scaling, spec.rank != settings.r
         A, B = (whole(tensor.detach()) for tensor in held.values)
@@ -263,7 +263,9 @@ class Stored:
                         remedy="Nothing was loaded.",
                     )
 
-    def _fitted(self, held: Held, A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    def _fitted(
+        self, held: StoredPair, A: Tensor, B: Tensor, scaling: float
+    ) -> tuple[Tensor, Tensor]:
         """Values of a smaller rank padded with zeros, and of another scaling with it in B."""
         if scaling != held.adapter.settings.scaling:
             B = (B.double() * (scaling / held.adapter.settings.scaling)).to(B.dtype)

@@ -10,10 +10,10 @@ from lora_inject.changes.edits import Edit, run, training_edits
 from lora_inject.changes.statistics import has_statistics, holding_edits
 from lora_inject.core.adaptation import Adaptation, own_in_place, reached, train_in_full
 from lora_inject.core.checks import require_one_owner
-from lora_inject.core.choosing import View
 from lora_inject.core.commit import commit
 from lora_inject.core.in_place import in_place
 from lora_inject.core.look import Look
+from lora_inject.core.matcher import Matcher
 from lora_inject.core.request import optional_patterns
 from lora_inject.core.state import State, Use
 from lora_inject.errors import ArgumentError, UnsupportedLayerError
@@ -56,7 +56,7 @@ def freeze(model: nn.Module, bias: BiasMode = "none", train_also: Any = ()) -> R
     bias = check_bias(bias)
     look = Look(model)
     patterns = optional_patterns(train_also, "train_also")
-    in_full = list(View(look).trainable_modules("train_also", patterns).values())
+    in_full = list(Matcher(look).trainable_modules("train_also", patterns).values())
     states = look.states
     if any(m in states and states[m].adapters for top in in_full for m in look.index.below(top)):
         raise UnsupportedLayerError("train_also: an adapted layer cannot train in full.")

@@ -8,7 +8,7 @@ from lora_inject.core.adapter import Adapter
 from lora_inject.kinds.base import Spec
 
 
-class Held(NamedTuple):
+class StoredPair(NamedTuple):
     """One pair of an adapter where it stands."""
 
     path: str

@@ -1,0 +1,193 @@
+"""What patterns select in a model: its modules and parameters by name, class or test."""
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+from torch import nn
+
+from lora_inject.core.look import Look
+from lora_inject.core.output_heads import find_heads
+from lora_inject.core.patterns import NamedModule, Pattern, close_names
+from lora_inject.errors import (
+    NoMatchError,
+)
+from lora_inject.kinds import Kind, find_kind
+from lora_inject.kinds.bias import is_bias
+from lora_inject.sharding import whole_shape
+
+
+class Target(NamedTuple):
+    """Something that a pattern can select: a module, or with a name one of its own parameters."""
+
+    place: NamedModule
+    parameter: str | None = None
+
+    @property
+    def path(self) -> str:
+        """Its first path in the model."""
+        return self.paths[0]
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All of its paths."""
+        if self.parameter is None:
+            return self.place.paths
+        return tuple(f"{path}.{self.parameter}".lstrip(".") for path in self.place.paths)
+
+    @property
+    def module(self) -> nn.Module:
+        """The module, or the owner of the parameter."""
+        return self.place.module
+
+    @property
+    def tensor(self) -> nn.Parameter:
+        """The parameter itself, which an adapted module shows in another form."""
+        parameter = self.module._parameters[self.parameter or ""]
+        assert parameter is not None
+        return parameter
+
+    @property
+    def type(self) -> str:
+        """Its type in words."""
+        if self.parameter is None:
+            return type(self.module).__name__
+        return f"Parameter {tuple(self.tensor.shape)}"
+
+
+class Matcher:
+    """A model as planning sees it, and the questions asked of it."""
+
+    def __init__(self, look: Look) -> None:
+        self.look = look
+        self.model = look.model
+        self.places = look.index.places
+        self.by_path = look.index.by_path
+        self._kinds: dict[nn.Module, Kind | None] = {}
+
+    def kind(self, module: nn.Module) -> Kind | None:
+        """The kind of a module, or None where there is none."""
+        if module not in self._kinds:
+            self._kinds[module] = find_kind(module)
+        return self._kinds[module]
+
+    def is_able(self, target: Target) -> bool:
+        """Whether a target is a layer with a kind, or a parameter."""
+        return target.parameter is not None or self.kind(target.place.module) is not None
+
+    @cached_property
+    def heads(self) -> dict[nn.Module, str]:
+        """The output heads, looked for when somebody asks."""
+        return find_heads(self.places)
+
+    @cached_property
+    def matrices(self) -> list[Target]:
+        """Parameters of two dimensions or more that belong to no layer with a kind."""
+        return [
+            Target(place, name)
+            for place in self.places
+            if len(place.module._parameters)
+            for name, parameter in place.module._parameters.items()
+            if parameter is not None and len(whole_shape(parameter)) > 1
+            if self.kind(place.module) is None and not is_bias(place.module, name)
+        ]
+
+    def modules_of(self, argument: str, pattern: Pattern) -> list[NamedModule]:
+        """The modules that a pattern of ``exclude`` or ``train_also`` selects.
+
+        Raises:
+            NoMatchError: there is none.
+        """
+        places = self._selected(pattern)
+        if places:
+            return places
+        named = pattern.by_name and any(
+            pattern.names(path) for t in self.matrices for path in t.paths
+        )
+        remedy = "It names a parameter; name the module that owns it." if named else ""
+        raise NoMatchError(f"{argument}: {self.no_match(pattern)}", remedy=remedy)
+
+    def _selected(self, pattern: Pattern) -> list[NamedModule]:
+        """The modules that a pattern selects; of a plain name only those that end so are asked."""
+        if pattern.last is None:
+            return [place for place in self.places if pattern.selects(place)]
+        return [place for place in self._by_last.get(pattern.last, ()) if pattern.selects(place)]
+
+    @cached_property
+    def _by_last(self) -> dict[str, list[NamedModule]]:
+        """The modules by the last components of their paths."""
+        found: dict[str, list[NamedModule]] = {}
+        for place in self.places:
+            for last in {path.rpartition(".")[2] for path in place.paths}:
+                found.setdefault(last, []).append(place)
+        return found
+
+    def targets_of(self, pattern: Pattern) -> list[Target]:
+        """What a target pattern selects: modules, and parameters that it names.
+
+        A glob or an expression names parameters only if it selects no layer: written for layers,
+        it would otherwise catch every matrix on the way.
+        """
+        selected = [Target(place) for place in self._selected(pattern)]
+        exact = pattern.by_name and not pattern.wide
+        if exact or (pattern.by_name and not any(map(self.is_able, selected))):
+            selected += [t for t in self.matrices if any(pattern.names(path) for path in t.paths)]
+        return selected
+
+    def no_match(self, pattern: Pattern) -> str:
+        """The sentence for a pattern that selects nothing."""
+        names = [path for path in self.by_path if path] + [t.path for t in self.matrices]
+        close = close_names(pattern.label, names) if pattern.by_name else []
+        hint = f" Close names: {', '.join(close)}." if close else ""
+        return f"{pattern.label!r} matches nothing.{hint}"
+
+    def subtrees(self, argument: str, patterns: Iterable[Pattern]) -> dict[nn.Module, str]:
+        """Every module that a pattern selects or that lies below one, with the pattern's label."""
+        return {
+            module: pattern.label
+            for pattern in patterns
+            for place in self.modules_of(argument, pattern)
+            for module in self.look.index.below(place.module)
+        }
+
+    def trainable_modules(self, argument: str, patterns: Iterable[Pattern]) -> dict[str, nn.Module]:
+        """The selected modules by path that hold something that can train.
+
+        Raises:
+            NoMatchError: a pattern selects no such module.
+        """
+        selected: dict[str, nn.Module] = {}
+        for pattern in patterns:
+            places = self.modules_of(argument, pattern)
+            able = {place.path: place.module for place in places if self._can_train(place.module)}
+            if not able:
+                raise NoMatchError(
+                    f"{argument}: {pattern.label!r} selects no module with floating-point "
+                    "parameters.",
+                    path=places[0].path,
+                    remedy="Name a module that can train.",
+                )
+            selected |= able
+        return selected
+
+    def _can_train(self, top: nn.Module) -> bool:
+        own = [p for module in self.look.index.below(top) for p in module._parameters.values()]
+        return any(p is not None and p.is_floating_point() for p in own)
+
+    def adaptable_names(self) -> list[str]:
+        """The last components of the paths of everything that has a kind."""
+        names = [p.path.rpartition(".")[2] for p in self.places if self.kind(p.module) is not None]
+        return sorted(set(names) - {""})
+
+    def adaptable_below(self, targets: Iterable[Target]) -> list[str]:
+        """Paths of layers with a kind inside these modules."""
+        inside = {m for target in targets for m in self.look.index.below(target.module)}
+        return [p.path for p in self.places if p.module in inside and self.kind(p.module)]
+
+
+def listed(names: Sequence[str], most: int = 20) -> str:
+    """Some names for a message: 'a, b, c and 4 more'."""
+    if not names:
+        return "none"
+    shown = ", ".join(names[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
