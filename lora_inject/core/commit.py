@@ -34,6 +34,7 @@ from lora_inject.core.layer import SCALES, Scales, scales_of
 from lora_inject.core.look import Look
 from lora_inject.core.marks import (
     Mark,
+    is_marked,
     mark_edit,
     mark_of,
     marking_edits,
@@ -90,10 +91,11 @@ def edits_of(
         old = before.get(module)
         if old is not None and state is not None:
             moves = old.trained or state.trained or old.adapters is not state.adapters
-            if moves or flags == "all" or _shares(module, state):
+            sets = flags == "owned" or old.use.trains != state.use.trains
+            if moves or flags == "all" or (sets and _shares(module, state)):
                 general[module] = state
             else:
-                _add_still_edits(edits, module, old, state, flags)
+                _add_still_edits(edits, module, old, state, sets)
         elif state is not None and _is_alone(look, module, state):
             _add_first_edits(edits, module, state, fresh.get(module, {}))
         elif old is not None and _is_alone(look, module, old):
@@ -148,7 +150,7 @@ def _add_first_edits(
                 edits.append(mark_edit(parameter, mark))
     if fresh:
         now = list(own.items())
-        items = [*now, *((name, tensor) for (name, _), tensor in fresh.items())]
+        items = now + [(name, tensor) for (name, _), tensor in fresh.items()]
         edits.append((put_items, own, None, now, items))
         own = dict(items)
     edits += _edges(module, None, state, own)
@@ -178,15 +180,18 @@ def _add_last_edits(edits: list[Edit], module: nn.Module, state: State) -> None:
 def _shares(module: nn.Module, state: State) -> bool:
     """Whether it shares the A or B of an adapter with what it is tied to."""
     own: Any = module._parameters
-    return any(mark_of(own[name]) for adapter in state.adapters for name in adapter.parameters)
+    return any(is_marked(own[name]) for adapter in state.adapters for name in adapter.parameters)
 
 
 def _add_still_edits(
-    edits: list[Edit], module: nn.Module, old: State, state: State, flags: Flags
+    edits: list[Edit], module: nn.Module, old: State, state: State, sets: bool
 ) -> None:
-    """Append the edits of a module of which no tensor moves: the way of a hot swap."""
+    """Append the edits of a module of which no tensor moves: the way of a hot swap.
+
+    ``sets`` tells that flags are set.
+    """
     own: Any = module._parameters
-    if flags == "owned" or old.use.trains != state.use.trains:
+    if sets:
         for adapter in state.adapters:
             trains = adapter.name in state.use.trains
             for name, can_train in adapter.parameters.items():
@@ -253,9 +258,10 @@ def _statistics_edits(module: nn.Module, old: State | None, state: State | None)
 
 
 def _lent_edits(module: nn.Module, old: State | None, state: State | None) -> list[Edit]:
-    lent = old.reach.lent if old else ()
+    if old is None or not old.reach.lent:
+        return []
     kept = state.reach.lent if state else ()
-    return [attribute_edit(module, name, MISSING) for name in lent if name not in kept]
+    return [attribute_edit(module, name, MISSING) for name in old.reach.lent if name not in kept]
 
 
 # --- the general way ----------------------------------------------------------------------------

@@ -50,6 +50,11 @@ def mark_of(tensor: Tensor) -> Mark | None:
     return mark if isinstance(mark, Mark) else None
 
 
+def is_marked(tensor: Tensor) -> bool:
+    """Whether there is one."""
+    return hasattr(tensor, _MARK)
+
+
 def places_of(mark: Mark | None) -> list[Place]:
     """The places that a mark knows of and that are alive."""
     found = ((ref(), name) for ref, name in (mark.places if mark else ()))
