@@ -7,7 +7,7 @@ no other module, so that a part of a model can be copied, pickled and stripped o
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -214,6 +214,13 @@ class State:
         """The same state with other values of some fields."""
         kept = {name: self.__dict__[name] for name in _GIVEN if name not in fields}
         return State(**kept, **fields)
+
+    def with_formers(self, formers: Mapping[int, Tensor]) -> "State":
+        """The state with other former values, by the id of those that it has."""
+        if not formers:
+            return self
+        trained = (replace(t, former=formers.get(id(t.former), t.former)) for t in self.trained)
+        return self.change(trained=tuple(trained))
 
     @property
     def own(self) -> bool:
