@@ -244,8 +244,9 @@ def _statistics_edits(module: nn.Module, old: State | None, state: State | None)
 
 
 def _lent_edits(module: nn.Module, old: State | None, state: State | None) -> list[Edit]:
-    gone = set(old.reach.lent if old else ()) - set(state.reach.lent if state else ())
-    return [attribute_edit(module, name, MISSING) for name in gone]
+    kept = dict(state.reach.lent) if state else {}
+    gone = [(n, former) for n, former in (old.reach.lent if old else ()) if n not in kept]
+    return [attribute_edit(module, n, former[0] if former else MISSING) for n, former in gone]
 
 
 # --- the general way ----------------------------------------------------------------------------

@@ -61,7 +61,8 @@ class Reach(NamedTuple):
         roots: the ids of those that were called on this very module.
         in_full: the adapters that train the module in full.
         tops: those of them for which it was selected itself, and not something around it.
-        lent: the names of attributes that a trainer's callback has put on it.
+        lent: the names of attributes that a trainer's callback has put on it, each with what was
+            there, or nothing.
         noted: the states of submodules that forget theirs when they are copied, by name.
     """
 
@@ -69,7 +70,7 @@ class Reach(NamedTuple):
     roots: frozenset[int] = frozenset()
     in_full: tuple[str, ...] = ()
     tops: tuple[str, ...] = ()
-    lent: tuple[str, ...] = ()
+    lent: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     noted: "tuple[tuple[str, State], ...]" = ()
 
 

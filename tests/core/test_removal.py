@@ -26,7 +26,7 @@ from lora_inject import (
     unmerge,
     use,
 )
-from lora_inject.core.lend import lend
+from lora_inject.core.lend import lend, take_back
 from lora_inject.core.state import state_of
 
 pytestmark = pytest.mark.cpu("it is about states, not values")
@@ -133,9 +133,22 @@ def test_what_was_lent_is_noted_once_however_often():
     inject(model, "q_proj", r=2)
     for _ in range(3):
         lend(model, "note", object())
-    assert state_of(model).reach.lent == ("note",)
+    assert state_of(model).reach.lent == (("note", ()),)
     strip(model)
     assert changed_parts(before, snapshot(model)) == []
+
+
+@pytest.mark.parametrize("way", [strip, lambda model: take_back(model, "note")])
+def test_what_an_attribute_was_before_it_was_lent_comes_back(way):
+    model = Net()
+    model.note = "the user's"
+    inject(model, "q_proj", r=2)
+    lend(model, "note", "ours")
+    lend(model, "note", "ours again")
+    way(copy.deepcopy(model))
+    assert model.note == "ours again"
+    way(model)
+    assert model.note == "the user's"
 
 
 def test_freeze_of_the_whole_holds_when_a_part_is_stripped_and_goes_with_the_whole():
