@@ -274,7 +274,7 @@ def _with_followers(resolver: Resolver, sites: Sequence[Site]) -> tuple[Site, ..
     Raises:
         ArgumentError: targets choose several places of a tied weight with different settings.
     """
-    if not resolver.view.look.tied:
+    if not resolver.matcher.look.tied:
         return tuple(sites)
     chosen = {(site.module, spec.weight): site for site in sites for spec in site.specs}
     followers: dict[tuple[nn.Module, str], Site] = {}

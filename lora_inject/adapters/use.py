@@ -64,6 +64,9 @@ def use(model: nn.Module, *adapters: Any, train: Any = None) -> nn.Module:
         if states[module].inside(trained) != look.states[module].inside(trained):
             moving.append((module, trained))
     look.require_restorable(moving)
+    formers = look.loaded_formers(moving)
+    for module, _ in moving if formers else ():
+        states[module] = states[module].with_formers(formers)
     commit(look, states, flags="owned")
     return model
 

@@ -179,6 +179,7 @@ def own_in_place(
     formers: dict[int, Tensor] = {}  # by what stands in the place: tied places share one value
     copies: dict[int, Tensor | None] = {}  # by the former value
     done: set[Place] = set()
+    loaded = look.loaded_formers(look.trained)
     for (module, place), trains in tensors.items():
         tensor = own_tensor(module, place)
         tied = look.tensor_places[id(tensor)] if tensor is not None else [(module, place)]
@@ -186,7 +187,7 @@ def own_in_place(
             if (owner, key) in done:
                 continue
             done.add((owner, key))
-            state = made.states[owner]
+            state = made.states[owner] = made.states[owner].with_formers(loaded)
             known = state.find(key) or _untouched(tensor, key, owner, len(tied), formers)
             if name not in known.owners:
                 if use and known.original is None:

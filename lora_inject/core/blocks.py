@@ -64,12 +64,17 @@ def _enter(look: Look, token: object, rows: Callable[[nn.Module, State], Any] | 
 
 def _leave(look: Look, token: object) -> None:
     look = look.again()
+    formers = look.loaded_formers(
+        (module, trained)
+        for module, trained in look.trained
+        if [block.token for block in look.states[module].blocks] == [token]
+    )
     states, values = dict[nn.Module, State](), list[Edit]()
     for module, state in look.states.items():
         left = tuple(b for b in state.blocks if b.token is not token) if state.blocks else ()
         if len(left) == len(state.blocks):
             continue
-        new = state.change(blocks=left)
+        new = state.change(blocks=left).with_formers(formers)
         if state.merged and not left:
             for name, merged in state.merged.aside.items():
                 weight = own_tensor(module, name)

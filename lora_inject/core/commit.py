@@ -260,8 +260,9 @@ def _statistics_edits(module: nn.Module, old: State | None, state: State | None)
 def _lent_edits(module: nn.Module, old: State | None, state: State | None) -> list[Edit]:
     if old is None or not old.reach.lent:
         return []
-    kept = state.reach.lent if state else ()
-    return [attribute_edit(module, name, MISSING) for name in old.reach.lent if name not in kept]
+    kept = dict(state.reach.lent) if state else {}
+    gone = [(name, former) for name, former in old.reach.lent if name not in kept]
+    return [attribute_edit(module, name, former[0] if former else MISSING) for name, former in gone]
 
 
 # --- the general way ----------------------------------------------------------------------------

@@ -10,26 +10,32 @@ from lora_inject.own import STATE
 
 
 def lend(module: nn.Module, name: str, value: Any) -> None:
-    """Put an attribute on a module that a call has reached; ``strip`` takes it off.
+    """Put an attribute on a module that a call has reached; ``strip`` puts back what was there.
 
     Args:
         module: the model that ``inject`` was called on, or any module inside of it.
         name: of the attribute.
         value: of the attribute.
     """
-    run(_edits(module, name, value))
+    state = state_of(module)
+    lent = dict(state.reach.lent) if state else {}
+    if name not in lent:
+        lent[name] = (module.__dict__[name],) if name in module.__dict__ else ()
+    run([attribute_edit(module, name, value), *_noting(module, lent)])
 
 
 def take_back(module: nn.Module, name: str) -> None:
-    """Take the attribute off again, where it still is."""
-    run(_edits(module, name, MISSING))
+    """Put back what was there before, where the attribute still is."""
+    state = state_of(module)
+    lent = dict(state.reach.lent) if state else {}
+    former = lent.pop(name, ())
+    value = former[0] if former else MISSING
+    run([attribute_edit(module, name, value), *_noting(module, lent)])
 
 
-def _edits(module: nn.Module, name: str, value: Any) -> list[Edit]:
-    edits, state = [attribute_edit(module, name, value)], state_of(module)
-    if state is not None:
-        others = tuple(lent for lent in state.reach.lent if lent != name)
-        lent = others if value is MISSING else (*others, name)
-        new = state.change(reach=state.reach._replace(lent=lent))
-        edits.append(attribute_edit(module, STATE, new))
-    return edits
+def _noting(module: nn.Module, lent: dict[str, tuple[Any, ...]]) -> list[Edit]:
+    state = state_of(module)
+    if state is None:
+        return []
+    reach = state.reach._replace(lent=tuple(lent.items()))
+    return [attribute_edit(module, STATE, state.change(reach=reach))]

@@ -7,6 +7,7 @@ looks at the same modules anew. What a call cannot do is said here, by path, bef
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 
 from lora_inject.compat.marks import has_accelerate_hook, is_fully_sharded, kept_forwards
@@ -18,7 +19,8 @@ from lora_inject.core.marks import mark_of, places_of
 from lora_inject.core.state import Injection, State, Trained
 from lora_inject.errors import ArgumentError, LoRAInjectError
 from lora_inject.own import STATE, Place, own_tensor
-from lora_inject.settings import BiasMode
+from lora_inject.settings import BASE, BiasMode
+from lora_inject.sharding import is_partial
 
 
 class Look:
@@ -183,6 +185,24 @@ class Look:
                 if flag is not None:
                     return flag
         return tensor.requires_grad
+
+    def loaded_formers(self, places: Iterable[tuple[nn.Module, Trained]]) -> dict[int, Tensor]:
+        """Values that something has written where the former ones are shown, as a base is loaded.
+
+        Returns:
+            The values that are the former ones from now on, in CPU memory, by the id of the old.
+        """
+        found: dict[int, Tensor] = {}
+        for module, trained in places:
+            tensor, former = own_tensor(module, trained.name), trained.former
+            if tensor is None or former is None or tensor.is_meta or former.is_meta:
+                continue
+            if self.states[module].inside(trained) == BASE and not is_partial(tensor):
+                value = tensor.detach()
+                same = value.shape != former.shape or id(former) in found
+                if not same and not torch.equal(value, former.to(value.device, value.dtype)):
+                    found[id(former)] = value.to("cpu", copy=True)
+        return found
 
     @cached_property
     def in_full(self) -> dict[nn.Module, str]:

@@ -71,6 +71,7 @@ class _Removal:
         self.fresh: Fresh = {}
         self._ended: dict[int, set[int]] = {}  # by the reach
         self.values: dict[int, Edit] = {}  # by the tensor: tied ones are written once
+        self.formers = look.loaded_formers(look.trained)
 
     def state(self, module: nn.Module, state: State) -> State | None:
         """The state of a module without the adapters; None for one that no call reaches then.
@@ -121,6 +122,7 @@ class _Removal:
         assert trained.original is not None
         tensor = self.look.tensor(module, trained, trained.original)
         value, inside = trained.former, state.inside(trained)
+        value = self.formers.get(id(value), value)
         if self.keep and inside != BASE:
             if inside == trained.original:
                 return

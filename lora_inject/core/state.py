@@ -7,7 +7,7 @@ no other module, so that a part of a model can be copied, pickled and stripped o
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -61,7 +61,8 @@ class Reach(NamedTuple):
         roots: the ids of those that were called on this very module.
         in_full: the adapters that train the module in full.
         tops: those of them for which it was selected itself, and not something around it.
-        lent: the names of attributes that a trainer's callback has put on it.
+        lent: the names of attributes that a trainer's callback has put on it, each with what was
+            there, or nothing.
         noted: the states of submodules that forget theirs when they are copied, by name.
     """
 
@@ -69,7 +70,7 @@ class Reach(NamedTuple):
     roots: frozenset[int] = frozenset()
     in_full: tuple[str, ...] = ()
     tops: tuple[str, ...] = ()
-    lent: tuple[str, ...] = ()
+    lent: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     noted: "tuple[tuple[str, State], ...]" = ()
 
 
@@ -229,6 +230,13 @@ class State:
             self.merged if merged is False else merged,
             self.blocks if blocks is None else blocks,
         )
+
+    def with_formers(self, formers: Mapping[int, Tensor]) -> "State":
+        """The state with other former values, by the id of those that it has."""
+        if not formers:
+            return self
+        trained = (replace(t, former=formers.get(id(t.former), t.former)) for t in self.trained)
+        return self.change(trained=tuple(trained))
 
     @property
     def own(self) -> bool:

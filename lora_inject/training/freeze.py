@@ -66,7 +66,7 @@ def freeze(model: nn.Module, bias: BiasMode = "none", train_also: Any = ()) -> R
     used = look.used
     layers = [m for m, s in look.own.items() if any(a.name in used for a in s.adapters)]
     tensors = in_place(look, layers, bias, in_full)
-    if look.own and tensors and not _is_one_in_use(look):
+    if look.states and tensors and not _is_one_in_use(look):
         raise ArgumentError(
             f"{len(used)} adapters are in use, or parts use one differently, and what trains in "
             "place belongs to one, with a weight of 1.",
@@ -77,7 +77,7 @@ def freeze(model: nn.Module, bias: BiasMode = "none", train_also: Any = ()) -> R
     def shown() -> Report:
         return report_of(look.again())
 
-    if not look.own:
+    if not look.states:
         return run(_plain_edits(look, tensors, in_full), shown)  # type: ignore[no-any-return]
     made = Adaptation(_frozen(look, bias))
     for name in used:

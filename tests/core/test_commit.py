@@ -161,7 +161,10 @@ OPERATIONS = {
     ),
     "load": (plain, lambda m, file: load(m, file, adapter="new")),
     "load beside others": (adapted, lambda m, file: load(m, file, adapter="new")),
-    "load into one": (saved, lambda m, file: load(m, file)),
+    "load into one": (
+        lambda: _randomize(model := saved()) or model,
+        lambda m, file: load(m, file),
+    ),
     "use another": (adapted, lambda m, _: use(m, "a")),
     "use none": (adapted, lambda m, _: use(m)),
     "use none of a part": (plainly, lambda m, _: use(m.block)),

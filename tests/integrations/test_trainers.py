@@ -31,6 +31,7 @@ from lora_inject import (
     strip,
     use,
 )
+from lora_inject.core.state import state_of
 from lora_inject.integrations.trained import trained_tensors
 
 # Of workers, folders and hardware, and of its own use of torch.
@@ -111,6 +112,17 @@ def test_trainer_writes_adapters_alone_and_resumes_bit_for_bit(tmp_path, setting
     strip(again)
     strip(model)
     assert values(again) == values(model)
+
+
+def test_training_again_notes_nothing_twice(tmp_path):
+    model = adapted()
+    before = set(vars(model))
+    run = trainer(model, tmp_path, steps=1)
+    for _ in range(3):
+        run.train()
+        assert [name for name, _ in state_of(model).reach.lent] == ["load_state_dict"]
+    strip(model)
+    assert not {"load_state_dict", "save_pretrained"} & (set(vars(model)) - before)
 
 
 def test_a_checkpoint_of_trainer_is_a_peft_directory(tmp_path):

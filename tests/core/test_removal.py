@@ -1,0 +1,234 @@
+"""strip and remove bring back what was there, in any order and after whatever else happened."""
+
+import copy
+import itertools
+import warnings
+
+import pytest
+import torch
+from helpers import Faults, Net, changed_parts, ids, randomize_adapters, snapshot, train_steps
+from torch import nn
+from torch.nn.utils import parametrize, prune
+
+from lora_inject import (
+    LoRAInjectError,
+    LoRAInjectWarning,
+    combine,
+    disabled,
+    freeze,
+    inject,
+    lora_state_dict,
+    merge,
+    remove,
+    reset_lora_parameters,
+    save,
+    strip,
+    unmerge,
+    use,
+)
+from lora_inject.core.lend import lend, take_back
+from lora_inject.core.state import state_of
+
+pytestmark = pytest.mark.cpu("it is about states, not values")
+
+
+def test_strip_with_merge_keeps_a_trained_head():
+    model = Net()
+    inject(model, "q_proj", r=2, bias="all", train_also="head")
+    train_steps(model, ids())
+    x = ids()
+    before, trained = model(x), model.head.weight.detach().clone()
+    strip(model, merge=True)
+    assert torch.equal(model.head.weight, trained)
+    torch.testing.assert_close(model(x), before)
+
+
+@pytest.mark.parametrize("names", list(itertools.permutations(["first", "second", "whole"])))
+def test_shared_modules_are_stripped_in_any_order(names):
+    model = nn.Module()
+    model.first, model.second = nn.Sequential(Net().layers[0]), nn.Sequential()
+    model.second.append(model.first[0])
+    before = snapshot(model)
+    inject(model.first, "q_proj", r=2)
+    inject(model.second, "k_proj", r=2, adapter="b", bias="all")
+    randomize_adapters(model)
+    for name in names:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", LoRAInjectWarning)  # the last ones find no adapter
+            strip(model if name == "whole" else model.get_submodule(name))
+    assert changed_parts(before, snapshot(model)) == []
+
+
+@pytest.mark.parametrize("at", [0, 1, 5, 9, 20, 40])
+def test_a_strip_after_one_that_failed_finds_everything(at):
+    model = Net()
+    before = snapshot(model)
+    inject(model, "q_proj", r=2, bias="all", train_also="head")
+    train_steps(model, ids())
+    with Faults(at, MemoryError, undo=2), pytest.raises(MemoryError):
+        strip(model)
+    strip(model)
+    assert changed_parts(before, snapshot(model)) == []
+
+
+def test_an_allocation_that_fails_in_strip_loses_nothing(monkeypatch):
+    model = Net()
+    before = snapshot(model)
+    inject(model, "q_proj", r=2, bias="all", train_also="head")
+    train_steps(model, ids())
+    trained, clone, calls = snapshot(model), torch.Tensor.clone, []
+
+    def failing(tensor, **options):
+        calls.append(tensor)
+        if len(calls) == 4:
+            raise MemoryError("no")
+        return clone(tensor, **options)
+
+    monkeypatch.setattr(torch.Tensor, "clone", failing)
+    with pytest.raises(MemoryError):
+        strip(model)
+    monkeypatch.undo()
+    assert changed_parts(trained, snapshot(model)) == []
+    strip(model)
+    assert changed_parts(before, snapshot(model)) == []
+
+
+@pytest.mark.parametrize("at", range(0, 60, 3))
+def test_combine_that_fails_leaves_nothing_that_strip_does_not_take_out(at):
+    model = Net()
+    before = snapshot(model)
+    inject(model, "q_proj", r=2, adapter="a")
+    with Faults(at, KeyboardInterrupt) as faults:
+        try:
+            combine(model, {"a": 1.0}, "c")
+        except KeyboardInterrupt:
+            assert not any("_c" in name for name, _ in model.named_parameters())
+    strip(model)
+    assert changed_parts(before, snapshot(model)) == []
+    assert faults.raised or at > 10
+
+
+@pytest.mark.parametrize("change", ["parametrized", "pruned"])
+def test_a_frozen_layer_that_is_taken_apart_after_inject_trains_again(change):
+    model = Net()
+    flags = {id(p): p.requires_grad for p in model.parameters()}
+    inject(model, "q_proj", r=2)
+    layer = model.layers[0].o_proj
+    if change == "pruned":
+        prune.l1_unstructured(layer, "weight", 0.5)
+        moved = layer.weight_orig
+    else:
+        parametrize.register_parametrization(layer, "weight", nn.Identity())
+        moved = layer.parametrizations.weight.original
+    assert not moved.requires_grad
+    strip(model)
+    assert moved.requires_grad
+    assert all(p.requires_grad is flags.get(id(p), True) for p in model.parameters())
+    assert not any(vars(p) for p in model.parameters())
+
+
+def test_what_was_lent_is_noted_once_however_often():
+    model = Net()
+    before = snapshot(model)
+    inject(model, "q_proj", r=2)
+    for _ in range(3):
+        lend(model, "note", object())
+    assert state_of(model).reach.lent == (("note", ()),)
+    strip(model)
+    assert changed_parts(before, snapshot(model)) == []
+
+
+@pytest.mark.parametrize("way", [strip, lambda model: take_back(model, "note")])
+def test_what_an_attribute_was_before_it_was_lent_comes_back(way):
+    model = Net()
+    model.note = "the user's"
+    inject(model, "q_proj", r=2)
+    lend(model, "note", "ours")
+    lend(model, "note", "ours again")
+    way(copy.deepcopy(model))
+    assert model.note == "ours again"
+    way(model)
+    assert model.note == "the user's"
+
+
+def test_freeze_of_the_whole_holds_when_a_part_is_stripped_and_goes_with_the_whole():
+    model = Net()
+    before = snapshot(model)
+    inject(model.layers[0], "q_proj", r=2)
+    freeze(model)
+    assert not model.head.weight.requires_grad
+    strip(model.layers[0])
+    assert not any(p.requires_grad for p in model.parameters())
+    strip(model)
+    assert changed_parts(before, snapshot(model)) == []
+
+
+# --- a part, and a copy of a part ----------------------------------------------------------------
+
+
+def whole():
+    model = Net()
+    inject(model, ["q_proj", "v_proj"], r=2, bias="lora_only")
+    randomize_adapters(model)
+    with torch.no_grad():
+        model.layers[0].q_proj.bias.add_(1)
+    return model
+
+
+@pytest.fixture(params=["part", "copy"])
+def part(request):
+    model = whole()
+    return model.layers[0] if request.param == "part" else copy.deepcopy(model.layers[0])
+
+
+def test_a_part_does_what_a_model_does(part):
+    x = torch.randn(2, 8)
+    plain = Net().layers[0].eval()
+    on = part(x)
+    with disabled(part):
+        base = part(x)
+    assert not torch.equal(on, base)
+    use(part)
+    assert torch.equal(part(x), base)
+    use(part, "default")
+    assert torch.equal(part(x), on)
+    merge(part, keep="cpu")
+    torch.testing.assert_close(part(x), on)
+    unmerge(part)
+    assert torch.equal(part(x), on)
+    inject(part, "k_proj", r=2, adapter="more")
+    assert torch.equal(part(x), on)
+    remove(part, "more")
+    assert torch.equal(part(x), on)
+    strip(part)
+    assert torch.equal(part(x), base)
+    assert list(part.state_dict()) == list(plain.state_dict())
+    assert not any(p.requires_grad for p in part.parameters())  # frozen from above
+
+
+def test_a_part_refuses_by_path_what_only_the_whole_can_answer(part, tmp_path):
+    before = snapshot(part)
+    for call in (
+        lambda: save(part, tmp_path / "a"),
+        lambda: lora_state_dict(part),
+        lambda: combine(part, {"default": 1.0}, "c"),
+        lambda: freeze(part),
+    ):
+        with pytest.raises(LoRAInjectError, match=r"larger model.* Call this on the model that"):
+            call()
+    assert changed_parts(before, snapshot(part)) == []
+
+
+def test_a_part_with_one_place_of_a_tied_adapter_says_what_it_cannot():
+    model = nn.ModuleDict({"a": nn.Embedding(5, 3), "b": nn.Linear(3, 5, bias=False)})
+    model["b"].weight = model["a"].weight
+    before = snapshot(model)
+    inject(model, "a", r=1)
+    alone = copy.deepcopy(model["b"])
+    with pytest.raises(LoRAInjectError, match="shares its A and B with a"):
+        reset_lora_parameters(alone)
+    strip(model["a"])
+    with pytest.raises(LoRAInjectError, match="shares its A and B with a"):
+        lora_state_dict(model)  # which would lose what b still has
+    strip(model)
+    assert changed_parts(before, snapshot(model)) == []
