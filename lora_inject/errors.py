@@ -1,5 +1,8 @@
 """What the library raises and warns with: one base class, each error with path and remedy."""
 
+import sys
+import warnings
+
 
 class LoRAInjectError(ValueError):
     """Base of every error that lora_inject raises on purpose.
@@ -43,3 +46,11 @@ class FormatError(LoRAInjectError):
 
 class LoRAInjectWarning(UserWarning):
     """Something that is not an error but that the user should know."""
+
+
+def warn(text: str) -> None:
+    """Warn, at the line that called this library."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals["__name__"].split(".")[0] == __package__:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, LoRAInjectWarning, stacklevel=level)

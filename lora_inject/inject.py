@@ -1,7 +1,6 @@
 """Inject and strip: a plan becomes adapted layers, all of them or none, and they come out again."""
 
 import inspect
-import warnings
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -9,7 +8,7 @@ from torch import nn
 
 from lora_inject.core.look import Look
 from lora_inject.core.removal import remove_adapters
-from lora_inject.errors import LoRAInjectWarning
+from lora_inject.errors import warn
 from lora_inject.merging.folding import folded
 from lora_inject.plan import Plan, plan
 from lora_inject.report.report import Report
@@ -89,6 +88,8 @@ def inject(*args: Any, **kwargs: Any) -> Report:  # noqa: D417 (those of plan)
         NoMatchError: a pattern selects nothing, or nothing that can be adapted.
         UnsupportedLayerError: a selected layer cannot be adapted.
         AlreadyAdaptedError: a selected layer already carries an adapter of this name.
+        LoRAInjectError: the model is merged or inside a block, or what is to train in place is tied
+            to what trains already.
     """
     return plan(*args, **kwargs).apply()
 
@@ -98,8 +99,9 @@ def strip(model: nn.Module, merge: bool = False) -> nn.Module:
 
     Back come classes, the keys, order and bytes of ``state_dict``, every ``requires_grad`` and
     ``training`` flag, and the values of biases, ``train_also`` modules and their statistics that
-    were trained. Modules, Parameters and hooks have been the same objects all along. After
-    ``.to()`` or ``.half()`` the values are the cast ones.
+    were trained. Modules, Parameters and hooks are the same objects as before. Gradients that
+    frozen parameters had were dropped by ``inject`` and do not come back. After ``.to()`` or
+    ``.half()`` the values are the cast ones.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8))
@@ -123,7 +125,7 @@ def strip(model: nn.Module, merge: bool = False) -> nn.Module:
     """
     look = Look(model)
     if not look.states:
-        warnings.warn("strip: the model has no adapters.", LoRAInjectWarning, stacklevel=2)
+        warn("strip: the model has no adapters.")
         return model
     look.require_intact()
     look.require_no_block()
@@ -131,10 +133,8 @@ def strip(model: nn.Module, merge: bool = False) -> nn.Module:
         look.require_kept()
     names = {name for state in look.states.values() for name in state.names}
     if not look.own and not look.roots:
-        warnings.warn(
-            "strip: no adapter stands here; what is frozen was frozen by a call on a larger model.",
-            LoRAInjectWarning,
-            stacklevel=2,
+        warn(
+            "strip: no adapter stands here; what is frozen was frozen by a call on a larger model."
         )
     if merge and any(state.running for state in look.own.values()):
         merged = folded(look, None, keep=False)

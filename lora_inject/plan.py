@@ -1,6 +1,5 @@
 """What an injection would do: targets and kinds put together and checked, nothing changed."""
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -34,7 +33,7 @@ from lora_inject.core.request import (
 )
 from lora_inject.core.resolving import Resolver
 from lora_inject.core.site import Site
-from lora_inject.errors import ArgumentError, LoRAInjectWarning, NoMatchError
+from lora_inject.errors import ArgumentError, NoMatchError, warn
 from lora_inject.printing import Tables, plural
 from lora_inject.report.plan_tables import sites_section, skipped_section, train_also_section
 from lora_inject.report.report import Report, report_of
@@ -47,7 +46,7 @@ class Plan:
 
     Attributes:
         look: the model it is for, as it was looked at.
-        sites: the layers to adapt, in registration order.
+        sites: the layers to adapt, in registration order; those that are tied to one come last.
         skipped: what was selected and is left alone, with reasons.
         adapter: the adapter's name.
         seed: the seed of the starting values; None draws one.
@@ -180,6 +179,8 @@ def plan(
         NoMatchError: a pattern selects nothing, or nothing that can be adapted.
         UnsupportedLayerError: a selected layer cannot be adapted.
         AlreadyAdaptedError: a selected layer already carries an adapter of this name.
+        LoRAInjectError: the model is merged or inside a block, or what is to train in place is tied
+            to what trains already.
     """
     require_module(model)
     values = {
@@ -231,8 +232,8 @@ def plan_for(
     parts = request.parts or {}
     resolver = Resolver(matcher, request, _parts_by_module(matcher, parts), limits)
     chosen, skips = choose(matcher, list(request.settings), limits, resolver.resolve)
-    require_apart(look, chosen, in_full)
     sites = _with_followers(resolver, chosen)
+    require_apart(look, sites, in_full)
     _check_parts_used(matcher, parts, sites)
     if content is not None:
         held = content(sites)
@@ -263,7 +264,7 @@ def _with_notes(shown: Report, plan: Plan) -> Report:
             f", such as {site.path or 'the model itself'}: {site.parameters:,} against "
             f"{site.base_elements:,}. Use a smaller r, or train it in full (train_also)."
         )
-        warnings.warn(text, LoRAInjectWarning, stacklevel=6)
+        warn(text)
         notes.append(text)
     return replace(shown, notes=(*shown.notes, *notes))
 

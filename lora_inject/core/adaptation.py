@@ -31,7 +31,8 @@ class Content(NamedTuple):
     Attributes:
         bias: the bias mode.
         train_also: the modules that train in full, by path.
-        in_place: what trains in place, and whether it trains itself or only moves.
+        in_place: what trains in place: True for a parameter, False for a buffer that a forward
+            updates.
         values: A and B by path and prefix of each pair; None for starting values.
         tensors: values of what trains in place; what is not there keeps the base's.
         use: whether the adapter joins those in use and trains; else it waits for ``use``.

@@ -51,7 +51,7 @@ def require_injectable(look: Look) -> None:
 
 
 def require_extensible(look: Look, adapter: str, bias: BiasMode) -> None:
-    """Refuse to extend an adapter that is not in use as it is, or in another bias mode."""
+    """Refuse to add layers to an adapter whose weight in use is not 1, or in another bias mode."""
     for module, state in look.own.items():
         if adapter in state.on_it and state.use.weights.get(adapter) != 1.0:
             raise ArgumentError(
@@ -99,9 +99,9 @@ def require_one_owner(look: Look, tensors: Collection[Place]) -> None:
     for module, name in tensors:
         tensor = own_tensor(module, name)
         places = [] if tensor is None else look.everywhere(tensor)
-        known = {at: state.find(key) for at, key in places if (state := state_of(at)) is not None}
-        inside = [known.get(at) for at, _ in places if at in look.index.paths]
-        outside = any(known[at] for at in known if at not in look.index.paths)
+        known = {(at, k): state.find(k) for at, k in places if (state := state_of(at)) is not None}
+        inside = [known.get(place) for place in places if place[0] in look.index.paths]
+        outside = any(known[place] for place in known if place[0] not in look.index.paths)
         if outside or len({id(trained and trained.former) for trained in inside}) > 1:
             raise LoRAInjectError(
                 f"its {name} is tied, and trained already through a part of the model that has not "

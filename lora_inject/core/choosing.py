@@ -76,6 +76,8 @@ def choose(
     refused: dict[str, str] = {}
     for pattern, targets in selected.items():
         for target in targets:
+            if (target.module, target.parameter) in chosen:
+                continue  # the first pattern decides
             reason = _reason_to_leave(matcher, target, pattern, limits, outside)
             found = resolve(target, pattern) if reason is None and matcher.is_able(target) else None
             refusal = found if isinstance(found, Refusal) and not found.conflict else None

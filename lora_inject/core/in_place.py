@@ -18,7 +18,7 @@ def in_place(
     bias: BiasMode,
     train_also: Sequence[nn.Module],
 ) -> dict[Place, bool]:
-    """What is to train in place, and whether it trains itself or only moves, as statistics do.
+    """What is to train in place: True for a parameter, False for a buffer that a forward updates.
 
     Args:
         look: the model.

@@ -34,7 +34,9 @@ _computed = _Computed()
 
 
 class LoRALayer(nn.Module):
-    """The class that every adapted layer is an instance of, besides its own.
+    """The class that an adapted layer is an instance of, besides its own, while an adapter runs.
+
+    With no adapter in use, merged or disabled, a layer has its own class alone.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4))

@@ -324,10 +324,10 @@ class Look:
                 )
 
     def require_kept(self) -> None:
-        """Refuse a model of which a former weight is gone.
+        """Refuse a model of which a former weight is gone, or has no place any more.
 
         Raises:
-            LoRAInjectError: it was merged with ``keep=False``.
+            LoRAInjectError: it was merged with ``keep=False``, or its place was replaced since.
         """
         for module, state in self.states.items():
             # Not `None in ...`, which asks each tensor whether it equals None: that takes 14 us.
@@ -337,6 +337,14 @@ class Look:
                     path=self.index.path(module),
                     remedy="strip(model, merge=True) leaves it merged.",
                 )
+            for name in state.merged.former if state.merged else ():
+                if own_tensor(module, name) is None:
+                    raise LoRAInjectError(
+                        f"its merged {name} is no parameter of it any more: something has pruned, "
+                        "normed or parametrized it since.",
+                        path=self.index.path(module),
+                        remedy="Undo that first.",
+                    )
 
     def require_intact(self) -> None:
         """Refuse a model of which something else has changed an adapted layer.
@@ -345,6 +353,7 @@ class Look:
             LoRAInjectError: a class, a forward or the adapters' parameters were changed.
         """
         for path, layer in self.layers.items():
+            _require_parameters(self, layer, self.states[layer])
             _require_intact(path, layer, self.states[layer])
 
     def require_switchable(self) -> None:
@@ -354,6 +363,7 @@ class Look:
             LoRAInjectError: there is one.
         """
         for module, state in self.own.items():
+            _require_parameters(self, module, state)
             if state.adapters and not isinstance(module, LoRALayer) and not is_intact(module):
                 raise LoRAInjectError(
                     f"its class became {type(module).__name__} while none of its adapters was in "
@@ -394,6 +404,19 @@ class Look:
         for _, trained in self.trained:
             found[id(trained.former)] = found.get(id(trained.former), 0) + 1
         return found
+
+
+def _require_parameters(look: Look, layer: nn.Module, state: State) -> None:
+    own = layer._parameters
+    for adapter in state.adapters:
+        for name in adapter.parameters:
+            if name not in own:
+                raise LoRAInjectError(
+                    f"its {name} is no parameter of it any more: something has pruned, normed or "
+                    "parametrized it since.",
+                    path=look.index.path(layer),
+                    remedy="Undo that first.",
+                )
 
 
 def _require_intact(path: str, layer: nn.Module, state: State) -> None:

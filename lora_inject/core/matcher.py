@@ -162,8 +162,8 @@ class Matcher:
             able = {place.path: place.module for place in places if self._can_train(place.module)}
             if not able:
                 raise NoMatchError(
-                    f"{argument}: {pattern.label!r} selects no module with floating-point "
-                    "parameters.",
+                    f"{argument}: {pattern.label!r} selects no module with "
+                    "parameters that can train.",
                     path=places[0].path,
                     remedy="Name a module that can train.",
                 )
@@ -172,7 +172,7 @@ class Matcher:
 
     def _can_train(self, top: nn.Module) -> bool:
         own = [p for module in self.look.index.below(top) for p in module._parameters.values()]
-        return any(p is not None and p.is_floating_point() for p in own)
+        return any(p is not None and (p.is_floating_point() or p.is_complex()) for p in own)
 
     def adaptable_names(self) -> list[str]:
         """The last components of the paths of everything that has a kind."""

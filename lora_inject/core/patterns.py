@@ -216,7 +216,7 @@ def _block(path: str) -> tuple[str, int] | None:
 
 def _from_the_end(blocks: nn.Module) -> dict[int, int]:
     """The negative index of each block."""
-    indices = sorted(int(name) for name, _ in blocks.named_children() if name.isdecimal())
+    indices = sorted(int(name) for name in list(blocks._modules) if name.isdecimal())
     return {index: position - len(indices) for position, index in enumerate(indices)}
 
 

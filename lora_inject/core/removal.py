@@ -1,6 +1,5 @@
 """The way back: the states of a model without some of its adapters, or without any."""
 
-import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
@@ -11,7 +10,7 @@ from lora_inject.core.commit import Fresh, commit
 from lora_inject.core.look import Look
 from lora_inject.core.marks import mark_of, places_of
 from lora_inject.core.state import Reach, State, Trained, Use
-from lora_inject.errors import LoRAInjectWarning
+from lora_inject.errors import warn
 from lora_inject.own import own_tensor
 from lora_inject.settings import BASE
 
@@ -49,11 +48,9 @@ def remove_adapters(
         flags="owned",
     )
     if lost:
-        warnings.warn(
+        warn(
             f"{lost[0]} is gone: something has replaced it since inject, and whether what did it "
-            f"trains is left as it is{f' ({len(lost)} such places)' if lost[1:] else ''}.",
-            LoRAInjectWarning,
-            stacklevel=3,
+            f"trains is left as it is{f' ({len(lost)} such places)' if lost[1:] else ''}."
         )
 
 

@@ -157,8 +157,9 @@ class State:
         trained: what of it trains in place.
         merged: what is merged.
         blocks: the blocks that it is inside of, the outermost first.
-        running: what is added now, in the way of a plain batch; follows from the others.
-        rows: what computes one adapter for each row of a batch, in a block that asks for it; too.
+        running: what is added now, in the way of a plain batch (worked out from the others).
+        rows: what computes one adapter for each row of a batch, in a block that asks for it (worked
+            out from the blocks).
     """
 
     before: Before

@@ -180,7 +180,7 @@ def _check_mergeable(look: Look, places: list[tuple[str, nn.Module, str]]) -> No
             reason = f"its {name} is quantized or parametrized, so that nothing can be added to it."
         elif reason is None and weight is not None and weight.is_meta:
             reason = "it is on the meta device and has no values."
-        elif reason is None and len(look.everywhere(weight)) > 1:
+        elif reason is None and weight is not None and len(look.everywhere(weight)) > 1:
             reason = f"its {name} is tied to that of another layer, which would change with it."
         if reason is not None:
             raise UnsupportedLayerError(
