@@ -560,7 +560,7 @@ TestParts.settings = settings(
     max_examples=examples(2),
     stateful_step_count=20,
     deadline=None,
-    phases=[Phase.generate, Phase.shrink]
+    phases=[Phase.generate],
     if "SHRINK" in __import__("os").environ
     else [Phase.generate],
     report_multiple_bugs=False,

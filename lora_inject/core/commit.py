@@ -88,7 +88,11 @@ def edits_of(
         old = before.get(module)
         if old is not None and state is not None:
             moves = old.trained or state.trained or old.adapters is not state.adapters
-            if moves or flags == "all" or _shares(module, state):
+            if (
+                moves
+                or _shares(module, state)
+                or (flags == "all" and not _is_alone(look, module, state))
+            ):
                 general[module] = state
             else:
                 _add_still_edits(edits, module, old, state, flags)
@@ -181,7 +185,12 @@ def _add_still_edits(
 ) -> None:
     """Append the edits of a module of which no tensor moves: the way of a hot swap."""
     own: Any = module._parameters
-    if flags == "owned" or old.use.trains != state.use.trains:
+    if flags == "all":
+        trains = {name: trains for name, _, trains in owned(state)}
+        for name, parameter in own.items() if len(own) else ():
+            if parameter is not None:
+                edits += training_edits(parameter, trains.get(name, False))
+    elif flags == "owned" or old.use.trains != state.use.trains:
         for adapter in state.adapters:
             train = adapter.name in state.use.trains
             for name in adapter.parameters:
