@@ -560,8 +560,6 @@ TestParts.settings = settings(
     max_examples=examples(2),
     stateful_step_count=20,
     deadline=None,
-    phases=[Phase.generate, Phase.shrink]
-    if "SHRINK" in __import__("os").environ
-    else [Phase.generate],
+    phases=[Phase.generate],
     report_multiple_bugs=False,
 )

@@ -18,6 +18,8 @@ def use(model: nn.Module, *adapters: Any, train: Any = None) -> nn.Module:
 
     Biases and ``train_also`` modules that an adapter trained are swapped in with it. Layers on
     which none of the chosen adapters stands have their own classes and cost what they cost before.
+    Gradients stay where ``train`` is left out, so that adapters can be trained in turns; what an
+    explicit ``train`` freezes loses them.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4))
@@ -67,7 +69,7 @@ def use(model: nn.Module, *adapters: Any, train: Any = None) -> nn.Module:
     formers = look.loaded_formers(moving)
     for module, _ in moving if formers else ():
         states[module] = states[module].with_formers(formers)
-    commit(look, states, flags="owned")
+    commit(look, states, flags="switched" if train is None else "owned")
     return model
 
 

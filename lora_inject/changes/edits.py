@@ -164,15 +164,15 @@ def filling(tensor: Tensor, value: Tensor, source: int | None = None) -> Edit:
     return (put_values, tensor, None, tensor.detach().clone(), value)
 
 
-def training_edits(tensor: Tensor, trains: bool) -> list[Edit]:
-    """Let a tensor train or not; what is frozen loses its gradient.
+def training_edits(tensor: Tensor, trains: bool, keeps_gradient: bool = False) -> list[Edit]:
+    """Let a tensor train or not; what is frozen loses its gradient, unless it is to keep it.
 
     A stale gradient costs memory, and an optimizer would go on updating the parameter by it.
     """
     edits: list[Edit] = []
     if tensor.requires_grad is not trains:
         edits.append((put_flag, tensor, None, not trains, trains))
-    if not trains and tensor.grad is not None:
+    if not trains and not keeps_gradient and tensor.grad is not None:
         edits.append((put_gradient, tensor, None, tensor.grad, None))
     return edits
 

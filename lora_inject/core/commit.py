@@ -48,7 +48,8 @@ from lora_inject.sharding import is_distributed, shards
 States = Mapping[nn.Module, State | None]
 Fresh = dict[nn.Module, dict[tuple[str, str], Tensor | None]]  # by name and owner
 # Which flags are set: those that the new states change, those of all that adapters own, or all.
-Flags = Literal["changed", "owned", "all"]
+# What is frozen loses its gradient, but not where adapters are only switched.
+Flags = Literal["changed", "owned", "switched", "all"]
 
 _STAND_IN = ""  # the owner of a tensor with the former value, while an adapter has the base's own
 
@@ -91,11 +92,12 @@ def edits_of(
         old = before.get(module)
         if old is not None and state is not None:
             moves = old.trained or state.trained or old.adapters is not state.adapters
-            sets = flags == "owned" or old.use.trains != state.use.trains
-            if moves or flags == "all" or (sets and _shares(module, state)):
+            sets = flags != "changed" or old.use.trains != state.use.trains
+            apart = flags == "all" and not _is_alone(look, module, state)
+            if moves or apart or (sets and _shares(module, state)):
                 general[module] = state
             else:
-                _add_still_edits(edits, module, old, state, sets)
+                _add_still_edits(edits, module, old, state, flags if sets else None)
         elif state is not None and _is_alone(look, module, state):
             _add_first_edits(edits, module, state, fresh.get(module, {}))
         elif old is not None and _is_alone(look, module, old):
@@ -184,21 +186,26 @@ def _shares(module: nn.Module, state: State) -> bool:
 
 
 def _add_still_edits(
-    edits: list[Edit], module: nn.Module, old: State, state: State, sets: bool
+    edits: list[Edit], module: nn.Module, old: State, state: State, flags: Flags | None
 ) -> None:
     """Append the edits of a module of which no tensor moves: the way of a hot swap.
 
-    ``sets`` tells that flags are set.
+    Of the flags none is set where ``flags`` is None.
     """
     own: Any = module._parameters
-    if sets:
+    if flags == "all":
+        known = {name: trains for name, _, trains in owned(state)}
+        for name, parameter in own.items() if len(own) else ():
+            if parameter is not None:
+                edits += training_edits(parameter, known.get(name, False))
+    elif flags is not None:
         for adapter in state.adapters:
             trains = adapter.name in state.use.trains
             for name, can_train in adapter.parameters.items():
                 parameter, train = own[name], trains and can_train
                 if parameter.requires_grad is not train:
                     edits.append((put_flag, parameter, None, not train, train))
-                if not train and parameter.grad is not None:
+                if not train and flags != "switched" and parameter.grad is not None:
                     edits.append((put_gradient, parameter, None, parameter.grad, None))
     edits.append((put_attribute, module, STATE, module.__dict__.get(STATE, MISSING), state))
     if state.adapters:
@@ -428,8 +435,9 @@ class _General:
         trains, is_adapters = (any(fact[i] for fact in facts) for i in (0, 1))
         # Else the user may have decided since.
         is_new = not before or any(trained for trained, _ in before) is not trains
-        if is_new or self.flags == "all" or (is_adapters and self.flags == "owned"):
-            yield from training_edits(tensor, trains)
+        sets = self.flags in ("owned", "switched") and is_adapters
+        if is_new or self.flags == "all" or sets:
+            yield from training_edits(tensor, trains, keeps_gradient=self.flags == "switched")
         is_base = not is_adapters or any(self._is_base(*place) for place in places)
         if (former is not None and is_base) or len(places) > 1:
             yield from marking_edits(tensor, former, places)

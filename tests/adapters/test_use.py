@@ -658,3 +658,35 @@ def test_swapping_inside_inference_mode_leaves_tensors_that_can_train():
         combine(model, {"c": 1.0}, "d")
     use(model, "d")
     assert model[0].lora_A_d.requires_grad
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_switching_keeps_gradients_and_freezing_drops_them(bias):
+    """Adapters are trained in turns: forward and backward of each, then a step of each."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).double()
+    optimizers = {}
+    for name in ("a", "b"):
+        inject(model, "0", r=2, adapter=name, bias=bias)
+        optimizers[name] = torch.optim.SGD(lora_parameters(model), lr=0.1)
+        use(model)
+    randomize_adapters(model)
+    apart = copy.deepcopy(model)
+    x = torch.randn(4, 3, dtype=torch.float64)
+    for name in optimizers:
+        use(model, name)
+        model(x).square().sum().backward()
+    for optimizer in optimizers.values():
+        optimizer.step()
+    for name in optimizers:
+        use(apart, name)
+        apart(x).square().sum().backward()
+        with torch.no_grad():
+            for parameter in lora_parameters(apart):
+                parameter.sub_(0.1 * parameter.grad)
+                parameter.grad = None
+    for name in optimizers:
+        use(model, name)
+        use(apart, name)
+        torch.testing.assert_close(model(x), apart(x), rtol=1e-12, atol=1e-12)
+    freeze(model)
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)

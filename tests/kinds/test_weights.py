@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from helpers import changed_parts, randomize_adapters, snapshot, train_steps
+from helpers import changed_parts, paired, randomize_adapters, snapshot, train_steps
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -34,7 +34,7 @@ def written_out(model):
         if not isinstance(layer, LoRALayer):
             continue
         for adapter in layer.lora_adapters:
-            for spec, A_name, B_name in adapter.pairs:
+            for spec, (A_name, B_name) in paired(adapter):
                 A, B = layer.get_parameter(A_name), layer.get_parameter(B_name)
                 BA = B @ A
                 name = f"{path}.{spec.weight}".lstrip(".")
