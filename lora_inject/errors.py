@@ -51,6 +51,6 @@ class LoRAInjectWarning(UserWarning):
 def warn(text: str) -> None:
     """Warn, at the line that called this library."""
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals["__name__"].split(".")[0] == __package__:
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == __package__:
         level, frame = level + 1, frame.f_back
     warnings.warn(text, LoRAInjectWarning, stacklevel=level)
