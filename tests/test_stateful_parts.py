@@ -561,7 +561,5 @@ TestParts.settings = settings(
     stateful_step_count=20,
     deadline=None,
     phases=[Phase.generate],
-    if "SHRINK" in __import__("os").environ
-    else [Phase.generate],
     report_multiple_bugs=False,
 )

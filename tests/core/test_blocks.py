@@ -1,6 +1,7 @@
 """Blocks end whatever happened inside of them, in any order, and leave the model as it was."""
 
 import copy
+import io
 import itertools
 import pickle
 
@@ -194,7 +195,7 @@ def test_nested_rows_closed_out_of_order():
 COPIES = {
     "deepcopy": copy.deepcopy,
     "pickle": pickle.dumps,
-    "torch.save": lambda m: torch.save(m, __import__("io").BytesIO()),
+    "torch.save": lambda m: torch.save(m, io.BytesIO()),
     "AveragedModel": AveragedModel,
     "a part": lambda m: copy.deepcopy(m.layers[0]),
 }
