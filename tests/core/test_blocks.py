@@ -84,7 +84,6 @@ def test_merged_around_merged(first):
     outer, inner = merged(model, "fr"), merged(model, "de")
     outer.__enter__()
     inner.__enter__()
-    assert all(not isinstance(m, type(None)) for m in model.modules())
     torch.testing.assert_close(model(x), y)
     ends = [inner, outer] if first == "inner" else [outer, inner]
     ends[0].__exit__(None, None, None)
