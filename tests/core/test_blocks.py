@@ -1,6 +1,7 @@
 """Blocks end whatever happened inside of them, in any order, and leave the model as it was."""
 
 import copy
+import io
 import itertools
 import pickle
 
@@ -83,7 +84,6 @@ def test_merged_around_merged(first):
     outer, inner = merged(model, "fr"), merged(model, "de")
     outer.__enter__()
     inner.__enter__()
-    assert all(not isinstance(m, type(None)) for m in model.modules())
     torch.testing.assert_close(model(x), y)
     ends = [inner, outer] if first == "inner" else [outer, inner]
     ends[0].__exit__(None, None, None)
@@ -194,7 +194,7 @@ def test_nested_rows_closed_out_of_order():
 COPIES = {
     "deepcopy": copy.deepcopy,
     "pickle": pickle.dumps,
-    "torch.save": lambda m: torch.save(m, __import__("io").BytesIO()),
+    "torch.save": lambda m: torch.save(m, io.BytesIO()),
     "AveragedModel": AveragedModel,
     "a part": lambda m: copy.deepcopy(m.layers[0]),
 }
