@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from types import FrameType
 
 
 class LoRAInjectError(ValueError):
@@ -51,6 +52,10 @@ class LoRAInjectWarning(UserWarning):
 def warn(text: str) -> None:
     """Warn, at the line that called this library."""
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == __package__:
+    while frame.f_back is not None and _is_ours(frame):
         level, frame = level + 1, frame.f_back
     warnings.warn(text, LoRAInjectWarning, stacklevel=level)
+
+
+def _is_ours(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__")).split(".")[0] == __package__
