@@ -26,10 +26,11 @@ from lora_inject.adapters.combine_rules import Method, Rule, check_options
 from lora_inject.arithmetic.low_rank import difference_norm, product_norm, side_by_side
 from lora_inject.core.adaptation import as_parameters, reached
 from lora_inject.core.adapter import Adapter, Term
-from lora_inject.core.commit import Fresh, commit
+from lora_inject.core.arranging import Fresh
+from lora_inject.core.commit import commit
 from lora_inject.core.layer import oriented
 from lora_inject.core.look import Look
-from lora_inject.core.state import Injection
+from lora_inject.core.state_parts import Injection
 from lora_inject.errors import ArgumentError, UnsupportedLayerError
 from lora_inject.kinds.base import Kind, Spec
 from lora_inject.printing import Section, Tables

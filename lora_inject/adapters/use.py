@@ -8,7 +8,8 @@ from torch import nn
 from lora_inject.core.commit import commit
 from lora_inject.core.look import Look
 from lora_inject.core.removal import remove_adapters
-from lora_inject.core.state import State, Trained, Use
+from lora_inject.core.state import State
+from lora_inject.core.state_parts import Trained, Use
 from lora_inject.errors import ArgumentError
 from lora_inject.settings import check_names, check_weights
 

@@ -12,10 +12,12 @@ from lora_inject.arithmetic import starting_values as initial
 from lora_inject.changes.edits import Edit, value_edit
 from lora_inject.changes.statistics import is_held
 from lora_inject.core.adapter import Adapter
-from lora_inject.core.commit import Fresh, before_of, stand_in
+from lora_inject.core.arranging import Fresh, stand_in
+from lora_inject.core.commit import before_of
 from lora_inject.core.look import Look
 from lora_inject.core.site import Site
-from lora_inject.core.state import Before, Injection, Reach, State, Trained, Use
+from lora_inject.core.state import State
+from lora_inject.core.state_parts import Before, Injection, Reach, Trained, Use
 from lora_inject.kinds import Kind, Spec
 from lora_inject.own import Place, own_tensor
 from lora_inject.settings import BiasMode

@@ -13,7 +13,8 @@ from torch import nn
 from lora_inject.changes.edits import Edit, surely, value_edit
 from lora_inject.core.commit import commit
 from lora_inject.core.look import Look
-from lora_inject.core.state import Block, State
+from lora_inject.core.state import State
+from lora_inject.core.state_parts import Block
 from lora_inject.own import own_tensor
 from lora_inject.settings import BASE
 

@@ -1,215 +1,33 @@
-"""What a model is now: its modules, its adapters and what is known of them, found in one walk.
+"""A look at a model: what it is, and what a call on it cannot do.
 
 Every call looks once and passes the look down. A look changes nothing; after a change ``again``
 looks at the same modules anew. What a call cannot do is said here, by path, before it does it.
 """
 
-from collections.abc import Iterable, Iterator
-from functools import cached_property
+from collections.abc import Iterable
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_inject.compat.marks import has_accelerate_hook, is_fully_sharded, kept_forwards
-from lora_inject.core.adapter import Adapter
 from lora_inject.core.class_swap import is_intact
-from lora_inject.core.index import Index
+from lora_inject.core.facts import Facts
 from lora_inject.core.layer import LoRALayer
-from lora_inject.core.marks import mark_of, places_of
-from lora_inject.core.state import Injection, State, Trained
+from lora_inject.core.state import State
+from lora_inject.core.state_parts import Trained
 from lora_inject.errors import ArgumentError, LoRAInjectError
-from lora_inject.own import STATE, Place, own_tensor
-from lora_inject.settings import BASE, BiasMode
-from lora_inject.sharding import is_partial
+from lora_inject.own import own_tensor
+from lora_inject.settings import BiasMode
 
 
-class Look:
-    """A model as it is when it is looked at.
+class Look(Facts):
+    """A model as it is when it is looked at, with the refusals that calls need.
 
-    Attributes:
-        model: the model.
-        index: its modules with their paths.
+    Each ``require_...`` raises an error with the path and the remedy, or returns nothing.
     """
-
-    def __init__(self, model: nn.Module, index: Index | None = None) -> None:
-        self.model = model
-        self.index = index or Index(model)
 
     def again(self) -> "Look":
         """The same modules as they are now, without another walk."""
         return Look(self.model, self.index)
-
-    @cached_property
-    def states(self) -> dict[nn.Module, State]:
-        """What is known of each module that a call has reached."""
-        found = {m: m.__dict__[STATE] for m in self.index.modules if STATE in m.__dict__}
-        for module, state in list(found.items()):
-            for name, noted in state.reach.noted:  # of a child that forgets it when it is copied
-                child = dict(module._modules.items()).get(name)
-                if child is not None:
-                    found.setdefault(child, noted)
-        return found
-
-    @cached_property
-    def own(self) -> dict[nn.Module, State]:
-        """Of these the modules on which an adapter has something."""
-        return {m: state for m, state in self.states.items() if state.adapters or state.trained}
-
-    @cached_property
-    def layers(self) -> dict[str, nn.Module]:
-        """The adapted layers by path, awake or not."""
-        return {self.index.path(m): m for m, state in self.states.items() if state.adapters}
-
-    @cached_property
-    def known(self) -> dict[str, BiasMode]:
-        """The adapters whose calls reached the model, with their bias modes."""
-        return {injection.adapter: injection.bias for injection in self.injections}
-
-    @cached_property
-    def used(self) -> dict[str, float]:
-        """The adapters in use, with their weights; parts of the model may differ."""
-        uses = {id(state.use): state.use for state in self.own.values()}
-        return {name: weight for use in uses.values() for name, weight in use.weights.items()}
-
-    @cached_property
-    def adapters(self) -> list[tuple[nn.Module, Adapter]]:
-        """Every adapter on every layer."""
-        return [(m, adapter) for m, state in self.own.items() for adapter in state.adapters]
-
-    def leader(self, layer: nn.Module, adapter: Adapter) -> tuple[nn.Module, Adapter]:
-        """The adapter of the tied layer whose A and B this one shares.
-
-        Raises:
-            LoRAInjectError: it is not here.
-        """
-        found = self._leaders.get((adapter.follows, adapter.name, adapter.seed))
-        if found is None:
-            raise LoRAInjectError(
-                f"its adapter {adapter.name!r} shares its A and B with {adapter.follows}, which "
-                "is not here or has been stripped.",
-                path=self.index.path(layer),
-                remedy="Call this on the whole model, or remove the adapter.",
-            )
-        return found
-
-    @cached_property
-    def _leaders(self) -> dict[tuple[str, str, int], tuple[nn.Module, Adapter]]:
-        return {(a.path, a.name, a.seed): (m, a) for m, a in self.adapters if not a.follows}
-
-    def target_path(self, layer: nn.Module, adapter: Adapter) -> str:
-        """The path of what an adapter was put on: of a layer, or of a parameter of it."""
-        path = self.index.path(layer)
-        of_parameter = adapter.kind.name == "parameter"
-        return f"{path}.{adapter.specs[0].weight}".lstrip(".") if of_parameter else path
-
-    @cached_property
-    def injections(self) -> tuple[Injection, ...]:
-        """The calls that put the adapters there, each once."""
-        reaches = {id(state.reach): state.reach for state in self.states.values()}
-        found = {i.id: i for reach in reaches.values() for i in reach.injections}
-        return tuple(found.values())
-
-    @cached_property
-    def roots(self) -> frozenset[int]:
-        """The ids of the injections that were called on the model or inside of it."""
-        return frozenset().union(*(state.reach.roots for state in self.states.values()))
-
-    @cached_property
-    def trained(self) -> list[tuple[nn.Module, Trained]]:
-        """Every place of the model of which something trains in place."""
-        return [(m, trained) for m, state in self.own.items() for trained in state.trained]
-
-    def tensor(self, module: nn.Module, trained: Trained, owner: str) -> Tensor | None:
-        """An owner's tensor for such a place, wherever it is."""
-        home = self.states[module].homes(trained).get(owner)
-        return None if home is None else own_tensor(module, home)
-
-    def waiting(self) -> Iterator[tuple[nn.Module, Trained, str]]:
-        """Every tensor that waits: the module, the place that it is for, its name."""
-        for module, trained in self.trained:
-            for name in self.states[module].homes(trained).values():
-                if name != trained.name and own_tensor(module, name) is not None:
-                    yield module, trained, name
-
-    @property
-    def parameters(self) -> dict[nn.Parameter, None]:
-        """Every parameter that is registered now, each once, in registration order."""
-        return {
-            parameter: None
-            for module in self.index.modules
-            for parameter in module._parameters.values()
-            if parameter is not None
-        }
-
-    @cached_property
-    def tensor_places(self) -> dict[int, list[Place]]:
-        """Every place where a parameter or buffer is registered, by the id of the tensor."""
-        places: dict[int, list[Place]] = {}
-        for module in self.index.modules:
-            for owned in (module._parameters, module._buffers):
-                if len(owned):
-                    for name, tensor in owned.items():
-                        if tensor is not None:
-                            places.setdefault(id(tensor), []).append((module, name))
-        return places
-
-    @cached_property
-    def tied(self) -> set[int]:
-        """The ids of the parameters and buffers that are registered in several places."""
-        seen, tied = set[int](), set[int]()
-        for module in self.index.modules:
-            for owned in (module._parameters, module._buffers):
-                if len(owned):
-                    for tensor in owned.values():
-                        (tied if id(tensor) in seen else seen).add(id(tensor))
-        return tied - {id(None)}
-
-    def everywhere(self, tensor: Tensor) -> list[Place]:
-        """The places of a tensor in this model, and in other parts that calls have seen."""
-        here = self.tensor_places.get(id(tensor), [])
-        others = [p for p in places_of(mark_of(tensor)) if own_tensor(*p) is tensor]
-        return list(dict.fromkeys([*here, *others]))
-
-    def former_flag(self, tensor: Tensor) -> bool:
-        """``requires_grad`` of a tensor from before any call.
-
-        What its mark says; else what the state of a place of it remembers; else what it is.
-        """
-        mark = mark_of(tensor)
-        if mark is not None and mark.flag is not None:
-            return mark.flag
-        if self.states:
-            for module, name in self.tensor_places.get(id(tensor), ()):
-                state = self.states.get(module)
-                flag = None if state is None else state.before.flag(name)
-                if flag is not None:
-                    return flag
-        return tensor.requires_grad
-
-    def loaded_formers(self, places: Iterable[tuple[nn.Module, Trained]]) -> dict[int, Tensor]:
-        """Values that something has written where the former ones are shown, as a base is loaded.
-
-        Returns:
-            The values that are the former ones from now on, in CPU memory, by the id of the old.
-        """
-        found: dict[int, Tensor] = {}
-        for module, trained in places:
-            tensor, former = own_tensor(module, trained.name), trained.former
-            if tensor is None or former is None or tensor.is_meta or former.is_meta:
-                continue
-            if self.states[module].inside(trained) == BASE and not is_partial(tensor):
-                value = tensor.detach()
-                same = value.shape != former.shape or id(former) in found
-                if not same and not torch.equal(value, former.to(value.device, value.dtype)):
-                    found[id(former)] = value.to("cpu", copy=True)
-        return found
-
-    @cached_property
-    def in_full(self) -> dict[nn.Module, str]:
-        """The modules that train in full, with the name of an adapter that does it."""
-        return {m: name for m, state in self.states.items() for name in state.reach.in_full}
-
-    # --- refusals: what is wrong, where, and what to do ---------------------------------------
 
     def require_unchanged(self) -> None:
         """Refuse a model that has other modules or adapters now than when it was looked at.
@@ -389,21 +207,13 @@ class Look:
         Raises:
             LoRAInjectError: others are outside of the model.
         """
-        if trained.former is not None and self._tied[id(trained.former)] < trained.places:
+        if trained.former is not None and self.tied_formers[id(trained.former)] < trained.places:
             raise LoRAInjectError(
                 f"its {trained.name} is trained in {trained.places} tied places, of which some "
                 "are outside.",
                 path=self.index.path(module),
                 remedy="Call this on the whole model.",
             )
-
-    @cached_property
-    def _tied(self) -> dict[int, int]:
-        """How many places of the model each former value is for."""
-        found: dict[int, int] = {}
-        for _, trained in self.trained:
-            found[id(trained.former)] = found.get(id(trained.former), 0) + 1
-        return found
 
 
 def _require_parameters(look: Look, layer: nn.Module, state: State) -> None:

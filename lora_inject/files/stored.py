@@ -18,7 +18,7 @@ from lora_inject.compat.marks import is_fully_sharded
 from lora_inject.core.layer import oriented
 from lora_inject.core.look import Look
 from lora_inject.core.paths import bare, bare_key, bare_modules, first_paths
-from lora_inject.core.state import Trained
+from lora_inject.core.state_parts import Trained
 from lora_inject.errors import ArgumentError, FormatError, LoRAInjectError
 from lora_inject.files.fingerprint import fingerprint
 from lora_inject.files.fit_checks import is_for, not_finite, raise_problems, require_fit

@@ -15,7 +15,8 @@ from lora_inject.core.adapter import Term
 from lora_inject.core.commit import commit
 from lora_inject.core.layer import pairs_of
 from lora_inject.core.look import Look
-from lora_inject.core.state import Merged, State, terms
+from lora_inject.core.state import State, terms
+from lora_inject.core.state_parts import Merged
 from lora_inject.errors import ArgumentError, LoRAInjectError, UnsupportedLayerError
 from lora_inject.kinds.base import Kind, MatrixKind, Spec, is_plain
 from lora_inject.own import own_class, own_tensor

@@ -15,7 +15,7 @@ from torch import nn
 from lora_inject.changes.edits import surely
 from lora_inject.core.commit import commit
 from lora_inject.core.look import Look
-from lora_inject.core.state import Merged
+from lora_inject.core.state_parts import Merged
 from lora_inject.errors import ArgumentError, LoRAInjectError
 from lora_inject.merging.folding import (
     Folded,

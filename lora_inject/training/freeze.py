@@ -15,7 +15,8 @@ from lora_inject.core.in_place import in_place
 from lora_inject.core.look import Look
 from lora_inject.core.matcher import Matcher
 from lora_inject.core.request import optional_patterns
-from lora_inject.core.state import State, Use
+from lora_inject.core.state import State
+from lora_inject.core.state_parts import Use
 from lora_inject.errors import ArgumentError, UnsupportedLayerError
 from lora_inject.own import Place, own_tensor
 from lora_inject.report.report import Report, report_of

@@ -10,7 +10,8 @@ from lora_inject.core.adaptation import former_value, starting_values
 from lora_inject.core.adapter import Adapter
 from lora_inject.core.commit import commit
 from lora_inject.core.look import Look
-from lora_inject.core.state import State, Trained
+from lora_inject.core.state import State
+from lora_inject.core.state_parts import Trained
 from lora_inject.errors import LoRAInjectError
 from lora_inject.own import own_tensor
 from lora_inject.sharding import require_whole, reshard

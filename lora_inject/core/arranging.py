@@ -1,0 +1,284 @@
+"""The general way to the edits of a commit: where tensors come, go, move or are tied.
+
+Which tensor stands under which name of a module is a function of its state (``State.homes``). What
+is not ours stays in its order; ours comes after it. Flags follow from all the states that know a
+tensor.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lora_inject.changes.edits import (
+    Edit,
+    items_edits,
+    put_gradient,
+    put_members,
+    tensor_edit,
+    training_edits,
+)
+from lora_inject.core.look import Look
+from lora_inject.core.marks import (
+    mark_of,
+    marking_edits,
+    unmarking_edits,
+)
+from lora_inject.core.module_edits import edge_edits
+from lora_inject.core.state import State, owned, state_of
+from lora_inject.core.state_parts import Trained
+from lora_inject.own import Place, own_tensor
+from lora_inject.settings import BASE
+from lora_inject.sharding import is_distributed, shards
+
+States = Mapping[nn.Module, State | None]
+
+
+Fresh = dict[nn.Module, dict[tuple[str, str], Tensor | None]]  # by name and owner
+
+
+# Which flags are set: those that the new states change, those of all that adapters own, or all.
+# What is frozen loses its gradient, but not where adapters are only switched.
+Flags = Literal["changed", "owned", "switched", "all"]
+
+
+_STAND_IN = ""  # the owner of a tensor with the former value, while an adapter has the base's own
+
+
+class Arranging:
+    """The edits of modules of which tensors come, go, move or are tied.
+
+    Args:
+        look: the one look of the operation.
+        states: the new states of these modules.
+        all_states: those of all modules that change.
+        fresh: tensors that did not exist.
+        flags: which ``requires_grad`` are set.
+    """
+
+    def __init__(
+        self, look: Look, states: States, all_states: States, fresh: Fresh, flags: Flags
+    ) -> None:
+        self.look, self.states, self.all_states, self.flags = look, states, all_states, flags
+        self.fresh: Fresh = {m: {**fresh.get(m, {}), **own} for m, own in self._stand_ins().items()}
+        self.fresh = {**fresh, **self.fresh}
+        self.replaced: dict[int, tuple[Tensor, Tensor | None]] = {}  # what stood in a place, stands
+
+    def edits(self) -> Iterator[Edit]:
+        """All of them, in their order."""
+        after = {module: self._arranged(module) for module in self.states}
+        for module, tensors in after.items():
+            yield from _placing_edits(module, *tensors)
+        yield from self._tied_edits()
+        yield from self._tensor_edits({m: parameters for m, (parameters, *_) in after.items()})
+        for module, state in self.states.items():
+            own = dict(after[module][0])
+            yield from edge_edits(module, self.look.states.get(module), state, own)
+
+    def _stand_ins(self) -> Fresh:
+        """Tensors with former values for places of which an adapter has the base's own tensor."""
+        made: dict[int, Tensor | None] = {}
+        fresh: Fresh = {}
+        for module, state in self.states.items():
+            old = self.look.states.get(module)
+            for trained in state.trained if state is not None and old is not None else ():
+                assert state is not None
+                assert old is not None
+                before = old.find(trained.name)
+                asleep = trained.original is not None and state.inside(trained) == BASE
+                if asleep and before is not None and old.inside(before) != BASE:
+                    key = id(trained.former)
+                    if key not in made:
+                        made[key] = stand_in(trained, own_tensor(module, trained.name))
+                    fresh.setdefault(module, {})[trained.name, _STAND_IN] = made[key]
+        return fresh
+
+    def _arranged(
+        self, module: nn.Module
+    ) -> tuple[list[tuple[str, Any]], list[tuple[str, Any]], set[str]]:
+        """The parameters and buffers that the module is to have, and the buffers not to be saved.
+
+        What is not ours stays in its order; ours comes after it, in the order of the state.
+        """
+        old, state = self.look.states.get(module), self.states[module]
+        parts = old.trained if old else ()
+        had = {
+            (trained.name, who): own_tensor(module, home)
+            for trained in parts
+            for who, home in old.homes(trained).items()  # type: ignore[union-attr]
+        }
+        ours = {name for a in (old.adapters if old else ()) for name in a.parameters}
+        ours |= {n for t in parts for n in old.homes(t).values() if n != t.name}  # type: ignore[union-attr]
+        after = state.trained if state else ()
+        wanted: dict[str, Tensor | None] = {}  # by the name of a place
+        for name in {trained.name for trained in (*parts, *after)}:
+            before, now = (s.find(name) if s else None for s in (old, state))
+            wanted[name] = self._in_place(module, name, before, now, had)
+        had |= self.fresh.get(module, {})
+        placed: dict[str, Tensor | None] = {}  # what is ours, by its own name
+        for adapter in state.adapters if state else ():
+            for name in adapter.parameters:
+                key = (name, adapter.name)
+                placed[name] = had[key] if key in had else own_tensor(module, name)
+        waiting = [
+            (trained, home, had[trained.name, who])
+            for trained in after
+            for who, home in state.homes(trained).items()  # type: ignore[union-attr]
+            if home != trained.name
+        ]
+        placed |= {home: tensor for trained, home, tensor in waiting if trained.is_parameter}
+        parameters = [
+            (n, wanted.get(n, t)) for n, t in module._parameters.items() if n not in ours
+        ] + list(placed.items())
+        buffers = [(n, wanted.get(n, t)) for n, t in module._buffers.items() if n not in ours]
+        buffers += [(home, tensor) for t, home, tensor in waiting if not t.is_parameter]
+        unsaved = module._non_persistent_buffers_set
+        hidden = {n for n in unsaved if n not in ours}
+        hidden |= {home for t, home, _ in waiting if not t.is_parameter and t.name in unsaved}
+        return parameters, buffers, hidden
+
+    def _in_place(
+        self,
+        module: nn.Module,
+        name: str,
+        before: Trained | None,
+        now: Trained | None,
+        had: dict[tuple[str, str], Tensor | None],
+    ) -> Tensor | None:
+        """The tensor that is to stand in a place; the base's own is given to whom it belongs."""
+        current = own_tensor(module, name)
+        first, then = (t.original if t else None for t in (before, now))
+        if before is None:
+            had[name, BASE] = current
+        if first is not None and then != first:
+            had[name, BASE] = had.pop((name, first))
+        if then is not None and then != first:
+            had[name, then] = had.pop((name, BASE))
+        state, fresh = self.states[module], self.fresh.get(module, {})
+        inside = BASE if state is None or now is None else state.inside(now)
+        if inside == BASE and then is not None:
+            tensor = fresh.get((name, _STAND_IN), current)
+        else:
+            tensor = fresh[name, inside] if (name, inside) in fresh else had[name, inside]
+        if tensor is not current and current is not None:
+            self.replaced[id(current)] = current, tensor
+        return tensor
+
+    def _tied_edits(self) -> Iterator[Edit]:
+        """The same in places that are tied to one, of which no state says so."""
+        for before, after in self.replaced.values():
+            for module, name in self.look.everywhere(before):
+                state = self.states.get(module)
+                if state is None or state.find(name) is None:
+                    yield tensor_edit(module, name, before, after)
+
+    def _tensor_edits(self, after: Mapping[nn.Module, list[tuple[str, Any]]]) -> Iterator[Edit]:
+        """Flags, gradients and marks of every parameter on these modules."""
+        seen: dict[int, tuple[Tensor, list[Place]]] = {}
+        for module, items in after.items():
+            for name, tensor in items:
+                if tensor is not None:
+                    seen.setdefault(id(tensor), (tensor, []))[1].append((module, name))
+            for tensor in module._parameters.values():  # which may go, and stand elsewhere still
+                if tensor is not None and mark_of(tensor) is not None:
+                    seen.setdefault(id(tensor), (tensor, []))
+        came_from = {id(now): before for before, now in self.replaced.values() if now is not None}
+        for tensor, here in seen.values():
+            others = self.look.everywhere(tensor)
+            if id(tensor) in came_from:
+                others = [*others, *self.look.everywhere(came_from[id(tensor)])]
+            places = [*here, *(p for p in dict.fromkeys(others) if p[0] not in after)]
+            yield from self._flag_edits(tensor, places)
+
+    def _flag_edits(self, tensor: Tensor, places: list[Place]) -> Iterator[Edit]:
+        facts = [fact for place in places if (fact := _fact(self._new(place[0]), place[1]))]
+        now = self.look.everywhere(tensor)
+        before = [fact for m, name in now if (fact := _fact(self._old(m), name))]
+        former = self._former(tensor, places)
+        if not facts:  # no call reaches it any more
+            if former is not None:
+                yield from training_edits(tensor, former)
+            if former and tensor.grad is not None and any(is_ours for _, is_ours in before):
+                yield (put_gradient, tensor, None, tensor.grad, None)
+            yield from unmarking_edits(tensor)
+            return
+        trains, is_adapters = (any(fact[i] for fact in facts) for i in (0, 1))
+        # Else the user may have decided since.
+        is_new = not before or any(trained for trained, _ in before) is not trains
+        sets = self.flags in ("owned", "switched") and is_adapters
+        if is_new or self.flags == "all" or sets:
+            yield from training_edits(tensor, trains, keeps_gradient=self.flags == "switched")
+        is_base = not is_adapters or any(self._is_base(*place) for place in places)
+        if (former is not None and is_base) or len(places) > 1:
+            yield from marking_edits(tensor, former, places)
+
+    def _new(self, module: nn.Module) -> State | None:
+        return self.all_states[module] if module in self.all_states else state_of(module)
+
+    def _old(self, module: nn.Module) -> State | None:
+        return self.look.states.get(module) or state_of(module)
+
+    def _former(self, tensor: Tensor, places: list[Place]) -> bool | None:
+        """The flag from before any call; None of what was not there then."""
+        if (mark := mark_of(tensor)) is not None and mark.flag is not None:
+            return mark.flag
+        known = (
+            state.before.flag(name)
+            for module, name in places
+            for state in (self._old(module), self._new(module))
+            if state is not None
+        )
+        return next((flag for flag in known if flag is not None), None)
+
+    def _is_base(self, module: nn.Module, name: str) -> bool:
+        """Whether the base's own tensor stands there, which adapters train in place."""
+        state = self.states.get(module)
+        return state is not None and any(
+            state.homes(trained).get(trained.original or BASE) == name for trained in state.trained
+        )
+
+
+def _fact(state: State | None, name: str) -> tuple[bool, bool] | None:
+    """Whether what stands under a name trains, and whether an adapter put it there.
+
+    None where there is no state, and so nobody to know it.
+    """
+    if state is None:
+        return None
+    return next(((trains, True) for n, _, trains in owned(state) if n == name), (False, False))
+
+
+def _placing_edits(
+    module: nn.Module,
+    parameters: list[tuple[str, Any]],
+    buffers: list[tuple[str, Any]],
+    unsaved: set[str],
+) -> Iterator[Edit]:
+    for owner, items in ((module._parameters, parameters), (module._buffers, buffers)):
+        if not len(owner) and not items:
+            continue
+        now: dict[str, Any] = dict(owner.items())
+        keeps = type(module).__setattr__ is not nn.Module.__setattr__  # a list of them (nn.LSTM)
+        moved = [(n, now[n], t) for n, t in items if n in now and now[n] is not t]
+        comes_or_goes = list(now) != [name for name, _ in items]
+        for name, old, new in moved if keeps or not comes_or_goes else ():
+            yield tensor_edit(module, name, old, new)
+        if comes_or_goes:  # last, so that taking it back, interrupted or not, comes first
+            yield from items_edits(owner, items)
+    own = module._non_persistent_buffers_set
+    if own != unsaved:
+        yield (put_members, own, None, frozenset(own), frozenset(unsaved))
+
+
+def stand_in(trained: Trained, like: Tensor | None) -> Tensor | None:
+    """A new tensor with the former value, frozen, like the one in the place."""
+    value = trained.former
+    if value is None:
+        return None
+    like = value if like is None else like
+    with torch.inference_mode(False):  # where it could never train
+        value = value.to(like.device, like.dtype, copy=True)
+        if is_distributed(like):
+            value = shards(value, like)
+        return nn.Parameter(value, requires_grad=False) if trained.is_parameter else value

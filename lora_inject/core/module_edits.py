@@ -1,0 +1,75 @@
+"""The edits of a module that are not about its parameters: state, class, statistics, hooks."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from lora_inject.changes.edits import (
+    MISSING,
+    Edit,
+    attribute_edit,
+)
+from lora_inject.changes.recompute import is_checkpointed, recompute_edits
+from lora_inject.changes.statistics import has_statistics, holding_edits
+from lora_inject.core.class_swap import add_class_edits
+from lora_inject.core.layer import SCALES, Scales, scales_of
+from lora_inject.core.state import State
+from lora_inject.own import STATE
+
+
+def edge_edits(
+    module: nn.Module, old: State | None, state: State | None, own: Mapping[str, Any]
+) -> list[Edit]:
+    """State, class, statistics, hooks and what was lent; without a state the mode comes back."""
+    edits: list[Edit] = [attribute_edit(module, STATE, MISSING if state is None else state)]
+    add_class_and_scales(edits, module, old, state, own)
+    edits += statistics_edits(module, old, state)
+    edits += lent_edits(module, old, state)
+    if (old is None) != (state is None) and is_checkpointed(module):
+        edits += recompute_edits(module, state is not None)
+    if old is not None and state is None and module.training is not old.before.training:
+        edits.append(attribute_edit(module, "training", old.before.training))
+    return edits
+
+
+def add_class_and_scales(
+    edits: list[Edit],
+    module: nn.Module,
+    old: State | None,
+    state: State | None,
+    own: Mapping[str, Any],
+) -> None:
+    """Append the class that follows from a state, and the scaling of what runs as tensors."""
+    known = module.__dict__.get(SCALES)
+    if state is not None and state.adapters:
+        scales: Scales = known or {}
+        if scales and old is not None and old.adapters is not state.adapters:
+            names = {adapter.name for adapter in state.adapters}
+            scales = {name: scale for name, scale in scales.items() if name in names}
+        scales = scales_of(state.running, scales, own)
+        if scales is not known:
+            edits.append(attribute_edit(module, SCALES, scales))
+    elif known is not None:
+        edits.append(attribute_edit(module, SCALES, MISSING))
+    known_state = old or state
+    if known_state is not None:
+        add_class_edits(edits, module, known_state.before.cls, state)
+
+
+def statistics_edits(module: nn.Module, old: State | None, state: State | None) -> list[Edit]:
+    """Let running statistics stand still or move, as the state says."""
+    if not has_statistics(module):
+        return []
+    if state is not None:
+        return holding_edits(module, not state.statistics_move())
+    return holding_edits(module, old is not None and old.before.held)
+
+
+def lent_edits(module: nn.Module, old: State | None, state: State | None) -> list[Edit]:
+    """Take off what was lent to a module and is not any more."""
+    if old is None or not old.reach.lent:
+        return []
+    kept = dict(state.reach.lent) if state else {}
+    gone = [(name, former) for name, former in old.reach.lent if name not in kept]
+    return [attribute_edit(module, name, former[0] if former else MISSING) for name, former in gone]
