@@ -17,8 +17,9 @@ MISSING: Any = object()  # the value of an attribute that is not there
 _TRIES = 100  # to take an edit back while interrupts go on coming
 
 
-# A setter, its target (a module, a tensor, a dict), what of it (None where the setter needs no
-# more), what is there now and what is to be there. A plain tuple: a model has very many.
+# (put, target, key, old, new): a setter, its target (a module, a tensor, a dict), what of it (None
+# where the setter needs no more), what is there now and what is to be there. A plain tuple: a model
+# has very many.
 Setter = Callable[[Any, Any, Any], None]
 Edit = tuple[Setter, Any, Any, Any, Any]
 
@@ -146,6 +147,7 @@ def value_edit(tensor: Tensor, value: Tensor) -> Edit:
     """Give a tensor a value, on its device and in its dtype.
 
     By its storage, so that what it held is not written to; a DTensor's shards are written in place.
+    The value is handed over and not copied: clone what is to be kept apart.
     """
     if is_distributed(tensor):
         return filling(tensor, value)

@@ -6,7 +6,7 @@ tensor.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,17 +33,38 @@ from lora_inject.settings import BASE
 from lora_inject.sharding import is_distributed, shards
 
 States = Mapping[nn.Module, State | None]
-
-
 Fresh = dict[nn.Module, dict[tuple[str, str], Tensor | None]]  # by name and owner
-
-
 # Which flags are set: those that the new states change, those of all that adapters own, or all.
 # What is frozen loses its gradient, but not where adapters are only switched.
 Flags = Literal["changed", "owned", "switched", "all"]
 
-
 _STAND_IN = ""  # the owner of a tensor with the former value, while an adapter has the base's own
+
+
+class Arrangement(NamedTuple):
+    """What a module is to have.
+
+    Attributes:
+        parameters: its parameters by name, in their order.
+        buffers: its buffers.
+        unsaved: the names of buffers that are in no state dict.
+    """
+
+    parameters: list[tuple[str, Any]]
+    buffers: list[tuple[str, Any]]
+    unsaved: set[str]
+
+
+class Fact(NamedTuple):
+    """What the state of a module tells of a tensor on it.
+
+    Attributes:
+        trains: whether it trains.
+        is_adapters: whether an adapter put it there.
+    """
+
+    trains: bool
+    is_adapters: bool
 
 
 class Arranging:
@@ -68,12 +89,12 @@ class Arranging:
     def edits(self) -> Iterator[Edit]:
         """All of them, in their order."""
         after = {module: self._arranged(module) for module in self.states}
-        for module, tensors in after.items():
-            yield from _placing_edits(module, *tensors)
+        for module, arrangement in after.items():
+            yield from _placing_edits(module, arrangement)
         yield from self._tied_edits()
-        yield from self._tensor_edits({m: parameters for m, (parameters, *_) in after.items()})
+        yield from self._tensor_edits({m: own.parameters for m, own in after.items()})
         for module, state in self.states.items():
-            own = dict(after[module][0])
+            own = dict(after[module].parameters)
             yield from edge_edits(module, self.look.states.get(module), state, own)
 
     def _stand_ins(self) -> Fresh:
@@ -94,10 +115,8 @@ class Arranging:
                     fresh.setdefault(module, {})[trained.name, _STAND_IN] = made[key]
         return fresh
 
-    def _arranged(
-        self, module: nn.Module
-    ) -> tuple[list[tuple[str, Any]], list[tuple[str, Any]], set[str]]:
-        """The parameters and buffers that the module is to have, and the buffers not to be saved.
+    def _arranged(self, module: nn.Module) -> Arrangement:
+        """The parameters and buffers that a module is to have.
 
         What is not ours stays in its order; ours comes after it, in the order of the state.
         """
@@ -136,7 +155,7 @@ class Arranging:
         unsaved = module._non_persistent_buffers_set
         hidden = {n for n in unsaved if n not in ours}
         hidden |= {home for t, home, _ in waiting if not t.is_parameter and t.name in unsaved}
-        return parameters, buffers, hidden
+        return Arrangement(parameters, buffers, hidden)
 
     def _in_place(
         self,
@@ -146,7 +165,10 @@ class Arranging:
         now: Trained | None,
         had: dict[tuple[str, str], Tensor | None],
     ) -> Tensor | None:
-        """The tensor that is to stand in a place; the base's own is given to whom it belongs."""
+        """The tensor that is to stand in a place.
+
+        In ``had``, the tensors by name and owner, the base's own is handed to whom it belongs then.
+        """
         current = own_tensor(module, name)
         first, then = (t.original if t else None for t in (before, now))
         if before is None:
@@ -199,13 +221,14 @@ class Arranging:
         if not facts:  # no call reaches it any more
             if former is not None:
                 yield from training_edits(tensor, former)
-            if former and tensor.grad is not None and any(is_ours for _, is_ours in before):
+            if former and tensor.grad is not None and any(fact.is_adapters for fact in before):
                 yield (put_gradient, tensor, None, tensor.grad, None)
             yield from unmarking_edits(tensor)
             return
-        trains, is_adapters = (any(fact[i] for fact in facts) for i in (0, 1))
+        trains = any(fact.trains for fact in facts)
+        is_adapters = any(fact.is_adapters for fact in facts)
         # Else the user may have decided since.
-        is_new = not before or any(trained for trained, _ in before) is not trains
+        is_new = not before or any(fact.trains for fact in before) is not trains
         sets = self.flags in ("owned", "switched") and is_adapters
         if is_new or self.flags == "all" or sets:
             yield from training_edits(tensor, trains, keeps_gradient=self.flags == "switched")
@@ -239,23 +262,17 @@ class Arranging:
         )
 
 
-def _fact(state: State | None, name: str) -> tuple[bool, bool] | None:
-    """Whether what stands under a name trains, and whether an adapter put it there.
-
-    None where there is no state, and so nobody to know it.
-    """
+def _fact(state: State | None, name: str) -> Fact | None:
+    """What is known of the tensor under a name; None where there is no state to know it."""
     if state is None:
         return None
-    return next(((trains, True) for n, _, trains in owned(state) if n == name), (False, False))
+    known = (Fact(trains, True) for n, _, trains in owned(state) if n == name)
+    return next(known, Fact(False, False))
 
 
-def _placing_edits(
-    module: nn.Module,
-    parameters: list[tuple[str, Any]],
-    buffers: list[tuple[str, Any]],
-    unsaved: set[str],
-) -> Iterator[Edit]:
-    for owner, items in ((module._parameters, parameters), (module._buffers, buffers)):
+def _placing_edits(module: nn.Module, after: Arrangement) -> Iterator[Edit]:
+    both = ((module._parameters, after.parameters), (module._buffers, after.buffers))
+    for owner, items in both:
         if not len(owner) and not items:
             continue
         now: dict[str, Any] = dict(owner.items())
@@ -267,8 +284,8 @@ def _placing_edits(
         if comes_or_goes:  # last, so that taking it back, interrupted or not, comes first
             yield from items_edits(owner, items)
     own = module._non_persistent_buffers_set
-    if own != unsaved:
-        yield (put_members, own, None, frozenset(own), frozenset(unsaved))
+    if own != after.unsaved:
+        yield (put_members, own, None, frozenset(own), frozenset(after.unsaved))
 
 
 def stand_in(trained: Trained, like: Tensor | None) -> Tensor | None:

@@ -1,9 +1,9 @@
-"""The only code that changes a model: new states become classes, parameters, flags and hooks.
+"""New states become classes, parameters, flags and hooks: what changes a model, all or nothing.
 
 ``commit`` compares what each module is with what its new state says, makes a list of edits of the
-difference and carries it out, all of it or nothing. There are three ways to the edits of a module:
-a first touch, which is nearly every module at its first ``inject``; one where no tensor comes, goes
-or moves, as in most hot swaps; and the general one, to which the other two are only faster.
+difference and carries it out. There are four ways to the edits of a module: a first touch, which is
+nearly every module at its first ``inject``, and its last; one where no tensor comes, goes or moves,
+as in most hot swaps; and the general one (``arranging.py``), to which the others are only faster.
 """
 
 import weakref
