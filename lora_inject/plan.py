@@ -20,6 +20,7 @@ from lora_inject.core.checks import (
 )
 from lora_inject.core.choosing import Limits, Skip, choose
 from lora_inject.core.commit import commit
+from lora_inject.core.followers import with_followers
 from lora_inject.core.in_place import in_place
 from lora_inject.core.look import Look
 from lora_inject.core.matcher import Matcher
@@ -33,7 +34,7 @@ from lora_inject.core.request import (
 )
 from lora_inject.core.resolving import Resolver
 from lora_inject.core.site import Site
-from lora_inject.errors import ArgumentError, NoMatchError, warn
+from lora_inject.errors import NoMatchError, warn
 from lora_inject.printing import Tables, plural
 from lora_inject.report.plan_tables import sites_section, skipped_section, train_also_section
 from lora_inject.report.report import Report, report_of
@@ -232,7 +233,7 @@ def plan_for(
     parts = request.parts or {}
     resolver = Resolver(matcher, request, _parts_by_module(matcher, parts), limits)
     chosen, skips = choose(matcher, list(request.settings), limits, resolver.resolve)
-    sites = _with_followers(resolver, chosen)
+    sites = with_followers(resolver, chosen)
     require_apart(look, sites, in_full)
     _check_parts_used(matcher, parts, sites)
     if content is not None:
@@ -267,31 +268,6 @@ def _with_notes(shown: Report, plan: Plan) -> Report:
         warn(text)
         notes.append(text)
     return replace(shown, notes=(*shown.notes, *notes))
-
-
-def _with_followers(resolver: Resolver, sites: Sequence[Site]) -> tuple[Site, ...]:
-    """The sites, with one adapter for each tied weight that every place of it shares.
-
-    Raises:
-        ArgumentError: targets choose several places of a tied weight with different settings.
-    """
-    if not resolver.matcher.look.tied:
-        return tuple(sites)
-    chosen = {(site.module, spec.weight): site for site in sites for spec in site.specs}
-    followers: dict[tuple[nn.Module, str], Site] = {}
-    for site in sites:
-        if (site.module, site.specs[0].weight) in followers:
-            continue
-        for follower in resolver.followers(site):
-            key = (follower.module, follower.specs[0].weight)
-            if key in chosen and chosen[key].settings != site.settings:
-                raise ArgumentError(
-                    f"targets: {site.path} and {follower.path} are tied and share one adapter, but "
-                    "are given different settings.",
-                )
-            followers[key] = follower
-    leaders = [s for s in sites if (s.module, s.specs[0].weight) not in followers]
-    return (*leaders, *followers.values())
 
 
 def _parts_by_module(matcher: Matcher, to_part: Mapping[Pattern, Parts]) -> dict[nn.Module, Parts]:

@@ -103,9 +103,9 @@ class Arranging:
         fresh: Fresh = {}
         for module, state in self.states.items():
             old = self.look.states.get(module)
-            for trained in state.trained if state is not None and old is not None else ():
-                assert state is not None
-                assert old is not None
+            if state is None or old is None:
+                continue
+            for trained in state.trained:
                 before = old.find(trained.name)
                 asleep = trained.original is not None and state.inside(trained) == BASE
                 if asleep and before is not None and old.inside(before) != BASE:
@@ -227,8 +227,7 @@ class Arranging:
             return
         trains = any(fact.trains for fact in facts)
         is_adapters = any(fact.is_adapters for fact in facts)
-        # Else the user may have decided since.
-        is_new = not before or any(fact.trains for fact in before) is not trains
+        is_new = not before or any(fact.trains for fact in before) is not trains  # else the user's
         sets = self.flags in ("owned", "switched") and is_adapters
         if is_new or self.flags == "all" or sets:
             yield from training_edits(tensor, trains, keeps_gradient=self.flags == "switched")
@@ -271,8 +270,8 @@ def _fact(state: State | None, name: str) -> Fact | None:
 
 
 def _placing_edits(module: nn.Module, after: Arrangement) -> Iterator[Edit]:
-    both = ((module._parameters, after.parameters), (module._buffers, after.buffers))
-    for owner, items in both:
+    parameters, buffers = module._parameters, module._buffers
+    for owner, items in ((parameters, after.parameters), (buffers, after.buffers)):
         if not len(owner) and not items:
             continue
         now: dict[str, Any] = dict(owner.items())

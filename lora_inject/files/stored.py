@@ -25,8 +25,9 @@ from lora_inject.files.fit_checks import is_for, not_finite, raise_problems, req
 from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.pairs import told_layout
 from lora_inject.files.stored_pair import StoredPair
+from lora_inject.files.which_adapter import adapter_name
 from lora_inject.kinds.parameter import ParameterKind
-from lora_inject.settings import BiasMode, check_adapter
+from lora_inject.settings import BiasMode
 from lora_inject.sharding import is_placeholder, require_whole, reshard, whole
 from lora_inject.variants import OTHER
 
@@ -283,19 +284,3 @@ class Stored:
         if A_m.numel() != held.values[0].numel():
             return A, B
         return kind.from_matrices(held.layer, A_m, B_m)
-
-
-def adapter_name(look: Look, adapter: str | None) -> str:
-    """The adapter that is meant: that of the name, the only one, or the only one in use.
-
-    Raises:
-        ArgumentError: there is none of this name, or None could mean several.
-    """
-    if adapter is not None:
-        look.require_known([check_adapter(adapter)], "adapter")
-        return adapter
-    known, used = sorted(look.known), sorted(look.used)
-    for names in (known, used):
-        if len(names) == 1:
-            return names[0]
-    raise ArgumentError(f"there are several adapters, {known}.", remedy="Name one by adapter=.")

@@ -14,8 +14,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_inject.core.index import Index
-from lora_inject.core.paths import bare_modules
 from lora_inject.errors import FormatError
 from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.pairs import (
@@ -37,6 +35,7 @@ from lora_inject.files.formats.peft_config import (
     to_config,
     to_metadata,
 )
+from lora_inject.files.formats.peft_nested import nested_parameters, unwrapped
 from lora_inject.files.formats.storage import (
     read_json,
     read_tensors,
@@ -106,12 +105,12 @@ def from_tensors(
         )
     found, others = _pairs(tensors, path)
     scalings = Scalings(config, alpha, path / CONFIG)
-    nested = _nested_parameters(config, found, model)
+    nested = nested_parameters(config, found, model)
     weights = dict.fromkeys((k.removesuffix(OUT_PROJ) for k in found if k.endswith(OUT_PROJ)),
                             "in_proj_weight")  # fmt: skip
     if model is None:  # which parameter it is of several is then open
         owners = [name.rpartition(".")[0] for name in config.get("target_parameters") or ()]
-        weights |= {k: "" for k in found if any(_unwrapped(k).endswith(own) for own in owners)}
+        weights |= {k: "" for k in found if any(unwrapped(k).endswith(own) for own in owners)}
     for key in own.get("padding", ()):  # halves of attention that were never adapted
         found.pop(key, None)
     pairs: list[PairData] = []
@@ -206,38 +205,6 @@ def _base_name(key: str) -> str:
     """The name of a base tensor, without what PEFT's wrappers put in."""
     name = re.sub(r"(\.base_layer)+\.", ".", key.removeprefix(PREFIX))
     return re.sub(r"\.modules_to_save\.(default\.)?", ".", name)
-
-
-def _nested_parameters(
-    config: Mapping[str, Any], found: Iterable[str], model: nn.Module | None
-) -> dict[str, tuple[nn.Module, str, str]]:
-    """(module, its path, parameter) of each fused parameter, by the path in the file.
-
-    PEFT wraps the parameters of a module one around the other, in their order in the module, so
-    that the last one is the outermost.
-    """
-    wanted, paths = tuple(config.get("target_parameters") or ()), list(found)
-    if not wanted or model is None:
-        return {}
-    modules, result = bare_modules(Index(model).by_path), {}
-    for path in {_unwrapped(name) for name in paths}:
-        module = modules.get(path)
-        if module is None:
-            continue
-        own = [
-            name
-            for name, _ in module.named_parameters(recurse=False)
-            if any(f"{path}.{name}" == w or f"{path}.{name}".endswith("." + w) for w in wanted)
-        ]
-        for depth, name in enumerate(reversed(own)):
-            result[path + ".base_layer" * depth] = (module, path, name)
-    return result
-
-
-def _unwrapped(path: str) -> str:
-    while path.endswith(".base_layer"):
-        path = path.removesuffix(".base_layer")
-    return path
 
 
 def _pair(

@@ -1,0 +1,34 @@
+"""Sites that are tied to one that was chosen: one adapter for all places of a weight."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from lora_inject.core.resolving import Resolver
+from lora_inject.core.site import Site
+from lora_inject.errors import ArgumentError
+
+
+def with_followers(resolver: Resolver, sites: Sequence[Site]) -> tuple[Site, ...]:
+    """The sites, with one adapter for each tied weight that every place of it shares.
+
+    Raises:
+        ArgumentError: targets choose several places of a tied weight with different settings.
+    """
+    if not resolver.matcher.look.tied:
+        return tuple(sites)
+    chosen = {(site.module, spec.weight): site for site in sites for spec in site.specs}
+    followers: dict[tuple[nn.Module, str], Site] = {}
+    for site in sites:
+        if (site.module, site.specs[0].weight) in followers:
+            continue
+        for follower in resolver.followers(site):
+            key = (follower.module, follower.specs[0].weight)
+            if key in chosen and chosen[key].settings != site.settings:
+                raise ArgumentError(
+                    f"targets: {site.path} and {follower.path} are tied and share one adapter, but "
+                    "are given different settings.",
+                )
+            followers[key] = follower
+    leaders = [s for s in sites if (s.module, s.specs[0].weight) not in followers]
+    return (*leaders, *followers.values())
