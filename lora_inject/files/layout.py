@@ -1,6 +1,6 @@
 """A file's adapter laid out over a model: which module each pair is for, and as that needs it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -77,7 +77,7 @@ class Layout:
             raise FormatError(
                 f"{len(unknown):,} of the file's layers and tensors are not in this "
                 f"{type(look.model).__name__}: {shown}{', ...' if unknown[3:] else ''}.",
-                remedy="Nothing was loaded. Is it for another model?",
+                remedy=f"Nothing was loaded. {_where_it_fits(unknown, self.modules)}",
             )
         order = {module: i for i, module in enumerate(real)}
         self.all_pairs.sort(key=lambda fitted: order[fitted.module])  # files sort by name
@@ -170,6 +170,24 @@ class Layout:
                     remedy="Untie them before loading.",
                 )
         return kept
+
+
+def _where_it_fits(names: Sequence[str], modules: Mapping[str, nn.Module]) -> str:
+    """What to do about names that are not in a model: they may be of a part, or of a whole."""
+
+    def is_there(name: str) -> bool:
+        owner = name.rpartition(".")[0]  # of a tensor
+        return name in modules or (owner != "" and owner in modules)
+
+    first = names[0].split(".")
+    for path in modules:
+        if path and all(is_there(f"{path}.{name}") for name in names):
+            return f"It is for the part {path!r} of this model: load(model.{path}, ...)."
+    for depth in range(1, len(first)):
+        prefix = ".".join(first[:depth]) + "."
+        if all(n.startswith(prefix) and is_there(n.removeprefix(prefix)) for n in names):
+            return f"It is for a model that holds this one as {prefix[:-1]!r}: load it into that."
+    return "Is it for another model?"
 
 
 def _is_the_bases(name: str, tensor: Tensor, value: Tensor, data: AdapterData) -> bool:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from families import FAMILIES, unet
 from helpers import PEFT_WARNS, changed_parts, ids, randomize_adapters, snapshot, train_steps
+from safetensors.torch import save_file
 from stored_models import SAFE, bare, trained
 from torch import nn
 
@@ -220,3 +221,30 @@ def test_wrapped_models_read_every_format(tmp_path):
     save(model, tmp_path / "k.safetensors", format="kohya")
     wrapped = torch.compile(bare(), backend="eager")
     torch.testing.assert_close(load(wrapped, tmp_path / "k.safetensors")(x), model(x))
+
+
+@pytest.mark.parametrize("shapes", [((0, 4), (4, 0)), ((0,), (4, 2)), ((2, 4), (0,))])
+def test_what_one_rank_of_a_sharded_model_saved_is_told(shapes, tmp_path):
+    keys = [f"base_model.model.q.lora_{x}.weight" for x in "AB"]
+    tensors = {key: torch.empty(shape) for key, shape in zip(keys, shapes, strict=True)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(FormatError, match=r"A or B of q is empty: .*gather the parameters"):
+        load(nn.ModuleDict({"q": nn.Linear(4, 4)}), tmp_path)
+
+
+def test_a_file_for_a_part_or_for_a_whole_says_where_it_fits(tmp_path):
+    whole = nn.ModuleDict({"model": nn.ModuleDict({"q": nn.Linear(4, 4), "k": nn.Linear(4, 4)})})
+    inject(whole["model"], ["q", "k"], r=1, bias="all")
+    save(whole["model"], tmp_path / "part")
+    strip(whole)
+    inject(whole, ["q"], r=1)
+    save(whole, tmp_path / "whole")
+    strip(whole)
+    with pytest.raises(FormatError, match=r"for the part 'model' .* load\(model\.model, "):
+        load(whole, tmp_path / "part")
+    with pytest.raises(FormatError, match="a model that holds this one as 'model'"):
+        load(whole["model"], tmp_path / "whole")
+    with pytest.raises(FormatError, match="another model"):
+        load(nn.ModuleDict({"x": nn.Linear(4, 4)}), tmp_path / "whole")

@@ -66,6 +66,12 @@ class PairData:
     fixed: str = ""
 
     def __post_init__(self) -> None:
+        if not (self.A.numel() and self.B.numel()):
+            raise FormatError(
+                f"A or B of {self.name} is empty: {tuple(self.A.shape)}, {tuple(self.B.shape)}.",
+                remedy="One rank of a sharded model has saved it: gather the parameters there "
+                "(ZeRO-3, FSDP), and save again.",
+            )
         dims = self.A.dim(), self.B.dim()
         if dims[0] != dims[1] or dims[0] < 2:
             raise FormatError(f"A and B of {self.name} have {dims[0]} and {dims[1]} dimensions.")
