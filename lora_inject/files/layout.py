@@ -186,7 +186,10 @@ def _where_it_fits(names: Sequence[str], modules: Mapping[str, nn.Module]) -> st
     for depth in range(1, len(first)):
         prefix = ".".join(first[:depth]) + "."
         if all(n.startswith(prefix) and is_there(n.removeprefix(prefix)) for n in names):
-            return f"It is for a model that holds this one as {prefix[:-1]!r}: load it into that."
+            return (
+                f"Its names have the prefix {prefix!r}: load it into the model that holds this one "
+                "under that name."
+            )
     return "Is it for another model?"
 
 

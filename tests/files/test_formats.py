@@ -244,7 +244,9 @@ def test_a_file_for_a_part_or_for_a_whole_says_where_it_fits(tmp_path):
     strip(whole)
     with pytest.raises(FormatError, match=r"for the part 'model' .* load\(model\.model, "):
         load(whole, tmp_path / "part")
-    with pytest.raises(FormatError, match="a model that holds this one as 'model'"):
+    with pytest.raises(
+        FormatError, match=r"the prefix 'model\.': load it into the model that holds"
+    ):
         load(whole["model"], tmp_path / "whole")
     with pytest.raises(FormatError, match="another model"):
         load(nn.ModuleDict({"x": nn.Linear(4, 4)}), tmp_path / "whole")
