@@ -15,6 +15,7 @@ from torch import Tensor, nn
 WRAPPERS = {
     "DistributedDataParallel": "module",
     "DataParallel": "module",
+    "AveragedModel": "module",
     "OptimizedModule": "_orig_mod",
     "FullyShardedDataParallel": "_fsdp_wrapped_module",
     "CheckpointWrapper": "_checkpoint_wrapped_module",

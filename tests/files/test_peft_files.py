@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from lora_inject import (
     strip,
 )
 from lora_inject.files.formats import peft as peft_format
+from lora_inject.files.formats.peft_config import check_config
 
 pytestmark = [PEFT_WARNS, pytest.mark.usefixtures("device")]
 
@@ -424,3 +426,27 @@ def test_names_are_no_expressions(tmp_path):
     save(model, tmp_path)
     assert load(copy.deepcopy(base), tmp_path)["x[0]"].lora_A.shape[0] == 3
     peft_loads(base, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"fine_tune_type": "lora", "num_layers": 4}, "mlx-lm"),
+        ({"config": {"reduction_factor": 16}, "version": "adapters.1.0.1"}, "AdapterHub"),
+        ({"peft_type": "PREFIX_TUNING"}, "PREFIX_TUNING of PEFT, and no LoRA.*Use it with PEFT"),
+        ({"r": 2}, 'add "peft_type": "LORA"'),
+        ({"peft_type": "LORA", "use_dora": True}, "merge_and_unload"),
+        ({"peft_type": "LORA", "trained_with": "a tool"}, "remove trained_with"),
+    ],
+)
+def test_configs_of_others_say_what_they_are_and_what_to_do(config, message):
+    with pytest.raises(FormatError, match=message):
+        check_config(config, Path("adapter_config.json"))
+
+
+@pytest.mark.parametrize("key", ["loftq_config", "corda_config", "lora_ga_config", "merge_weights"])
+def test_what_is_left_over_of_a_start_that_was_converted_does_not_matter(key):
+    check_config({"peft_type": "LORA", key: {"bits": 4}}, Path("adapter_config.json"))
+    moved = {"peft_type": "LORA", "init_lora_weights": "corda", key: {"bits": 4}}
+    with pytest.raises(FormatError, match="moves the weights"):
+        check_config(moved, Path("adapter_config.json"))

@@ -16,6 +16,7 @@ from helpers import (
 )
 from stored_models import SAFE, Nested, Tied, bare, trained
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from lora_inject import (
     ArgumentError,
@@ -356,3 +357,16 @@ def test_paths_that_are_none(path, tmp_path):
         save(model, "a\0b")
     with pytest.raises(ArgumentError, match="format must be one of"):
         save(model, tmp_path, format=["peft"])
+
+
+def test_an_averaged_model_writes_the_keys_of_the_model(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4))
+    inject(model, "0", r=2)
+    randomize_adapters(model)
+    average = AveragedModel(model)
+    average.update_parameters(model)
+    assert list(lora_state_dict(average)) == list(lora_state_dict(model))
+    for name, one in (("model", model), ("average", average)):
+        save(one, tmp_path / f"{name}.safetensors", format="kohya")
+    first, second = (tmp_path / f"{name}.safetensors" for name in ("model", "average"))
+    assert first.read_bytes() == second.read_bytes()

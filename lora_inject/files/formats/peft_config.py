@@ -26,7 +26,8 @@ _HARMLESS = {
     "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_config", "megatron_core",
     "modules_to_save", "peft_type", "peft_version", "r", "rank_pattern", "revision",
     "runtime_config", "target_modules", "target_parameters", "task_type", "use_rslora",
-    "qalora_group_size", "eva_config", "ensure_weight_tying",
+    "qalora_group_size", "eva_config", "ensure_weight_tying", "merge_weights", "loftq_config",
+    "corda_config", "lora_ga_config",
 }  # fmt: skip
 # Starting values that leave the base as it is; all others move it, and the file does not say how.
 _HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -39,10 +40,15 @@ def check_config(config: Mapping[str, Any], path: Path) -> None:
         FormatError: it does.
     """
     if config.get("peft_type") != "LORA":
-        raise FormatError(f"{path}: peft_type is {config.get('peft_type')!r}, not 'LORA'.")
+        what, remedy = _what_it_is(config)
+        raise FormatError(f"{path}: {what}.", remedy=remedy)
     for key, value in config.items():
         if value and key not in _HARMLESS:
-            raise FormatError(f"{path}: {key}={value!r} is not supported.")
+            raise FormatError(
+                f"{path}: {key}={value!r} is not supported.",
+                remedy="Let PEFT merge it (merge_and_unload); or, where it says nothing of the "
+                f"tensors, remove {key} from the file.",
+            )
     start = config.get("init_lora_weights", True)
     if start not in _HARMLESS_STARTS:
         raise FormatError(
@@ -58,6 +64,20 @@ def check_config(config: Mapping[str, Any], path: Path) -> None:
         raise FormatError(f"{path}: lora_dropout must be a number in [0, 1), not {dropout!r}.")
     if bias not in get_args(BiasMode):
         raise FormatError(f"{path}: bias must be one of {get_args(BiasMode)}, not {bias!r}.")
+
+
+def _what_it_is(config: Mapping[str, Any]) -> tuple[str, str]:
+    """What a config is that is none of PEFT's LoRA, and what to do with it."""
+    if kind := config.get("peft_type"):
+        return f"it is {kind} of PEFT, and no LoRA", "Use it with PEFT."
+    if "fine_tune_type" in config or "lora_parameters" in config:
+        return "it is an adapter of mlx-lm", "Use it with mlx-lm, or fuse it there (mlx_lm.fuse)."
+    if str(config.get("version")).startswith("adapters"):
+        return "it is an adapter of AdapterHub", "Use it with the package adapters."
+    return (
+        "it has no peft_type, so that it is not a PEFT config as it stands",
+        'If it is one of LoRA, add "peft_type": "LORA".',
+    )
 
 
 def _is_names(value: Any) -> bool:
