@@ -186,7 +186,7 @@ def test_the_config_decides_and_says_when_it_cannot(tmp_path):
         ({"use_dora": True}, "use_dora=True is not supported"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
         ({"something_new": 3}, "something_new=3 is not supported"),
-        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"peft_type": "IA3"}, "it is IA3 of PEFT"),
         ({"init_lora_weights": "pissa"}, "moves the weights of the base"),
         ({"lora_alpha": "gone"}, r"no lora_alpha.*alpha=16"),
         ({"lora_alpha": "many"}, "no number"),
