@@ -131,14 +131,13 @@ def strip(model: nn.Module, merge: bool = False) -> nn.Module:
     look.require_no_block()
     if not merge:
         look.require_kept()
-    names = {name for state in look.states.values() for name in state.names}
     if not look.own and not look.roots:
         warn(
             "strip: no adapter stands here; what is frozen was frozen by a call on a larger model."
         )
     if merge and any(state.running for state in look.own.values()):
         merged = folded(look, None, keep=False)
-        remove_adapters(look, names, keep=True, states=merged.states, values=merged.values)
+        remove_adapters(look, look.known, keep=True, states=merged.states, values=merged.values)
     else:
-        remove_adapters(look, names, keep=merge)
+        remove_adapters(look, look.known, keep=merge)
     return model

@@ -34,12 +34,7 @@ from lora_inject.core.state_parts import Injection
 from lora_inject.errors import ArgumentError, UnsupportedLayerError
 from lora_inject.kinds.base import Kind, Spec
 from lora_inject.printing import Section, Tables
-from lora_inject.settings import (
-    Settings,
-    check_adapter,
-    check_choice,
-    check_weights,
-)
+from lora_inject.settings import Settings, check_adapter, check_choice, check_weights
 from lora_inject.sharding import whole
 
 

@@ -28,26 +28,26 @@ def pre_hook_edits(
         first: whether it comes before all others.
     """
     hooks, with_kwargs = module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
-    ours = {key for key, other in hooks.items() if other is hook}
-    kept = [item for item in hooks.items() if item[0] not in ours]
-    kwargs = [item for item in with_kwargs.items() if item[0] not in ours]
-    if on:
-        key = _new_key()
-        kept = [(key, hook), *kept] if first else [*kept, (key, hook)]
-        kwargs = kwargs if first else [*kwargs, (key, True)]
-    return [*items_edits(hooks, kept), *items_edits(with_kwargs, kwargs)]
+    return _hook_edits(hooks, with_kwargs, hook, on, first=first)
 
 
 def after_hook_edits(module: nn.Module, hook: Callable[..., Any], on: bool) -> list[Edit]:
     """Put a forward hook on a module that is called after an error too, or take it off."""
-    hooks, always = module._forward_hooks, module._forward_hooks_always_called
+    return _hook_edits(module._forward_hooks, module._forward_hooks_always_called, hook, on)
+
+
+def _hook_edits(
+    hooks: Any, marked: Any, hook: Callable[..., Any], on: bool, *, first: bool = False
+) -> list[Edit]:
+    """Edits of a dict of hooks, and of the one that marks all but a hook that comes first."""
     ours = {key for key, other in hooks.items() if other is hook}
     kept = [item for item in hooks.items() if item[0] not in ours]
-    called = [item for item in always.items() if item[0] not in ours]
+    marks = [item for item in marked.items() if item[0] not in ours]
     if on:
         key = _new_key()
-        kept, called = [*kept, (key, hook)], [*called, (key, True)]
-    return [*items_edits(hooks, kept), *items_edits(always, called)]
+        kept = [(key, hook), *kept] if first else [*kept, (key, hook)]
+        marks = marks if first else [*marks, (key, True)]
+    return [*items_edits(hooks, kept), *items_edits(marked, marks)]
 
 
 def _new_key() -> int:

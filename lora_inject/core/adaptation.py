@@ -13,7 +13,6 @@ from lora_inject.changes.edits import Edit, value_edit
 from lora_inject.changes.statistics import is_held
 from lora_inject.core.adapter import Adapter
 from lora_inject.core.arranging import Fresh, stand_in
-from lora_inject.core.commit import before_of
 from lora_inject.core.look import Look
 from lora_inject.core.site import Site
 from lora_inject.core.state import State
@@ -119,7 +118,7 @@ def reached(look: Look, injection: Injection | None = None) -> dict[nn.Module, S
     for module in look.index.modules:
         old = look.states.get(module)
         if old is None:
-            before = before_of(look, module, is_held(module))
+            before = _before(look, module)
             if before not in alike:
                 alike[before] = State(before, first)
             states[module] = alike[before]
@@ -143,6 +142,13 @@ def reached(look: Look, injection: Injection | None = None) -> dict[nn.Module, S
             reach = states[module].reach._replace(noted=noted)
             states[module] = states[module].change(reach=reach)
     return states
+
+
+def _before(look: Look, module: nn.Module) -> Before:
+    """What a module is that no call has reached yet."""
+    own = module._parameters
+    named = [(n, look.former_flag(p)) for n, p in own.items() if p is not None] if len(own) else ()
+    return Before(type(module), module.training, tuple(named), is_held(module))
 
 
 def _reach_all(look: Look, states: dict[nn.Module, State]) -> None:

@@ -20,11 +20,7 @@ from lora_inject.changes.edits import (
     training_edits,
 )
 from lora_inject.core.look import Look
-from lora_inject.core.marks import (
-    mark_of,
-    marking_edits,
-    unmarking_edits,
-)
+from lora_inject.core.marks import mark_of, marking_edits, unmarking_edits
 from lora_inject.core.module_edits import edge_edits
 from lora_inject.core.state import State, owned, state_of
 from lora_inject.core.state_parts import Trained

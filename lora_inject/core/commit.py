@@ -23,20 +23,9 @@ from lora_inject.changes.edits import (
     run,
     training_edits,
 )
-from lora_inject.core.arranging import (
-    Arranging,
-    Flags,
-    Fresh,
-    States,
-)
+from lora_inject.core.arranging import Arranging, Flags, Fresh, States
 from lora_inject.core.look import Look
-from lora_inject.core.marks import (
-    Mark,
-    is_marked,
-    mark_edit,
-    mark_of,
-    unmarking_edits,
-)
+from lora_inject.core.marks import Mark, is_marked, mark_edit, mark_of, unmarking_edits
 from lora_inject.core.module_edits import (
     add_class_and_scales,
     edge_edits,
@@ -44,7 +33,6 @@ from lora_inject.core.module_edits import (
     statistics_edits,
 )
 from lora_inject.core.state import State, owned
-from lora_inject.core.state_parts import Before
 from lora_inject.own import STATE
 
 
@@ -101,13 +89,6 @@ def edits_of(
     if general:
         edits += Arranging(look, general, states, fresh, flags).edits()
     return edits
-
-
-def before_of(look: Look, module: nn.Module, held: bool) -> Before:
-    """What a module is that no call has reached yet."""
-    own = module._parameters
-    named = [(n, look.former_flag(p)) for n, p in own.items() if p is not None] if len(own) else ()
-    return Before(type(module), module.training, tuple(named), held)
 
 
 # --- a first touch, and the last ----------------------------------------------------------------
@@ -207,9 +188,3 @@ def _add_still_edits(
     if old.reach is not state.reach or state.reach.in_full:
         edits += statistics_edits(module, old, state)
         edits += lent_edits(module, old, state)
-
-
-# --- what is not a tensor -----------------------------------------------------------------------
-
-
-# --- the general way ----------------------------------------------------------------------------

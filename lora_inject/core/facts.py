@@ -189,8 +189,9 @@ class Facts:
                 continue
             if self.states[module].inside(trained) == BASE and not is_partial(tensor):
                 value = tensor.detach()
-                same = value.shape != former.shape or id(former) in found
-                if not same and not torch.equal(value, former.to(value.device, value.dtype)):
+                if value.shape != former.shape or id(former) in found:
+                    continue
+                if not torch.equal(value, former.to(value.device, value.dtype)):
                     found[id(former)] = value.to("cpu", copy=True)
         return found
 

@@ -41,7 +41,7 @@ def in_place(
         or (
             (bias == "all" or (bias == "lora_only" and module in layers))
             and is_bias(module, name)
-            and was_trainable(look, module, name, parameter)
+            and look.former_flag(parameter)
         )
     }
     for module, name in found:
@@ -53,10 +53,3 @@ def in_place(
             )
     statistics = [(module, name) for module in in_full for name in module._buffers]
     return found | {place: False for place in statistics if place not in waiting}
-
-
-def was_trainable(look: Look, module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter required a gradient before any call."""
-    state = look.states.get(module)
-    flag = None if state is None else state.before.flag(name)
-    return look.former_flag(parameter) if flag is None else flag

@@ -9,9 +9,7 @@ from torch import nn
 from lora_inject.core.look import Look
 from lora_inject.core.output_heads import find_heads
 from lora_inject.core.patterns import NamedModule, Pattern, close_names
-from lora_inject.errors import (
-    NoMatchError,
-)
+from lora_inject.errors import NoMatchError
 from lora_inject.kinds import Kind, find_kind
 from lora_inject.kinds.bias import is_bias
 from lora_inject.sharding import whole_shape

@@ -5,11 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_inject.changes.edits import (
-    MISSING,
-    Edit,
-    attribute_edit,
-)
+from lora_inject.changes.edits import MISSING, Edit, attribute_edit
 from lora_inject.changes.recompute import is_checkpointed, recompute_edits
 from lora_inject.changes.statistics import has_statistics, holding_edits
 from lora_inject.core.class_swap import add_class_edits

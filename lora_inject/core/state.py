@@ -13,15 +13,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from lora_inject.core.adapter import Adapter, Term
-from lora_inject.core.state_parts import (
-    Before,
-    Block,
-    Merged,
-    Reach,
-    Trained,
-    Use,
-    waiting_name,
-)
+from lora_inject.core.state_parts import Before, Block, Merged, Reach, Trained, Use, waiting_name
 from lora_inject.errors import LoRAInjectError
 from lora_inject.own import STATE
 from lora_inject.settings import BASE
@@ -137,11 +129,6 @@ class State:
     def block_text(self) -> str:
         """The block that decides, in words."""
         return "per_row" if self.rows is not None else "disabled"
-
-    @property
-    def names(self) -> set[str]:
-        """The adapters whose calls reached the module."""
-        return {injection.adapter for injection in self.reach.injections}
 
     def inside(self, trained: Trained) -> str:
         """Whose tensor stands in a place: an adapter's name, or ``BASE`` for the former value."""

@@ -54,7 +54,7 @@ class Stored:
         self.real_prefixes = [name for name in ("module", "base_model") if name in self.modules]
         look.require_awake()
         self.pairs = [
-            StoredPair(self.paths[layer], layer, own, pair.spec, pair.names["A"], pair.names["B"])
+            StoredPair(self.paths[layer], layer, own, pair)
             for layer, own in look.adapters
             if own.name == self.name
             for pair in own.pairs

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lora_inject.core.adapter import Adapter
+from lora_inject.core.adapter import Adapter, Pair
 from lora_inject.kinds.base import Spec
 
 
@@ -14,9 +14,12 @@ class StoredPair(NamedTuple):
     path: str
     layer: nn.Module
     adapter: Adapter
-    spec: Spec
-    A: str
-    B: str
+    pair: Pair
+
+    @property
+    def spec(self) -> Spec:
+        """The weight that it is for, and its shapes."""
+        return self.pair.spec
 
     @property
     def key(self) -> str:
@@ -26,4 +29,5 @@ class StoredPair(NamedTuple):
     @property
     def values(self) -> tuple[Tensor, Tensor]:
         """A and B."""
-        return self.layer.get_parameter(self.A), self.layer.get_parameter(self.B)
+        tensors = self.pair.tensors(self.layer)
+        return tensors["A"], tensors["B"]

@@ -5,14 +5,7 @@ The output projection is a child, ``out_proj``, and is a target of its own.
 
 from torch import nn
 
-from lora_inject.kinds.base import (
-    Form,
-    MatrixKind,
-    Spec,
-    Way,
-    out_in_spec,
-    overrides_forward,
-)
+from lora_inject.kinds.base import Form, MatrixKind, Spec, Way, out_in_spec, overrides_forward
 from lora_inject.kinds.weight_reads import calls_super
 from lora_inject.own import own_class
 from lora_inject.settings import Settings

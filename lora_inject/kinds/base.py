@@ -12,11 +12,7 @@ from torch import Tensor, nn
 from lora_inject.arithmetic import starting_values as initial
 from lora_inject.own import own_class
 from lora_inject.settings import Settings
-from lora_inject.sharding import (
-    placements_of_pair,
-    replicated,
-    whole_shape,
-)
+from lora_inject.sharding import placements_of_pair, replicated, whole_shape
 
 Way = Literal["branch", "weight"]
 # What adapter files call A and B: see ``formats.data``. "other" is what only we have.

@@ -7,11 +7,7 @@ from torch import Tensor, nn
 
 from lora_inject.compat.marks import has_accelerate_hook, is_fully_sharded
 from lora_inject.kinds.base import Spec, Way, is_plain
-from lora_inject.sharding import (
-    has_known_placements,
-    is_distributed,
-    is_placeholder,
-)
+from lora_inject.sharding import has_known_placements, is_distributed, is_placeholder
 
 
 def general_refusal(module: nn.Module, new_names: Iterable[str], way: Way) -> str | None:

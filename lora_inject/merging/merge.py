@@ -17,13 +17,7 @@ from lora_inject.core.commit import commit
 from lora_inject.core.look import Look
 from lora_inject.core.state_parts import Merged
 from lora_inject.errors import ArgumentError, LoRAInjectError
-from lora_inject.merging.folding import (
-    Folded,
-    Keep,
-    MergeReport,
-    folded,
-    unfold,
-)
+from lora_inject.merging.folding import Folded, Keep, MergeReport, folded, unfold
 
 
 def merge(model: nn.Module, adapters: Any = None, *, keep: Keep = "device") -> MergeReport:

@@ -23,12 +23,7 @@ from lora_inject.report.bytes import (
     trainable_dtype,
     training_bytes,
 )
-from lora_inject.report.report_tables import (
-    Memory,
-    PatternRow,
-    memory_section,
-    patterns_section,
-)
+from lora_inject.report.report_tables import Memory, PatternRow, memory_section, patterns_section
 from lora_inject.sharding import whole_numel
 
 

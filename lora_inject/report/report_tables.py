@@ -3,9 +3,7 @@
 from typing import NamedTuple
 
 from lora_inject.printing import Section, count, size
-from lora_inject.report.bytes import (
-    Bytes,
-)
+from lora_inject.report.bytes import Bytes
 
 
 class PatternRow(NamedTuple):

@@ -45,8 +45,9 @@ def reset_lora_parameters(model: nn.Module) -> None:
 
 def _starting(path: str, layer: nn.Module, adapter: Adapter) -> Iterator[Edit]:
     """Edits that write the starting values into A and B."""
-    for spec, names in adapter.pairs:
-        A, B = (layer.get_parameter(names[role]) for role in ("A", "B"))
+    for pair in adapter.pairs:
+        spec, tensors = pair.spec, pair.tensors(layer)
+        A, B = tensors["A"], tensors["B"]
         require_whole(f"lora_A of {path}", A, spec.A_shape)
         require_whole(f"lora_B of {path}", B, spec.B_shape)
         if A.is_meta or B.is_meta:
