@@ -34,7 +34,7 @@ class Content(NamedTuple):
         train_also: the modules that train in full, by path.
         in_place: what trains in place: True for a parameter, False for a buffer that a forward
             updates.
-        values: A and B by path and prefix of each pair; None for starting values.
+        values: tensors by role, by path and prefix of each pair; None for starting values.
         tensors: values of what trains in place; what is not there keeps the base's.
         use: whether the adapter joins those in use and trains; else it waits for ``use``.
     """
@@ -42,7 +42,7 @@ class Content(NamedTuple):
     bias: BiasMode = "none"
     train_also: Mapping[str, nn.Module] = {}
     in_place: Mapping[Place, bool] = {}
-    values: Mapping[tuple[str, str], tuple[Tensor, Tensor]] | None = None
+    values: Mapping[tuple[str, str], Mapping[str, Tensor]] | None = None
     tensors: Mapping[Place, Tensor] = {}
     use: bool = True
 
@@ -265,15 +265,16 @@ def _pairs(
     trains = {role: content.use and variant.trains(role) for role in variant.roles}
     for spec in site.specs:
         if content.values is not None:
-            A, B = content.values[site.path, spec.prefix]
+            given = content.values[site.path, spec.prefix]
+            tensors = {r: t.to(device, variant.dtype(r, site.dtype)) for r, t in given.items()}
         elif device.type == "meta":
-            shapes = spec.A_shape, spec.B_shape
-            A, B = [torch.empty(shape, dtype=site.dtype, device=device) for shape in shapes]
+            tensors = {
+                role: torch.empty(shape, dtype=variant.dtype(role, site.dtype), device=device)
+                for role, shape in variant.shapes(spec).items()
+            }
         else:
-            A, B = starting_values(adapter, spec, generator)
-        if not (A.device == B.device == device and A.dtype is B.dtype is site.dtype):
-            A, B = A.to(device, site.dtype), B.to(device, site.dtype)
-        pairs.append(as_parameters(site.kind, site.module, spec, {"A": A, "B": B}, trains))
+            tensors = starting_values(adapter, site.module, spec, site.dtype, generator)
+        pairs.append(as_parameters(site.kind, site.module, spec, tensors, trains))
     return pairs
 
 
@@ -291,15 +292,40 @@ def as_parameters(
     """
     weight = kind.weight(layer, spec.weight)
     if is_distributed(weight):
-        places = dict(zip(("A", "B"), kind.placements(weight, spec), strict=True))
+        A, B = kind.placements(weight, spec)
+        places = {"A": A, "B": B, "A0": A, "B0": B}
         tensors = {role: shards(t, weight, places[role], 0) for role, t in tensors.items()}
     return {role: nn.Parameter(t, requires_grad=trains[role]) for role, t in tensors.items()}
 
 
+@torch.no_grad()
 def starting_values(
-    adapter: Adapter, spec: Spec, used: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
-    """A and B of a pair as they start, float32 on the CPU; a used generator makes it faster."""
+    adapter: Adapter,
+    layer: nn.Module,
+    spec: Spec,
+    dtype: torch.dtype,
+    used: torch.Generator | None = None,
+) -> dict[str, Tensor]:
+    """The tensors of a pair as they start, by role; a used generator makes it faster.
+
+    Args:
+        adapter: the adapter.
+        layer: the layer that it is for.
+        spec: the pair.
+        dtype: the dtype of A and B.
+        used: a generator that may be seeded anew.
+    """
+    kind, s, variant = adapter.kind, adapter.settings, adapter.settings.variant
     path = f"{adapter.path}/{spec.prefix}" if spec.prefix else adapter.path
     generator = initial.site_generator(adapter.seed, adapter.name, path, used)
-    return adapter.kind.initial(spec, generator)
+    W = layer._parameters[spec.weight] if s.start.reads or variant.more else None
+    A, B = s.start.values(kind, layer, W, spec, s.scaling, generator)
+    device = kind.weight(layer, spec.weight).device
+    if not (A.device == B.device == device and A.dtype is B.dtype is dtype):
+        A, B = A.to(device, dtype), B.to(device, dtype)
+    tensors = {"A": A, "B": B}
+    if variant.offset:
+        tensors |= {"A0": A.clone(), "B0": B.clone()}
+    if variant.more:
+        tensors |= variant.starting(kind, layer, W, spec, tensors, s.scaling)
+    return tensors
