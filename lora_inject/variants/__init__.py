@@ -10,8 +10,14 @@ from lora_inject.variants.lora import Scaling, Variant
 from lora_inject.variants.lora_fa import FIXED, OTHER
 from lora_inject.variants.rslora import RankStabilized
 
-__all__ = ["FIXED", "OTHER", "SCALINGS", "VARIANTS", "Change", "LayerKind", "Scaling", "Spec",
-           "Variant", "name_prefix"]  # fmt: skip
+__all__ = [
+    "FIXED", "OTHER", "ROLES", "SCALINGS", "VARIANTS", "Change", "LayerKind", "Scaling", "Spec",
+    "Variant", "name_prefix",
+]  # fmt: skip
 
 SCALINGS: dict[str, Scaling] = {scaling.name: scaling for scaling in (Scaling(), RankStabilized())}
 VARIANTS: dict[str, type[Variant]] = {variant.name: variant for variant in (Variant, DoRA)}
+# Every tensor that some adapter has.
+ROLES = tuple(dict.fromkeys((
+    *Variant(offset=True).roles, *(role for variant in VARIANTS.values() for role in variant.more)
+)))  # fmt: skip

@@ -91,6 +91,19 @@ class PairData:
         """The rank r, of each group and each expert."""
         return int(self.B.shape[2 if self.B.dim() == 3 and self.form == "experts" else 1])
 
+    def require_plain(self, what: str) -> None:
+        """Refuse a variant of which A and B alone would be kept.
+
+        Raises:
+            FormatError: it is one.
+        """
+        if self.others:
+            missing = " and ".join(self.others)
+            raise FormatError(
+                f"{self.name} is a {self.variant}, of which {what} has no {missing}.",
+                remedy='Save it as "peft".',
+            )
+
     @property
     def own_rank(self) -> int:
         """The rank without that of a start that is subtracted."""
