@@ -121,7 +121,8 @@ class PairData:
             halves = torch.split(self.A.reshape(-1, 2 * r, *self.A.shape[1:]), r, 1)
             A, A0 = (half.flatten(0, 1) for half in halves)
             B, B0 = torch.split(self.B, r, 1)
-        return {"A": A, "B": B, "A0": A0, "B0": -B0, **self.others}
+        own = {"A": A, "B": B, "A0": A0, "B0": -B0}
+        return {**{role: tensor.contiguous() for role, tensor in own.items()}, **self.others}
 
     @property
     def known_alpha(self) -> float:
