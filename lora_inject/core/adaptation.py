@@ -15,12 +15,12 @@ from lora_inject.core.adapter import Adapter
 from lora_inject.core.arranging import Fresh, stand_in
 from lora_inject.core.look import Look
 from lora_inject.core.site import Site
+from lora_inject.core.starting import pair_parameters
 from lora_inject.core.state import State
 from lora_inject.core.state_parts import Before, Injection, Reach, Trained, Use
-from lora_inject.kinds import Kind, Spec
 from lora_inject.own import Place, own_tensor
 from lora_inject.settings import BiasMode
-from lora_inject.sharding import fill, is_distributed, shards, whole
+from lora_inject.sharding import fill, whole
 
 # A copy of such a module has no attributes but its own: its parent remembers what it was.
 _FORGETFUL = (torch.jit.ScriptModule, torch.fx.GraphModule)
@@ -89,7 +89,7 @@ def adaptation(
             if site.follows:
                 pairs = leaders[site.follows]
             else:
-                pairs = _pairs(site, adapter, content, generator)
+                pairs = pair_parameters(site, adapter, content.values, content.use, generator)
             leaders[site.path] = pairs
             own = made.fresh.setdefault(site.module, {})
             for (_, names), pair in zip(adapter.pairs, pairs, strict=True):
@@ -254,78 +254,3 @@ def _put_on_layers(
             now = uses[id(now)]
         if own or now is not state.use:
             states[module] = state.change(adapters=(*state.adapters, *own), use=now)
-
-
-def _pairs(
-    site: Site, adapter: Adapter, content: Content, generator: torch.Generator
-) -> list[dict[str, nn.Parameter]]:
-    """The tensors of each pair of a site by role, as parameters."""
-    device = site.kind.weight(site.module, site.specs[0].weight).device
-    pairs, variant = [], site.settings.variant
-    trains = {role: content.use and variant.trains(role) for role in variant.roles}
-    for spec in site.specs:
-        if content.values is not None:
-            given = content.values[site.path, spec.prefix]
-            tensors = {r: t.to(device, variant.dtype(r, site.dtype)) for r, t in given.items()}
-        elif device.type == "meta":
-            tensors = {
-                role: torch.empty(shape, dtype=variant.dtype(role, site.dtype), device=device)
-                for role, shape in variant.shapes(spec).items()
-            }
-        else:
-            tensors = starting_values(adapter, site.module, spec, site.dtype, generator)
-        pairs.append(as_parameters(site.kind, site.module, spec, tensors, trains))
-    return pairs
-
-
-def as_parameters(
-    kind: Kind,
-    layer: nn.Module,
-    spec: Spec,
-    tensors: Mapping[str, Tensor],
-    trains: Mapping[str, bool],
-) -> dict[str, nn.Parameter]:
-    """The tensors of a pair as parameters of a layer.
-
-    Beside a sharded weight they are placed as it is, with the first rank's values, whatever seed
-    the others drew.
-    """
-    weight = kind.weight(layer, spec.weight)
-    if is_distributed(weight):
-        A, B = kind.placements(weight, spec)
-        places = {"A": A, "B": B, "A0": A, "B0": B}
-        tensors = {role: shards(t, weight, places[role], 0) for role, t in tensors.items()}
-    return {role: nn.Parameter(t, requires_grad=trains[role]) for role, t in tensors.items()}
-
-
-@torch.no_grad()
-def starting_values(
-    adapter: Adapter,
-    layer: nn.Module,
-    spec: Spec,
-    dtype: torch.dtype,
-    used: torch.Generator | None = None,
-) -> dict[str, Tensor]:
-    """The tensors of a pair as they start, by role; a used generator makes it faster.
-
-    Args:
-        adapter: the adapter.
-        layer: the layer that it is for.
-        spec: the pair.
-        dtype: the dtype of A and B.
-        used: a generator that may be seeded anew.
-    """
-    kind, s, variant = adapter.kind, adapter.settings, adapter.settings.variant
-    path = f"{adapter.path}/{spec.prefix}" if spec.prefix else adapter.path
-    generator = initial.site_generator(adapter.seed, adapter.name, path, used)
-    W = layer._parameters[spec.weight] if s.start.reads or variant.more else None
-    A, B = s.start.values(kind, layer, W, spec, s.scaling, generator)
-    device = kind.weight(layer, spec.weight).device
-    if not (A.device == B.device == device and A.dtype is B.dtype is dtype):
-        A, B = A.to(device, dtype), B.to(device, dtype)
-    tensors = {"A": A, "B": B}
-    if variant.offset:
-        tensors |= {"A0": A.clone(), "B0": B.clone()}
-    if variant.more:
-        tensors |= variant.starting(kind, layer, W, spec, tensors, s.scaling)
-    return tensors

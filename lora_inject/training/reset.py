@@ -6,10 +6,11 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from lora_inject.changes.edits import Edit, filling, tensor_edit
-from lora_inject.core.adaptation import former_value, starting_values
+from lora_inject.core.adaptation import former_value
 from lora_inject.core.adapter import Adapter
 from lora_inject.core.commit import commit
 from lora_inject.core.look import Look
+from lora_inject.core.starting import starting_values
 from lora_inject.core.state import State
 from lora_inject.core.state_parts import Trained
 from lora_inject.errors import LoRAInjectError
