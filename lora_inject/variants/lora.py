@@ -46,6 +46,8 @@ class Variant:
             B0, and subtracted, so that the base is never moved: ``B A - B0 A0`` stands wherever
             this room says ``B A``.
         more: the tensors that a pair has besides A and B.
+        finishes: whether the change is made of the layer's output with ``B A`` added, alone and in
+            use with a weight of 1, by ``finish``.
         additive: whether changes of several adapters may stand beside each other row by row, and be
             computed together with the layer's own product: whether the change is a ``B A``.
         peft: what a PEFT config says of it.
@@ -58,6 +60,7 @@ class Variant:
     name: ClassVar[str] = "lora"  # what ``inject(variant=)`` calls it
     more: ClassVar[tuple[str, ...]] = ()
     additive: ClassVar[bool] = True
+    finishes: ClassVar[bool] = False
     peft: ClassVar[Mapping[str, Any]] = {}
     keys: ClassVar[Mapping[str, str]] = {}
 
@@ -173,6 +176,10 @@ class Variant:
             c: the change.
         """
         return add(y, self.delta(kind, layer, x, former, c), c.factor, c.spec)
+
+    def finish(self, kind: LayerKind, layer: nn.Module, y: Tensor, c: Change) -> Tensor:
+        """The output of the layer, of ``(W + s B A) x + b``, where ``finishes`` says so."""
+        return y
 
     def add_to_weight(
         self, kind: LayerKind, layer: nn.Module, W: Tensor, total: Tensor, c: Change
