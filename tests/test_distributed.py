@@ -645,7 +645,7 @@ def tp_methods(method):
     assert_close(lora_state_dict(model), lora_state_dict(alone), 0)
     inject(alone, "2", r=3, **method)
     if "variant" in method:
-        with pytest.raises(LoRAInjectError, match="2: its adapter .* is a dora.*whole rows"):
+        with pytest.raises(LoRAInjectError, match=r"2: its adapter .* is a dora.*whole rows"):
             parallelize_module(alone, init_device_mesh("cpu", (2,)), {"2": RowwiseParallel()})
     twin = parallelize_module(mlp(), init_device_mesh("cpu", (2,)), {"0": ColwiseParallel()})
     with pytest.raises(UnsupportedLayerError, match=r"0: .* needs its whole weight.*before"):
