@@ -162,6 +162,23 @@ class Variant:
         A0, B0 = kind.to_matrices(layer, tensors["A0"], tensors["B0"])
         return side_by_side([(A, B), (A0, -B0)])
 
+    def full_rank(
+        self, kind: LayerKind, layer: nn.Module, W: Tensor, c: Change
+    ) -> tuple[Tensor, Tensor]:
+        """The change, scaling included, as matrices: A (..., r, in) and B (..., out, r), exactly.
+
+        One of them is the change and the other the identity; r is the smaller side of the weight.
+        """
+        own = c._replace(factor=c.scaling)
+        change = self.add_to_weight(kind, layer, W, torch.zeros_like(W), own)
+        D_OI = kind.to_matrix(layer, change)
+        if c.spec.part:
+            D_OI = D_OI.narrow(-2, c.spec.start, c.spec.n_out)
+        n_out, n_in = D_OI.shape[-2:]
+        eye = torch.eye(min(n_out, n_in), dtype=D_OI.dtype, device=D_OI.device)
+        eye = eye.expand(*D_OI.shape[:-2], -1, -1)
+        return (D_OI, eye) if n_out < n_in else (eye, D_OI)
+
     def add_to_output(
         self, kind: LayerKind, layer: nn.Module, x: Tensor, former: Tensor, y: Tensor, c: Change
     ) -> Tensor:
