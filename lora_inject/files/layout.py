@@ -13,6 +13,7 @@ from lora_inject.core.paths import bare_key, bare_modules
 from lora_inject.errors import FormatError
 from lora_inject.files.fingerprint import differs
 from lora_inject.files.formats.data import AdapterData, PairData
+from lora_inject.files.formats.one_place import Given, is_repeated, is_repeated_pair
 from lora_inject.kinds import find_kind
 from lora_inject.kinds.parameter import layout_of
 from lora_inject.own import Place, own_tensor
@@ -53,13 +54,13 @@ class Layout:
         self.modules = bare_modules(look.index.by_path)
         real = {module: paths[0] for module, paths in look.index.paths.items()}
         self.all_pairs: list[LaidOutPair] = []
-        unknown = []
+        unknown, given = [], Given()
         for pair in data.pairs:
             path = bare_key(pair.path, self.modules)
             module = self.modules.get(path)
             if module is None:
                 unknown.append(pair.path)
-            else:
+            elif not is_repeated_pair(given, (module, pair.weight, pair.part), pair.name, pair):
                 pair = pair if path == pair.path else replace(pair, path=path)
                 self.all_pairs.append(LaidOutPair(_turned(pair, module), module, real[module]))
         self.tensors: dict[str, Tensor] = {}
@@ -70,6 +71,8 @@ class Layout:
             value = None if module is None else own_tensor(module, last)
             if value is None:
                 unknown.append(name)
+            elif is_repeated(given, (module, last), name, tensor):
+                continue
             elif not _is_the_bases(name, tensor, value, data):
                 self.tensors[f"{path}.{last}".lstrip(".")] = tensor
         if unknown:

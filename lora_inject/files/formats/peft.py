@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lora_inject.errors import FormatError
 from lora_inject.files.formats.data import AdapterData, PairData
+from lora_inject.files.formats.one_place import Given, is_repeated
 from lora_inject.files.formats.pairs import (
     divided,
     over_all_channels,
@@ -31,11 +32,11 @@ from lora_inject.files.formats.peft_config import (
     check_config,
     config_digest,
     own_metadata,
-    target_labels,
     to_config,
     to_metadata,
 )
 from lora_inject.files.formats.peft_nested import nested_parameters, unwrapped
+from lora_inject.files.formats.peft_targets import require_targets, target_labels
 from lora_inject.files.formats.storage import (
     read_json,
     read_tensors,
@@ -104,6 +105,8 @@ def from_tensors(
             remedy="A save was interrupted, or one was edited: save again.",
         )
     found, others = _pairs(tensors, path)
+    stacked = [unwrapped(k.removesuffix(OUT_PROJ)) for k in found if k.startswith(PREFIX)]
+    require_targets(config, stacked, path / CONFIG)
     scalings = Scalings(config, alpha, path / CONFIG)
     nested = nested_parameters(config, found, model)
     weights = dict.fromkeys((k.removesuffix(OUT_PROJ) for k in found if k.endswith(OUT_PROJ)),
@@ -185,16 +188,19 @@ def _pairs(tensors: Mapping[str, Tensor], path: Path) -> tuple[Found, dict[str, 
     """(pairs by the path in the file, all other tensors by their name in the base)."""
     halves: dict[str, dict[str, tuple[Form, Tensor]]] = {}
     others: dict[str, Tensor] = {}
+    given = Given()
     for key, tensor in tensors.items():
         match = re.fullmatch(_KEY, key)
         if match is None:
             if ".lora_" in key:
                 raise FormatError(f"{path}: the tensor {key} is of no kind that is supported.")
-            if ".original_module." not in key:
-                others[_base_name(key)] = tensor
+            name = _base_name(key)
+            if ".original_module." not in key and not is_repeated(given, name, key, tensor):
+                others[name] = tensor
             continue
         form: Form = "embedding" if match[2] else "conv" if tensor.dim() > 2 else "linear"
-        halves.setdefault(match[1], {})[match[3]] = (form, tensor)
+        if not is_repeated(given, (match[1], match[3]), key, tensor):
+            halves.setdefault(match[1], {})[match[3]] = (form, tensor)
     for name, half in halves.items():
         if half.keys() != {"A", "B"}:
             raise FormatError(f"{path}: {name} has only {' and '.join(half)} of lora_A and lora_B.")

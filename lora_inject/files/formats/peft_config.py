@@ -5,14 +5,14 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-from lora_inject.core.patterns import REGEX_SECONDS
 from lora_inject.errors import FormatError
 from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.pairs import config_rank
+from lora_inject.files.formats.peft_targets import is_match, target_names
 from lora_inject.files.formats.storage import parse_json
 from lora_inject.settings import BiasMode
 from lora_inject.variants import FIXED, SCALINGS, Scaling
@@ -104,13 +104,6 @@ def own_metadata(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     return own
 
 
-def target_labels(target_modules: Any) -> tuple[str, ...]:
-    """``target_modules`` for people; which layers there are is told by the tensors."""
-    if isinstance(target_modules, str):
-        return (target_modules,)
-    return tuple(map(str, target_modules)) if isinstance(target_modules, list) else ()
-
-
 class Scalings:
     """Rank and alpha of each layer as the config says."""
 
@@ -147,16 +140,9 @@ class Scalings:
         return float(alpha)
 
     def _find(self, patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-        import regex  # which takes long to import, and few calls need it
-
         for pattern, value in patterns.items():
-            try:
-                if regex.match(rf"(.*\.)?({pattern})$", path, timeout=REGEX_SECONDS):
-                    return value
-            except (regex.error, TimeoutError, RecursionError) as error:
-                raise FormatError(
-                    f"{self.path}: the pattern {pattern[:80]!r} cannot be used: {error}."
-                ) from error
+            if is_match(rf"(.*\.)?({pattern})", path, self.path):
+                return value
         return default
 
 
@@ -233,22 +219,6 @@ def _number(value: float) -> float | int:
     """An alpha as people write it: PEFT's is an integer where it can be one."""
     near = round(value)
     return near if near == value else value
-
-
-def target_names(paths: list[str], modules: Iterable[str] | None) -> list[str] | str:
-    """``target_modules`` that select these modules and no others, by PEFT's rule of suffixes."""
-    wanted, known = set(paths), set(paths if modules is None else modules)
-
-    def selected(names: Iterable[str]) -> set[str]:
-        ends = tuple(f".{name}" for name in names)
-        return {path for path in known if path in names or path.endswith(ends)}
-
-    short = sorted({path.rpartition(".")[2] for path in paths})
-    if modules is not None and short and selected(short) == wanted:
-        return short
-    if selected(paths) == wanted:
-        return sorted(paths)
-    return "|".join(map(re.escape, sorted(paths)))
 
 
 def _pattern(values: Mapping[str, Any], of_all: Mapping[str, Any]) -> dict[str, Any]:
