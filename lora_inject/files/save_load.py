@@ -115,7 +115,7 @@ def load(
     look = Look(model)
     look.require_awake()
     data = read_adapter(file, format, model, alpha)
-    wanted = Layout(look, data)
+    wanted = Layout(look, data, adapter)
     if not other_base:
         wanted.check_base()
     if adapter in look.known:
@@ -138,7 +138,6 @@ def _path(path: Any) -> Path:
 
 def _inject(wanted: Layout, adapter: str, dtype: torch.dtype | str | None, use: bool) -> None:
     """Put the file's adapter into the model as a new one."""
-    wanted.require_tied()
     elsewhere = wanted.elsewhere()
     outside = (Pattern("elsewhere", _within(elsewhere), by_name=True),) if elsewhere else ()
     request = Request(
@@ -166,15 +165,18 @@ def _content(wanted: Layout, use: bool, sites: Sequence[Site]) -> Content:
                 remedy='Call model.to_empty(device="cpu") and load the base weights first.',
             )
     values = _values(wanted, {site.path: site for site in sites if not site.follows})
-    places, layers = wanted.places(), [site.module for site in sites]
+    places, layers = wanted.places, [site.module for site in sites]
     in_full = _in_full(wanted, places)
     guess = "lora_only" if {module for module, _ in places} <= set(layers) else "all"
     all_biases = all(name.endswith("bias") for _, name in places)
     bias = check_bias(wanted.data.bias or (guess if places and all_biases else "none"))
     expected = bias if wanted.data.bias else "none"
     trained = in_place(wanted.look, layers, expected, [*in_full.values()])
+    # What a format that tells what trains does not name is of the base, and only comes along.
+    all_of_it = trained if wanted.data.bias else dict.fromkeys(places, True) | trained
+    wanted.require_tied(all_of_it)
     _check_tensors(wanted, trained, places)
-    return Content(bias, in_full, dict.fromkeys(places, True) | trained, values, places, use)
+    return Content(bias, in_full, dict.fromkeys(places, False) | all_of_it, values, places, use)
 
 
 def _values(

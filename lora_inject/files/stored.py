@@ -165,7 +165,7 @@ class Stored:
         """What other libraries would take apart: shared layers, and tied tensors that train."""
         paths = Counter(self.modules.values())
         shared = {held.path for held in self.pairs if paths[held.layer] > 1}
-        tied = {key for key, (_, place) in self.trained.items() if place.places > 1}
+        tied = {key for key, (_, t) in self.trained.items() if t.places > 1 and t.owners[self.name]}
         why = "stands at several paths of the model, of which it would adapt one alone"
         return dict.fromkeys(shared, why) | dict.fromkeys(
             tied, "is tied to another, from which it would be untied"

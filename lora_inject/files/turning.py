@@ -1,0 +1,43 @@
+"""A pair of a file as the weight that it is for stands in a module."""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from lora_inject.errors import FormatError
+from lora_inject.files.formats.data import PairData
+from lora_inject.kinds.parameter import layout_of
+from lora_inject.variants import OTHER
+
+
+def turned(pair: PairData, module: nn.Module) -> PairData:
+    """The pair as the weight that it is for stands in the module."""
+    if pair.alpha is not None and pair.alpha < 0:
+        pair = replace(pair, alpha=-pair.alpha, B=-pair.B)
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups > 1:
+        return _of_groups(pair, module.groups, module.in_channels)
+    W = module._parameters.get(pair.weight)
+    own = layout_of(module, W) if W is not None and pair.form == "experts" else None
+    if own is not None and pair.layout and own != pair.layout:
+        A, B = pair.B.transpose(-2, -1), pair.A.transpose(-2, -1)
+        return replace(pair, A=A, B=B, layout=own, fixed=OTHER[pair.fixed])
+    return pair
+
+
+def _of_groups(pair: PairData, groups: int, channels: int) -> PairData:
+    """A pair of a grouped convolution, whose A may be for all channels, as PEFT has it.
+
+    Raises:
+        FormatError: A mixes channels of several groups, which no grouped weight can do.
+    """
+    if pair.A.dim() < 3 or pair.A.shape[1] != channels or pair.A.shape[0] % groups:
+        return pair
+    blocks = pair.A.reshape(groups, -1, groups, channels // groups, *pair.A.shape[2:])
+    own = torch.stack([blocks[g, :, g] for g in range(groups)])
+    if own.count_nonzero() != blocks.count_nonzero():
+        raise FormatError(
+            "its adapter mixes channels of several groups, which a grouped convolution cannot.",
+            path=pair.path,
+        )
+    return replace(pair, A=own.flatten(0, 1))
