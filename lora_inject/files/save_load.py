@@ -1,5 +1,6 @@
 """Save an adapter to disk and load it into a model, in any format; strict, and all or nothing."""
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from os import PathLike, fspath
@@ -176,7 +177,9 @@ def _content(wanted: Layout, use: bool, sites: Sequence[Site]) -> Content:
     all_of_it = trained if wanted.data.bias else dict.fromkeys(places, True) | trained
     wanted.require_tied(all_of_it)
     _check_tensors(wanted, trained, places)
-    return Content(bias, in_full, dict.fromkeys(places, False) | all_of_it, values, places, use)
+    also = dict.fromkeys(places, False) | all_of_it
+    said = json.dumps(dict(wanted.data.said)) if wanted.data.said else ""
+    return Content(bias, in_full, also, values, places, use, said)
 
 
 def _values(

@@ -5,6 +5,7 @@ adapter can be left out. Paths are those of the bare model: what wrappers put in
 """
 
 import functools
+import json
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, cast
@@ -146,7 +147,13 @@ class Stored:
             task="CAUSAL_LM" if kind.endswith(("ForCausalLM", "LMHeadModel")) else "",
             modules=tuple(path for path in self.paths.values() if path),
             facts={"refused": self._in_several_places()},
+            said=self._said(),
         )
+
+    def _said(self) -> dict[str, Any]:
+        """What the file said besides that it was loaded from."""
+        said = [i.said for i in self.look.injections if i.adapter == self.name and i.said]
+        return dict(json.loads(said[0])) if said else {}
 
     def _in_order(self) -> list[StoredPair]:
         """The pairs, those of one module in the order of its parameters."""

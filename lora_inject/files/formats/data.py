@@ -134,6 +134,7 @@ class AdapterData:
         modules: the paths of all modules of the model, for writers that name layers by pattern;
             None where no model is at hand.
         facts: what a format knows beyond this and a reader may want to show.
+        said: what a PEFT config says of other things than the tensors, which is written again.
     """
 
     pairs: tuple[PairData, ...]
@@ -147,6 +148,7 @@ class AdapterData:
     task: str = ""
     modules: tuple[str, ...] | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    said: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, tensor in self.tensors.items():

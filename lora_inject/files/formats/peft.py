@@ -32,6 +32,7 @@ from lora_inject.files.formats.peft_config import (
     check_config,
     config_digest,
     own_metadata,
+    said_besides,
     to_config,
     to_metadata,
 )
@@ -140,6 +141,7 @@ def from_tensors(
             "base_weights": [_base_name(k) for k in tensors if k.endswith(".base_layer.weight")],
             **({"train_also": own["train_also"]} if "train_also" in own else {}),
         },
+        said=said_besides(config),
     )
 
 

@@ -29,6 +29,11 @@ _HARMLESS = {
     "qalora_group_size", "eva_config", "ensure_weight_tying", "merge_weights", "loftq_config",
     "corda_config", "lora_ga_config",
 }  # fmt: skip
+# Of these, what is said of other things than the tensors and the target modules, and written again.
+_BESIDES = (
+    "task_type", "auto_mapping", "base_model_name_or_path", "revision", "megatron_config",
+    "megatron_core", "ensure_weight_tying",
+)  # fmt: skip
 # Starting values that leave the base as it is; all others move it, and the file does not say how.
 _HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -78,6 +83,24 @@ def _what_it_is(config: Mapping[str, Any]) -> tuple[str, str]:
         "it has no peft_type, so that it is not a PEFT config as it stands",
         'If it is one of LoRA, add "peft_type": "LORA".',
     )
+
+
+def said_besides(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config says that this library does not use, and that saving is to say again."""
+    return {key: config[key] for key in _BESIDES if config.get(key)}
+
+
+def _still_said(data: AdapterData) -> dict[str, Any]:
+    """What the config that was loaded said besides, where it is true of the model as it is."""
+    said = dict(data.said)
+    classes = said.get("auto_mapping")
+    own = classes.get("base_model_class") if isinstance(classes, Mapping) else None
+    if data.model_class and own != data.model_class:
+        said.pop("auto_mapping", None)
+    if data.base_name and data.base_name != said.get("base_model_name_or_path"):
+        said.pop("revision", None)  # of the other base
+        said["base_model_name_or_path"] = data.base_name
+    return said
 
 
 def _is_names(value: Any) -> bool:
@@ -176,6 +199,7 @@ def to_config(data: AdapterData, pairs: list[PairData]) -> dict[str, Any]:
         "init_lora_weights": True,
         "inference_mode": True,
         **rule.peft,
+        **_still_said(data),
     }
 
 
