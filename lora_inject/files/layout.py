@@ -14,7 +14,7 @@ from lora_inject.errors import FormatError
 from lora_inject.files.fingerprint import differs
 from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.one_place import Given, is_repeated, is_repeated_pair
-from lora_inject.files.turning import turned
+from lora_inject.files.turning import in_parts, turned
 from lora_inject.files.vocabulary import require_rows
 from lora_inject.kinds import find_kind
 from lora_inject.own import Place, own_tensor
@@ -90,7 +90,12 @@ class Layout:
                 unknown.append(pair.path)
             elif not is_repeated_pair(given, (module, pair.weight, pair.part), pair.name, pair):
                 pair = pair if path == pair.path else replace(pair, path=path)
-                self.all_pairs.append(LaidOutPair(turned(pair, module), module, real[module]))
+                state = look.states.get(module)
+                own = [a for a in state.adapters if a.name == adapter] if state else []
+                self.all_pairs += [
+                    LaidOutPair(turned(part, module), module, real[module])
+                    for part in in_parts(pair, module, own)
+                ]
         others: list[LaidOutTensor] = []
         for name, tensor in data.tensors.items():
             owner, _, last = name.rpartition(".")

@@ -147,13 +147,15 @@ class Stored:
             task="CAUSAL_LM" if kind.endswith(("ForCausalLM", "LMHeadModel")) else "",
             modules=tuple(path for path in self.paths.values() if path),
             facts={"refused": self._in_several_places()},
-            said=self._said(),
+            said=json.loads(self.look.said(self.name) or "{}"),
+            dtype="base" if self._follows_base() else "",
         )
 
-    def _said(self) -> dict[str, Any]:
-        """What the file said besides that it was loaded from."""
-        said = [i.said for i in self.look.injections if i.adapter == self.name and i.said]
-        return dict(json.loads(said[0])) if said else {}
+    def _follows_base(self) -> bool:
+        """Whether A and B have the 16 bits of their weights, as no default of inject has it."""
+        weights = [h.adapter.kind.weight(h.layer, h.spec.weight) for h in self.pairs]
+        pairs = zip(self.pairs, weights, strict=True)
+        return all(w.dtype is h.values[0].dtype and w.dtype.itemsize == 2 for h, w in pairs)
 
     def _in_order(self) -> list[StoredPair]:
         """The pairs, those of one module in the order of its parameters."""

@@ -135,6 +135,7 @@ class AdapterData:
             None where no model is at hand.
         facts: what a format knows beyond this and a reader may want to show.
         said: what a PEFT config says of other things than the tensors, which is written again.
+        dtype: "base" where A and B follow the 16 bits of the base; "" where nothing says so.
     """
 
     pairs: tuple[PairData, ...]
@@ -149,6 +150,7 @@ class AdapterData:
     modules: tuple[str, ...] | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     said: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str = ""
 
     def __post_init__(self) -> None:
         for name, tensor in self.tensors.items():
