@@ -88,10 +88,10 @@ def _warn_of_dropout(wanted: Layout, sites: Sequence[Site]) -> None:
     lost = [f for f in wanted.pairs if f.target in without and f.pair.dropout]
     if lost:
         more = f" and {len(lost) - 1:,} more" if lost[1:] else ""
+        name, dropout = lost[0].pair.name, lost[0].pair.dropout
         warn(
-            f"{lost[0].pair.name}{more}: the file has a dropout of {lost[0].pair.dropout:g}, and in "
-            "this model the adapter acts in the weight, where dropout has no input to act on: it "
-            "trains without."
+            f"{name}{more}: the file has a dropout of {dropout:g}, and the adapter "
+            " acts in the weight here, where it has no input to act on: it is left out."
         )
 
 

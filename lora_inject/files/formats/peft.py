@@ -6,7 +6,7 @@ file, which PEFT ignores.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ def from_tensors(
             remedy="A save was interrupted, or one was edited: save again.",
         )
     modules = None if model is None else bare_modules(Index(model).by_path)
-    names = Names({*(modules or ()), *own.get("names", ())})
+    names = Names({*own.get("names", ()), *_names(modules or {})})
     found, others = sorted_out(tensors, names, path)
     stacked = [unwrapped(k.removesuffix(OUT_PROJ)) for k in found if k.startswith(PREFIX)]
     require_targets(config, stacked, path / CONFIG)
@@ -121,6 +121,14 @@ def from_tensors(
         said=said_besides(config),
         dtype=own.get("dtype", ""),
     )
+
+
+def _names(modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    """The paths of modules, and the names of their tensors."""
+    for path, module in modules.items():
+        yield path
+        for name in (*module._parameters, *module._buffers):
+            yield f"{path}.{name}".lstrip(".")
 
 
 def write(data: AdapterData, path: Path) -> None:

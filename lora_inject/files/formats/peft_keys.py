@@ -47,7 +47,7 @@ class Names:
     A module of the model may be called as a wrapper is: names that are known stay.
 
     Args:
-        known: paths of modules.
+        known: paths of modules, and the names of their tensors.
     """
 
     def __init__(self, known: Container[str]) -> None:
@@ -59,11 +59,8 @@ class Names:
 
     def tensor(self, key: str) -> str | None:
         """The name of a base tensor for its key; None for one that PEFT keeps and does not use."""
-        owner, _, last = key.removeprefix(PREFIX).rpartition(".")
-        name = self._without(owner, rf"\.({_WRAPPERS})(?=\.|$)")
-        if ".original_module" in f"{name}." and name not in self.known:
-            return None
-        return f"{name}.{last}".lstrip(".")
+        name = self._without(key.removeprefix(PREFIX), rf"\.({_WRAPPERS})(?=\.)")
+        return None if ".original_module." in name and name not in self.known else name
 
     def adapted_weights(self, keys: Iterable[str]) -> list[str]:
         """The names of weights of adapted layers among the keys."""

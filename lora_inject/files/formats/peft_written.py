@@ -110,8 +110,9 @@ def to_metadata(data: AdapterData, config: Mapping[str, Any]) -> dict[str, Any]:
             own["parts"].append([pair.part, pair.span[0], pair.B.shape[0], pair.rank, alpha])
     dropouts = {p.path: p.dropout for p in data.pairs if p.dropout != config["lora_dropout"]}
     fixed = {p.path: p.fixed for p in data.pairs if p.fixed}
-    owners = [p.path for p in data.pairs] + [name.rpartition(".")[0] for name in data.tensors]
-    names = [path for path in dict.fromkeys(owners) if Names(()).tensor(f"{path}.") != f"{path}."]
+    plain = Names(())
+    names = [p.path for p in data.pairs if plain.tensor(f"{p.path}.") != f"{p.path}."]
+    names += [name for name in data.tensors if plain.tensor(name) != name]
     return {
         "config": config_digest(config),
         "targets": list(data.targets),
