@@ -97,6 +97,7 @@ def test_numbers_that_are_written_as_strings(changes, tmp_path):
     ({"r": "two"}, "rank 'two'"), ({"lora_alpha": "nan"}, "alpha of"),
     ({"lora_dropout": "half"}, "lora_dropout must be a number"),
     ({"use_rslora": "false"}, "use_rslora must be true or false"),
+    ({"use_dora": "false"}, "use_dora must be true or false"),
     ({"enable_lora": [1, 0]}, "enable_lora must be a list"),
     ({"enable_lora": [False]}, "enable_lora must be a list"),
     ({"enable_lora": "q"}, "enable_lora must be a list"),

@@ -72,6 +72,8 @@ def write(data: AdapterData, path: Path) -> None:
     """
     tensors: dict[str, Tensor] = {}
     for own in by_layer(data.pairs):
+        for pair in own:
+            pair.require_plain("loralib's format")
         A, B = merged(own) if own[0].part else (own[0].A, own[0].B)
         key = replace(own[0], part="").key
         tensors |= {f"{key}lora_A": A, f"{key}lora_B": B}

@@ -40,6 +40,12 @@ from lora_inject.files.formats.peft_keys import (
 from lora_inject.files.formats.peft_nested import unwrapped
 from lora_inject.files.formats.peft_pairs import PairReader, sorted_out
 from lora_inject.files.formats.peft_targets import require_targets, target_labels
+from lora_inject.files.formats.peft_variants import (
+    keys_of_others,
+    with_others,
+    without_others,
+    words_of,
+)
 from lora_inject.files.formats.peft_written import to_config, to_metadata
 from lora_inject.files.formats.storage import (
     read_json,
@@ -96,6 +102,7 @@ def from_tensors(
         )
     modules = None if model is None else bare_modules(Index(model).by_path)
     names = Names({*own.get("names", ()), *_names(modules or {})})
+    tensors, of_variants = without_others(tensors)
     found, others = sorted_out(tensors, names, path)
     stacked = [unwrapped(k.removesuffix(OUT_PROJ)) for k in found if k.startswith(PREFIX)]
     require_targets(config, stacked, path / CONFIG)
@@ -103,8 +110,10 @@ def from_tensors(
     reader = PairReader(config, own, found, names, modules, scalings, path)
     for key in own.get("padding", ()):  # halves of attention that were never adapted
         found.pop(key, None)
+    pairs = [pair for key, halves in found.items() for pair in reader.pairs(key, *halves)]
+    pairs = with_others(pairs, of_variants, config, path)
     return AdapterData(
-        pairs=tuple(pair for key, halves in found.items() for pair in reader.pairs(key, *halves)),
+        pairs=tuple(pairs),
         tensors=others,
         bias=config.get("bias") or "none",
         train_also=tuple(own.get("train_also") or config.get("modules_to_save") or ()),
@@ -161,12 +170,13 @@ def to_tensors(data: AdapterData) -> tuple[dict[str, Any], dict[str, Tensor], st
         if not known or not pair.path:
             raise FormatError(f"{pair.name or 'the model itself'} is nothing that PEFT can adapt.")
     whole = with_whole_attention(whole_layers(data.pairs))
-    tensors, config = _tensors(whole), to_config(data, whole)
+    tensors = _tensors(whole) | keys_of_others(whole, PREFIX)
+    config = {**to_config(data, whole), **words_of(data)}
     tensors |= {base_key(name, whole): tensor for name, tensor in data.tensors.items()}
     own = {(pair.path, pair.weight) for pair in data.pairs}
     padding = [p.path.removesuffix(".out_proj") + OUT_PROJ if p.in_attention else p.path
                for p in whole if (p.path, p.weight) not in own]  # fmt: skip
-    return config, tensors, json.dumps({**to_metadata(data, config), "padding": padding})
+    return config, tensors, json.dumps({**to_metadata(data, whole, config), "padding": padding})
 
 
 def _tensors(pairs: Iterable[PairData]) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ _HARMLESS = {
     "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
     "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_config", "megatron_core",
     "modules_to_save", "peft_type", "peft_version", "r", "rank_pattern", "revision",
-    "runtime_config", "target_modules", "target_parameters", "task_type", "use_rslora",
+    "runtime_config", "target_modules", "target_parameters", "task_type", "use_dora", "use_rslora",
     "qalora_group_size", "eva_config", "ensure_weight_tying", "merge_weights", "loftq_config",
     "corda_config", "lora_ga_config", "enable_lora",
 }  # fmt: skip
@@ -67,12 +67,13 @@ def _check_values(config: Mapping[str, Any], path: Path) -> None:
     for key in ("modules_to_save", "target_parameters"):
         if not (config.get(key) is None or _is_names(config[key])):
             raise FormatError(f"{path}: {key} must be a list of names, not {config[key]!r}.")
-    enabled, rslora = config.get("enable_lora"), config.get("use_rslora")
+    enabled = config.get("enable_lora")
     flags = isinstance(enabled, list) and all(isinstance(flag, bool) for flag in enabled)
     if enabled and not (flags and any(enabled)):
         raise FormatError(f"{path}: enable_lora must be a list of true and false, not {enabled!r}.")
-    if not (rslora is None or isinstance(rslora, bool)):
-        raise FormatError(f"{path}: use_rslora must be true or false, not {rslora!r}.")
+    for key in ("use_rslora", "use_dora"):
+        if not (config.get(key) is None or isinstance(config[key], bool)):
+            raise FormatError(f"{path}: {key} must be true or false, not {config[key]!r}.")
     dropout, bias = config.get("lora_dropout") or 0.0, config.get("bias") or "none"
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise FormatError(f"{path}: lora_dropout must be a number in [0, 1), not {dropout!r}.")

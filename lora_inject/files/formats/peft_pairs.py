@@ -80,6 +80,7 @@ class PairReader:
         self.dropouts = own.get("dropout", {})
         self.dropout = float(config.get("lora_dropout") or 0.0)
         self.fixed, self.all_fixed = own.get("fixed", {}), fixed_by_start(config)
+        self.starts = own.get("start", {})
         self.nested = nested_parameters(config, found, modules)
         outs = [key.removesuffix(OUT_PROJ) for key in found if names.is_out_proj(key)]
         self.weights = dict.fromkeys(outs, "in_proj_weight")
@@ -100,9 +101,10 @@ class PairReader:
             found = self._enabled(self.names.module(key), A, B)
         else:
             found = self._plain(key, form, A, B)
-        dropout = self.dropouts.get(found[0].path, self.dropout)
-        fixed = self.fixed.get(found[0].path, self.all_fixed)
-        return [replace(pair, dropout=dropout, fixed=fixed) for pair in found]
+        path = found[0].path
+        dropout = self.dropouts.get(path, self.dropout)
+        fixed, start = self.fixed.get(path, self.all_fixed), self.starts.get(path, "")
+        return [replace(pair, dropout=dropout, fixed=fixed, start=start) for pair in found]
 
     def _plain(self, key: str, form: Form, A: Tensor, B: Tensor) -> list[PairData]:
         name, in_attention = self.names.module(key), self.names.is_out_proj(key)

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lora_inject.errors import FormatError
@@ -100,7 +100,9 @@ def _pattern(values: Mapping[str, Any], of_all: Mapping[str, Any]) -> dict[str, 
     return result
 
 
-def to_metadata(data: AdapterData, config: Mapping[str, Any]) -> dict[str, Any]:
+def to_metadata(
+    data: AdapterData, pairs: Iterable[PairData], config: Mapping[str, Any]
+) -> dict[str, Any]:
     """What PEFT has no word for, for the metadata of the tensors' file."""
     parts: dict[str, Any] = {}
     for pair in data.pairs:
@@ -110,6 +112,7 @@ def to_metadata(data: AdapterData, config: Mapping[str, Any]) -> dict[str, Any]:
             own["parts"].append([pair.part, pair.span[0], pair.B.shape[0], pair.rank, alpha])
     dropouts = {p.path: p.dropout for p in data.pairs if p.dropout != config["lora_dropout"]}
     fixed = {p.path: p.fixed for p in data.pairs if p.fixed}
+    starts = {p.path: p.start for p in pairs if p.start}  # but for what was padded
     plain = Names(())
     names = [p.path for p in data.pairs if plain.tensor(f"{p.path}.") != f"{p.path}."]
     names += [name for name in data.tensors if plain.tensor(name) != name]
@@ -121,6 +124,7 @@ def to_metadata(data: AdapterData, config: Mapping[str, Any]) -> dict[str, Any]:
         **({"parts": parts} if parts else {}),
         **({"dropout": dropouts} if dropouts else {}),
         **({"fixed": fixed} if fixed else {}),
+        **({"start": starts} if starts else {}),
         **({"names": names} if names else {}),
         **({"dtype": data.dtype} if data.dtype else {}),
     }
