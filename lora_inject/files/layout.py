@@ -11,7 +11,7 @@ from lora_inject.arithmetic.low_rank import same_product
 from lora_inject.core.look import Look
 from lora_inject.core.paths import bare_key, bare_modules
 from lora_inject.errors import FormatError
-from lora_inject.files.fingerprint import differs
+from lora_inject.files.fingerprint import differs, how_it_differs
 from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.one_place import Given, is_repeated, is_repeated_pair
 from lora_inject.files.turning import in_parts, turned
@@ -19,6 +19,15 @@ from lora_inject.files.vocabulary import require_rows
 from lora_inject.kinds import find_kind
 from lora_inject.own import Place, own_tensor
 from lora_inject.sharding import whole
+
+# What to do about a base in which all weights differ in the same way.
+_OTHER_BASE = {
+    "": "Load the right base model, or say other_base=True.",
+    "rounding": "They differ by rounding alone, as a cast to 16 bits and back leaves it: say "
+    "other_base=True where that is meant.",
+    "rows": "They differ in the number of rows alone: give the base as many tokens or outputs as "
+    "it had then (resize_token_embeddings), or say other_base=True.",
+}
 
 
 class LaidOutPair(NamedTuple):
@@ -185,7 +194,7 @@ class Layout:
         Raises:
             FormatError: adapted weights differ, by path.
         """
-        wrong = []
+        wrong: dict[str, str] = {}
         for key, saved in self.data.base.items():
             owner, _, name = key.rpartition(".")
             module = self.modules.get(bare_key(owner, self.modules))
@@ -194,12 +203,13 @@ class Layout:
             if module is not None:
                 weight = kind.weight(module, name) if kind else own_tensor(module, name)
             if isinstance(saved, Mapping) and weight is not None and differs(saved, weight):
-                wrong.append(key)
+                wrong[key] = how_it_differs(saved, weight)
         if wrong:
+            hows, names = set(wrong.values()), list(wrong)
             raise FormatError(
                 f"{len(wrong):,} of {len(self.data.base):,} adapted weights are not those that the "
-                f"adapter was made for: {', '.join(wrong[:3])}{', ...' if wrong[3:] else ''}.",
-                remedy="Load the right base model, or say other_base=True.",
+                f"adapter was made for: {', '.join(names[:3])}{', ...' if names[3:] else ''}.",
+                remedy=_OTHER_BASE[hows.pop() if len(hows) == 1 else ""],
             )
 
     def _is_the_bases(self, other: LaidOutTensor, adapter: str) -> bool:
@@ -270,8 +280,10 @@ def _where_it_fits(names: Sequence[str], modules: Mapping[str, nn.Module]) -> st
 
 
 def _is_equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two values are one, in the dtype of the second."""
-    return one.shape == other.shape and torch.equal(one.to(other), other)
+    """Whether two values are one, in the coarser of their dtypes."""
+    return one.shape == other.shape and (
+        torch.equal(one.to(other), other) or torch.equal(other.to(one), one)
+    )
 
 
 def _same_update(one: PairData, other: PairData) -> bool:

@@ -21,7 +21,13 @@ from lora_inject.core.paths import bare, bare_key, bare_modules, first_paths
 from lora_inject.core.state_parts import Trained
 from lora_inject.errors import ArgumentError, FormatError, LoRAInjectError
 from lora_inject.files.fingerprint import fingerprint
-from lora_inject.files.fit_checks import is_for, not_finite, raise_problems, require_fit
+from lora_inject.files.fit_checks import (
+    is_for,
+    not_finite,
+    raise_problems,
+    require_fit,
+    require_usable,
+)
 from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.pairs import told_layout
 from lora_inject.files.stored_pair import StoredPair
@@ -246,8 +252,7 @@ class Stored:
                 scaling = scalings.get(held.key, held.adapter.settings.scaling)
                 fitted = held.fitted(usable, scaling)
                 ready |= {key: fitted[role] for role, key in held.keys.items()}
-        wrong = [key for key, value in ready.items() if not is_for(value, own.get(key))]
-        raise_problems("some values cannot be used", {"no plain tensors": wrong})
+        require_usable(ready, own)
         shapes = {key: tuple(tensor.shape) for key, tensor in own.items()}
         require_fit("the values do not fit the adapter", shapes, ready)
         cast = {key: ready[key].to(dtype=tensor.dtype) for key, tensor in own.items()}

@@ -70,6 +70,19 @@ def test_values_of_the_base_come_along_and_do_not_train(tmp_path):
     assert changed_parts(former, snapshot(model)) == []
 
 
+@pytest.mark.parametrize(("saved", "loaded"), [(torch.bfloat16, torch.float32),
+                                               (torch.float32, torch.bfloat16)])  # fmt: skip
+def test_the_base_in_other_bits_is_the_base(saved, loaded, tmp_path):
+    model = tokens().to(loaded)
+    former = model.emb.weight.detach().clone()
+    base = {"emb.base_layer.weight": tokens().emb.weight.detach().to(saved)}
+    load(model, peft(tmp_path, "emb", torch.ones(2, 9), torch.ones(4, 2), base))
+    assert torch.equal(model.emb.weight, former)
+    other = {"emb.base_layer.weight": base["emb.base_layer.weight"] * 2}
+    with pytest.raises(FormatError, match="weight of the adapted layer emb"):
+        load(tokens(), peft(tmp_path, "emb", torch.ones(2, 9), torch.ones(4, 2), other))
+
+
 def test_they_train_where_modules_to_save_names_them(tmp_path):
     model = load(tokens(), with_embedding(tmp_path / "a", 0.5, modules_to_save=["emb"]))
     assert model.emb.weight.requires_grad

@@ -57,7 +57,8 @@ def with_others(
         if own.keys() != set(variant.more):
             raise FormatError(
                 f"{where}: {pair.name} has {sorted(own) or 'nothing'} besides A and B, and its "
-                f"config asks for {sorted(variant.more) or 'nothing'}."
+                f"config asks for {sorted(variant.more) or 'nothing'}.",
+                remedy="Save it whole with PEFT (save_pretrained), tensors and config together.",
             )
         if own:
             _require_same_rows(pair)

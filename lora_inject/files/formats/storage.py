@@ -82,9 +82,10 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle's errors are of any type
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        arrays = " Of numpy arrays torch.from_numpy makes tensors." if "numpy" in str(error) else ""
         raise FormatError(
             f"{path} is no file of tensors alone: {reason}",
-            remedy="It was not unpickled: doing so could run code.",
+            remedy=f"It was not unpickled: doing so could run code.{arrays}",
         ) from error
     if not isinstance(state, Mapping) or not all(
         isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
