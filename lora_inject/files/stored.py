@@ -236,12 +236,15 @@ class Stored:
         own, tied = self.tensors(), self.tied()
         known = own.keys() | tied.keys()
         given: dict[str, Tensor] = {}
+        names: dict[str, str] = {}
         for key, value in state.items():
             # A prefix that is the name of a real module here is none of a wrapper's.
             real = any(key.startswith(f"{path}.") for path in self.real_prefixes)
             name = key if real else bare_key(key, known)
-            if name in given:
-                raise FormatError(f"two of the keys mean {name}.", remedy="Nothing was loaded.")
+            if (first := names.setdefault(name, key)) != key:
+                raise FormatError(
+                    f"two of the keys mean {name}: {first} and {key}.", remedy="Nothing was loaded."
+                )
             given[name] = whole(value) if isinstance(value, Tensor) else value
         shared = {key: given.pop(key) for key in tied if key in given}
         ready = dict(given)

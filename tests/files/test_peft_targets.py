@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import PEFT_WARNS
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_inject import FormatError, load
@@ -47,6 +48,14 @@ def test_an_adapter_on_top_of_another_is_not_read_with_the_alpha_of_one(above, t
     else:
         with pytest.raises(FormatError, match=r"on top of another one, and .*q is of that one"):
             load(base, tmp_path)
+
+
+def test_a_wrapper_in_front_of_both_changes_nothing(tmp_path):
+    stacked(Two(), ["q"], ["v"], tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({f"module.{key}": tensor for key, tensor in load_file(file).items()}, file)
+    with pytest.raises(FormatError, match=r"on top of another one, and .*q is of that one"):
+        load(Two(), tmp_path)
 
 
 def test_what_a_config_selects():

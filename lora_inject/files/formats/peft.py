@@ -104,8 +104,8 @@ def from_tensors(
     names = Names({*own.get("names", ()), *_names(modules or {})})
     tensors, of_variants = without_others(tensors)
     found, others = sorted_out(tensors, names, path)
-    stacked = [unwrapped(k.removesuffix(OUT_PROJ)) for k in found if k.startswith(PREFIX)]
-    require_targets(config, stacked, path / CONFIG)
+    stacked = [key for key in found if key.startswith(PREFIX) or 2 * PREFIX in key]
+    require_targets(config, [unwrapped(k.removesuffix(OUT_PROJ)) for k in stacked], path / CONFIG)
     scalings = Scalings(config, alpha, path / CONFIG)
     reader = PairReader(config, own, found, names, modules, scalings, path)
     for key in own.get("padding", ()):  # halves of attention that were never adapted
