@@ -141,7 +141,7 @@ class Stored:
         }
         prints = {key: fingerprint(weight) for key, weight in weights.items()}
         return AdapterData(
-            pairs=tuple(self._pair(held) for held in self._in_order()),
+            pairs=tuple(self._pair(held) for held in self.in_order()),
             tensors={key: whole(t.detach()) for key, t in trained.items()},
             bias=self.bias,
             train_also=tuple(self.paths[module] for module in tops),
@@ -162,7 +162,7 @@ class Stored:
         pairs = zip(self.pairs, weights, strict=True)
         return all(w.dtype is h.tensors["A"].dtype and w.dtype.itemsize == 2 for h, w in pairs)
 
-    def _in_order(self) -> list[StoredPair]:
+    def in_order(self) -> list[StoredPair]:
         """The pairs, those of one module in the order of its parameters."""
         first: dict[str, int] = {}
         for i, held in enumerate(self.pairs):
