@@ -20,6 +20,7 @@ from lora_inject.plan import plan_for
 from lora_inject.printing import Section, Tables
 from lora_inject.settings import check_adapter, check_dtype, check_layers, check_word
 from lora_inject.sharding import is_partial
+from lora_inject.variants import Spec
 
 OVERSAMPLING, ITERATIONS = 10, 4  # of the randomized decomposition: within 1 % of the exact one
 
@@ -153,7 +154,7 @@ def _difference(
         for spec in site.specs:
             W = site.kind.weight(site.module, spec.weight)
             how = _HOW[site.settings.variant.name]
-            own, lost = _extracted(site, W, weights[spec.weight], r, how)
+            own, lost = _extracted(site, spec, W, weights[spec.weight], how)
             held.add(id(W))
             values[site.path, spec.prefix] = own
             found.append(
@@ -206,10 +207,10 @@ def _module_path(site: Site) -> str:
 
 @torch.no_grad()
 def _extracted(
-    site: Site, W: Tensor, tuned: Tensor, r: int, how: "_Extracting"
+    site: Site, spec: Spec, W: Tensor, tuned: Tensor, how: "_Extracting"
 ) -> tuple[dict[str, Tensor], float]:
     """The tensors by role, and the share of the difference that they do not hold."""
-    dtype = torch.promote_types(W.dtype, torch.float32)
+    dtype, r = torch.promote_types(W.dtype, torch.float32), site.settings.r
     W_OI = site.kind.to_matrix(site.module, W.to(dtype))
     T_OI = site.kind.to_matrix(site.module, tuned.to(W.device, dtype))
     rank = min(r, *W_OI.shape[-2:])
@@ -223,7 +224,8 @@ def _extracted(
     A = nn.functional.pad(A, (0, 0, 0, r - rank))
     B = nn.functional.pad(B, (0, r - rank))
     A, B = site.kind.from_matrices(site.module, A, B)
-    return {"A": A, "B": B, **own}, lost
+    shapes = site.settings.variant.shapes(spec)
+    return {"A": A, "B": B, **{role: t.reshape(shapes[role]) for role, t in own.items()}}, lost
 
 
 def _factors(difference_OI: Tensor, rank: int, site: Site) -> tuple[Tensor, Tensor]:
@@ -267,7 +269,7 @@ class _ExtractingDoRA(_Extracting):
         n_O = V_OI.norm(dim=-1)
         n_O = n_O.clamp_min(torch.finfo(n_O.dtype).tiny)
         m_O = (V_OI * T_OI).sum(-1) / n_O
-        return V_OI * (m_O / n_O).unsqueeze(-1) - W_OI, {"magnitude": m_O.flatten()}
+        return V_OI * (m_O / n_O).unsqueeze(-1) - W_OI, {"magnitude": m_O}
 
 
 _HOW = {"lora": _Extracting(), "dora": _ExtractingDoRA()}

@@ -66,6 +66,22 @@ def may_be_reentrant(module: nn.Module) -> bool:
     return bool(known.get("use_reentrant", True))
 
 
+def resizable_embeddings(model: nn.Module) -> dict[nn.Module, Tensor]:
+    """The modules with a row for each token, and their weights, of a model that can resize them."""
+    if not callable(getattr(model, "resize_token_embeddings", None)):
+        return {}
+    found = {}
+    for ask in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            module = getattr(model, ask)()
+        except (NotImplementedError, AttributeError, TypeError):  # models without tokens
+            continue
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.Module) and isinstance(weight, Tensor) and weight.dim():
+            found[module] = weight
+    return found
+
+
 def _attribute(module: nn.Module, name: str) -> Any:
     """``getattr``, which is slow for what a module has not; of a model every module is asked."""
     own = module.__dict__

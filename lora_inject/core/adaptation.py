@@ -37,6 +37,7 @@ class Content(NamedTuple):
         values: tensors by role, by path and prefix of each pair; None for starting values.
         tensors: values of what trains in place; what is not there keeps the base's.
         use: whether the adapter joins those in use and trains; else it waits for ``use``.
+        said: what its file says besides, as JSON.
     """
 
     bias: BiasMode = "none"
@@ -45,6 +46,7 @@ class Content(NamedTuple):
     values: Mapping[tuple[str, str], Mapping[str, Tensor]] | None = None
     tensors: Mapping[Place, Tensor] = {}
     use: bool = True
+    said: str = ""
 
 
 class Adaptation:
@@ -75,7 +77,8 @@ def adaptation(
         content: what else the adapter is.
     """
     seed = initial.draw_seed() if seed is None else seed
-    made = Adaptation(reached(look, Injection(secrets.randbits(63), name, content.bias)))
+    injection = Injection(secrets.randbits(63), name, content.bias, content.said)
+    made = Adaptation(reached(look, injection))
     leaders: dict[str, list[dict[str, nn.Parameter]]] = {}
     adapters: dict[nn.Module, tuple[Adapter, ...]] = {}
     generator = torch.Generator(device="cpu")

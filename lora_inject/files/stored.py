@@ -5,6 +5,7 @@ adapter can be left out. Paths are those of the bare model: what wrappers put in
 """
 
 import functools
+import json
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, cast
@@ -20,7 +21,13 @@ from lora_inject.core.paths import bare, bare_key, bare_modules, first_paths
 from lora_inject.core.state_parts import Trained
 from lora_inject.errors import ArgumentError, FormatError, LoRAInjectError
 from lora_inject.files.fingerprint import fingerprint
-from lora_inject.files.fit_checks import is_for, not_finite, raise_problems, require_fit
+from lora_inject.files.fit_checks import (
+    is_for,
+    not_finite,
+    raise_problems,
+    require_fit,
+    require_usable,
+)
 from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.pairs import told_layout
 from lora_inject.files.stored_pair import StoredPair
@@ -145,7 +152,15 @@ class Stored:
             task="CAUSAL_LM" if kind.endswith(("ForCausalLM", "LMHeadModel")) else "",
             modules=tuple(path for path in self.paths.values() if path),
             facts={"refused": self._in_several_places()},
+            said=json.loads(self.look.said(self.name) or "{}"),
+            dtype="base" if self._follows_base() else "",
         )
+
+    def _follows_base(self) -> bool:
+        """Whether A and B have the 16 bits of their weights, as no default of inject has it."""
+        weights = [h.adapter.kind.weight(h.layer, h.spec.weight) for h in self.pairs]
+        pairs = zip(self.pairs, weights, strict=True)
+        return all(w.dtype is h.tensors["A"].dtype and w.dtype.itemsize == 2 for h, w in pairs)
 
     def in_order(self) -> list[StoredPair]:
         """The pairs, those of one module in the order of its parameters."""
@@ -164,7 +179,7 @@ class Stored:
         """What other libraries would take apart: shared layers, and tied tensors that train."""
         paths = Counter(self.modules.values())
         shared = {held.path for held in self.pairs if paths[held.layer] > 1}
-        tied = {key for key, (_, place) in self.trained.items() if place.places > 1}
+        tied = {key for key, (_, t) in self.trained.items() if t.places > 1 and t.owners[self.name]}
         why = "stands at several paths of the model, of which it would adapt one alone"
         return dict.fromkeys(shared, why) | dict.fromkeys(
             tied, "is tied to another, from which it would be untied"
@@ -221,12 +236,15 @@ class Stored:
         own, tied = self.tensors(), self.tied()
         known = own.keys() | tied.keys()
         given: dict[str, Tensor] = {}
+        names: dict[str, str] = {}
         for key, value in state.items():
             # A prefix that is the name of a real module here is none of a wrapper's.
             real = any(key.startswith(f"{path}.") for path in self.real_prefixes)
             name = key if real else bare_key(key, known)
-            if name in given:
-                raise FormatError(f"two of the keys mean {name}.", remedy="Nothing was loaded.")
+            if (first := names.setdefault(name, key)) != key:
+                raise FormatError(
+                    f"two of the keys mean {name}: {first} and {key}.", remedy="Nothing was loaded."
+                )
             given[name] = whole(value) if isinstance(value, Tensor) else value
         shared = {key: given.pop(key) for key in tied if key in given}
         for held in self.pairs:  # what a file leaves out is the base's, and stays
@@ -240,8 +258,7 @@ class Stored:
                 scaling = scalings.get(held.key, held.adapter.settings.scaling)
                 fitted = held.fitted(usable, scaling)
                 ready |= {key: fitted[role] for role, key in held.keys.items()}
-        wrong = [key for key, value in ready.items() if not is_for(value, own.get(key))]
-        raise_problems("some values cannot be used", {"no plain tensors": wrong})
+        require_usable(ready, own)
         shapes = {key: tuple(tensor.shape) for key, tensor in own.items()}
         require_fit("the values do not fit the adapter", shapes, ready)
         cast = {key: ready[key].to(dtype=tensor.dtype) for key, tensor in own.items()}

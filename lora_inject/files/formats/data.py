@@ -174,6 +174,8 @@ class AdapterData:
         modules: the paths of all modules of the model, for writers that name layers by pattern;
             None where no model is at hand.
         facts: what a format knows beyond this and a reader may want to show.
+        said: what a PEFT config says of other things than the tensors, which is written again.
+        dtype: "base" where A and B follow the 16 bits of the base; "" where nothing says so.
     """
 
     pairs: tuple[PairData, ...]
@@ -187,6 +189,8 @@ class AdapterData:
     task: str = ""
     modules: tuple[str, ...] | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    said: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str = ""
 
     def __post_init__(self) -> None:
         for name, tensor in self.tensors.items():

@@ -17,10 +17,12 @@ from lora_inject.errors import FormatError
 from lora_inject.files.formats import peft
 from lora_inject.files.formats.data import AdapterData
 from lora_inject.files.formats.peft_config import METADATA as OWN_METADATA
+from lora_inject.files.formats.peft_keys import PREFIX, pair_key
 from lora_inject.files.formats.storage import (
     parse_json,
     read_tensors,
     replaced_together,
+    tensor_names,
     write_tensors,
 )
 
@@ -31,7 +33,9 @@ _ALL_COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 
 
 def looks_like(path: Path) -> bool:
-    """Whether it is a directory as diffusers writes it."""
+    """Whether it is a directory as diffusers writes it, or a file with such keys."""
+    if path.is_file() and path.suffix == ".safetensors":
+        return any(pair_key(key) and not key.startswith(PREFIX) for key in tensor_names(path))
     return path.is_dir() and (path / TENSORS).exists()
 
 
@@ -73,7 +77,7 @@ def write(data: AdapterData, path: Path) -> None:
     component = next((c for part, c in COMPONENTS.items() if part in data.model_class), "")
     prefix = f"{component}." if component else ""
     config, tensors, own = peft.to_tensors(data)
-    keys = {f"{prefix}{key.removeprefix(peft.PREFIX)}": value for key, value in tensors.items()}
+    keys = {f"{prefix}{key.removeprefix(PREFIX)}": value for key, value in tensors.items()}
     shown = {f"{prefix}{key}": value for key, value in config.items()}
     metadata = {"format": "pt", METADATA: json.dumps(shown, sort_keys=True), OWN_METADATA: own}
     with replaced_together(path / TENSORS) as (file,):
