@@ -21,6 +21,7 @@ from lora_inject.files.formats.peft_config import (
     CONFIG,
     METADATA,
     PICKLED,
+    REMADE_STARTS,
     TENSORS,
     Scalings,
     check_config,
@@ -42,6 +43,7 @@ from lora_inject.files.formats.peft_pairs import PairReader, sorted_out
 from lora_inject.files.formats.peft_targets import require_targets, target_labels
 from lora_inject.files.formats.peft_variants import (
     keys_of_others,
+    with_moved_base,
     with_others,
     without_others,
     words_of,
@@ -112,6 +114,8 @@ def from_tensors(
         found.pop(key, None)
     pairs = [pair for key, halves in found.items() for pair in reader.pairs(key, *halves)]
     pairs = with_others(pairs, of_variants, config, path)
+    if config.get("init_lora_weights") in REMADE_STARTS:
+        pairs = with_moved_base(pairs, config, modules or {}, path)
     return AdapterData(
         pairs=tuple(pairs),
         tensors=others,

@@ -33,6 +33,8 @@ _BESIDES = (
 )  # fmt: skip
 # Starting values that leave the base as it is; all others move it, and the file does not say how.
 _HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+# Starting values that move it, and that can be made again from the base.
+REMADE_STARTS = ("pissa", "olora")
 _FIXED_BY_START = {"mica": "B"}  # of these one factor keeps its start, and the base stays
 
 
@@ -53,7 +55,8 @@ def check_config(config: Mapping[str, Any], path: Path) -> None:
                 f"tensors, remove {key} from the file.",
             )
     start = _start(config)
-    if start not in _HARMLESS_STARTS and not fixed_by_start(config):
+    known = (*_HARMLESS_STARTS, *REMADE_STARTS)
+    if start not in known and not fixed_by_start(config):
         raise FormatError(
             f"{path}: init_lora_weights={start!r} moves the weights of the base.",
             remedy="Let PEFT convert it: save_pretrained(path_initial_model_for_weight_conversion="

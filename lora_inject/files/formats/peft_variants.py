@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.index import Index
-from lora_inject.core.paths import bare_modules
 from lora_inject.errors import FormatError
 from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.one_place import Given, is_repeated
@@ -23,8 +21,7 @@ from lora_inject.variants import SCALINGS, VARIANTS, Variant
 _ROLES = {key: role for variant in VARIANTS.values() for role, key in variant.keys.items()}
 # In files of several ages a module stands around the tensor, with the adapter's name or without.
 _KEY = rf"(?:base_model\.model\.)?(.+)\.({'|'.join(_ROLES)})(?:(?:\.default)?\.weight)?"
-# Starts that PEFT subtracts from the base, and that can be made again from the base alone.
-MOVED: Mapping[str, Start] = {"pissa": PiSSA(exact=True), "olora": OLoRA()}
+_REMADE: Mapping[str, Start] = {"pissa": PiSSA(exact=True), "olora": OLoRA()}
 Others = dict[str, dict[str, Tensor]]  # by the path in the file and by role
 
 
@@ -79,7 +76,10 @@ def with_others(
 
 @torch.no_grad()
 def with_moved_base(
-    pairs: Iterable[PairData], config: Mapping[str, Any], model: nn.Module | None, where: object
+    pairs: Iterable[PairData],
+    config: Mapping[str, Any],
+    modules: Mapping[str, nn.Module],
+    where: object,
 ) -> list[PairData]:
     """Pairs of a directory whose base PEFT has moved, with their start, which it took from there.
 
@@ -90,7 +90,7 @@ def with_moved_base(
     """
     word, found = config.get("init_lora_weights"), []
     for pair in pairs:
-        layer = None if model is None else bare_modules(Index(model).by_path).get(pair.path)
+        layer = modules.get(pair.path)
         kind = None if layer is None else find_kind(layer)
         weight = None if layer is None else layer._parameters.get(pair.weight)
         if (
@@ -104,7 +104,7 @@ def with_moved_base(
                 "save_pretrained(path_initial_model_for_weight_conversion=...).",
             )
         (spec,) = kind.specs(layer, Settings(pair.rank, 1.0, 0.0))
-        start = MOVED[str(word)]
+        start = _REMADE[str(word)]
         A0, B0 = start.values(kind, layer, weight, spec, pair.scaling, torch.Generator())
         A, B = torch.cat([pair.A.to(A0), A0]), torch.cat([pair.B.to(B0), -B0], 1)
         alpha = SCALINGS[pair.rule].alpha(pair.scaling, 2 * pair.rank)
