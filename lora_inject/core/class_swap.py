@@ -45,7 +45,7 @@ def _make(base: type[nn.Module], key: Any, adapters: tuple[Adapter, ...]) -> typ
         body |= adapter.kind.members(tuple(spec.weight for spec in adapter.specs))
     body["_lora_rebuild"] = staticmethod(_rebuild)
     body["_lora_transposed"] = kind.transposes
-    body["_lora_input"] = _first_argument(base if kind.below is None else kind.below)
+    body["_lora_input"] = _first_argument(kind.branches_at(base) or base)
     made: type[LoRALayer] = _made_on(base, key, name, lambda: _bases(base, kind, way), body)
     return made
 
@@ -76,11 +76,12 @@ def _bases(base: type[nn.Module], kind: Kind, way: Way) -> tuple[type, ...]:
     """The base classes in the order in which their forward methods call each other."""
     if way == "weight":
         return (WeightLayer, base)
-    if kind.below is None or kind.below is base:
-        return (WholeLayer if kind.is_product(base) else BranchLayer, base)
-    # base.forward calls super().forward, which finds the branch in front of kind.below.
-    below = kind.below
-    return (base, _made_on(below, "below", "BranchBelow", lambda: (BranchLayer, below), {}))
+    below = kind.branches_at(base)
+    layer = WholeLayer if kind.is_product(below or base) else BranchLayer
+    if below is None or below is base:
+        return (layer, base)
+    # base.forward calls super().forward, which finds the branch in front of the class below it.
+    return (base, _made_on(below, "below", "BranchBelow", lambda: (layer, below), {}))
 
 
 def _rebuild(

@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -156,6 +156,10 @@ class Kind(ABC):
         """
         raise NotImplementedError(f"{self.name} layers are adapted in their weight")
 
+    def branches_at(self, base: type[nn.Module]) -> type[nn.Module] | None:
+        """Branch: ``below`` for layers of this class."""
+        return self.below
+
     def is_product(self, base: type[nn.Module]) -> bool:
         """Branch: whether the class's own forward is ``W x + b`` of its weight and bias, exactly.
 
@@ -257,7 +261,7 @@ def _effective_property(name: str) -> property:
     return property(lambda layer: layer._lora_effective(name))
 
 
-def is_plain(weight: Tensor) -> bool:
+def is_plain(weight: Tensor | None) -> TypeGuard[nn.Parameter]:
     """Whether a weight is an ordinary floating-point Parameter, to which something can be added."""
     ordinary = type(weight) in (nn.Parameter, Tensor) and isinstance(weight, nn.Parameter)
     return ordinary and weight.is_floating_point() and weight.dtype.itemsize > 1

@@ -26,25 +26,25 @@ def weights_read_below(module: nn.Module) -> frozenset[str]:
     """The paths of the weights of modules inside of this one that its own methods read."""
     cls = own_class(module)
     if cls not in _known_below:
-        read = [_reads(above) for above in _classes_above(module, nn.Module)]
+        read = [_reads(above) for above in _classes_above(cls, nn.Module)]
         _known_below[cls] = frozenset(path for paths in read for path in paths if "." in path)
     return _known_below[cls]
 
 
-def reads_own_weight(module: nn.Module, base: type[nn.Module]) -> bool:
-    """Whether a method between the module's class and the base reads ``self.weight``."""
-    return any("weight" in _reads(cls) for cls in _classes_above(module, base))
+def reads_own_weight(cls: type[nn.Module], base: type[nn.Module]) -> bool:
+    """Whether a method between a class and the base reads ``self.weight``."""
+    return any("weight" in _reads(above) for above in _classes_above(cls, base))
 
 
-def calls_super(module: nn.Module, base: type[nn.Module]) -> bool:
-    """Whether every forward between the module's class and the base calls ``super().forward``."""
-    own = [vars(cls)["forward"] for cls in _classes_above(module, base) if "forward" in vars(cls)]
+def calls_super(cls: type[nn.Module], base: type[nn.Module]) -> bool:
+    """Whether every forward between a class and the base calls ``super().forward``."""
+    own = [vars(c)["forward"] for c in _classes_above(cls, base) if "forward" in vars(c)]
     codes = [getattr(forward, "__code__", None) for forward in own]
     return all(c is not None and {"super", "forward"} <= set(c.co_names) for c in codes)
 
 
-def _classes_above(module: nn.Module, base: type[nn.Module]) -> tuple[type, ...]:
-    order = own_class(module).__mro__
+def _classes_above(cls: type[nn.Module], base: type[nn.Module]) -> tuple[type, ...]:
+    order = cls.__mro__
     return order[: order.index(base)]
 
 
