@@ -18,6 +18,7 @@ from lora_inject.core.state import adapters_of
 from lora_inject.errors import ArgumentError, UnsupportedLayerError
 from lora_inject.kinds import Kind, Spec
 from lora_inject.kinds.base import Way
+from lora_inject.kinds.bytecode import Read, is_meant
 from lora_inject.kinds.parameter import ParameterKind, layout_of
 from lora_inject.kinds.refusals import general_refusal, weight_refusal
 from lora_inject.kinds.weight_reads import weights_read_below
@@ -86,21 +87,21 @@ class Resolver:
         return "weight" if self._is_read(target) else "branch"
 
     @cached_property
-    def _readers(self) -> dict[str, frozenset[str]]:
-        """By the path of a module: the paths below it of the weights that its methods read."""
+    def _readers(self) -> dict[str, frozenset[Read]]:
+        """By the path of a module: of what inside of it its methods read the weights."""
         index = self.matcher.look.index
-        classes = {own_class(module): module for module in index.modules}
-        reads = {cls: read for cls, m in classes.items() if (read := weights_read_below(m))}
+        classes = {own_class(module) for module in index.modules}
+        reads = {cls: read for cls in classes if (read := weights_read_below(cls))}
         paths = index.by_path.items() if reads else ()
         return {p: reads[own_class(m)] for p, m in paths if own_class(m) in reads}
 
     def _is_read(self, target: Target) -> bool:
         """Whether a module above the target reads its weight."""
         for path in target.paths if self._readers else ():
-            components = [*path.split("."), "weight"]
-            for depth in range(len(components) - 1):
-                read = self._readers.get(".".join(components[:depth]))
-                if read and ".".join(components[depth:]) in read:
+            components = tuple(path.split("."))
+            for depth in range(len(components)):
+                reads = self._readers.get(".".join(components[:depth]), ())
+                if any(is_meant(read, components[depth:]) for read in reads):
                     return True
         return False
 

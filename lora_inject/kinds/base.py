@@ -263,5 +263,6 @@ def _effective_property(name: str) -> property:
 
 def is_plain(weight: Tensor | None) -> TypeGuard[nn.Parameter]:
     """Whether a weight is an ordinary floating-point Parameter, to which something can be added."""
-    ordinary = type(weight) in (nn.Parameter, Tensor) and isinstance(weight, nn.Parameter)
-    return ordinary and weight.is_floating_point() and weight.dtype.itemsize > 1
+    if type(weight) not in (nn.Parameter, Tensor) or not isinstance(weight, nn.Parameter):
+        return False
+    return weight.is_floating_point() and weight.dtype.itemsize > 1

@@ -8,7 +8,15 @@ from torch import Tensor, nn
 from lora_inject.arithmetic import starting_values as initial
 from lora_inject.arithmetic.embedding import divide_gradient_by_frequency, embedding_down
 from lora_inject.arithmetic.linear import linear_up
-from lora_inject.kinds.base import Form, MatrixKind, Spec, Way, is_plain, linear_spec, overrides_forward
+from lora_inject.kinds.base import (
+    Form,
+    MatrixKind,
+    Spec,
+    Way,
+    is_plain,
+    linear_spec,
+    overrides_forward,
+)
 from lora_inject.kinds.trials import writing_refusal
 from lora_inject.kinds.weight_reads import calls_super, reads_own_weight
 from lora_inject.own import own_class

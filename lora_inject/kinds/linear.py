@@ -4,7 +4,6 @@ A forward of their own is tried out: where ``W + D`` gives ``y + D x`` an adapte
 where it does something else with its weight the adapter acts in the weight.
 """
 
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -318,5 +318,3 @@ def test_a_layer_whose_weight_was_cut_is_adapted_as_it_is(layer):
     unmerge(model)
     strip(model)
     assert changed_parts(before, snapshot(model)) == []
-
-
