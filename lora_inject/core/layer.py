@@ -49,6 +49,9 @@ class LoRALayer(nn.Module):
 
     _lora_rebuild: ClassVar[Any]
 
+    def __init_subclass__(cls) -> None:
+        """Says nothing to the module's own class, which may ask for arguments."""
+
     @property
     def lora_adapters(self) -> tuple[Adapter, ...]:
         """The adapters on this layer, whether they are in use or not."""

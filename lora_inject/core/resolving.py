@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lora_inject.core.adapter import names_of
 from lora_inject.core.choosing import Limits
+from lora_inject.core.class_swap import class_refusal
 from lora_inject.core.matcher import Matcher, Target
 from lora_inject.core.patterns import NamedModule, Pattern
 from lora_inject.core.request import Request
@@ -175,7 +176,7 @@ def _specs(
     module: nn.Module, kind: Kind, way: Way, settings: Settings, adapter: str
 ) -> tuple[Spec, ...] | Refusal:
     """The pairs that a module gets, or why it can have none."""
-    if reason := kind.refusal(module, way):
+    if reason := class_refusal(own_class(module)) or kind.refusal(module, way):
         return Refusal(reason)
     others = adapters_of(module)
     for other in others:
