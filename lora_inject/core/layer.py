@@ -16,6 +16,7 @@ from lora_inject.core.sharded import following, is_of_fsdp
 from lora_inject.core.state import State
 from lora_inject.errors import LoRAInjectError
 from lora_inject.kinds.base import Kind, Pair, Spec
+from lora_inject.kinds.shown import bare, shown
 from lora_inject.own import STATE
 from lora_inject.sharding import is_distributed
 
@@ -201,13 +202,14 @@ class WeightLayer(LoRALayer):
         state: State = self.__dict__[STATE]
         scales = self.__dict__[SCALES] if torch.compiler.is_compiling() else None
         kind, pairs = pairs_of(self, state.running, name, scales)
-        W = self._parameters[name]
+        W = bare(self, name)
         own = [W, *(factor for _, *pair, _ in pairs for factor in pair)]
         if any(t is not None and is_distributed(t) for t in own) and is_of_fsdp(self):
             return W  # FSDP looks for its shards; what a forward reads is gathered
         value = kind.effective(self, W, pairs) if kind and W is not None else W
-        if computed is not None:
-            computed[key] = value
+        if computed is None:
+            return shown(value, W) if isinstance(W, Tensor) and value is not W else value
+        computed[key] = value
         return value
 
 
@@ -223,8 +225,8 @@ def pairs_of(
     for term in terms:
         if term.spec.weight == weight:
             kind = term.kind
-            own = module.get_parameter(term.A), module.get_parameter(term.B)
-            A, B = oriented(term.spec, *own)
+            # Parameters, or what stands in their place for a while (``torch.func``).
+            A, B = oriented(term.spec, getattr(module, term.A), getattr(module, term.B))
             scaling = term.scaling
             if scales is not None:
                 B, scaling = B * scales[term.adapter][1], 1.0

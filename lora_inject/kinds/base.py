@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.arithmetic import starting_values as initial
+from lora_inject.kinds.shown import effective_property
 from lora_inject.own import own_class
 from lora_inject.settings import Settings
 from lora_inject.sharding import placements_of_pair, replicated, whole_shape
@@ -192,7 +193,7 @@ class Kind(ABC):
 
     def members(self, weights: tuple[str, ...]) -> dict[str, Any]:
         """Weight: what the adapted class gets in order to show effective weights."""
-        return {name: _effective_property(name) for name in weights}
+        return {name: effective_property(name) for name in weights}
 
     def to_matrix(self, layer: nn.Module, update: Tensor) -> Tensor:
         """What ``update`` returned, as the product ``B A`` of ``to_matrices``."""
@@ -255,10 +256,6 @@ def out_in_spec(name: str, weight: Tensor, r: int) -> Spec:
 def overrides_forward(module: nn.Module, known: type[nn.Module]) -> bool:
     """Whether the module's class has a forward other than that of the class we know."""
     return getattr(own_class(module), "forward", None) is not known.forward
-
-
-def _effective_property(name: str) -> property:
-    return property(lambda layer: layer._lora_effective(name))
 
 
 def is_plain(weight: Tensor | None) -> TypeGuard[nn.Parameter]:

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_inject.kinds.base import MatrixKind, Spec, Way, out_in_spec
+from lora_inject.kinds.shown import bare
 from lora_inject.own import own_class
 from lora_inject.settings import Settings
 
@@ -78,7 +79,7 @@ _KNOWN = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
 
 def _read_flat(layer: Any) -> list[Tensor | None]:
     return [
-        layer._lora_effective(name) if name in layer._parameters else getattr(layer, name, None)
+        layer._lora_effective(name) if bare(layer, name) is not None else getattr(layer, name, None)
         for name in layer._flat_weights_names
     ]
 
