@@ -82,7 +82,7 @@ def is_transformed() -> bool:
 def wants_parameter(reader: FrameType) -> bool:
     """Whether it is one of torch's functions that reads a weight for the sake of the Parameter.
 
-    Pruning and weight_norm put what they make of it in its place before each forward pass.
+    Pruning, weight_norm and FSDP1 put what they make of it in its place before each forward pass.
     """
     module, name = reader.f_globals.get("__name__"), reader.f_code.co_name
     return module in _TAKING or (name == "get_parameter" and module == "torch.nn.modules.module")
@@ -94,7 +94,8 @@ def replaces_weights(reader: FrameType) -> bool:
     return module in _REPLACING or module.startswith("torchao.")
 
 
-_TAKING = {"torch.nn.utils.prune", "torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm"}
+_TAKING = {"torch.nn.utils.prune", "torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm",
+           "torch.distributed.fsdp._flat_param"}  # fmt: skip
 _REPLACING = {"torch.nn.utils.parametrize", "torch.nn.utils.fusion"}
 
 
