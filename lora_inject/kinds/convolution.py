@@ -17,10 +17,11 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lora_inject.arithmetic import starting_values as initial
-from lora_inject.kinds.base import Form, Kind, Spec, Way, is_plain, overrides_forward
+from lora_inject.kinds.base import Form, Kind, Way, is_plain, overrides_forward
 from lora_inject.kinds.trials import writes, writing_refusal
 from lora_inject.own import own_class
 from lora_inject.settings import Settings
+from lora_inject.variants import Spec
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -95,15 +96,19 @@ class ConvKind(Kind):
         shape = (layer.groups * A.shape[-2], n_in // layer.groups, *kernel)
         return A.reshape(shape), B.reshape(n_out, A.shape[-2], *_ones(kernel))
 
-    def update(self, layer: nn.Module, W: Tensor, spec: Spec, A: Tensor, B: Tensor) -> Tensor:
-        """Of each group: B A."""
-        A_grI, B_gOr = self.to_matrices(layer, A, B)
-        return (B_gOr @ A_grI).reshape(W.shape)
-
-    def to_matrix(self, layer: nn.Module, update: Tensor) -> Tensor:
+    def to_matrix(self, layer: nn.Module, W: Tensor) -> Tensor:
         """One matrix for each group."""
         assert isinstance(layer, _ConvNd)
-        return update.reshape(layer.groups, _sizes(layer)[1] // layer.groups, -1)
+        return W.reshape(layer.groups, _sizes(layer)[1] // layer.groups, -1)
+
+    def from_matrix(self, layer: nn.Module, matrix: Tensor, shape: torch.Size) -> Tensor:
+        """The kernel again."""
+        return matrix.reshape(shape)
+
+    def beside_output(self, layer: nn.Module, vector: Tensor) -> Tensor:
+        """Channels stand before the dimensions of the kernel."""
+        assert isinstance(layer, _ConvNd)
+        return vector.reshape(-1, *_ones(layer.kernel_size))
 
 
 class ConvTransposeKind(ConvKind):
@@ -160,20 +165,19 @@ class ConvTransposeKind(ConvKind):
         A_gIrk = A.reshape(g, r, -1, math.prod(kernel)).transpose(1, 2)
         return A_gIrk.reshape(-1, r, *kernel), B.reshape(n_out, r, *_ones(kernel))
 
-    def update(self, layer: nn.Module, W: Tensor, spec: Spec, A: Tensor, B: Tensor) -> Tensor:
-        """Of each group: B A, with the channels of W the other way round."""
-        assert isinstance(layer, _ConvNd)
-        A_grI, B_gOr = self.to_matrices(layer, A, B)
-        groups, n_out, _ = B_gOr.shape
-        update_gOIk = (B_gOr @ A_grI).reshape(groups, n_out, -1, math.prod(layer.kernel_size))
-        return update_gOIk.transpose(1, 2).reshape(W.shape)
-
-    def to_matrix(self, layer: nn.Module, update: Tensor) -> Tensor:
-        """One matrix for each group."""
+    def to_matrix(self, layer: nn.Module, W: Tensor) -> Tensor:
+        """One matrix for each group, its channels the other way round."""
         assert isinstance(layer, _ConvNd)
         n_out, size = _sizes(layer)[1] // layer.groups, math.prod(layer.kernel_size)
-        update_gIOk = update.reshape(layer.groups, -1, n_out, size)
-        return update_gIOk.transpose(1, 2).reshape(layer.groups, n_out, -1)
+        W_gIOk = W.reshape(layer.groups, -1, n_out, size)
+        return W_gIOk.transpose(1, 2).reshape(layer.groups, n_out, -1)
+
+    def from_matrix(self, layer: nn.Module, matrix: Tensor, shape: torch.Size) -> Tensor:
+        """The kernel again."""
+        assert isinstance(layer, _ConvNd)
+        n_out, size = _sizes(layer)[1] // layer.groups, math.prod(layer.kernel_size)
+        W_gOIk = matrix.reshape(layer.groups, n_out, -1, size)
+        return W_gOIk.transpose(1, 2).reshape(shape)
 
 
 def _sizes(layer: _ConvNd) -> tuple[int, int, tuple[int, ...]]:

@@ -5,28 +5,20 @@ where it does something else with its weight the adapter acts in the weight.
 """
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lora_inject.arithmetic.linear import linear_down, linear_up
 from lora_inject.compat.marks import is_known_linear
-from lora_inject.kinds.base import (
-    Form,
-    MatrixKind,
-    Spec,
-    Way,
-    is_plain,
-    linear_spec,
-    overrides_forward,
-)
+from lora_inject.kinds.base import Form, Kind, Way, is_plain, linear_spec, overrides_forward
 from lora_inject.kinds.trials import Trial, try_linear, writes
 from lora_inject.kinds.weight_reads import calls_super, reads_own_weight
 from lora_inject.own import own_class
 from lora_inject.settings import Settings
+from lora_inject.variants import Spec
 
 _FORWARD = nn.Linear.forward  # torch's own, whatever is put in its place later
 
 
-class LinearKind(MatrixKind):
+class LinearKind(Kind):
     """``y = W x + b`` with W of shape (out, in)."""
 
     name = "Linear"
@@ -112,12 +104,10 @@ class LinearKind(MatrixKind):
         """``B h``."""
         return linear_up(h, B)
 
-    def update(self, layer: nn.Module, W: Tensor, spec: Spec, A: Tensor, B: Tensor) -> Tensor:
-        """``B A``, in the rows of its part."""
-        if spec.part:
-            after = self.features(layer)[1] - spec.start - spec.n_out
-            B = F.pad(B, (0, 0, spec.start, after))
-        return super().update(layer, W, spec, A, B)
+    def affine_refusal(self, layer: nn.Module) -> str | None:
+        """A forward of its own may do anything to ``W x``."""
+        cls = own_class(layer)
+        return None if self.is_product(cls) else f"{cls.__name__} has a forward of its own."
 
     def merge_refusal(self, module: nn.Module, base: type[nn.Module], way: Way) -> str | None:
         """A forward of its own that was not tried may do more to W x than to the branch."""
