@@ -1,7 +1,7 @@
 """From a selected target to a site: its kind, way and pairs, or why it cannot be adapted."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -114,6 +114,8 @@ class Resolver:
             return specs
         weights = {spec.weight: kind.weight(module, spec.weight) for spec in specs}
         first = next(iter(weights.values()))
+        dtype = _adapter_dtype(first, self.request.dtype, target.path)
+        _require_finite(settings, (dtype, first.dtype), target.path)
         return Site(
             paths=target.paths,
             type=target.type,
@@ -122,7 +124,7 @@ class Resolver:
             way=way,
             specs=specs,
             settings=settings,
-            dtype=_adapter_dtype(first, self.request.dtype, target.path),
+            dtype=dtype,
             pattern=label,
             base_elements=_base_elements(weights, specs),
         )
@@ -252,6 +254,18 @@ def _base_elements(weights: Mapping[str, Tensor], specs: Sequence[Spec]) -> int:
         else:
             elements += math.prod(next((s.n_in, s.n_out) for s in specs if s.weight == name))
     return elements
+
+
+def _require_finite(settings: Settings, dtypes: Iterable[torch.dtype], path: str) -> None:
+    """Refuse a scaling that is infinite in the dtype of the adapter or of the base."""
+    for dtype in dtypes:
+        trains = dtype.is_floating_point and dtype.itemsize > 1
+        if trains and settings.scaling > torch.finfo(dtype).max:
+            raise ArgumentError(
+                f"alpha: a scaling of {settings.scaling:g} overflows {dtype}.",
+                path=path,
+                remedy="Use a smaller alpha.",
+            )
 
 
 def _adapter_dtype(weight: Tensor, dtype: torch.dtype | str | None, path: str) -> torch.dtype:

@@ -70,7 +70,7 @@ class ShownWeight(Tensor):
     """W + s B A, whose methods that write in place write to W; it computes plain tensors."""
 
     _base_weight: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = nn.Parameter.__torch_function__
 
     @property
     def data(self) -> Tensor:
