@@ -33,13 +33,7 @@ def effective_property(name: str) -> property:
                 )
         if name not in layer._parameters and name not in layer.__dict__:
             raise AttributeError(name)  # something has taken it away for a while
-        try:
-            return layer._lora_effective(name)
-        except AttributeError as error:  # nn.Module would go on looking, and find W
-            raise LoRAInjectError(
-                f"its effective {name} cannot be computed: {error}.",
-                path=layer.lora_adapters[0].path,
-            ) from error
+        return effective(layer, name)
 
     # Where no Parameter of the name is registered: replicas of DataParallel, FSDP1, pruned layers.
     def write(layer: Any, value: Any) -> None:
@@ -49,6 +43,22 @@ def effective_property(name: str) -> property:
         del layer.__dict__[name]
 
     return property(read, write, delete)
+
+
+def effective(layer: Any, name: str) -> Any:
+    """The effective weight of this name.
+
+    Raises:
+        LoRAInjectError: it cannot be computed. An AttributeError would not come out of a property:
+            nn.Module goes on looking then, and finds W.
+    """
+    try:
+        return layer._lora_effective(name)
+    except AttributeError as error:
+        raise LoRAInjectError(
+            f"its effective {name} cannot be computed: {error}.",
+            path=layer.lora_adapters[0].path,
+        ) from error
 
 
 def bare(layer: nn.Module, name: str) -> Any:
@@ -71,6 +81,9 @@ class ShownWeight(Tensor):
 
     _base_weight: Tensor
     __torch_function__ = nn.Parameter.__torch_function__
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
     @property
     def data(self) -> Tensor:

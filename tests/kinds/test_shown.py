@@ -1,6 +1,7 @@
 """Tools of torch on a layer whose adapter acts in its weight: they work, or are refused before."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -239,4 +240,15 @@ def test_an_error_of_a_missing_attribute_is_not_swallowed():
     del model[0]._parameters["lora_A"]
     with pytest.raises(LoRAInjectError, match=r"^0: its effective weight .*lora_A"):
         model(inputs())
-    assert not hasattr(nn.Linear(2, 2), "lora_A")
+    model = nn.Sequential(adapted("GRU"))
+    del model[0]._parameters["weight_hh_l0_lora_B"]
+    with pytest.raises(LoRAInjectError, match=r"its effective weight_hh_l0 .*lora_B"):
+        model(inputs())
+
+
+def test_a_weight_that_is_read_can_be_stored():
+    layer = linear()[0]
+    file = io.BytesIO()
+    torch.save({"W": layer.weight}, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=True)["W"], layer.weight)
