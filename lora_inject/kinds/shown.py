@@ -83,7 +83,7 @@ class ShownWeight(Tensor):
     __torch_function__ = nn.Parameter.__torch_function__
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     @property
     def data(self) -> Tensor:
