@@ -70,10 +70,7 @@ def writing_refusal(module: nn.Module, inputs: Callable[[Tensor], Tensor]) -> st
         with _quietly(module):
             copy = _copy(module)
             before = copy._parameters["weight"].clone()  # type: ignore[union-attr]
-            try:
-                own_class(module).forward(copy, inputs(before))
-            except Exception as error:
-                return Trial(_said(error), adds=False, writes=False)
+            own_class(module).forward(copy, inputs(before))
             return Trial(None, adds=False, writes=_is_other(copy, before))
 
     return writes(module) if _once(module, "writes", run).writes else None
@@ -99,7 +96,11 @@ def _once(module: nn.Module, what: Any, run: Callable[[], Trial]) -> Trial:
     )
     key = (what, facts, tensors)
     if key not in own:
-        own[key] = run()
+        try:
+            own[key] = run()
+        except Exception as error:
+            problem = f"it could not be tried out: {_said(error)}"
+            own[key] = Trial(problem, adds=False, writes=False)
     return own[key]
 
 

@@ -318,3 +318,21 @@ def test_a_layer_whose_weight_was_cut_is_adapted_as_it_is(layer):
     unmerge(model)
     strip(model)
     assert changed_parts(before, snapshot(model)) == []
+
+
+def test_a_layer_that_cannot_be_copied_is_left_alone():
+    class Single(nn.Linear):
+        made = 0
+
+        def __new__(cls, *args):
+            cls.made += 1
+            if cls.made > 1:
+                raise RuntimeError("there is one of these")
+            return super().__new__(cls)
+
+        def forward(self, x):
+            return x @ self.weight.T
+
+    model = nn.Sequential(Single(N, N))
+    with pytest.raises(UnsupportedLayerError, match=r"^0: .*there is one of these"):
+        inject(model, "0", r=2)
