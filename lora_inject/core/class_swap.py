@@ -8,6 +8,7 @@ merged, no adapter in use) has its own class, and costs what it cost before.
 import inspect
 import threading
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -120,17 +121,24 @@ def _ordered(
     return _new(name, (base, LoRALayer), body, metaclass=_new("Ordered", (type(base),), mro))
 
 
+_refusals: weakref.WeakKeyDictionary[type, str | None] = weakref.WeakKeyDictionary()
+
+
 def class_refusal(base: type[nn.Module]) -> str | None:
     """Why no class can be derived from a module's class, with the remedy; else None."""
     if type(base) is type:
         return None
-    try:
-        _new("Tried", (base, _Quiet), {}) if _has_usual_layout(base) else _ordered(
-            base, "Tried", {}, (LoRALayer, *base.__mro__)
-        )
-    except Exception as error:
-        return f"no class can be derived from {base.__name__} ({error}). Exclude it."
-    return None
+    if base not in _refusals:
+        try:
+            if _has_usual_layout(base):
+                _new("Tried", (LoRALayer, base), {})
+            else:
+                _ordered(base, "Tried", {}, (LoRALayer, *base.__mro__))
+            _refusals[base] = None
+        except Exception as error:
+            reason = f"no class can be derived from {base.__name__} ({error}). Exclude it."
+            _refusals[base] = reason
+    return _refusals[base]
 
 
 def _rebuild(
