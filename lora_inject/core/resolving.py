@@ -1,7 +1,7 @@
 """From a selected target to a site: its kind, way and pairs, or why it cannot be adapted."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -115,7 +115,7 @@ class Resolver:
         weights = {spec.weight: kind.weight(module, spec.weight) for spec in specs}
         first = next(iter(weights.values()))
         dtype = _adapter_dtype(first, self.request.dtype, target.path)
-        _require_finite(settings, (dtype, first.dtype), target.path)
+        _require_finite(settings, first.dtype, target.path)
         return Site(
             paths=target.paths,
             type=target.type,
@@ -256,16 +256,15 @@ def _base_elements(weights: Mapping[str, Tensor], specs: Sequence[Spec]) -> int:
     return elements
 
 
-def _require_finite(settings: Settings, dtypes: Iterable[torch.dtype], path: str) -> None:
-    """Refuse a scaling that is infinite in the dtype of the adapter or of the base."""
-    for dtype in dtypes:
-        trains = dtype.is_floating_point and dtype.itemsize > 1
-        if trains and settings.scaling > torch.finfo(dtype).max:
-            raise ArgumentError(
-                f"alpha: a scaling of {settings.scaling:g} overflows {dtype}.",
-                path=path,
-                remedy="Use a smaller alpha.",
-            )
+def _require_finite(settings: Settings, dtype: torch.dtype, path: str) -> None:
+    """Refuse a scaling that is infinite in the dtype of the base, in which the layer computes."""
+    computes = dtype.is_floating_point and dtype.itemsize > 1
+    if computes and settings.scaling > torch.finfo(dtype).max:
+        raise ArgumentError(
+            f"alpha: a scaling of {settings.scaling:g} overflows {dtype}.",
+            path=path,
+            remedy="Use a smaller alpha.",
+        )
 
 
 def _adapter_dtype(weight: Tensor, dtype: torch.dtype | str | None, path: str) -> torch.dtype:
