@@ -5,8 +5,10 @@ mode. What is needed to let them move again is kept on the module itself.
 """
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
@@ -17,11 +19,13 @@ _HELD = "_lora_inject_held"
 
 
 def has_statistics(module: nn.Module) -> bool:
-    """Whether the module owns buffers that its forward moves in training mode."""
+    """Whether the module owns buffers that its forward moves in training mode.
+
+    A scripted module calls those inside of it where no hook is: theirs are its own.
+    """
     buffers = module._buffers
-    return bool(len(buffers)) and any(
-        b is not None and _is_statistic(name) for name, b in buffers.items()
-    )
+    own = len(buffers) and any(b is not None and _is_statistic(n) for n, b in buffers.items())
+    return bool(own) or (isinstance(module, torch.jit.ScriptModule) and bool(_inside(module)))
 
 
 def is_held(module: nn.Module) -> bool:
@@ -34,7 +38,8 @@ def holding_edits(module: nn.Module, held: bool) -> list[Edit]:
 
     torch's BatchNorm has a switch: without ``track_running_stats`` it normalises by the batch in
     training mode and moves nothing, and uses the statistics in eval mode all the same. Any other
-    module gets two hooks that lend it copies for each forward pass in training mode.
+    module gets two hooks that lend it copies for each forward pass in training mode, or put the
+    values back that a scripted one has moved.
     """
     if held == is_held(module):
         return []
@@ -57,15 +62,20 @@ def _is_statistic(name: str) -> bool:
 
 
 def _has_switch(module: nn.Module) -> bool:
-    own_forward = type(module).forward not in (_BatchNorm.forward, SyncBatchNorm.forward)
-    return isinstance(module, _BatchNorm) and not own_forward
+    known = (_BatchNorm.forward, SyncBatchNorm.forward)
+    return isinstance(module, _BatchNorm) and type(module).forward in known
+
+
+def _inside(module: nn.Module) -> list[Tensor]:
+    """The statistics of a module and of those inside of it."""
+    return [b for path, b in module.named_buffers() if _is_statistic(path.rpartition(".")[2])]
 
 
 class _Hidden(threading.local):
-    """The statistics of modules whose forward runs now, also where they call themselves."""
+    """What puts statistics back, of modules whose forward runs, also where they call themselves."""
 
     def __init__(self) -> None:
-        self.of: dict[nn.Module, list[dict[str, Tensor]]] = {}
+        self.of: dict[nn.Module, list[Callable[[], None]]] = {}
 
 
 _hidden = _Hidden()
@@ -73,15 +83,32 @@ _hidden = _Hidden()
 
 def _lend(module: nn.Module, args: Any) -> None:
     """Hide the statistics of a module while it trains, behind copies."""
+    scripted = isinstance(module, torch.jit.ScriptModule)
+    hide = _note_values if scripted else _hide_behind_copies
+    _hidden.of.setdefault(module, []).append(hide(module))
+
+
+def _hide_behind_copies(module: nn.Module) -> Callable[[], None]:
     buffers = module._buffers.items()
     own = {n: b for n, b in buffers if b is not None and _is_statistic(n) and module.training}
-    _hidden.of.setdefault(module, []).append(own)
     module._buffers.update({name: b.clone() for name, b in own.items()})
+    return lambda: module._buffers.update(own)
+
+
+def _note_values(module: nn.Module) -> Callable[[], None]:
+    """A scripted module has its buffers to itself; whether it trains is said by each one inside."""
+    noted = [(tensor, tensor.clone()) for tensor in _inside(module)]
+
+    def put_back() -> None:
+        for tensor, value in noted:
+            tensor.data.copy_(value)  # uncounted: a backward pass saves it and does not need it
+
+    return put_back
 
 
 def _put_back(module: nn.Module, args: Any, output: Any) -> None:
     stack = _hidden.of[module]
-    module._buffers.update(stack.pop())
+    stack.pop()()
     if not stack:
         del _hidden.of[module]
 

@@ -23,12 +23,24 @@ WRAPPERS = {
 WRAPPED_PREFIXES = ("base_model.model.", "_orig_mod.", "_fsdp_wrapped_module.", "module.")
 WRAPPED_INFIXES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
+# Whose Linear classes compute W x + b, however their weight is stored or rounded on the way.
+_LINEAR_LIBRARIES = (
+    "bitsandbytes.", "torchao.float8.", "torchao.quantization.", "torchao.prototype.quant",
+    "torch.ao.", "optimum.quanto.", "transformers.integrations.", "diffusers.quantizers.",
+)  # fmt: skip
+
 _CHECKPOINTING = "gradient_checkpointing"
 
 
 def has_accelerate_hook(module: nn.Module) -> bool:
     """Whether accelerate has hooked the module: it moves its tensors around a forward pass."""
     return "_hf_hook" in module.__dict__
+
+
+def is_known_linear(cls: type[nn.Module]) -> bool:
+    """Whether the forward of a Linear class is that of a library of quantized layers."""
+    owner = next((base for base in cls.__mro__ if "forward" in vars(base)), cls)
+    return owner.__module__.startswith(_LINEAR_LIBRARIES)
 
 
 def kept_forwards(module: nn.Module) -> dict[str, MethodType]:

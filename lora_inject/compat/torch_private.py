@@ -6,6 +6,7 @@ way that is always right. (Names that a kind of layer is made of, such as ``_fla
 """
 
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -76,6 +77,26 @@ def is_transformed() -> bool:
     return bool(
         is_compiling() or _is_functorch_active() or _count_dispatch_modes() > 0 or _is_tracing()
     )
+
+
+def wants_parameter(reader: FrameType) -> bool:
+    """Whether it is one of torch's functions that reads a weight for the sake of the Parameter.
+
+    Pruning, weight_norm and FSDP1 put what they make of it in its place before each forward pass.
+    """
+    module, name = reader.f_globals.get("__name__"), reader.f_code.co_name
+    return module in _TAKING or (name == "get_parameter" and module == "torch.nn.modules.module")
+
+
+def replaces_weights(reader: FrameType) -> bool:
+    """Whether it is a function that makes something else of the weight that it reads, for good."""
+    module = str(reader.f_globals.get("__name__"))
+    return module in _REPLACING or module.startswith("torchao.")
+
+
+_TAKING = {"torch.nn.utils.prune", "torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm",
+           "torch.distributed.fsdp._flat_param"}  # fmt: skip
+_REPLACING = {"torch.nn.utils.parametrize", "torch.nn.utils.fusion"}
 
 
 def is_batched(value: Tensor) -> bool:

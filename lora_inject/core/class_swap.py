@@ -8,6 +8,7 @@ merged, no adapter in use) has its own class, and costs what it cost before.
 import inspect
 import threading
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -45,25 +46,19 @@ def _make(base: type[nn.Module], key: Any, adapters: tuple[Adapter, ...]) -> typ
         body |= adapter.kind.members(tuple(spec.weight for spec in adapter.specs))
     body["_lora_rebuild"] = staticmethod(_rebuild)
     body["_lora_transposed"] = kind.transposes
-    body["_lora_input"] = _first_argument(base if kind.below is None else kind.below)
-    made: type[LoRALayer] = _made_on(base, key, name, lambda: _bases(base, kind, way), body)
+    body["_lora_input"] = _first_argument(kind.branches_at(base) or base)
+    made: type[LoRALayer] = _made_on(base, key, lambda: _derived(base, name, body, kind, way))
     return made
 
 
-def _made_on(
-    base: type[nn.Module],
-    key: Any,
-    name: str,
-    bases: Callable[[], tuple[type, ...]],
-    body: dict[str, Any],
-) -> Any:
+def _made_on(base: type[nn.Module], key: Any, make: Callable[[], type]) -> Any:
     """The class that stands on another one under a key; it is made where there is none."""
     with _making:
         if _MADE not in vars(base):
             type.__setattr__(base, _MADE, {})  # whatever its own class says of attributes
         made = vars(base)[_MADE]
         if key not in made:
-            made[key] = types.new_class(name, bases(), exec_body=lambda space: space.update(body))
+            made[key] = make()
         return made[key]
 
 
@@ -72,15 +67,78 @@ def _first_argument(base: type[nn.Module]) -> str:
     return next(iter(list(inspect.signature(base.forward).parameters)[1:]), "input")
 
 
-def _bases(base: type[nn.Module], kind: Kind, way: Way) -> tuple[type, ...]:
-    """The base classes in the order in which their forward methods call each other."""
-    if way == "weight":
-        return (WeightLayer, base)
-    if kind.below is None or kind.below is base:
-        return (WholeLayer if kind.is_product(base) else BranchLayer, base)
-    # base.forward calls super().forward, which finds the branch in front of kind.below.
-    below = kind.below
-    return (base, _made_on(below, "below", "BranchBelow", lambda: (BranchLayer, below), {}))
+def _derived(base: type[nn.Module], name: str, body: dict[str, Any], kind: Kind, way: Way) -> type:
+    """A class of ours and of a module's own, in the order in which their forwards call each other.
+
+    It can take the place of the module's own: Python allows that where both have their layout from
+    one class, and a class has its layout from the first of its bases.
+    """
+    below = kind.branches_at(base) if way == "branch" else None
+    below = None if below is base else below
+    layer: type = WeightLayer
+    if way == "branch":
+        layer = WholeLayer if kind.is_product(below or base) else BranchLayer
+    if not _has_usual_layout(base) or (below is not None and _is_told_of_subclasses(base)):
+        at = 0 if below is None else base.__mro__.index(below)
+        ours = layer.__mro__[: layer.__mro__.index(nn.Module)]
+        return _ordered(base, name, body, (*base.__mro__[:at], *ours, *base.__mro__[at:]))
+    bases: tuple[type, ...] = (layer, base)
+    if below is not None:
+        # base.forward calls super().forward, which finds the branch in front of the class below it.
+        bases = (base, _made_on(below, "below", lambda: _new("BranchBelow", (layer, below), {})))
+    return _new(name, bases, body)
+
+
+def _new(name: str, bases: tuple[type, ...], body: dict[str, Any], **options: Any) -> type:
+    return types.new_class(name, bases, options, lambda space: space.update(body))
+
+
+def _has_usual_layout(base: Any) -> bool:
+    """Whether a class has its layout from ``nn.Module``, and not from an ABC that stands first."""
+    while base not in (nn.Module, object):
+        base = base.__base__
+    return base is nn.Module
+
+
+def _is_told_of_subclasses(base: type) -> bool:
+    return any("__init_subclass__" in vars(cls) for cls in base.__mro__ if cls is not object)
+
+
+class _Quiet:
+    """Keeps from a class that one of ours is derived from it: it may ask for arguments then."""
+
+    __slots__ = ()
+
+    def __init_subclass__(cls) -> None:
+        pass
+
+
+def _ordered(
+    base: type[nn.Module], name: str, body: dict[str, Any], order: tuple[type, ...]
+) -> type:
+    """A class with the layout of a module's class, whose methods are looked for in this order."""
+    mro = {"mro": lambda cls: [cls, _Quiet, *order]}
+    return _new(name, (base, LoRALayer), body, metaclass=_new("Ordered", (type(base),), mro))
+
+
+_refusals: weakref.WeakKeyDictionary[type, str | None] = weakref.WeakKeyDictionary()
+
+
+def class_refusal(base: type[nn.Module]) -> str | None:
+    """Why no class can be derived from a module's class, with the remedy; else None."""
+    if type(base) is type:
+        return None
+    if base not in _refusals:
+        try:
+            if _has_usual_layout(base):
+                _new("Tried", (LoRALayer, base), {})
+            else:
+                _ordered(base, "Tried", {}, (LoRALayer, *base.__mro__))
+            _refusals[base] = None
+        except Exception as error:
+            reason = f"no class can be derived from {base.__name__} ({error}). Exclude it."
+            _refusals[base] = reason
+    return _refusals[base]
 
 
 def _rebuild(

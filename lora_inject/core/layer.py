@@ -16,6 +16,7 @@ from lora_inject.core.sharded import following, is_of_fsdp
 from lora_inject.core.state import State
 from lora_inject.errors import LoRAInjectError
 from lora_inject.kinds.base import Kind
+from lora_inject.kinds.shown import bare, shown
 from lora_inject.own import STATE
 from lora_inject.sharding import is_distributed
 from lora_inject.variants import Change, Spec, Variant
@@ -49,6 +50,9 @@ class LoRALayer(nn.Module):
     """
 
     _lora_rebuild: ClassVar[Any]
+
+    def __init_subclass__(cls) -> None:
+        """Says nothing to the module's own class, which may ask for arguments."""
 
     @property
     def lora_adapters(self) -> tuple[Adapter, ...]:
@@ -199,13 +203,14 @@ class WeightLayer(LoRALayer):
         state: State = self.__dict__[STATE]
         scales = self.__dict__[SCALES] if torch.compiler.is_compiling() else None
         kind, changes = changes_of(self, state.running, name, scales)
-        W = self._parameters[name]
+        W = bare(self, name)
         own = [W, *(tensor for _, change in changes for tensor in change.tensors.values())]
         if any(t is not None and is_distributed(t) for t in own) and is_of_fsdp(self):
             return W  # FSDP looks for its shards; what a forward reads is gathered
         value = kind.effective(self, W, changes) if kind and W is not None else W
-        if computed is not None:
-            computed[key] = value
+        if computed is None:
+            return shown(value, W) if isinstance(W, Tensor) and value is not W else value
+        computed[key] = value
         return value
 
 
@@ -221,7 +226,8 @@ def changes_of(
     for term in terms:
         if term.spec.weight == weight:
             kind = term.kind
-            tensors = {role: module.get_parameter(name) for role, name in term.names.items()}
+            # Parameters, or what stands in their place for a while (``torch.func``).
+            tensors = {role: getattr(module, name) for role, name in term.names.items()}
             factor = term.factor if scales is None else scales[term.adapter][1]
             changes.append((term.variant, term.change(tensors, factor)))
     return kind, changes

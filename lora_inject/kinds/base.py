@@ -3,13 +3,14 @@
 import math
 from abc import ABC, abstractmethod
 from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_inject.arithmetic import starting_values as initial
+from lora_inject.kinds.shown import effective_property
 from lora_inject.own import own_class
 from lora_inject.settings import Settings
 from lora_inject.sharding import placements_of_pair, replicated, whole_shape
@@ -103,6 +104,10 @@ class Kind(ABC):
         """
         raise NotImplementedError(f"{self.name} layers are adapted in their weight")
 
+    def branches_at(self, base: type[nn.Module]) -> type[nn.Module] | None:
+        """Branch: ``below`` for layers of this class."""
+        return self.below
+
     def is_product(self, base: type[nn.Module]) -> bool:
         """Branch: whether the class's own forward is ``W x + b`` of its weight and bias, exactly.
 
@@ -174,7 +179,7 @@ class Kind(ABC):
 
     def members(self, weights: tuple[str, ...]) -> dict[str, Any]:
         """Weight: what the adapted class gets in order to show effective weights."""
-        return {name: _effective_property(name) for name in weights}
+        return {name: effective_property(name) for name in weights}
 
     def initial(self, spec: Spec, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Starting values, float32 on the CPU: A kaiming-uniform, B zero (LoRA section 4.1)."""
@@ -219,14 +224,11 @@ def overrides_forward(module: nn.Module, known: type[nn.Module]) -> bool:
     return getattr(own_class(module), "forward", None) is not known.forward
 
 
-def _effective_property(name: str) -> property:
-    return property(lambda layer: layer._lora_effective(name))
-
-
-def is_plain(weight: Tensor) -> bool:
+def is_plain(weight: Tensor | None) -> TypeGuard[nn.Parameter]:
     """Whether a weight is an ordinary floating-point Parameter, to which something can be added."""
-    ordinary = type(weight) in (nn.Parameter, Tensor) and isinstance(weight, nn.Parameter)
-    return ordinary and weight.is_floating_point() and weight.dtype.itemsize > 1
+    if type(weight) not in (nn.Parameter, Tensor) or not isinstance(weight, nn.Parameter):
+        return False
+    return weight.is_floating_point() and weight.dtype.itemsize > 1
 
 
 def is_packed(weight: Tensor) -> bool:

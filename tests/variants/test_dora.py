@@ -183,6 +183,11 @@ def test_a_dead_row_stays_the_base():
 
 class Own(nn.Linear):
     def forward(self, x):
+        return F.linear(x, self.weight, self.bias) + x
+
+
+class Twice(nn.Linear):
+    def forward(self, x):
         return 2 * super().forward(x)
 
 
@@ -195,6 +200,13 @@ def test_what_it_cannot_do_is_refused_by_path():
     inject(model, "0", r=2, variant="dora", how="weight")
     x = torch.randn(3, 4)
     assert torch.equal(model(x), strip(copy.deepcopy(model))(x))
+
+    twice = nn.Sequential(Twice(4, 5))
+    inject(twice, "0", r=2, variant="dora")  # below the forward that doubles it
+    with torch.no_grad():
+        twice[0].lora_magnitude.mul_(3)
+        expected = 2 * (3 * F.linear(x, twice[0].weight) + twice[0].bias)
+        torch.testing.assert_close(twice(x), expected)
 
     model = Net()
     inject(model, "q_proj", r=2, variant="dora", adapter="fr")
