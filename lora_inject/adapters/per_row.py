@@ -27,9 +27,7 @@ def per_row(model: nn.Module, adapters: Iterable[str | None]) -> Iterator[nn.Mod
     """Give every row of a batch an adapter of its own, whatever is in use outside of the block.
 
     The first dimension of every adapted layer's input counts the rows. Works in training too:
-    adapters learn from their rows if they train (``use(model, "fr", "de")`` before the block). With
-    activation checkpointing the backward pass has to run inside of the block too, since it computes
-    the layers once more.
+    adapters learn from their rows if they train (``use(model, "fr", "de")`` before the block).
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4))

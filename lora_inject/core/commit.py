@@ -32,6 +32,7 @@ from lora_inject.core.module_edits import (
     lent_edits,
     statistics_edits,
 )
+from lora_inject.core.recomputing import note_commit, note_parts
 from lora_inject.core.state import State, owned
 from lora_inject.own import STATE
 
@@ -61,7 +62,10 @@ def commit(
     """
     with torch.inference_mode(False):  # tensors made in it could never train
         edits = edits_of(look, states, fresh or {}, values, flags)
-    return run(edits, then)
+    note_parts()
+    done = run(edits, then)
+    note_commit(look, states, lambda former: edits_of(look.again(), former, {}, (), "switched"))
+    return done
 
 
 def edits_of(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lora_inject.arithmetic.linear import Branch, adapted_linear, may_run_whole
 from lora_inject.core.adapter import Adapter, Term
+from lora_inject.core.recomputing import note_run
 from lora_inject.core.sharded import following, is_of_fsdp
 from lora_inject.core.state import State
 from lora_inject.errors import LoRAInjectError
@@ -106,10 +107,12 @@ class BranchLayer(LoRALayer):
             )
         x: Tensor = args[0] if args else kwargs[self._lora_input]
         state: State = self.__dict__[STATE]
+        compiles = torch.compiler.is_compiling()
+        if not compiles:
+            note_run(self)
         if state.rows is not None:
             return cast(Tensor, state.rows.add(self, x, y))
         # A compiler makes a constant of a number, and compiles again when it changes.
-        compiles = torch.compiler.is_compiling()
         for term in state.running:
             scaling = self.__dict__[SCALES][term.adapter][1] if compiles else term.scaling
             dropout = term.dropout if self.training else 0.0
@@ -136,6 +139,7 @@ class WholeLayer(BranchLayer):
             W, training = own.get("weight"), self.training
             branches = _branches(own, state.running, training)
             if may_run_whole(x, W, branches):
+                note_run(self)
                 W = W.t() if self._lora_transposed else W
                 return adapted_linear(x, W, own["bias"], branches)
         return super().forward(*args, **kwargs)
@@ -195,6 +199,8 @@ class WeightLayer(LoRALayer):
         key = (name, torch.is_grad_enabled())
         if computed is not None and key in computed:
             return computed[key]
+        if not torch.compiler.is_compiling():
+            note_run(self)
         state: State = self.__dict__[STATE]
         scales = self.__dict__[SCALES] if torch.compiler.is_compiling() else None
         kind, pairs = pairs_of(self, state.running, name, scales)
