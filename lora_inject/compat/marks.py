@@ -6,6 +6,7 @@ is, and the tests with that library say so.
 """
 
 from functools import partial
+from inspect import signature
 from types import MethodType
 from typing import Any
 
@@ -64,6 +65,24 @@ def may_be_reentrant(module: nn.Module) -> bool:
     function = getattr(module, "_gradient_checkpointing_func", None)
     known = function.keywords if isinstance(function, partial) else {}
     return bool(known.get("use_reentrant", True))
+
+
+def reads_token_ids(module: nn.Module) -> bool | None:
+    """Whether a model of transformers reads token ids, by itself or among others; None of another.
+
+    A model with a decoder for them has another name for its ids, and its batch is that of what the
+    encoder reads.
+    """
+    main = _attribute(module, "main_input_name")
+    if not isinstance(main, str):
+        return None
+    kinds = _attribute(module, "input_modalities")
+    if kinds is None:
+        return main == "input_ids"
+    text = "text" in ([kinds] if isinstance(kinds, str) else kinds)
+    return text and (
+        main == "input_ids" or "input_ids" in signature(type(module).forward).parameters
+    )
 
 
 def _attribute(module: nn.Module, name: str) -> Any:

@@ -53,7 +53,7 @@ def commit(
         states: the new states; None for a module as it was before us.
         fresh: tensors that did not exist, by module, then by their name (of what trains in place,
             that of the place) and their owner.
-        values: edits of the values of tensors.
+        values: edits of the values of tensors, and of hooks.
         flags: which ``requires_grad`` are set.
         then: called when all is done; what it raises takes everything back.
 
