@@ -19,6 +19,7 @@ from lora_inject.core.blocks import block
 from lora_inject.core.layer import add, oriented
 from lora_inject.core.look import Look
 from lora_inject.core.state import State
+from lora_inject.core.tools import require_values
 from lora_inject.errors import ArgumentError, LoRAInjectError, UnsupportedLayerError
 from lora_inject.sharding import alongside
 
@@ -151,6 +152,7 @@ class _Group:
 
     def add(self, layer: nn.Module, x: Tensor, y: Tensor, count: Any) -> Tensor:
         A, B = self.stack(layer)
+        require_values(layer, x, A, B)
         h = self.kind.down(layer, x, y, A, self.dropout if layer.training else 0.0)
         mask = self.mask(h, count(h, 2 if self.kind.rank_dim < 0 else A.dim()))
         return add(y, self.kind.up(layer, x, h * mask, B), self.scaling, self.spec)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+from torch.nn.utils import parametrize
 from torch.utils import checkpoint
 
 
@@ -119,6 +120,13 @@ def offset_of_shard(shape: Any, mesh: Any, placements: Any) -> tuple[int, ...] |
 def may_be_checkpointed() -> bool:
     """Whether what runs now with gradients may be part of a checkpoint: fast, and mostly not."""
     return _hooks_of_saved_tensors(True) is not None or _number_of_backward_pass() != -1
+
+
+def is_removing_parametrizations() -> bool:
+    """Whether the caller's caller is torch's ``remove_parametrizations``, or what it asks first."""
+    caller = sys._getframe(2)
+    codes = {caller.f_code, caller.f_back.f_code if caller.f_back else None}
+    return parametrize.remove_parametrizations.__code__ in codes
 
 
 class CheckpointedPart:

@@ -40,12 +40,14 @@ def _make(base: type[nn.Module], key: Any, adapters: tuple[Adapter, ...]) -> typ
     """Make the class that the key stands for, unless another thread just has."""
     kind, way = adapters[0].kind, adapters[0].way
     name = f"LoRA{base.__name__}"
-    body: dict[str, Any] = {"__module__": __name__, "__qualname__": name}
+    # Of its module, since torch.fx takes layers for leaves by that.
+    body: dict[str, Any] = {"__module__": base.__module__, "__qualname__": name}
     for adapter in adapters if way == "weight" else ():
         body |= adapter.kind.members(tuple(spec.weight for spec in adapter.specs))
-    body["_lora_rebuild"] = staticmethod(_rebuild)
+    body["_lora_rebuild"], body["_lora_base"] = staticmethod(_rebuild), base
     body["_lora_transposed"] = kind.transposes
-    body["_lora_input"] = _first_argument(base if kind.below is None else kind.below)
+    at = base if kind.below is None else kind.below
+    body["_lora_input"], body["_lora_product"] = _input(at), (at, at.forward)
     made: type[LoRALayer] = _made_on(base, key, name, lambda: _bases(base, kind, way), body)
     return made
 
@@ -67,9 +69,15 @@ def _made_on(
         return made[key]
 
 
-def _first_argument(base: type[nn.Module]) -> str:
-    """The name of the first argument of forward, which the adapter reads too."""
-    return next(iter(list(inspect.signature(base.forward).parameters)[1:]), "input")
+def _input(base: type[nn.Module]) -> tuple[int, str]:
+    """Where the input stands among the arguments of forward, which the adapter reads too.
+
+    That is the first one, where none has the name that torch or transformers give to it.
+    """
+    names = list(inspect.signature(base.forward).parameters)[1:] or ["input"]
+    known = (name for name in ("input", "x", "hidden_states") if name in names)
+    name = next(known, names[0])
+    return names.index(name), name
 
 
 def _bases(base: type[nn.Module], kind: Kind, way: Way) -> tuple[type, ...]:

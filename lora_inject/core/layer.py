@@ -11,10 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.arithmetic.linear import Branch, adapted_linear, may_run_whole
+from lora_inject.compat.torch_private import is_removing_parametrizations
 from lora_inject.core.adapter import Adapter, Term
 from lora_inject.core.recomputing import note_run
 from lora_inject.core.sharded import following, is_of_fsdp
 from lora_inject.core.state import State
+from lora_inject.core.tools import (
+    keeping_values,
+    refuse_removal,
+    refuse_script,
+    require_values,
+    shallow_copy,
+)
 from lora_inject.errors import LoRAInjectError
 from lora_inject.kinds.base import Kind, Pair, Spec
 from lora_inject.own import STATE
@@ -49,6 +57,21 @@ class LoRALayer(nn.Module):
     """
 
     _lora_rebuild: ClassVar[Any]
+    _lora_base: ClassVar[type[nn.Module]]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """With arguments, as in ``type(layer)(8, 8)``, a new layer of the layer's own class."""
+        return cls._lora_base(*args, **kwargs) if args or kwargs else super().__new__(cls)
+
+    __copy__ = shallow_copy
+    __prepare_scriptable__ = refuse_script  # which torch.jit.script calls first
+
+    @property
+    def parametrizations(self) -> Any:
+        """Those of the layer, while nothing is removing them."""
+        if "_lora_base" in vars(type(self)) and is_removing_parametrizations():
+            refuse_removal(self)
+        raise AttributeError("it stands with the layer's modules")
 
     @property
     def lora_adapters(self) -> tuple[Adapter, ...]:
@@ -75,7 +98,7 @@ class LoRALayer(nn.Module):
         super().register_parameter(name, param)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(keeping_values(self, fn), recurse)  # type: ignore[no-untyped-call]
         # On the device where the adapters are now.
         with torch.inference_mode(False):
             known, state = self.__dict__[SCALES], self.__dict__[STATE]
@@ -94,10 +117,12 @@ class LoRALayer(nn.Module):
 class BranchLayer(LoRALayer):
     """An adapted layer whose own forward runs, and whose adapters add to what it returns."""
 
-    _lora_input: ClassVar[str]
+    _lora_input: ClassVar[tuple[int, str]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer's own forward, plus what each adapter adds for its first argument."""
+        """The layer's own forward, plus what each adapter adds for its input."""
+        if not isinstance(self, LoRALayer):  # a tool has kept this method from before
+            return type(self).forward(self, *args, **kwargs)
         y: Tensor = super().forward(*args, **kwargs)
         if not isinstance(y, Tensor):
             raise LoRAInjectError(
@@ -105,7 +130,8 @@ class BranchLayer(LoRALayer):
                 path=self.lora_adapters[0].path,
                 remedy='strip, and inject with how="weight".',
             )
-        x: Tensor = args[0] if args else kwargs[self._lora_input]
+        at, name = self._lora_input
+        x: Tensor = args[at] if len(args) > at else kwargs[name]
         state: State = self.__dict__[STATE]
         compiles = torch.compiler.is_compiling()
         if not compiles:
@@ -117,6 +143,7 @@ class BranchLayer(LoRALayer):
             scaling = self.__dict__[SCALES][term.adapter][1] if compiles else term.scaling
             dropout = term.dropout if self.training else 0.0
             A, B = oriented(term.spec, getattr(self, term.A), getattr(self, term.B))
+            require_values(self, x, A, B)
             h = term.kind.down(self, x, y, A, dropout)
             y = add(y, term.kind.up(self, x, h, B), scaling, term.spec)
         return y
@@ -129,13 +156,17 @@ class WholeLayer(BranchLayer):
     """
 
     _lora_transposed: ClassVar[bool]
+    _lora_product: ClassVar[tuple[type[nn.Module], Any]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """``W x + b``, plus what each adapter adds."""
-        x: Tensor = args[0] if args else kwargs[self._lora_input]
+        if not isinstance(self, LoRALayer):  # a tool has kept this method from before
+            return type(self).forward(self, *args, **kwargs)
+        x: Tensor = args[0] if args else kwargs[self._lora_input[1]]
         state: State = self.__dict__[STATE]
         own: Any = self._parameters  # a weight that is not here is computed when it is read
-        if state.running and "bias" in own:
+        cls, known = self._lora_product
+        if state.running and "bias" in own and cls.forward is known:  # nobody has patched it since
             W, training = own.get("weight"), self.training
             branches = _branches(own, state.running, training)
             if may_run_whole(x, W, branches):
@@ -181,6 +212,8 @@ class WeightLayer(LoRALayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward."""
+        if not isinstance(self, LoRALayer):  # a tool has kept this method from before
+            return type(self).forward(self, *args, **kwargs)
         if torch.compiler.is_compiling():  # the compiler computes equal things once by itself
             return super().forward(*args, **kwargs)
         former = _computed.of.get(self)
@@ -208,7 +241,11 @@ class WeightLayer(LoRALayer):
         own = [W, *(factor for _, *pair, _ in pairs for factor in pair)]
         if any(t is not None and is_distributed(t) for t in own) and is_of_fsdp(self):
             return W  # FSDP looks for its shards; what a forward reads is gathered
-        value = kind.effective(self, W, pairs) if kind and W is not None else W
+        value: Any = W
+        if kind and W is not None:
+            for _, A, B, _ in pairs:
+                require_values(self, W, A, B)
+            value = kind.effective(self, W, pairs)
         if computed is not None:
             computed[key] = value
         return value
