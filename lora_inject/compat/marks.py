@@ -43,6 +43,14 @@ def kept_forwards(module: nn.Module) -> dict[str, MethodType]:
     }
 
 
+def forward_below(module: nn.Module) -> Any:
+    """The function that a forward set on the instance leads to, through wrappers that say so."""
+    found = module.__dict__.get("forward")
+    while (inner := getattr(found, "__wrapped__", getattr(found, "func", None))) is not None:
+        found = inner
+    return getattr(found, "__func__", found)
+
+
 def is_fully_sharded(module: nn.Module) -> bool:
     """Whether FSDP manages the module's parameters, by ``fully_shard`` or the FSDP1 wrapper."""
     # Both leave this mark, which torch.compile reads.

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lora_inject.changes.edits import Edit, attribute_edit, put_class
-from lora_inject.compat.marks import kept_forwards
+from lora_inject.compat.marks import forward_below, kept_forwards
 from lora_inject.core.adapter import Adapter
 from lora_inject.core.layer import BranchLayer, LoRALayer, WeightLayer, WholeLayer
 from lora_inject.core.state import State, state_of
@@ -122,6 +123,21 @@ def class_for(state: State) -> type[nn.Module]:
     if state.running or state.rows:
         return lora_class(state.before.cls, state.adapters)
     return state.before.cls
+
+
+def follows(module: nn.Module, state: State) -> bool:
+    """Whether a forward that was set on the instance does what its class does, whichever it is.
+
+    Methods that a tool has kept of our classes ask for the class when they are called.
+    """
+    return forward_below(module) is lora_class(state.before.cls, state.adapters).forward
+
+
+def is_bare(module: nn.Module, state: State) -> bool:
+    """Whether what was a parametrized layer is none any more, since its norm was removed."""
+    before = state.before.cls
+    known = before.__name__ == f"Parametrized{type(module).__name__}"
+    return known and before.__bases__ == (type(module),) and not is_parametrized(module)
 
 
 def is_intact(module: nn.Module) -> bool:

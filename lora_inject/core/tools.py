@@ -75,7 +75,9 @@ def require_values(layer: nn.Module, x: Tensor, *factors: Tensor) -> None:
     Raises:
         LoRAInjectError: A or B is on the meta device, and x is not.
     """
-    if not x.is_meta and any(factor.is_meta for factor in factors):
+    # Of tensors that stand for others (per-sample gradients) not all can be asked.
+    plain = (type(factor) in (Tensor, nn.Parameter) for factor in factors)
+    if all(plain) and any(factor.is_meta for factor in factors) and not x.is_meta:
         raise LoRAInjectError(
             "its adapter is on the meta device and has no values, beside an input that has some.",
             path=_path(layer),
