@@ -1,6 +1,7 @@
 """What tools of others do to an adapted layer, and how it holds or refuses."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -69,15 +70,16 @@ def refuse_removal(layer: nn.Module) -> None:
     )
 
 
-def require_values(layer: nn.Module, x: Tensor, *factors: Tensor) -> None:
+def require_values(layer: nn.Module, x: Tensor, own: Collection[Any]) -> None:
     """Refuse to run an adapter that has no values, beside an input that has some.
 
     Raises:
-        LoRAInjectError: A or B is on the meta device, and x is not.
+        LoRAInjectError: one of its own tensors is on the meta device, and x is not.
     """
-    # Of tensors that stand for others (per-sample gradients) not all can be asked.
-    plain = (type(factor) in (Tensor, nn.Parameter) for factor in factors)
-    if all(plain) and any(factor.is_meta for factor in factors) and not x.is_meta:
+    for tensor in own:
+        # Of tensors that stand for others (per-sample gradients) not everything can be asked.
+        if type(tensor) not in (nn.Parameter, Tensor) or not tensor.is_meta or x.is_meta:
+            continue
         raise LoRAInjectError(
             "its adapter is on the meta device and has no values, beside an input that has some.",
             path=_path(layer),
