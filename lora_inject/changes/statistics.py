@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
-from lora_inject.changes.edits import MISSING, Edit, attribute_edit
+from lora_inject.changes.edits import MISSING, Edit, attribute_edit, tensor_edit
 from lora_inject.changes.hooks import after_hook_edits, pre_hook_edits
+from lora_inject.compat.torch_private import calls_on_stack
 
 _HELD = "_lora_inject_held"
 
@@ -73,6 +74,8 @@ _hidden = _Hidden()
 
 def _lend(module: nn.Module, args: Any) -> None:
     """Hide the statistics of a module while it trains, behind copies."""
+    if module in _hidden.of:
+        _put_back_left(module)
     buffers = module._buffers.items()
     own = {n: b for n, b in buffers if b is not None and _is_statistic(n) and module.training}
     _hidden.of.setdefault(module, []).append(own)
@@ -86,6 +89,27 @@ def _put_back(module: nn.Module, args: Any, output: Any) -> None:
         del _hidden.of[module]
 
 
+def _put_back_left(module: nn.Module) -> None:
+    """Put back what calls left hidden that were interrupted: torch calls no hooks after that."""
+    stack, others = _hidden.of[module], calls_on_stack(module) - 1
+    if len(stack) > others:
+        module._buffers.update(stack[others])
+        del stack[others:]
+
+
+def _forget_left(module: nn.Module, _: None, stack: list[dict[str, Tensor]] | None) -> None:
+    if stack is None:
+        _hidden.of.pop(module, None)
+    else:
+        _hidden.of[module] = stack
+
+
 def _hook_edits(module: nn.Module, on: bool) -> list[Edit]:
     before = pre_hook_edits(module, _lend, on, first=True)
-    return [*before, *after_hook_edits(module, _put_back, on)]
+    edits = [*before, *after_hook_edits(module, _put_back, on)]
+    left = None if on else _hidden.of.get(module)
+    if left:
+        own = module._buffers
+        edits += [tensor_edit(module, name, own[name], t) for name, t in left[0].items()]
+        edits.append((_forget_left, module, None, left, None))
+    return edits

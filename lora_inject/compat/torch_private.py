@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn.utils import parametrize
@@ -39,6 +39,8 @@ _is_functorch_active = _named("_C._are_functorch_transforms_active", _yes)
 _count_dispatch_modes = _named("_C._len_torch_dispatch_stack", _yes)
 _is_tracing = _named("_C._is_tracing", _yes)
 _is_legacy_batched = _named("_C._functorch.is_legacy_batchedtensor", _yes)
+# Without this: no call of a module is seen on the stack.
+_call_of_module = getattr(getattr(nn.Module, "_call_impl", None), "__code__", None)
 # Without this: every device is asked whether it has autocast on.
 is_autocast_anywhere = _named("_C._is_any_autocast_enabled", _yes)
 # Without this: tensors inside of torch.func count as ordinary ones, of which capacity says that it
@@ -120,6 +122,15 @@ def offset_of_shard(shape: Any, mesh: Any, placements: Any) -> tuple[int, ...] |
 def may_be_checkpointed() -> bool:
     """Whether what runs now with gradients may be part of a checkpoint: fast, and mostly not."""
     return _hooks_of_saved_tensors(True) is not None or _number_of_backward_pass() != -1
+
+
+def calls_on_stack(module: nn.Module) -> int:
+    """How many calls of a module with hooks run now."""
+    calls, frame = 0, sys._getframe(1)
+    while (above := frame.f_back) is not None:
+        calls += above.f_code is _call_of_module and above.f_locals.get("self") is module
+        frame = above
+    return calls
 
 
 def is_removing_parametrizations() -> bool:
