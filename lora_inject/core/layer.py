@@ -70,9 +70,15 @@ class LoRALayer(nn.Module):
     @property
     def parametrizations(self) -> Any:
         """Those of the layer, while nothing is removing them."""
-        if "_lora_base" in vars(type(self)) and is_removing_parametrizations():
+        if (
+            not torch.compiler.is_compiling()
+            and "_lora_base" in vars(type(self))
+            and is_removing_parametrizations()
+        ):
             refuse_removal(self)
-        raise AttributeError("it stands with the layer's modules")
+        if "parametrizations" not in self._modules:
+            raise AttributeError("the layer has no parametrizations")
+        return self._modules["parametrizations"]
 
     @property
     def lora_adapters(self) -> tuple[Adapter, ...]:

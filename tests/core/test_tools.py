@@ -186,6 +186,13 @@ def test_a_norm_is_not_removed_below_an_adapter_that_runs(norm):
 
 
 @NORMS
+def test_a_normed_layer_compiles_in_one_graph(norm):
+    model, x = adapted(norm(nn.Linear(6, 6))).eval(), torch.randn(3, 6)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+@NORMS
 def test_one_that_was_removed_while_nothing_was_in_use_does_not_keep_strip(norm, tmp_path):
     model = adapted(norm(nn.Linear(6, 6))).eval()
     save(model, tmp_path / "adapter")
