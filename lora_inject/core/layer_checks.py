@@ -3,6 +3,8 @@
 Each function raises a LoRAInjectError with the path and the remedy, or returns nothing.
 """
 
+from typing import Any
+
 from torch import nn
 
 from lora_inject.compat.marks import (
@@ -40,8 +42,9 @@ def require_switchable(path: str, layer: nn.Module, state: State) -> None:
             path=path,
             remedy="Put the adapters in use before that (fully_shard, parametrize).",
         )
-    own = state.before.cls.forward
-    if forward_below(layer) is own and not (follows(layer, state) or has_accelerate_hook(layer)):
+    own, kept = state.before.cls.forward, layer.__dict__.get("forward")
+    known = kept is None or has_accelerate_hook(layer) or follows(layer, state)
+    if not known and forward_below(layer) is own:
         raise LoRAInjectError(
             "while none of its adapters was in use, a tool has kept the forward of its class, "
             "which would bypass them.",
@@ -49,9 +52,9 @@ def require_switchable(path: str, layer: nn.Module, state: State) -> None:
             remedy="Take the tool's hook off (del layer.forward), and put it on again with the "
             "adapters in use.",
         )
+    parameters: Any = layer._parameters
     for adapter in state.adapters:
-        dtypes = {layer._parameters[name].dtype for name in adapter.parameters}  # type: ignore
-        if min(dtype.itemsize for dtype in dtypes) < 2:
+        if any(parameters[name].dtype.itemsize < 2 for name in adapter.parameters):
             raise LoRAInjectError(
                 f"its adapter {adapter.name!r} was cast to 8 bits while it was not in use, and its "
                 "values are gone.",
