@@ -44,9 +44,15 @@ def kept_forwards(module: nn.Module) -> dict[str, MethodType]:
 
 
 def forward_below(module: nn.Module) -> Any:
-    """The function that a forward set on the instance leads to, through wrappers that say so."""
+    """The function that a forward set on the instance leads to, through wrappers that say so.
+
+    Not through what ``torch.compile`` made of one, which may hold the code of then.
+    """
     found = module.__dict__.get("forward")
-    while (inner := getattr(found, "__wrapped__", getattr(found, "func", None))) is not None:
+    while not hasattr(found, "_torchdynamo_orig_callable"):
+        inner = getattr(found, "__wrapped__", getattr(found, "func", None))
+        if inner is None:
+            break
         found = inner
     return getattr(found, "__func__", found)
 
