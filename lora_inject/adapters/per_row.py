@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_inject.adapters.batch import Batch, apart
 from lora_inject.arithmetic.low_rank import side_by_side
 from lora_inject.core.adapter import Adapter, Term
 from lora_inject.core.blocks import block
 from lora_inject.core.look import Look
 from lora_inject.core.state import State
+from lora_inject.core.tools import require_values
 from lora_inject.errors import ArgumentError, LoRAInjectError, UnsupportedLayerError
 from lora_inject.sharding import alongside
 from lora_inject.variants.lora import add
@@ -27,10 +29,9 @@ from lora_inject.variants.lora import add
 def per_row(model: nn.Module, adapters: Iterable[str | None]) -> Iterator[nn.Module]:
     """Give every row of a batch an adapter of its own, whatever is in use outside of the block.
 
-    The first dimension of every adapted layer's input counts the rows. Works in training too:
-    adapters learn from their rows if they train (``use(model, "fr", "de")`` before the block). With
-    activation checkpointing the backward pass has to run inside of the block too, since it computes
-    the layers once more.
+    The first dimension of every adapted layer's input counts the rows, or what the model is called
+    with has expanded each row in place (``generate`` does for beams). Works in training too:
+    adapters learn from their rows if they train (``use(model, "fr", "de")`` before the block).
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4))
@@ -51,7 +52,7 @@ def per_row(model: nn.Module, adapters: Iterable[str | None]) -> Iterator[nn.Mod
             a batch can have one only.
         UnsupportedLayerError: an adapter acts in a layer's weight, which all rows share.
         LoRAInjectError: the model is merged or disabled; and inside of the block, a layer's input
-            has another number of rows.
+            has another number of rows, or rows of its own, as images have beside token ids.
     """
     names = _check_rows(adapters)
     wanted = frozenset(name for name in names if name is not None)
@@ -70,11 +71,14 @@ def per_row(model: nn.Module, adapters: Iterable[str | None]) -> Iterator[nn.Mod
                 remedy="Use it alone.",
             )
 
+    batch, others = Batch(model, len(names)), apart(look.index)
+
     def rows(module: nn.Module, state: State) -> Rows:
         chosen = [adapter for adapter in state.adapters if adapter.name in wanted]
-        return Rows(look.index.path(module), names, chosen)
+        followed = None if module in others else batch
+        return Rows(look.index.path(module), names, chosen, followed)
 
-    with block(look, rows):
+    with block(look, rows, batch.edits):
         yield model
 
 
@@ -85,11 +89,17 @@ class Rows:
         path: the layer's path, for errors.
         names: the adapter of each row.
         adapters: those that stand on the layer; false if there are none.
+        batch: the batch of the model; None for a layer that has rows of its own.
     """
 
-    def __init__(self, path: str, names: Sequence[str | None], adapters: list[Adapter]) -> None:
-        self.path = path
-        self.names = names
+    def __init__(
+        self,
+        path: str,
+        names: Sequence[str | None],
+        adapters: list[Adapter],
+        batch: Batch | None,
+    ) -> None:
+        self.path, self.names, self.batch = path, names, batch
         groups: dict[tuple[Any, ...], list[Term]] = {}
         for term in (term for adapter in adapters for term in adapter.terms):
             groups.setdefault((*term.spec.place, term.dropout, term.plain), []).append(term)
@@ -101,17 +111,29 @@ class Rows:
     def add(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """The layer's output with what each row's adapter adds to it."""
         for group in self.groups:
-            y = group.add(layer, x, y, self._require_rows)
+            y = group.add(layer, x, y, self._times)
         return y
 
-    def _require_rows(self, h: Tensor, dims: int) -> None:
-        if h.dim() < dims or h.shape[0] != len(self.names):
+    def _times(self, h: Tensor, dims: int) -> int:
+        """How many entries in a row of h each row of the batch has."""
+        if self.batch is None:
+            raise LoRAInjectError(
+                "it is in a part that reads no token ids, or joins such a part with one that does: "
+                "its entries (images, say) are not the rows of the batch.",
+                path=self.path,
+                remedy="Call per_row on the parts instead, each with a name for each of its own "
+                "entries.",
+            )
+        times = self.batch.times(h.shape[0]) if h.dim() >= dims else None
+        if times is None:
             raise LoRAInjectError(
                 f"its input has {h.shape[0] if h.dim() >= dims else 'no'} rows, and per_row was "
                 f"given {len(self.names)}.",
                 path=self.path,
-                remedy="Give one name for each entry of the first dimension that the layer sees.",
+                remedy="Give one name for each entry of the first dimension of what the model is "
+                "called with; a layer whose input has other rows can have no adapter for each.",
             )
+        return times
 
 
 class _Group:
@@ -129,24 +151,25 @@ class _Group:
         )
         self.masks: dict[Any, Tensor] = {}
 
-    def add(self, layer: nn.Module, x: Tensor, y: Tensor, require_rows: Any) -> Tensor:
+    def add(self, layer: nn.Module, x: Tensor, y: Tensor, count: Any) -> Tensor:
         dropout = self.dropout if layer.training else 0.0
         if not self.terms[0].plain and dropout:  # A and A0 see the same input
             x, dropout = F.dropout(x, dropout), 0.0
-        delta = self.delta(layer, x, y, ("A", "B"), dropout, require_rows)
+        delta = self.delta(layer, x, y, ("A", "B"), dropout, count)
         if not self.terms[0].plain:  # of one shape, so that they cancel where they are equal
-            delta = delta - self.delta(layer, x, y, ("A0", "B0"), dropout, require_rows)
+            delta = delta - self.delta(layer, x, y, ("A0", "B0"), dropout, count)
         return add(y, delta, self.factor, self.spec)
 
     def delta(
         self, layer: nn.Module, x: Tensor, y: Tensor, roles: tuple[str, str], dropout: float,
-        require_rows: Any,
+        count: Any,
     ) -> Tensor:  # fmt: skip
         """What the tensors of these roles make of the rows that are theirs."""
         A, B = self.stack(layer, roles)
+        require_values(layer, x, [A, B])
         h = self.kind.down(layer, x, y, A, dropout)
-        require_rows(h, 2 if self.kind.rank_dim < 0 else A.dim())
-        return self.kind.up(layer, x, h * self.mask(h), B)
+        mask = self.mask(h, count(h, 2 if self.kind.rank_dim < 0 else A.dim()))
+        return self.kind.up(layer, x, h * mask, B)
 
     def stack(self, layer: nn.Module, roles: tuple[str, str]) -> tuple[Tensor, Tensor]:
         """The tensors of these roles of all adapters."""
@@ -158,14 +181,15 @@ class _Group:
         matrices = [self.kind.to_matrices(layer, A, B) for A, B in pairs]
         return self.kind.from_matrices(layer, *side_by_side(matrices))
 
-    def mask(self, h: Tensor) -> Tensor:
-        """For each row, 1 (or a relative scaling) at the ranks of its adapter, else 0."""
-        key = (h.device, h.dtype, h.dim())
+    def mask(self, h: Tensor, times: int) -> Tensor:
+        """For each entry, 1 (or a relative scaling) at the ranks of its row's adapter, else 0."""
+        key = (h.device, h.dtype, h.dim(), times)
         if key not in self.masks:
             with torch.inference_mode(False):  # a later call may need it for a gradient
                 ranks = torch.tensor([t.spec.rank for t in self.terms], device="cpu")
                 mask = self.chosen.repeat_interleave(ranks, dim=1)
                 mask = mask.repeat(1, h.shape[self.kind.rank_dim] // mask.shape[1])  # each group
+                mask = mask.repeat_interleave(times, dim=0)
                 shape = [1] * h.dim()
                 shape[0], shape[self.kind.rank_dim] = mask.shape
                 self.masks[key] = mask.reshape(shape).to(h.device, h.dtype)

@@ -6,6 +6,7 @@ is, and the tests with that library say so.
 """
 
 from functools import partial
+from inspect import signature
 from types import MethodType
 from typing import Any
 
@@ -54,6 +55,20 @@ def kept_forwards(module: nn.Module) -> dict[str, MethodType]:
     }
 
 
+def forward_below(module: nn.Module) -> Any:
+    """The function that a forward set on the instance leads to, through wrappers that say so.
+
+    Not through what ``torch.compile`` made of one, which may hold the code of then.
+    """
+    found = module.__dict__.get("forward")
+    while not hasattr(found, "_torchdynamo_orig_callable"):
+        inner = getattr(found, "__wrapped__", getattr(found, "func", None))
+        if inner is None:
+            break
+        found = inner
+    return getattr(found, "__func__", found)
+
+
 def is_fully_sharded(module: nn.Module) -> bool:
     """Whether FSDP manages the module's parameters, by ``fully_shard`` or the FSDP1 wrapper."""
     # Both leave this mark, which torch.compile reads.
@@ -92,6 +107,24 @@ def resizable_embeddings(model: nn.Module) -> dict[nn.Module, Tensor]:
         if isinstance(module, nn.Module) and isinstance(weight, Tensor) and weight.dim():
             found[module] = weight
     return found
+
+
+def reads_token_ids(module: nn.Module) -> bool | None:
+    """Whether a model of transformers reads token ids, by itself or among others; None of another.
+
+    A model with a decoder for them has another name for its ids, and its batch is that of what the
+    encoder reads.
+    """
+    main = _attribute(module, "main_input_name")
+    if not isinstance(main, str):
+        return None
+    kinds = _attribute(module, "input_modalities")
+    if kinds is None:
+        return main == "input_ids"
+    text = "text" in ([kinds] if isinstance(kinds, str) else kinds)
+    return text and (
+        main == "input_ids" or "input_ids" in signature(type(module).forward).parameters
+    )
 
 
 def _attribute(module: nn.Module, name: str) -> Any:

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lora_inject.changes.edits import Edit, attribute_edit, put_class
-from lora_inject.compat.marks import kept_forwards
+from lora_inject.compat.marks import forward_below, kept_forwards
 from lora_inject.core.adapter import Adapter
 from lora_inject.core.layer import BranchLayer, LoRALayer, WeightLayer, WholeLayer
 from lora_inject.core.state import State, state_of
@@ -41,12 +42,14 @@ def _make(base: type[nn.Module], key: Any, adapters: tuple[Adapter, ...]) -> typ
     """Make the class that the key stands for, unless another thread just has."""
     kind, way = adapters[0].kind, adapters[0].way
     name = f"LoRA{base.__name__}"
-    body: dict[str, Any] = {"__module__": __name__, "__qualname__": name}
+    # Of its module, since torch.fx takes layers for leaves by that.
+    body: dict[str, Any] = {"__module__": base.__module__, "__qualname__": name}
     for adapter in adapters if way == "weight" else ():
         body |= adapter.kind.members(tuple(spec.weight for spec in adapter.specs))
-    body["_lora_rebuild"] = staticmethod(_rebuild)
+    body["_lora_rebuild"], body["_lora_base"] = staticmethod(_rebuild), base
     body["_lora_transposed"] = kind.transposes
-    body["_lora_input"] = _first_argument(kind.branches_at(base) or base)
+    at = kind.branches_at(base) or base
+    body["_lora_input"], body["_lora_product"] = _input(at), (at, at.forward)
     made: type[LoRALayer] = _made_on(base, key, lambda: _derived(base, name, body, kind, way))
     return made
 
@@ -62,9 +65,15 @@ def _made_on(base: type[nn.Module], key: Any, make: Callable[[], type]) -> Any:
         return made[key]
 
 
-def _first_argument(base: type[nn.Module]) -> str:
-    """The name of the first argument of forward, which the adapter reads too."""
-    return next(iter(list(inspect.signature(base.forward).parameters)[1:]), "input")
+def _input(base: type[nn.Module]) -> tuple[int, str]:
+    """Where the input stands among the arguments of forward, which the adapter reads too.
+
+    That is the first one, where none has the name that torch or transformers give to it.
+    """
+    names = list(inspect.signature(base.forward).parameters)[1:] or ["input"]
+    known = (name for name in ("input", "x", "hidden_states") if name in names)
+    name = next(known, names[0])
+    return names.index(name), name
 
 
 def _derived(base: type[nn.Module], name: str, body: dict[str, Any], kind: Kind, way: Way) -> type:
@@ -172,6 +181,21 @@ def class_for(state: State) -> type[nn.Module]:
     if state.running or state.rows:
         return lora_class(state.before.cls, state.adapters)
     return state.before.cls
+
+
+def follows(module: nn.Module, state: State) -> bool:
+    """Whether a forward that was set on the instance does what its class does, whichever it is.
+
+    Methods that a tool has kept of our classes ask for the class when they are called.
+    """
+    return forward_below(module) is lora_class(state.before.cls, state.adapters).forward
+
+
+def is_bare(module: nn.Module, state: State) -> bool:
+    """Whether what was a parametrized layer is none any more, since its norm was removed."""
+    before = state.before.cls
+    known = before.__name__ == f"Parametrized{type(module).__name__}"
+    return known and before.__bases__ == (type(module),) and not is_parametrized(module)
 
 
 def is_intact(module: nn.Module) -> bool:

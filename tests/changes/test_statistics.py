@@ -173,3 +173,30 @@ def test_statistics_of_scripted_parts_stand_still(made):
     stem(x)
     moved = [k for k, value in before.items() if not torch.equal(stem.state_dict()[k], value)]
     assert any("running_mean" in key for key in moved)
+
+
+class Interrupted(Custom):
+    """One that is interrupted after it has moved its statistics; it calls itself before, too."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        if x.shape[0] == 1:
+            raise KeyboardInterrupt
+        return y if x.shape[0] == 2 else y + self(x[:2]).mean()
+
+
+@pytest.mark.parametrize("then", [strip, lambda model: model(torch.randn(5, 4))])
+def test_what_is_interrupted_moves_nothing_either(then):
+    model = nn.Sequential(nn.Linear(4, 4), Interrupted()).train()
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    inject(model, "0", r=2)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            model(torch.randn(1, 4))
+    then(model)
+    for now, (own, value) in zip(model.buffers(), buffers, strict=True):
+        assert now is own
+        assert torch.equal(own, value)
+    model(torch.randn(5, 4))
+    moved = [not torch.equal(own, value) for own, value in buffers]
+    assert moved == [then is strip] * 2
