@@ -197,13 +197,16 @@ def _is_the_bases(name: str, tensor: Tensor, value: Tensor, data: AdapterData) -
     """Whether a tensor of the file only repeats the base, as PEFT saves adapted embeddings.
 
     Raises:
-        FormatError: it is the weight of an adapted layer, and another one.
+        FormatError: it is the weight of an adapted layer, and another one, or is complex where the
+            other is real.
     """
     owner = name.rpartition(".")[0]
     inside = any(
         f"{owner}.".startswith(f"{top}.") or owner.endswith(top) for top in data.train_also
     )
     value = whole(value.detach())
+    if tensor.is_complex() != value.is_complex():
+        raise FormatError(f"{name} is {tensor.dtype} in the file and {value.dtype} in the model.")
     same = tensor.shape == value.shape and torch.equal(tensor.to(value), value)
     if same and not inside and "bias" not in name.rpartition(".")[2]:  # bias_ih_l0 of a layer too
         return True

@@ -111,21 +111,8 @@ def load(
         LoRAInjectError: the model is merged or inside a block.
     """
     adapter = check_adapter(adapter)
-    file = _path(path)
-    look = Look(model)
-    look.require_awake()
-    data = read_adapter(file, format, model, alpha)
-    wanted = Layout(look, data)
-    if not other_base:
-        wanted.check_base()
-    if adapter in look.known:
-        stored = Stored(model, adapter, look)
-        if data.bias:
-            stored.check_bias(check_bias(data.bias))
-        stored.fill({**wanted.tensors, **wanted.pairs_by_key}, wanted.scalings)
-        return model
-    used = bool(look.used)
-    _inject(wanted, adapter, dtype, use=not used)
+    with torch.inference_mode(False), torch.no_grad():  # tensors made in it could never train
+        _load(model, _path(path), adapter, format, alpha, dtype, other_base)
     return model
 
 
@@ -134,6 +121,31 @@ def _path(path: Any) -> Path:
         return Path(fspath(path))
     except TypeError as error:
         raise ArgumentError(f"path must be a path, not {path!r}.") from error
+
+
+def _load(
+    model: nn.Module,
+    path: Path,
+    adapter: str,
+    format: str | None,
+    alpha: float | None,
+    dtype: torch.dtype | str | None,
+    other_base: bool,
+) -> None:
+    """Read what is there and put it into the adapter of this name, or in as a new one."""
+    look = Look(model)
+    look.require_awake()
+    data = read_adapter(path, format, model, alpha)
+    wanted = Layout(look, data)
+    if not other_base:
+        wanted.check_base()
+    if adapter in look.known:
+        stored = Stored(model, adapter, look)
+        if data.bias:
+            stored.check_bias(check_bias(data.bias))
+        stored.fill({**wanted.tensors, **wanted.pairs_by_key}, wanted.scalings)
+    else:
+        _inject(wanted, adapter, dtype, use=not look.used)
 
 
 def _inject(wanted: Layout, adapter: str, dtype: torch.dtype | str | None, use: bool) -> None:

@@ -399,6 +399,47 @@ def test_lightning_refuses_checkpoints_of_other_adapters_and_models_without(tmp_
         fit(Module(llama()), tmp_path)
 
 
+class Late(Module):
+    """Makes its model where Lightning wants it made, which is after the callbacks' setup."""
+
+    def __init__(self, where):
+        lightning.LightningModule.__init__(self)
+        self.where, self.model = where, None
+
+    def setup(self, stage):
+        if self.where == "setup":
+            self.model = adapted()
+
+    def configure_model(self):
+        if self.where == "configure_model" and self.model is None:
+            self.model = adapted()
+
+
+@LIGHTNING_WARNS
+@pytest.mark.parametrize("where", ["setup", "configure_model"])
+def test_lightning_may_make_the_model_late(tmp_path, where):
+    late, again, early = Late(where), Late(where), Module(adapted())
+    fit(late, tmp_path)
+    fit(early, tmp_path / "early")
+    assert values(late) == values(early)
+    checkpoint = torch.load(tmp_path / "step=4.ckpt", weights_only=True)
+    assert set(checkpoint["state_dict"]) == trained_keys(late)
+    fit(again, tmp_path / "again", checkpoint=tmp_path / "step=4.ckpt")
+    assert values(again) == values(late)
+
+
+@LIGHTNING_WARNS
+def test_an_error_before_lightnings_setup_is_its_own(tmp_path):
+    class Unprepared(Module):
+        def prepare_data(self):
+            raise OSError("no disk")
+
+    module = Unprepared(adapted())
+    with pytest.raises(OSError, match="no disk"):
+        fit(module, tmp_path)
+    assert module.strict_loading
+
+
 @pytest.mark.usefixtures("device")
 def test_generate_with_adapters_on_disabled_and_merged():
     model = adapted()

@@ -22,11 +22,14 @@ from lora_inject.kinds.base import Form, name_prefix
 from lora_inject.variants import SCALINGS
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is an ordinary tensor with values."""
+    return tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
+
+
 def is_usable(tensor: Tensor, floating: bool) -> bool:
-    """Whether it is an ordinary tensor with values, of 16 bits or more where they are floating."""
-    if tensor.layout != torch.strided or tensor.is_meta:
-        return False
-    if tensor.is_complex() or tensor.is_quantized:
+    """Whether it has real values, of 16 bits or more where they are floating."""
+    if not is_plain(tensor) or tensor.is_complex():
         return False
     return not floating or (tensor.is_floating_point() and tensor.dtype.itemsize > 1)
 
@@ -150,7 +153,10 @@ class AdapterData:
 
     def __post_init__(self) -> None:
         for name, tensor in self.tensors.items():
-            if not is_usable(tensor, floating=tensor.is_floating_point()):
+            usable = is_plain(tensor) if tensor.is_complex() else is_usable(
+                tensor, floating=tensor.is_floating_point()
+            )  # fmt: skip
+            if not usable:
                 raise FormatError(f"{name} is no plain tensor: {tensor.dtype}, {tensor.layout}.")
 
     @property
