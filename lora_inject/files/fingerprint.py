@@ -57,7 +57,7 @@ def differs(saved: Mapping[str, Any], weight: Tensor) -> bool:
         torch.tensor(side.get("values", []), dtype=torch.float64, device="cpu")
         for side in (saved, now)
     ]
-    stored = [getattr(torch, str(side.get("dtype")), None) for side in (saved, now)]
+    stored: list[Any] = [getattr(torch, str(side.get("dtype")), None) for side in (saved, now)]
     if not all(isinstance(dtype, torch.dtype) for dtype in stored):
         return True
     seen = {*stored, *(_precision(*side) for side in zip(values, stored, strict=True))}
@@ -70,9 +70,9 @@ def differs(saved: Mapping[str, Any], weight: Tensor) -> bool:
     return not torch.allclose(values[0], values[1], rtol=rtol, atol=atol, equal_nan=True)
 
 
-def _precision(values: Tensor, stored: Any) -> torch.dtype:
+def _precision(values: Tensor, stored: torch.dtype) -> torch.dtype:
     """The coarsest dtype that holds these values: what was cast to it and back has them still."""
     for dtype in (torch.bfloat16, torch.float16):
         if torch.equal(values.to(dtype).double().nan_to_num(), values.nan_to_num()):
             return dtype
-    return stored  # type: ignore[no-any-return]
+    return stored

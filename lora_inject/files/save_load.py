@@ -22,6 +22,7 @@ from lora_inject.files.formats import named_format, read_adapter
 from lora_inject.files.formats.data import PairData
 from lora_inject.files.formats.pairs import as_portable
 from lora_inject.files.layout import Layout
+from lora_inject.files.left_out import warn_of_left_out
 from lora_inject.files.stored import Stored
 from lora_inject.kinds.base import name_prefix
 from lora_inject.own import Place, own_tensor
@@ -55,15 +56,24 @@ def save(
         portable: write one rank and a scaling of 1 for all layers, for readers that know no
             patterns (vLLM): ranks are padded with zeros and scalings folded into B.
 
+    What trains in the model and is not the adapter's, such as a head beside what was injected, is
+    not in the file: a ``LoRAInjectWarning`` names it.
+
     Raises:
         ArgumentError: the format or the adapter is not known.
         FormatError: the format has no word for something of the adapter, or the path cannot be
             written to. Nothing has been written then.
         LoRAInjectError: the model has no adapters, is merged or inside a block.
     """
-    writer = named_format(format, "format")
+    named_format(format, "format")
     file, stored = _path(path), Stored(model, adapter)
-    data = stored.data()
+    warn_of_left_out(stored.look, "the file")
+    write(stored, file, format, portable=portable)
+
+
+def write(stored: Stored, file: Path, format: str = "peft", *, portable: bool = False) -> None:
+    """Write an adapter to a file, or on the first rank of those that hold its shards."""
+    writer, data = named_format(format, "format"), stored.data()
     write = partial(writer.write, as_portable(data) if portable else data, file)
     if any(is_distributed(tensor) for tensor in stored.tensors().values()):
         on_first_rank(write)

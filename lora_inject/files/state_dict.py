@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from lora_inject.errors import ArgumentError
+from lora_inject.files.left_out import warn_of_left_out
 from lora_inject.files.stored import Stored
 from lora_inject.settings import BiasMode
 from lora_inject.sharding import whole
@@ -44,6 +45,7 @@ def lora_state_dict(
     stored = Stored(model, adapter)
     if bias is not None:
         stored.check_bias(bias)
+    warn_of_left_out(stored.look, "the state dict")
     tensors = {**stored.tensors(), **stored.tied()}
     return {key: whole(t.detach()) if full else t.detach() for key, t in tensors.items()}
 

@@ -12,7 +12,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lora_inject.core.lend import lend, take_back
 from lora_inject.core.look import Look
 from lora_inject.errors import LoRAInjectError
-from lora_inject.files.save_load import save
+from lora_inject.files.save_load import write
+from lora_inject.files.stored import Stored
 from lora_inject.integrations.trained import require_trained, trained_tensors
 
 
@@ -98,4 +99,5 @@ def _write(
     save_file(tensors, Path(directory) / "model.safetensors", metadata={"format": "pt"})
     names = set(Look(model).known) if peft else set()
     for name in names:
-        save(model, Path(directory) / name if len(names) > 1 else directory, adapter=name)
+        file = Path(directory) / name if len(names) > 1 else Path(directory)
+        write(Stored(model, name), file)  # whatever else trains is in model.safetensors
