@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from lora_inject.core.travelling import Settings, said, saying
 from lora_inject.errors import ArgumentError
 from lora_inject.files.left_out import warn_of_left_out
 from lora_inject.files.stored import Stored
@@ -35,7 +36,9 @@ def lora_state_dict(
             as DTensors, as ``torch.distributed.checkpoint`` takes them.
 
     Returns:
-        The tensors themselves, detached, by names without the adapter's.
+        The tensors themselves, detached, by names without the adapter's. With them go rank, alpha
+        and variant, as the metadata of torch's own state dicts does: ``torch.save`` keeps both,
+        while a dict that is made of the items holds tensors alone.
 
     Raises:
         ArgumentError: the adapter is not known or not unique, or another bias mode would lose what
@@ -47,7 +50,8 @@ def lora_state_dict(
         stored.check_bias(bias)
     warn_of_left_out(stored.look, "the state dict")
     tensors = {**stored.tensors(), **stored.tied()}
-    return {key: whole(t.detach()) if full else t.detach() for key, t in tensors.items()}
+    values = {key: whole(t.detach()) if full else t.detach() for key, t in tensors.items()}
+    return saying(values, stored.settings())
 
 
 def load_lora_state_dict(
@@ -56,7 +60,8 @@ def load_lora_state_dict(
     """Fill an adapter that is in the model with values, all of them or none.
 
     Parameters stay the same objects, so that an optimizer and a compiled model stay valid. A
-    smaller rank is padded with zeros; the scaling stays the model's.
+    smaller rank is padded with zeros, and the scaling stays the model's: another one, which the
+    state of ``lora_state_dict`` tells, goes into B. Tensors alone are taken as they are.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4))
@@ -79,5 +84,18 @@ def load_lora_state_dict(
     """
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
         raise ArgumentError(f"state must be a mapping of names to tensors, not {type(state)}.")
-    Stored(model, adapter).fill(state, {})
+    settings = said(state)
+    scalings = {key.removesuffix("lora_A"): each.factor for key, each in settings.items()}
+    Stored(model, adapter).fill(_as_they_stand(state, settings), scalings)
     return model
+
+
+def _as_they_stand(state: Mapping[str, Tensor], settings: Settings) -> dict[str, Tensor]:
+    """The values with the pairs of tied layers as these stand: they may not be tied here."""
+    found = dict(state)
+    for key, each in settings.items():
+        B_key = key.removesuffix("A") + "B"
+        A, B = found.get(key), found.get(B_key)
+        if each.turned and isinstance(A, Tensor) and isinstance(B, Tensor):
+            found |= {key: B.transpose(-2, -1), B_key: A.transpose(-2, -1)}
+    return found

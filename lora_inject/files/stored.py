@@ -19,6 +19,7 @@ from lora_inject.core.layer import oriented
 from lora_inject.core.look import Look
 from lora_inject.core.paths import bare, bare_key, bare_modules, first_paths
 from lora_inject.core.state_parts import Trained
+from lora_inject.core.travelling import Settings, described
 from lora_inject.errors import ArgumentError, FormatError, LoRAInjectError
 from lora_inject.files.fingerprint import fingerprint
 from lora_inject.files.fit_checks import is_for, not_finite, raise_problems, require_fit
@@ -111,13 +112,17 @@ class Stored:
         return tensors
 
     def tied(self) -> dict[str, Tensor]:
-        """The pairs of places that share the pair of another, as they stand there."""
+        """The pairs of places that share the pair of another: the same tensors once more."""
         found: dict[str, Tensor] = {}
         for held in self.pairs:
             if held.adapter.follows:
-                A, B = oriented(held.spec, *held.values)
+                A, B = held.values
                 found |= {f"{held.key}lora_A": A, f"{held.key}lora_B": B}
         return found
+
+    def settings(self) -> Settings:
+        """What the meaning of its tensors depends on, by the key of each A."""
+        return {f"{held.key}lora_A": described(held.adapter, held.pair) for held in self.pairs}
 
     def data(self) -> AdapterData:
         """The adapter apart from the model."""
@@ -257,7 +262,7 @@ class Stored:
                 own_scaling = held.adapter.settings.scaling
                 factor = scalings.get(held.key, own_scaling) / own_scaling
                 mine = shared[keys[0]], shared[keys[1]] * factor
-                if not same_product(oriented(held.spec, *values), mine):
+                if not any(same_product(v, mine) for v in (oriented(held.spec, *values), values)):
                     raise FormatError(
                         f"{held.path} and {leader.path} are tied in this model and have different "
                         "adapters here.",

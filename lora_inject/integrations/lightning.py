@@ -11,8 +11,8 @@ class AdapterCheckpoint(Callback):
     """Lets Lightning write and resume checkpoints that hold adapter tensors alone.
 
     What ``ModelCheckpoint`` and ``save_checkpoint`` write has in its ``state_dict`` what trains and
-    nothing else. Resuming needs the same base model with the same adapters injected, and every
-    tensor of the checkpoint must have its place.
+    nothing else. Resuming needs the same base model with the same adapters injected, of the same
+    settings, and every tensor of the checkpoint must have its place.
 
     Example:
         >>> trainer = Trainer(callbacks=[AdapterCheckpoint()])  # doctest: +SKIP
@@ -47,8 +47,9 @@ class AdapterCheckpoint(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Leave the base model out."""
-        own = trained_tensors(pl_module)
-        checkpoint["state_dict"] = {key: checkpoint["state_dict"][key] for key in own}
+        own, state_dict = trained_tensors(pl_module), checkpoint["state_dict"]
+        for key in [key for key in state_dict if key not in own]:
+            del state_dict[key]  # of what says the adapters' settings too, in its metadata
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

@@ -12,7 +12,7 @@ import transformers as tf
 from families import llama
 from helpers import CHECKPOINTING, Net, changed_parts, randomize_adapters, raw, snapshot
 from lightning.pytorch.callbacks import ModelCheckpoint
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -32,6 +32,7 @@ from lora_inject import (
     use,
 )
 from lora_inject.core.state import state_of
+from lora_inject.core.travelling import ENTRY, as_entry, settings_below
 from lora_inject.integrations.trained import trained_tensors
 
 # Of workers, folders and hardware, and of its own use of torch.
@@ -102,7 +103,7 @@ def test_trainer_writes_adapters_alone_and_resumes_bit_for_bit(tmp_path, setting
 
     checkpoint = tmp_path / "a" / "checkpoint-3"
     saved = load_file(checkpoint / "model.safetensors")
-    assert set(saved) == trained_keys(model)
+    assert set(saved) == {*trained_keys(model), ENTRY}
     tensors = [file.name for file in checkpoint.iterdir() if file.suffix == ".safetensors"]
     assert sorted(tensors) == ["adapter_model.safetensors", "model.safetensors"]
 
@@ -164,6 +165,8 @@ def test_trainer_loads_the_best_adapter_at_the_end(tmp_path):
     )  # fmt: skip
     run.train()
     best = load_file(tmp_path / f"checkpoint-{run.state.best_global_step}" / "model.safetensors")
+    settings = best.pop(ENTRY)
+    assert torch.equal(settings, as_entry(settings_below(model)))
     assert {k: raw(v) for k, v in best.items()} == {
         k: raw(v) for k, v in model.state_dict().items() if k in best
     }
@@ -194,6 +197,42 @@ def test_trainer_does_not_resume_other_adapters(tmp_path, other):
     with pytest.raises(FormatError, match="the checkpoint does not fit the model"):
         trainer(model, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert values(model) == before
+
+
+@LIGHTNING_WARNS
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"alpha": 16}, "alpha=16"),
+        ({"scaling": "rslora"}, "rslora"),
+        ({"fixed": "A"}, "A fixed"),
+    ],
+)
+def test_no_trainer_resumes_adapters_of_other_settings(tmp_path, other, named):
+    """Every tensor fits, and would compute something else."""
+    trainer(adapted(), tmp_path / "t").train()
+    fit(Module(adapted()), tmp_path, steps=4)
+    model = adapted(**other)
+    before = values(model)
+    with pytest.raises(FormatError, match=f"4 pairs .* r=2, alpha=2, .*here it is r=2.*{named}"):
+        trainer(model, tmp_path / "t").train(
+            resume_from_checkpoint=str(tmp_path / "t" / "checkpoint-3")
+        )
+    assert values(model) == before
+    with pytest.raises(FormatError, match=named):
+        fit(Module(model), tmp_path, checkpoint=tmp_path / "step=4.ckpt")
+    assert values(model) == before
+
+
+def test_a_checkpoint_of_before_settings_travelled_resumes(tmp_path):
+    model, again = adapted(), adapted()
+    trainer(model, tmp_path).train()
+    file = tmp_path / "checkpoint-3" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors[ENTRY]
+    save_file(tensors, file, {"format": "pt"})
+    trainer(again, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert values(again) == values(model)
 
 
 def test_a_checkpoint_holds_whatever_trains(tmp_path):
