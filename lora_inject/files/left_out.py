@@ -1,8 +1,12 @@
-"""What trains in a model and is in no file of an adapter: said when the adapter is saved."""
+"""What a file of an adapter does not hold and its user needs: said when it is saved or loaded.
+
+That is what trains in the model and is no adapter's, and other adapters below this one.
+"""
 
 from lora_inject.core.look import Look
 from lora_inject.core.state import owned
 from lora_inject.errors import warn
+from lora_inject.files.formats.data import AdapterData
 from lora_inject.printing import plural
 from lora_inject.settings import BASE
 
@@ -38,4 +42,23 @@ def warn_of_left_out(look: Look, what: str) -> None:
             f"those of {shown}{', ...' if paths[3:] else ''}. {remedy if in_full else ''}"
             "torch.save of their own state dicts keeps them beside it, and what is not to train "
             "is to be frozen."
+        )
+
+
+def warn_of_unsaid_others(data: AdapterData, name: str, format: str) -> None:
+    """Warn where a format does not say which adapters were in use while this one trained."""
+    if data.beside and format not in ("peft", "diffusers"):
+        warn(
+            f"{name!r} was trained with {list(data.beside)} in use, and {format} has no word for "
+            "that. Save those too, and use them together."
+        )
+
+
+def warn_of_missing_others(data: AdapterData, look: Look, name: str) -> None:
+    """Warn where adapters are not in the model that were in use while a loaded one trained."""
+    if missing := [other for other in data.beside if other not in look.known]:
+        together = ", ".join(map(repr, [*missing, name]))
+        warn(
+            f"the adapter was trained with {missing} in use, and is right on top of them alone: "
+            f"load them too, and say use(model, {together})."
         )

@@ -17,12 +17,12 @@ from lora_inject.core.patterns import Pattern, Predicate
 from lora_inject.core.request import Request, settings_by_pattern
 from lora_inject.core.site import Site
 from lora_inject.errors import ArgumentError, FormatError
+from lora_inject.files import left_out
 from lora_inject.files.fit_checks import require_fit
 from lora_inject.files.formats import named_format, read_adapter
 from lora_inject.files.formats.data import PairData
 from lora_inject.files.formats.pairs import as_portable
 from lora_inject.files.layout import Layout
-from lora_inject.files.left_out import warn_of_left_out
 from lora_inject.files.stored import Stored
 from lora_inject.kinds.base import name_prefix
 from lora_inject.own import Place, own_tensor
@@ -67,13 +67,14 @@ def save(
     """
     named_format(format, "format")
     file, stored = _path(path), Stored(model, adapter)
-    warn_of_left_out(stored.look, "the file")
+    left_out.warn_of_left_out(stored.look, "the file")
     write(stored, file, format, portable=portable)
 
 
 def write(stored: Stored, file: Path, format: str = "peft", *, portable: bool = False) -> None:
     """Write an adapter to a file, or on the first rank of those that hold its shards."""
     writer, data = named_format(format, "format"), stored.data()
+    left_out.warn_of_unsaid_others(data, stored.name, format)
     write = partial(writer.write, as_portable(data) if portable else data, file)
     if any(is_distributed(tensor) for tensor in stored.tensors().values()):
         on_first_rank(write)
@@ -156,6 +157,7 @@ def _load(
         stored.fill({**wanted.tensors, **wanted.pairs_by_key}, wanted.scalings)
     else:
         _inject(wanted, adapter, dtype, use=not look.used)
+    left_out.warn_of_missing_others(data, look, adapter)
 
 
 def _inject(wanted: Layout, adapter: str, dtype: torch.dtype | str | None, use: bool) -> None:
@@ -196,7 +198,9 @@ def _content(wanted: Layout, use: bool, sites: Sequence[Site]) -> Content:
     expected = bias if wanted.data.bias else "none"
     trained = in_place(wanted.look, layers, expected, [*in_full.values()])
     _check_tensors(wanted, trained, places)
-    return Content(bias, in_full, dict.fromkeys(places, True) | trained, values, places, use)
+    placed = dict.fromkeys(places, True) | trained
+    beside = frozenset(wanted.data.beside)
+    return Content(bias, in_full, placed, values, places, use, beside)
 
 
 def _values(

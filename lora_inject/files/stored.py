@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from lora_inject.arithmetic.low_rank import same_product
 from lora_inject.changes.edits import filling, run
 from lora_inject.compat.marks import is_fully_sharded
+from lora_inject.core.company import company
 from lora_inject.core.layer import oriented
 from lora_inject.core.look import Look
 from lora_inject.core.paths import bare, bare_key, bare_modules, first_paths
@@ -150,6 +151,7 @@ class Stored:
             model_class=kind,
             task="CAUSAL_LM" if kind.endswith(("ForCausalLM", "LMHeadModel")) else "",
             modules=tuple(path for path in self.paths.values() if path),
+            beside=tuple(sorted(company(self.look).get(self.name, ()))),
             facts={"refused": self._in_several_places()},
         )
 

@@ -136,6 +136,7 @@ class AdapterData:
         task: PEFT's word for what the base model does, or "".
         modules: the paths of all modules of the model, for writers that name layers by pattern;
             None where no model is at hand.
+        beside: the adapters that were in use while it trained.
         facts: what a format knows beyond this and a reader may want to show.
     """
 
@@ -149,6 +150,7 @@ class AdapterData:
     model_class: str = ""
     task: str = ""
     modules: tuple[str, ...] | None = None
+    beside: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

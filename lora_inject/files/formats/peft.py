@@ -131,6 +131,7 @@ def from_tensors(
         base=own.get("base", {}),
         base_name=config.get("base_model_name_or_path") or "",
         task=config.get("task_type") or "",
+        beside=tuple(own.get("beside", ())),
         facts={
             "format": "PEFT",
             "config": config,

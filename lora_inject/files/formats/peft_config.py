@@ -94,7 +94,8 @@ def own_metadata(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
         return {}
     own = parse_json(metadata[METADATA], f"the metadata of {path / TENSORS}")
     dropouts = own.get("dropout", {})
-    wrong = [key for key in ("targets", "train_also", "padding") if not _is_names(own.get(key, []))]
+    lists = ("targets", "train_also", "padding", "beside")
+    wrong = [key for key in lists if not _is_names(own.get(key, []))]
     maps = ("base", "parts", "dropout", "fixed")
     wrong += [key for key in maps if not isinstance(own.get(key, {}), dict)]
     if not wrong and not set(own.get("fixed", {}).values()) <= set(FIXED):
@@ -279,6 +280,7 @@ def to_metadata(data: AdapterData, config: Mapping[str, Any]) -> dict[str, Any]:
         **({"parts": parts} if parts else {}),
         **({"dropout": dropouts} if dropouts else {}),
         **({"fixed": fixed} if fixed else {}),
+        **({"beside": list(data.beside)} if data.beside else {}),
     }
 
 
