@@ -57,6 +57,12 @@ def inject(*args: Any, **kwargs: Any) -> Report:  # noqa: D417 (those of plan)
         alpha: the delta is scaled by alpha / r; None means alpha = r, a scaling of 1.
         dropout: probability of dropout on the input of the adapter, in [0, 1).
         scaling: "lora" scales by alpha / r, "rslora" by alpha / sqrt(r) (arXiv 2312.03732).
+        variant: "lora", or "dora" (arXiv 2402.09353): the length of each row of the adapted weight
+            is trained on its own, ``lora_magnitude``.
+        init: where A and B begin: "default", random A and zero B; "gaussian"; "pissa" (arXiv
+            2404.02948), "milora" (2406.09044) and "olora" (2406.01775), directions of the weight
+            itself; "mica" (2604.01694); or an object of ``lora_inject.starts``. Those that do not
+            begin at zero keep their start beside A and B and subtract it: the base is never moved.
         fixed: "A" or "B", a factor that stays as it starts and does not train; None trains both.
             With "A" (LoRA-FA, arXiv 2308.03303) less is kept for the backward pass.
         bias: the biases that train: "none", "all" in the model, or "lora_only", those of adapted

@@ -39,6 +39,7 @@ from lora_inject.printing import Tables, plural
 from lora_inject.report.plan_tables import sites_section, skipped_section, train_also_section
 from lora_inject.report.report import Report, report_of
 from lora_inject.settings import BiasMode, Parts
+from lora_inject.starts import Start
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,8 @@ def plan(
     alpha: float | None = None,
     dropout: float = 0.0,
     scaling: str = "lora",
+    variant: str = "lora",
+    init: str | Start = "default",
     fixed: str | None = None,
     bias: BiasMode = "none",
     exclude: Any = (),
@@ -160,6 +163,8 @@ def plan(
         alpha: the delta is scaled by alpha / r.
         dropout: dropout on the adapter's input.
         scaling: "lora" or "rslora".
+        variant: "lora" or "dora".
+        init: where A and B begin.
         fixed: the factor that does not train, if any.
         bias: which biases train.
         exclude: what to leave alone.
@@ -185,8 +190,8 @@ def plan(
     """
     require_module(model)
     values = {
-        "r": r, "alpha": alpha, "dropout": dropout, "scaling": scaling, "fixed": fixed, "how": how,
-        "layout": layout,
+        "r": r, "alpha": alpha, "dropout": dropout, "scaling": scaling, "variant": variant,
+        "init": init, "fixed": fixed, "how": how, "layout": layout,
     }  # fmt: skip
     settings = settings_by_pattern(targets, values)
     request = Request(

@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args
 import torch
 
 from lora_inject.errors import ArgumentError
-from lora_inject.variants import FIXED, SCALINGS, Variant
+from lora_inject.starts import STARTS, Start
+from lora_inject.variants import FIXED, SCALINGS, VARIANTS, Variant
 
 BiasMode = Literal["none", "all", "lora_only"]
 How = Literal["auto", "weight"]
@@ -30,6 +31,7 @@ class Settings:
         layout: the order of the last two dimensions of a fused weight, if the user says it.
         parts: (name, size) of each part of a fused projection; None for what stays as it is.
         variant: what A and B are to the weight.
+        start: where A and B begin.
     """
 
     r: int
@@ -39,6 +41,7 @@ class Settings:
     layout: Layout | None = None
     parts: Parts = ()
     variant: Variant = field(default_factory=Variant)
+    start: Start = field(default_factory=Start)
 
     @property
     def scaling(self) -> float:
@@ -84,18 +87,31 @@ def settings(values: Mapping[str, Any], override: Any = None, where: str = "") -
             raise ArgumentError(f"{where} has the unknown key {key!r}; known: {list(values)}.")
     v = {**values, **own}
     names = {key: f"{key} in {where}" if key in own else key for key in values}
-    rank = check_count(v["r"], names["r"])
+    rank, start = check_count(v["r"], names["r"]), check_start(v["init"], names["init"])
     return Settings(
         r=rank,
         alpha=float(rank) if v["alpha"] is None else check_alpha(v["alpha"], names["alpha"]),
         dropout=check_dropout(v["dropout"], names["dropout"]),
         how=check_choice(v["how"], names["how"], How),
         layout=None if v["layout"] is None else check_choice(v["layout"], names["layout"], Layout),
-        variant=Variant(
-            scaling=SCALINGS[check_word(v["scaling"], names["scaling"], SCALINGS)],
-            fixed=None if v["fixed"] is None else check_word(v["fixed"], names["fixed"], FIXED),
-        ),
+        variant=_variant(v, names, start),
+        start=start,
     )
+
+
+def _variant(values: Mapping[str, Any], names: Mapping[str, str], start: Start) -> Variant:
+    fixed = values["fixed"]
+    fixed = start.fixed if fixed is None else check_word(fixed, names["fixed"], FIXED)
+    return VARIANTS[check_word(values["variant"], names["variant"], VARIANTS)](
+        scaling=SCALINGS[check_word(values["scaling"], names["scaling"], SCALINGS)],
+        fixed=fixed,
+        offset=start.offset,
+    )
+
+
+def check_start(start: Any, name: str) -> Start:
+    """A start is one of the words, or an object of ``lora_inject.starts``."""
+    return start if isinstance(start, Start) else STARTS[check_word(start, name, STARTS)]()
 
 
 def check_choice(value: Any, name: str, choices: Any) -> Any:

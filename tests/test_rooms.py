@@ -8,7 +8,9 @@ import lora_inject
 # The rooms from the ground up. A room is a sub-package or a file directly in the package.
 FLOORS = [
     {"errors", "compat", "printing"},
-    {"variants", "own", "sharding", "arithmetic"},
+    {"own", "sharding", "arithmetic"},
+    {"variants"},
+    {"starts"},
     {"settings"},
     {"kinds", "changes"},
     {"core"},

@@ -24,18 +24,19 @@ from torch.nn import functional as F
 
 from lora_inject.adapters.combine_rules import Method, Rule, check_options
 from lora_inject.arithmetic.low_rank import difference_norm, product_norm, side_by_side
-from lora_inject.core.adaptation import as_parameters, reached
+from lora_inject.core.adaptation import reached
 from lora_inject.core.adapter import Adapter, Term
 from lora_inject.core.arranging import Fresh
 from lora_inject.core.commit import commit
-from lora_inject.core.layer import oriented
 from lora_inject.core.look import Look
+from lora_inject.core.starting import as_parameters
 from lora_inject.core.state_parts import Injection
 from lora_inject.errors import ArgumentError, UnsupportedLayerError
-from lora_inject.kinds.base import Kind, Spec
+from lora_inject.kinds.base import Kind
 from lora_inject.printing import Section, Tables
 from lora_inject.settings import Settings, check_adapter, check_choice, check_weights
 from lora_inject.sharding import whole
+from lora_inject.variants import Spec
 
 
 class CombinedLayer(NamedTuple):
@@ -211,7 +212,7 @@ def _combine_layer(
     parts: dict[tuple[Any, ...], list[tuple[Term, float]]] = {}
     for source in sources:
         for term in source.terms:
-            weighted = (term, term.scaling * weights[source.name])
+            weighted = (term, term.factor * weights[source.name])
             parts.setdefault(term.spec.place, []).append(weighted)
     pairs, offs = [], []
     for terms in parts.values():
@@ -245,13 +246,20 @@ def _combine_pair(
     """One pair as matrices, in at least float32, and how far it is from the weighted sum."""
     As, Bs = [], []
     for term, _ in terms:
-        values = (whole(layer.get_parameter(name)) for name in (term.A, term.B))
-        own = oriented(term.spec, *values)
-        if any(tensor.is_meta or not tensor.isfinite().all() for tensor in own):
+        values = {role: whole(layer.get_parameter(name)) for role, name in term.names.items()}
+        own = term.change(values, term.factor).tensors
+        if any(tensor.is_meta or not tensor.isfinite().all() for tensor in own.values()):
             raise UnsupportedLayerError(
                 f"the A or B of {term.adapter!r} has no finite values.", path=path
             )
-        A, B = term.kind.to_matrices(layer, *own)
+        pair = term.variant.low_rank(term.kind, layer, own)
+        if pair is None:
+            raise UnsupportedLayerError(
+                f"{term.adapter!r} is a {term.variant.name}, which is no product of low rank.",
+                path=path,
+                remedy="Use several at once with weights: use(model, {...}).",
+            )
+        A, B = pair
         As.append(A.to(torch.promote_types(A.dtype, torch.float32)))
         Bs.append(B.to(torch.promote_types(B.dtype, torch.float32)))
     factors = [factor for _, factor in terms]

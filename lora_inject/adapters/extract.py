@@ -143,8 +143,8 @@ def extract(
 
 def _difference(
     base: nn.Module, tuned: nn.Module, sites: Sequence[Site], r: int
-) -> tuple[dict[tuple[str, str], tuple[Tensor, Tensor]], ExtractReport]:
-    """A and B by path and prefix of each pair, and what they could not hold."""
+) -> tuple[dict[tuple[str, str], dict[str, Tensor]], ExtractReport]:
+    """The tensors by path and prefix of each pair, and what they could not hold."""
     tuned_weights = [_tuned_weights(site, tuned) for site in sites]
     values, found, held = {}, [], set[int]()
     for site, weights in zip(sites, tuned_weights, strict=True):
@@ -152,7 +152,7 @@ def _difference(
             W = site.kind.weight(site.module, spec.weight)
             A, B, lost = _extracted(site, W, weights[spec.weight], r)
             held.add(id(W))
-            values[site.path, spec.prefix] = A, B
+            values[site.path, spec.prefix] = {"A": A, "B": B}
             found.append(
                 ExtractedWeight(f"{_module_path(site)}.{spec.weight}".lstrip("."), r, lost)
             )

@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lora_inject.arithmetic.low_rank import side_by_side
 from lora_inject.core.adapter import Adapter, Term
 from lora_inject.core.blocks import block
-from lora_inject.core.layer import add, oriented
 from lora_inject.core.look import Look
 from lora_inject.core.state import State
 from lora_inject.errors import ArgumentError, LoRAInjectError, UnsupportedLayerError
 from lora_inject.sharding import alongside
+from lora_inject.variants.lora import add
 
 
 @contextmanager
@@ -91,7 +92,7 @@ class Rows:
         self.names = names
         groups: dict[tuple[Any, ...], list[Term]] = {}
         for term in (term for adapter in adapters for term in adapter.terms):
-            groups.setdefault((*term.spec.place, term.dropout), []).append(term)
+            groups.setdefault((*term.spec.place, term.dropout, term.plain), []).append(term)
         self.groups = [_Group(terms, names) for terms in groups.values()]
 
     def __len__(self) -> int:
@@ -119,25 +120,41 @@ class _Group:
     def __init__(self, terms: list[Term], names: Sequence[str | None]) -> None:
         self.terms = terms
         self.kind, self.spec, self.dropout = terms[0].kind, terms[0].spec, terms[0].dropout
-        # One scaling is applied while adding; the mask holds the others relative to it.
-        self.scaling = terms[0].scaling
+        # One factor is applied while adding; the mask holds the others relative to it.
+        self.factor = terms[0].factor
         self.chosen = torch.tensor(
-            [[t.scaling / self.scaling * (t.adapter == name) for t in terms] for name in names],
+            [[t.factor / self.factor * (t.adapter == name) for t in terms] for name in names],
             dtype=torch.float64,
             device="cpu",
         )
         self.masks: dict[Any, Tensor] = {}
 
     def add(self, layer: nn.Module, x: Tensor, y: Tensor, require_rows: Any) -> Tensor:
-        A, B = self.stack(layer)
-        h = self.kind.down(layer, x, y, A, self.dropout if layer.training else 0.0)
-        require_rows(h, 2 if self.kind.rank_dim < 0 else A.dim())
-        return add(y, self.kind.up(layer, x, h * self.mask(h), B), self.scaling, self.spec)
+        dropout = self.dropout if layer.training else 0.0
+        if not self.terms[0].plain and dropout:  # A and A0 see the same input
+            x, dropout = F.dropout(x, dropout), 0.0
+        delta = self.delta(layer, x, y, ("A", "B"), dropout, require_rows)
+        if not self.terms[0].plain:  # of one shape, so that they cancel where they are equal
+            delta = delta - self.delta(layer, x, y, ("A0", "B0"), dropout, require_rows)
+        return add(y, delta, self.factor, self.spec)
 
-    def stack(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
-        """A and B of all adapters."""
+    def delta(
+        self, layer: nn.Module, x: Tensor, y: Tensor, roles: tuple[str, str], dropout: float,
+        require_rows: Any,
+    ) -> Tensor:  # fmt: skip
+        """What the tensors of these roles make of the rows that are theirs."""
+        A, B = self.stack(layer, roles)
+        h = self.kind.down(layer, x, y, A, dropout)
+        require_rows(h, 2 if self.kind.rank_dim < 0 else A.dim())
+        return self.kind.up(layer, x, h * self.mask(h), B)
+
+    def stack(self, layer: nn.Module, roles: tuple[str, str]) -> tuple[Tensor, Tensor]:
+        """The tensors of these roles of all adapters."""
         own: Any = layer._parameters
-        pairs = [oriented(t.spec, own[t.A], own[t.B]) for t in self.terms]
+        changes = [
+            t.change({role: own[t.names[role]] for role in roles}, t.factor) for t in self.terms
+        ]
+        pairs = [(c.tensors[roles[0]], c.tensors[roles[1]]) for c in changes]
         matrices = [self.kind.to_matrices(layer, A, B) for A, B in pairs]
         return self.kind.from_matrices(layer, *side_by_side(matrices))
 
@@ -169,6 +186,13 @@ def _require_branches(path: str, adapters: Iterable[Adapter], wanted: frozenset[
         if adapter.name in wanted and adapter.way == "weight":
             raise UnsupportedLayerError(
                 f"{adapter.name!r} acts in its weight, which all rows of a batch share.",
+                path=path,
+                remedy="Run the rows one adapter at a time, each with use.",
+            )
+        if adapter.name in wanted and not adapter.settings.variant.additive:
+            raise UnsupportedLayerError(
+                f"{adapter.name!r} is a {adapter.settings.variant.name}, which is not summed row "
+                "by row.",
                 path=path,
                 remedy="Run the rows one adapter at a time, each with use.",
             )

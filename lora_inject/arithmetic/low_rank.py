@@ -30,16 +30,18 @@ def truncated(A: Tensor, B: Tensor, r: int) -> tuple[Tensor, Tensor]:
     return F.pad(new_A, (0, 0, 0, r - rank)), F.pad(new_B, (0, r - rank))
 
 
-def dominant(W: Tensor, q: int, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+def dominant(
+    W: Tensor, q: int, iterations: int, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The q largest singular values of a matrix with their vectors (U, S, V), to an approximation.
 
     What ``torch.svd_lowrank`` computes (Halko et al. 2009, algorithms 4.4 and 5.1), but with random
     numbers that neither come from a global generator nor depend on the device.
     """
     if W.shape[-2] < W.shape[-1]:
-        V, S, U = dominant(W.mT, q, iterations)
+        V, S, U = dominant(W.mT, q, iterations, generator)
         return U, S, V
-    generator = torch.Generator(device="cpu").manual_seed(0)
+    generator = generator or torch.Generator(device="cpu").manual_seed(0)
     start = torch.randn(W.shape[-1], q, generator=generator, dtype=W.dtype, device="cpu")
     Q = torch.linalg.qr(W @ start.to(W.device)).Q
     for _ in range(iterations):

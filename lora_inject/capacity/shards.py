@@ -35,6 +35,7 @@ class Share(NamedTuple):
 
 
 _UNDIVIDED = Share()
+_SIDES = {"A": "in", "B": "out", "A0": "in", "B0": "out"}  # of the weight that a tensor follows
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -70,10 +71,11 @@ def shares(model: nn.Module) -> dict[Tensor, Share]:
             for spec, names in adapter.pairs:
                 base, first = own.get(spec.weight, _UNDIVIDED), 1 if spec.experts else 0
                 dims = {"in": first + 1, "out": first}
-                for role, side in (("A", "in"), ("B", "out")):
+                for role, name in names.items():
+                    side = _SIDES.get(role, "")
                     follows = base.side == side
                     share = Share(dims[side], base.products) if follows else _UNDIVIDED
-                    found[module.get_parameter(names[role])] = share
+                    found[module.get_parameter(name)] = share
     return found
 
 

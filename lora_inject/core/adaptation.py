@@ -16,12 +16,12 @@ from lora_inject.core.arranging import Fresh, stand_in
 from lora_inject.core.company import company, joined, writes_to
 from lora_inject.core.look import Look
 from lora_inject.core.site import Site
+from lora_inject.core.starting import pair_parameters
 from lora_inject.core.state import State
 from lora_inject.core.state_parts import Before, Injection, Reach, Trained, Use
-from lora_inject.kinds import Kind, Spec
 from lora_inject.own import Place, own_tensor
 from lora_inject.settings import BiasMode
-from lora_inject.sharding import fill, is_distributed, shards, whole
+from lora_inject.sharding import fill, whole
 
 # A copy of such a module has no attributes but its own: its parent remembers what it was.
 _FORGETFUL = (torch.jit.ScriptModule, torch.fx.GraphModule)
@@ -35,7 +35,7 @@ class Content(NamedTuple):
         train_also: the modules that train in full, by path.
         in_place: what trains in place: True for a parameter, False for a buffer that a forward
             updates.
-        values: A and B by path and prefix of each pair; None for starting values.
+        values: tensors by role, by path and prefix of each pair; None for starting values.
         tensors: values of what trains in place; what is not there keeps the base's.
         use: whether the adapter joins those in use and trains; else it waits for ``use``.
         beside: the adapters that were in use while it trained.
@@ -44,7 +44,7 @@ class Content(NamedTuple):
     bias: BiasMode = "none"
     train_also: Mapping[str, nn.Module] = {}
     in_place: Mapping[Place, bool] = {}
-    values: Mapping[tuple[str, str], tuple[Tensor, Tensor]] | None = None
+    values: Mapping[tuple[str, str], Mapping[str, Tensor]] | None = None
     tensors: Mapping[Place, Tensor] = {}
     use: bool = True
     beside: frozenset[str] = frozenset()
@@ -92,7 +92,7 @@ def adaptation(
             if site.follows:
                 pairs = leaders[site.follows]
             else:
-                pairs = _pairs(site, adapter, content, generator)
+                pairs = pair_parameters(site, adapter, content.values, content.use, generator)
             leaders[site.path] = pairs
             own = made.fresh.setdefault(site.module, {})
             for (_, names), pair in zip(adapter.pairs, pairs, strict=True):
@@ -264,52 +264,3 @@ def _put_on_layers(
             now = uses[id(now)]
         if own or now is not state.use:
             made.states[module] = state.change(adapters=(*state.adapters, *own), use=now)
-
-
-def _pairs(
-    site: Site, adapter: Adapter, content: Content, generator: torch.Generator
-) -> list[dict[str, nn.Parameter]]:
-    """The tensors of each pair of a site by role, as parameters."""
-    device = site.kind.weight(site.module, site.specs[0].weight).device
-    pairs, variant = [], site.settings.variant
-    trains = {role: content.use and variant.trains(role) for role in variant.roles}
-    for spec in site.specs:
-        if content.values is not None:
-            A, B = content.values[site.path, spec.prefix]
-        elif device.type == "meta":
-            shapes = spec.A_shape, spec.B_shape
-            A, B = [torch.empty(shape, dtype=site.dtype, device=device) for shape in shapes]
-        else:
-            A, B = starting_values(adapter, spec, generator)
-        if not (A.device == B.device == device and A.dtype is B.dtype is site.dtype):
-            A, B = A.to(device, site.dtype), B.to(device, site.dtype)
-        pairs.append(as_parameters(site.kind, site.module, spec, {"A": A, "B": B}, trains))
-    return pairs
-
-
-def as_parameters(
-    kind: Kind,
-    layer: nn.Module,
-    spec: Spec,
-    tensors: Mapping[str, Tensor],
-    trains: Mapping[str, bool],
-) -> dict[str, nn.Parameter]:
-    """The tensors of a pair as parameters of a layer.
-
-    Beside a sharded weight they are placed as it is, with the first rank's values, whatever seed
-    the others drew.
-    """
-    weight = kind.weight(layer, spec.weight)
-    if is_distributed(weight):
-        places = dict(zip(("A", "B"), kind.placements(weight, spec), strict=True))
-        tensors = {role: shards(t, weight, places[role], 0) for role, t in tensors.items()}
-    return {role: nn.Parameter(t, requires_grad=trains[role]) for role, t in tensors.items()}
-
-
-def starting_values(
-    adapter: Adapter, spec: Spec, used: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
-    """A and B of a pair as they start, float32 on the CPU; a used generator makes it faster."""
-    path = f"{adapter.path}/{spec.prefix}" if spec.prefix else adapter.path
-    generator = initial.site_generator(adapter.seed, adapter.name, path, used)
-    return adapter.kind.initial(spec, generator)

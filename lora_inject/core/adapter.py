@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
-from lora_inject.kinds.base import Kind, Spec, Way
+from lora_inject.kinds.base import Kind, Way
 from lora_inject.settings import Settings
-from lora_inject.variants import Variant
+from lora_inject.variants import OTHER, Change, Spec, Variant
 
 DEFAULT_ADAPTER = "default"
 
@@ -40,27 +40,43 @@ class Pair(NamedTuple):
 
 
 class Term(NamedTuple):
-    """One summand of what an adapted layer computes: ``scaling * B A`` of one pair.
+    """One summand of what an adapted layer computes: the change that one pair makes.
 
     Attributes:
         kind: the kind of layer, with its arithmetic.
         spec: the pair.
         A: the name of the parameter A.
         B: the name of the parameter B.
-        scaling: alpha / r, times the weight with which the adapter is in use.
+        factor: the scaling times the weight with which the adapter is in use.
         dropout: the probability in training mode.
         adapter: the adapter's name.
         part: the first feature of the output that it adds to and their number; None for all.
+        names: the names of all tensors of the pair by role.
+        scaling: alpha / r, or what the rule of scaling makes of them.
+        variant: what the tensors are to the weight.
+        plain: whether the change is ``B A`` alone.
     """
 
     kind: Kind
     spec: Spec
     A: str
     B: str
-    scaling: float
+    factor: float
     dropout: float
     adapter: str
     part: tuple[int, int] | None
+    names: Mapping[str, str]
+    scaling: float
+    variant: Variant
+    plain: bool
+
+    def change(
+        self, tensors: Mapping[str, Tensor], factor: float | Tensor, dropout: float = 0.0
+    ) -> Change:
+        """The term with its values; those of a tied layer may stand the other way round."""
+        if self.spec.swapped:
+            tensors = {OTHER[role]: t.transpose(-2, -1) for role, t in tensors.items()}
+        return Change(self.spec, tensors, self.scaling, factor, dropout)
 
 
 @dataclass  # not frozen, but never changed: there are very many, and each would take longer to make
@@ -127,10 +143,14 @@ def _terms(
             spec=spec,
             A=names["A"],
             B=names["B"],
-            scaling=settings.scaling * weight,
+            factor=settings.scaling * weight,
             dropout=settings.dropout,
             adapter=adapter,
             part=(spec.start, spec.n_out) if spec.part else None,
+            names=names,
+            scaling=settings.scaling,
+            variant=settings.variant,
+            plain=settings.variant.additive and not settings.variant.offset,
         )
         for spec, names in names_of(specs, adapter, settings.variant)[0]
     )

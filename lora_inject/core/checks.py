@@ -80,8 +80,8 @@ def require_free_places(look: Look, adapter: str, tensors: Collection[Place]) ->
 def require_alive(sites: Sequence[Site]) -> None:
     """Refuse new adapters that could never learn: the factor that starts at zero would stay so."""
     for site in sites:
-        zero = site.kind.zero
-        if site.settings.variant.fixed == zero:
+        zero = site.settings.start.zero(site.kind)
+        if zero is not None and site.settings.variant.fixed == zero:
             other = "A" if zero == "B" else "B"
             raise UnsupportedLayerError(
                 f"fixed={zero!r}: its {zero} starts at zero, and the adapter could never learn.",

@@ -15,9 +15,10 @@ from lora_inject.core.adapter import Adapter, Term
 from lora_inject.core.sharded import following, is_of_fsdp
 from lora_inject.core.state import State
 from lora_inject.errors import LoRAInjectError
-from lora_inject.kinds.base import Kind, Pair, Spec
+from lora_inject.kinds.base import Kind
 from lora_inject.own import STATE
 from lora_inject.sharding import is_distributed
+from lora_inject.variants import Change, Spec, Variant
 
 SCALES = "_lora_inject_scales"  # the scaling of what runs as tensors, in a layer's __dict__
 Scales = dict[str, tuple[float, Tensor]]  # by adapter: its scaling, and a tensor that holds it
@@ -109,13 +110,12 @@ class BranchLayer(LoRALayer):
         if state.rows is not None:
             return cast(Tensor, state.rows.add(self, x, y))
         # A compiler makes a constant of a number, and compiles again when it changes.
-        compiles = torch.compiler.is_compiling()
+        compiles, former = torch.compiler.is_compiling(), y
         for term in state.running:
-            scaling = self.__dict__[SCALES][term.adapter][1] if compiles else term.scaling
-            dropout = term.dropout if self.training else 0.0
-            A, B = oriented(term.spec, getattr(self, term.A), getattr(self, term.B))
-            h = term.kind.down(self, x, y, A, dropout)
-            y = add(y, term.kind.up(self, x, h, B), scaling, term.spec)
+            factor = self.__dict__[SCALES][term.adapter][1] if compiles else term.factor
+            tensors = {role: getattr(self, name) for role, name in term.names.items()}
+            change = term.change(tensors, factor, term.dropout if self.training else 0.0)
+            y = term.variant.add_to_output(term.kind, self, x, former, y, change)
         return y
 
 
@@ -135,37 +135,28 @@ class WholeLayer(BranchLayer):
         if state.running and "bias" in own:
             W, training = own.get("weight"), self.training
             branches = _branches(own, state.running, training)
-            if may_run_whole(x, W, branches):
+            if branches is not None and may_run_whole(x, W, branches):
                 W = W.t() if self._lora_transposed else W
                 return adapted_linear(x, W, own["bias"], branches)
         return super().forward(*args, **kwargs)
 
 
-def _branches(own: Any, terms: Sequence[Term], training: bool) -> list[Branch]:
+def _branches(own: Any, terms: Sequence[Term], training: bool) -> list[Branch] | None:
+    """What ``adapted_linear`` is to add; None where a change is more than a ``B A``."""
     found = []
-    for _, spec, A_name, B_name, scaling, dropout, _, part in terms:
+    for _, spec, A_name, B_name, factor, dropout, _, part, _, _, _, plain in terms:
+        if not plain:
+            return None
         A, B = own.get(A_name), own.get(B_name)
         if spec.swapped and A is not None and B is not None:
             A, B = oriented(spec, A, B)
-        found.append((A, B, scaling, dropout if training else 0.0, part))
+        found.append((A, B, factor, dropout if training else 0.0, part))
     return found
 
 
 def oriented(spec: Spec, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """A and B as the layer's kind wants them: those of a tied layer may stand the other way."""
     return (B.transpose(-2, -1), A.transpose(-2, -1)) if spec.swapped else (A, B)
-
-
-def add(y: Tensor, delta: Tensor, scaling: float | Tensor, spec: Spec) -> Tensor:
-    """``y + scaling * delta`` in y's dtype; a delta may be for one part of y's last dimension."""
-    delta = delta.to(y.dtype)
-    if isinstance(scaling, Tensor):
-        delta, scaling = delta * scaling, 1.0
-    if not spec.part:
-        return torch.add(y, delta, alpha=scaling)
-    sizes = [spec.start, spec.n_out, y.shape[-1] - spec.start - spec.n_out]
-    before, part, after = torch.split(y, sizes, dim=-1)
-    return torch.cat([before, torch.add(part, delta, alpha=scaling), after], dim=-1)
 
 
 class WeightLayer(LoRALayer):
@@ -197,36 +188,33 @@ class WeightLayer(LoRALayer):
             return computed[key]
         state: State = self.__dict__[STATE]
         scales = self.__dict__[SCALES] if torch.compiler.is_compiling() else None
-        kind, pairs = pairs_of(self, state.running, name, scales)
+        kind, changes = changes_of(self, state.running, name, scales)
         W = self._parameters[name]
-        own = [W, *(factor for _, *pair, _ in pairs for factor in pair)]
+        own = [W, *(tensor for _, change in changes for tensor in change.tensors.values())]
         if any(t is not None and is_distributed(t) for t in own) and is_of_fsdp(self):
             return W  # FSDP looks for its shards; what a forward reads is gathered
-        value = kind.effective(self, W, pairs) if kind and W is not None else W
+        value = kind.effective(self, W, changes) if kind and W is not None else W
         if computed is not None:
             computed[key] = value
         return value
 
 
-def pairs_of(
+def changes_of(
     module: nn.Module, terms: Sequence[Term], weight: str, scales: Scales | None = None
-) -> tuple[Kind | None, list[Pair]]:
-    """The kind and the pairs with which these terms adapt the module's weight of this name.
+) -> tuple[Kind | None, list[tuple[Variant, Change]]]:
+    """The kind, and the changes that these terms make of the module's weight of this name.
 
-    With the layer's scales, which a compiler takes for inputs, B has its scaling already.
+    With the layer's scales, which a compiler takes for inputs, factors are tensors.
     """
     kind: Kind | None = None
-    pairs: list[Pair] = []
+    changes: list[tuple[Variant, Change]] = []
     for term in terms:
         if term.spec.weight == weight:
             kind = term.kind
-            own = module.get_parameter(term.A), module.get_parameter(term.B)
-            A, B = oriented(term.spec, *own)
-            scaling = term.scaling
-            if scales is not None:
-                B, scaling = B * scales[term.adapter][1], 1.0
-            pairs.append((term.spec, A, B, scaling))
-    return kind, pairs
+            tensors = {role: module.get_parameter(name) for role, name in term.names.items()}
+            factor = term.factor if scales is None else scales[term.adapter][1]
+            changes.append((term.variant, term.change(tensors, factor)))
+    return kind, changes
 
 
 def scales_of(terms: Sequence[Term], scales: Scales, own: Mapping[str, Any]) -> Scales:
@@ -243,11 +231,11 @@ def scales_of(terms: Sequence[Term], scales: Scales, own: Mapping[str, Any]) -> 
     for term in terms:
         A, held = own.get(term.A), scales.get(term.adapter)
         device = torch.device("cpu") if A is None else A.device
-        if held is None or held[0] != term.scaling or held[1].device != device:
+        if held is None or held[0] != term.factor or held[1].device != device:
             dtype = torch.float32 if device.type == "mps" else torch.float64
             if device.type == "meta":  # where there are no values, and to write one takes long
                 scale = torch.empty((), dtype=dtype, device=device)
             else:
-                scale = torch.scalar_tensor(term.scaling, dtype=dtype, device=device)
-            scales = {**scales, term.adapter: (term.scaling, scale)}
+                scale = torch.scalar_tensor(term.factor, dtype=dtype, device=device)
+            scales = {**scales, term.adapter: (term.factor, scale)}
     return scales

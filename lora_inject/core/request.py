@@ -13,8 +13,8 @@ from lora_inject.settings import BiasMode, Parts, Settings
 
 ALL_LINEAR = "all-linear"
 _DEFAULTS = {
-    "r": 8, "alpha": None, "dropout": 0.0, "scaling": "lora", "fixed": None, "how": "auto",
-    "layout": None,
+    "r": 8, "alpha": None, "dropout": 0.0, "scaling": "lora", "variant": "lora",
+    "init": "default", "fixed": None, "how": "auto", "layout": None,
 }  # fmt: skip
 
 
@@ -49,8 +49,8 @@ def settings_by_pattern(targets: Any, values: Mapping[str, Any]) -> dict[Pattern
 
     Args:
         targets: as the user wrote them.
-        values: r, alpha, dropout, scaling, fixed, how and layout of the call where they are not
-            the usual ones; a pattern's own overrule them.
+        values: those of the call by the names of ``_DEFAULTS``, where they are not the usual ones;
+            a pattern's own overrule them.
 
     Raises:
         ArgumentError: a pattern or a value cannot be used.

@@ -17,13 +17,13 @@ from lora_inject.core.site import Refusal, Site
 from lora_inject.core.state import adapters_of
 from lora_inject.errors import ArgumentError, UnsupportedLayerError
 from lora_inject.kinds import Kind, Spec
-from lora_inject.kinds.base import Way
+from lora_inject.kinds.base import Way, is_plain
 from lora_inject.kinds.parameter import ParameterKind, layout_of
 from lora_inject.kinds.refusals import general_refusal, weight_refusal
 from lora_inject.kinds.weight_reads import weights_read_below
 from lora_inject.own import own_class
 from lora_inject.settings import Parts, Settings
-from lora_inject.sharding import is_placeholder, whole_numel
+from lora_inject.sharding import is_distributed, is_placeholder, whole_numel
 
 
 class Resolver:
@@ -161,6 +161,13 @@ class Resolver:
             )
         swapped = own.kind.transposes != site.kind.transposes
         spec = replace(leader, weight=name, swapped=swapped)
+        if wrong := site.settings.variant.refusal(
+            own.kind, place.module, spec, own.way == "branch", site.settings.dropout
+        ):
+            raise UnsupportedLayerError(
+                f"its {leader.weight} is tied to {name} of {target.path}: {wrong}",
+                path=site.path,
+            )
         return replace(
             own,
             specs=(spec,),
@@ -203,9 +210,28 @@ def _specs(
             " to act on. Give it dropout 0 by a pattern of its own, or exclude it."
         )
     for spec in specs:
-        if reason := weight_refusal(module, kind.weight(module, spec.weight), spec, way):
-            return Refusal(reason)
+        weight = kind.weight(module, spec.weight)
+        if wrong := weight_refusal(module, weight, spec, way) or _method_refusal(
+            module, kind, weight, spec, way, settings
+        ):
+            return Refusal(wrong)
     return specs
+
+
+def _method_refusal(
+    module: nn.Module, kind: Kind, weight: Tensor, spec: Spec, way: Way, settings: Settings
+) -> str | None:
+    """Why a weight cannot have the variant and the start that were asked for."""
+    variant, start = settings.variant, settings.start
+    if variant.more or start.reads:
+        method = f"variant={variant.name!r}" if variant.more else f"init={start.name!r}"
+        if not is_plain(weight) or weight is not module._parameters.get(spec.weight):
+            return f"{method} needs the values of its weight, which is packed or computed."
+        if is_distributed(weight) or is_placeholder(weight):
+            return f"{method} needs its whole weight, which is sharded. Inject before that."
+    return variant.refusal(kind, module, spec, way == "branch", settings.dropout) or start.refusal(
+        kind, module, spec
+    )
 
 
 def _is_adapted(target: Target, adapter: str) -> bool:

@@ -1,11 +1,12 @@
-"""What each parameter of a model is: A, B, a bias, part of what trains in full, or other."""
+"""What each parameter of a model is: an adapter's, a bias, of what trains in full, or other."""
 
 from torch import nn
 
 from lora_inject.core.look import Look
 from lora_inject.kinds.bias import is_bias
+from lora_inject.variants import ROLES as ROLES_OF_PAIRS
 
-ADAPTER_ROLES = ("lora_A", "lora_B")
+ADAPTER_ROLES = tuple(f"lora_{role}" for role in ROLES_OF_PAIRS)
 ROLES = (*ADAPTER_ROLES, "bias", "train_also", "other")
 _BY_PLACE = ("other", "bias", "train_also", *ADAPTER_ROLES)  # of tied places the last one counts
 

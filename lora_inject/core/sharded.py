@@ -29,12 +29,12 @@ def following(
     """
     for adapter in adapters:
         for spec, names in adapter.pairs:
-            weight, pair = layer._parameters.get(spec.weight), list(names.values())
-            if name in (spec.weight, *pair):
+            weight, roles = layer._parameters.get(spec.weight), {n: r for r, n in names.items()}
+            if name == spec.weight or name in roles:
                 _require_follows(adapter)
-            if name in pair and weight is not None and is_distributed(weight):
-                both = adapter.kind.placements(weight, spec)
-                return redistributed(parameter, both[pair.index(name)])
+            if name in roles and weight is not None and is_distributed(weight):
+                A, B = adapter.kind.placements(weight, spec)
+                return redistributed(parameter, A if roles[name] in ("A", "A0") else B)
     return parameter
 
 
@@ -47,6 +47,13 @@ def _require_follows(adapter: Adapter) -> None:
     if adapter.way == "weight":
         raise LoRAInjectError(
             f"its adapter {adapter.name!r} acts in its weight, which cannot be sharded with it.",
+            path=adapter.path,
+            remedy="Leave the layer out of the plan of parallelize_module, or strip.",
+        )
+    if adapter.settings.variant.more:
+        raise LoRAInjectError(
+            f"its adapter {adapter.name!r} is a {adapter.settings.variant.name}, which needs its "
+            "whole weight.",
             path=adapter.path,
             remedy="Leave the layer out of the plan of parallelize_module, or strip.",
         )

@@ -48,8 +48,9 @@ class Site:
 
     @property
     def parameters(self) -> int:
-        """How many parameters A and B have; none of its own where it shares them."""
-        return 0 if self.follows else sum(spec.elements for spec in self.specs)
+        """How many parameters the adapter has; none of its own where it shares them."""
+        variant = self.settings.variant
+        return 0 if self.follows else sum(variant.elements(spec) for spec in self.specs)
 
     @property
     def shape_text(self) -> str:

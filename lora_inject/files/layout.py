@@ -85,9 +85,12 @@ class Layout:
 
     @property
     def pairs_by_key(self) -> dict[str, Tensor]:
-        """A and B by loralib's keys."""
-        halves = [(f.pair.key, f.pair.A, f.pair.B) for f in self.all_pairs]
-        return {f"{key}lora_{x}": t for key, A, B in halves for x, t in (("A", A), ("B", B))}
+        """The tensors of the pairs by loralib's keys."""
+        return {
+            f"{f.pair.key}lora_{role}": tensor
+            for f in self.all_pairs
+            for role, tensor in f.pair.tensors.items()
+        }
 
     @property
     def scalings(self) -> dict[str, float]:

@@ -24,11 +24,12 @@ from lora_inject.files.formats.data import PairData
 from lora_inject.files.formats.pairs import as_portable
 from lora_inject.files.layout import Layout
 from lora_inject.files.stored import Stored
-from lora_inject.kinds.base import name_prefix
 from lora_inject.own import Place, own_tensor
 from lora_inject.plan import plan_for
 from lora_inject.settings import check_adapter, check_bias, check_dtype
 from lora_inject.sharding import is_distributed, on_first_rank
+from lora_inject.starts import Saved
+from lora_inject.variants import SCALINGS, name_prefix
 
 
 def save(
@@ -203,25 +204,25 @@ def _content(wanted: Layout, use: bool, sites: Sequence[Site]) -> Content:
     return Content(bias, in_full, placed, values, places, use, beside)
 
 
-def _values(
-    wanted: Layout, sites: Mapping[str, Site]
-) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
-    """A and B by path and prefix of each pair, all that the sites need and no others."""
-    values: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+def _values(wanted: Layout, sites: Mapping[str, Site]) -> dict[tuple[str, str], dict[str, Tensor]]:
+    """The tensors by path and prefix of each pair, all that the sites need and no others."""
+    values: dict[tuple[str, str], dict[str, Tensor]] = {}
     for f in wanted.pairs:
-        to = sites[f.target].dtype if f.target in sites else f.pair.A.dtype
-        prefix = name_prefix(f.pair.weight, f.pair.part)
-        values[f.target, prefix] = f.pair.A.to(to), f.pair.B.to(to)
+        own = f.pair.tensors
+        if (site := sites.get(f.target)) is not None:
+            variant = site.settings.variant
+            own = {role: t.to(variant.dtype(role, site.dtype)) for role, t in own.items()}
+        values[f.target, name_prefix(f.pair.weight, f.pair.part)] = own
     shapes = {
-        f"{path}.{spec.prefix}lora_{x}": shape
+        f"{path}.{spec.prefix}lora_{role}": shape
         for path, site in sites.items()
         for spec in site.specs
-        for x, shape in (("A", spec.A_shape), ("B", spec.B_shape))
+        for role, shape in site.settings.variant.shapes(spec).items()
     }
     given = {
-        f"{path}.{prefix}lora_{x}": tensor
-        for (path, prefix), pair in values.items()
-        for x, tensor in zip("AB", pair, strict=True)
+        f"{path}.{prefix}lora_{role}": tensor
+        for (path, prefix), own in values.items()
+        for role, tensor in own.items()
     }
     require_fit("the file's A and B do not fit the model", shapes, given)
     return values
@@ -246,16 +247,19 @@ def _targets(wanted: Layout) -> dict[Pattern, dict[str, Any]]:
     label = ", ".join(wanted.data.targets) or "loaded"
     groups: dict[tuple[Any, ...], set[str]] = {}
     for f in wanted.pairs:
-        r, alpha = f.pair.rank, f.pair.known_alpha
-        layout = f.pair.layout if f.pair.form == "experts" and f.pair.A.dim() == 3 else None
-        key = (r, alpha, f.pair.dropout, layout, f.pair.rule, f.pair.fixed or None)
-        groups.setdefault(key, set()).add(f.target)
+        pair = f.pair
+        # That of the start counts in the file's rank, and so in its alpha.
+        r, rule = pair.own_rank, SCALINGS[pair.rule]
+        alpha = rule.alpha(pair.scaling, r) if pair.start else pair.known_alpha
+        layout = pair.layout if pair.form == "experts" and pair.A.dim() == 3 else None
+        key = (r, alpha, pair.dropout, layout, pair.rule, pair.fixed or None, pair.variant)
+        groups.setdefault((*key, pair.start), set()).add(f.target)
     return {
         Pattern(label, _within(paths), by_name=True): {
             "r": r, "alpha": alpha, "dropout": dropout, "layout": layout, "scaling": rule,
-            "fixed": fixed,
+            "fixed": fixed, "variant": variant, "init": Saved(start) if start else "default",
         }
-        for (r, alpha, dropout, layout, rule, fixed), paths in groups.items()
+        for (r, alpha, dropout, layout, rule, fixed, variant, start), paths in groups.items()
     }  # fmt: skip
 
 

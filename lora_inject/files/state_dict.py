@@ -10,6 +10,7 @@ from lora_inject.files.left_out import warn_of_left_out
 from lora_inject.files.stored import Stored
 from lora_inject.settings import BiasMode
 from lora_inject.sharding import whole
+from lora_inject.variants import OTHER
 
 
 def lora_state_dict(
@@ -94,8 +95,11 @@ def _as_they_stand(state: Mapping[str, Tensor], settings: Settings) -> dict[str,
     """The values with the pairs of tied layers as these stand: they may not be tied here."""
     found = dict(state)
     for key, each in settings.items():
-        B_key = key.removesuffix("A") + "B"
-        A, B = found.get(key), found.get(B_key)
-        if each.turned and isinstance(A, Tensor) and isinstance(B, Tensor):
-            found |= {key: B.transpose(-2, -1), B_key: A.transpose(-2, -1)}
+        start = key.removesuffix("A")
+        turned = {
+            f"{start}{role}": value.transpose(-2, -1)
+            for role, other in OTHER.items() if each.turned and role
+            if isinstance(value := state.get(f"{start}{other}"), Tensor) and value.dim() > 1
+        }  # fmt: skip
+        found |= turned
     return found

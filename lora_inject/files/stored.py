@@ -9,14 +9,13 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lora_inject.arithmetic.low_rank import same_product
+from lora_inject.arithmetic.low_rank import same_product, side_by_side
 from lora_inject.changes.edits import filling, run
 from lora_inject.compat.marks import is_fully_sharded
 from lora_inject.core.company import company
-from lora_inject.core.layer import oriented
 from lora_inject.core.look import Look
 from lora_inject.core.paths import bare, bare_key, bare_modules, first_paths
 from lora_inject.core.state_parts import Trained
@@ -97,10 +96,10 @@ class Stored:
         tensors: dict[str, Tensor] = {}
         for held in self.pairs:
             if not held.adapter.follows:
-                A, B = held.values
-                require_whole(f"{held.key}lora_A", A, held.spec.A_shape)
-                require_whole(f"{held.key}lora_B", B, held.spec.B_shape)
-                tensors |= {f"{held.key}lora_A": A, f"{held.key}lora_B": B}
+                shapes, own = held.variant.shapes(held.spec), held.tensors
+                for role, key in held.keys.items():
+                    require_whole(key, own[role], shapes[role])
+                    tensors[key] = own[role]
         for key, (module, place) in self.trained.items():
             tensor = self.look.tensor(module, place, self.name)
             assert tensor is not None
@@ -117,8 +116,8 @@ class Stored:
         found: dict[str, Tensor] = {}
         for held in self.pairs:
             if held.adapter.follows:
-                A, B = held.values
-                found |= {f"{held.key}lora_A": A, f"{held.key}lora_B": B}
+                own = held.tensors
+                found |= {key: own[role] for role, key in held.keys.items()}
         return found
 
     def settings(self) -> Settings:
@@ -180,10 +179,17 @@ class Stored:
 
     def _pair(self, held: StoredPair) -> PairData:
         spec, settings, kind = held.spec, held.adapter.settings, held.adapter.kind
-        rule, divided = settings.variant.scaling, spec.rank != settings.r
-        A, B = (whole(tensor.detach()) for tensor in held.values)
-        A, B = oriented(spec, A, B)
-        fixed, turned = settings.variant.fixed or "", spec.swapped
+        variant, rule = settings.variant, settings.variant.scaling
+        own = held.oriented({role: whole(t.detach()) for role, t in held.tensors.items()})
+        A, B = own["A"], own["B"]
+        if variant.offset:  # any reader's LoRA of twice the rank
+            pair = side_by_side([
+                kind.to_matrices(held.layer, A, B),
+                kind.to_matrices(held.layer, own["A0"], -own["B0"]),
+            ])  # fmt: skip
+            A, B = kind.from_matrices(held.layer, *pair)
+        rank = spec.rank * (2 if variant.offset else 1)
+        fixed, turned = variant.fixed or "", spec.swapped
         layout = "in_out" if kind.transposes else ""
         if isinstance(kind, ParameterKind):
             layout = told_layout(held.layer, kind.weight(held.layer, spec.weight))
@@ -194,9 +200,12 @@ class Stored:
             path=held.path,
             A=A,
             B=B,
-            alpha=rule.alpha(settings.scaling, spec.rank) if divided else settings.alpha,
+            alpha=settings.alpha if rank == settings.r else rule.alpha(settings.scaling, rank),
             rule=rule.name,
             fixed=OTHER[fixed] if turned else fixed,
+            variant=variant.name,
+            others={role: own[role] for role in variant.more},
+            start=settings.start.word if variant.offset else "",
             form=kind.form(held.layer),
             weight=spec.weight,
             part=spec.part,
@@ -229,12 +238,12 @@ class Stored:
         shared = {key: given.pop(key) for key in tied if key in given}
         ready = dict(given)
         for held in self.pairs:
-            keys = f"{held.key}lora_A", f"{held.key}lora_B"
-            usable = all(is_for(given.get(key), None) for key in keys)
-            if not held.adapter.follows and usable:
+            values = {role: given.get(key) for role, key in held.keys.items()}
+            usable = {r: t for r, t in values.items() if t is not None and is_for(t, None)}
+            if not held.adapter.follows and len(usable) == len(values):
                 scaling = scalings.get(held.key, held.adapter.settings.scaling)
-                A, B = self._fitted(held, given[keys[0]], given[keys[1]], scaling)
-                ready |= {keys[0]: A, keys[1]: B}
+                fitted = held.fitted(usable, scaling)
+                ready |= {key: fitted[role] for role, key in held.keys.items()}
         wrong = [key for key, value in ready.items() if not is_for(value, own.get(key))]
         raise_problems("some values cannot be used", {"no plain tensors": wrong})
         shapes = {key: tuple(tensor.shape) for key, tensor in own.items()}
@@ -256,38 +265,28 @@ class Stored:
     ) -> None:
         """Refuse values of a tied place that are not those of the place whose pair it shares."""
         for held in self.pairs:
-            keys = f"{held.key}lora_A", f"{held.key}lora_B"
-            if held.adapter.follows and all(key in shared for key in keys):
-                leader = next(h for h in self.pairs if not h.adapter.follows
-                              and h.values[0] is held.values[0])  # fmt: skip
-                values = (own[f"{leader.key}lora_A"], own[f"{leader.key}lora_B"])
-                own_scaling = held.adapter.settings.scaling
-                factor = scalings.get(held.key, own_scaling) / own_scaling
-                mine = shared[keys[0]], shared[keys[1]] * factor
-                if not any(same_product(v, mine) for v in (oriented(held.spec, *values), values)):
-                    raise FormatError(
-                        f"{held.path} and {leader.path} are tied in this model and have different "
-                        "adapters here.",
-                        remedy="Nothing was loaded.",
-                    )
+            if not (held.adapter.follows and all(key in shared for key in held.keys.values())):
+                continue
+            leader = next(h for h in self.pairs if not h.adapter.follows
+                          and h.tensors["A"] is held.tensors["A"])  # fmt: skip
+            theirs = {role: own[key] for role, key in leader.keys.items()}
+            mine = {role: shared[key] for role, key in held.keys.items()}
+            scaling = held.adapter.settings.scaling
+            mine["B"] = mine["B"] * (scalings.get(held.key, scaling) / scaling)
+            # As the layer wants them, or the very tensors that it shares.
+            if not any(_same(each, mine) for each in (held.oriented(theirs), theirs)):
+                raise FormatError(
+                    f"{held.path} and {leader.path} are tied in this model and have different "
+                    "adapters here.",
+                    remedy="Nothing was loaded.",
+                )
 
-    def _fitted(
-        self, held: StoredPair, A: Tensor, B: Tensor, scaling: float
-    ) -> tuple[Tensor, Tensor]:
-        """Values of a smaller rank padded with zeros, and of another scaling with it in B."""
-        if scaling != held.adapter.settings.scaling:
-            B = (B.double() * (scaling / held.adapter.settings.scaling)).to(B.dtype)
-        spec = held.spec
-        same = tuple(A.shape) == spec.A_shape and tuple(B.shape) == spec.B_shape
-        kind, rank_dim = held.adapter.kind, 2 if spec.experts else 1
-        if same or B.dim() != len(spec.B_shape) or not 0 < B.shape[rank_dim] < spec.rank:
-            return A, B
-        try:
-            A_m, B_m = kind.to_matrices(held.layer, A, B)
-        except RuntimeError:  # of shapes that are no smaller rank of this layer's
-            return A, B
-        extra = spec.rank - B.shape[rank_dim]
-        A_m, B_m = F.pad(A_m, (0, 0, 0, extra)), F.pad(B_m, (0, extra))
-        if A_m.numel() != held.values[0].numel():
-            return A, B
-        return kind.from_matrices(held.layer, A_m, B_m)
+
+def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Whether the tensors of two pairs, by role, are one update."""
+    product = same_product((one["A"], one["B"]), (other["A"], other["B"]))
+    rest = [role for role in one if role not in ("A", "B")]
+    return product and all(
+        one[role].shape == other[role].shape
+        and torch.allclose(one[role], other[role].to(one[role])) for role in rest
+    )  # fmt: skip

@@ -1,11 +1,14 @@
 """One pair of an adapter where it stands in a model."""
 
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lora_inject.core.adapter import Adapter, Pair
-from lora_inject.kinds.base import Spec
+from lora_inject.kinds import Kind
+from lora_inject.variants import OTHER, Spec, Variant
 
 
 class StoredPair(NamedTuple):
@@ -22,12 +25,59 @@ class StoredPair(NamedTuple):
         return self.pair.spec
 
     @property
+    def variant(self) -> Variant:
+        """What its tensors are to the weight."""
+        return self.adapter.settings.variant
+
+    @property
     def key(self) -> str:
         """The start of loralib's keys for it: the path and the prefix of what is not a weight."""
         return f"{self.path}.{self.spec.prefix}".lstrip(".")
 
     @property
-    def values(self) -> tuple[Tensor, Tensor]:
-        """A and B."""
-        tensors = self.pair.tensors(self.layer)
-        return tensors["A"], tensors["B"]
+    def keys(self) -> dict[str, str]:
+        """The key of each tensor, by role."""
+        return {role: f"{self.key}lora_{role}" for role in self.variant.roles}
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by role."""
+        return {**self.pair.tensors(self.layer)}
+
+    def oriented(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors as the layer's kind wants them: those of a tied layer may stand the other way."""
+        if not self.spec.swapped:
+            return {**tensors}
+        turned = {OTHER[role]: tensor.transpose(-2, -1) for role, tensor in tensors.items()}
+        return {role: turned[role] for role in tensors}
+
+    def fitted(self, tensors: Mapping[str, Tensor], scaling: float) -> dict[str, Tensor]:
+        """Values of a smaller rank padded with zeros, and of another scaling with it in B."""
+        fitted, own = {**tensors}, self.adapter.settings.scaling
+        for A, B in self._products():
+            if scaling != own:
+                fitted[B] = (fitted[B].double() * (scaling / own)).to(fitted[B].dtype)
+            fitted[A], fitted[B] = self._padded(fitted[A], fitted[B])
+        return fitted
+
+    def _products(self) -> Iterator[tuple[str, str]]:
+        """The roles of the factors that are multiplied."""
+        yield "A", "B"
+        if self.variant.offset:
+            yield "A0", "B0"
+
+    def _padded(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        spec, rank_dim = self.spec, 2 if self.spec.experts else 1
+        kind: Kind = self.adapter.kind
+        same = tuple(A.shape) == spec.A_shape and tuple(B.shape) == spec.B_shape
+        if same or B.dim() != len(spec.B_shape) or not 0 < B.shape[rank_dim] < spec.rank:
+            return A, B
+        try:
+            A_m, B_m = kind.to_matrices(self.layer, A, B)
+        except RuntimeError:  # of shapes that are no smaller rank of this layer's
+            return A, B
+        extra = spec.rank - B.shape[rank_dim]
+        A_m, B_m = F.pad(A_m, (0, 0, 0, extra)), F.pad(B_m, (0, extra))
+        if A_m.numel() != self.tensors["A"].numel():
+            return A, B
+        return kind.from_matrices(self.layer, A_m, B_m)

@@ -8,13 +8,14 @@ from torch import nn
 
 from lora_inject.errors import ArgumentError
 from lora_inject.kinds.attention import MultiheadAttentionKind
-from lora_inject.kinds.base import Kind, Spec
+from lora_inject.kinds.base import Kind
 from lora_inject.kinds.conv1d import Conv1DKind
 from lora_inject.kinds.convolution import ConvKind, ConvTransposeKind
 from lora_inject.kinds.embedding import EmbeddingKind
 from lora_inject.kinds.linear import LinearKind
 from lora_inject.kinds.quantized import QuantizedLinearKind
 from lora_inject.kinds.recurrent import RecurrentCellKind, RecurrentKind
+from lora_inject.variants import Spec
 
 __all__ = ["Kind", "Spec", "find_kind", "register_kind"]
 

@@ -5,13 +5,14 @@ The output projection is a child, ``out_proj``, and is a target of its own.
 
 from torch import nn
 
-from lora_inject.kinds.base import Form, MatrixKind, Spec, Way, out_in_spec, overrides_forward
+from lora_inject.kinds.base import Form, Kind, Way, out_in_spec, overrides_forward
 from lora_inject.kinds.weight_reads import calls_super
 from lora_inject.own import own_class
 from lora_inject.settings import Settings
+from lora_inject.variants import Spec
 
 
-class MultiheadAttentionKind(MatrixKind):
+class MultiheadAttentionKind(Kind):
     """Packed ``in_proj_weight`` (3E, E), or ``q/k/v_proj_weight`` where kdim or vdim differ."""
 
     name = "MultiheadAttention"

@@ -2,75 +2,22 @@
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lora_inject.arithmetic import starting_values as initial
 from lora_inject.own import own_class
 from lora_inject.settings import Settings
 from lora_inject.sharding import placements_of_pair, replicated, whole_shape
+from lora_inject.variants import Change, Spec, Variant
 
 Way = Literal["branch", "weight"]
 # What adapter files call A and B: see ``formats.data``. "other" is what only we have.
 Form = Literal["linear", "embedding", "conv", "experts", "other"]
-
-
-def name_prefix(weight: str, part: str) -> str:
-    """What stands before ``lora_A`` in a parameter's name: nothing for a plain weight."""
-    own = part or ("" if weight == "weight" else weight)
-    return f"{own}_" if own else ""
-
-
-@dataclass(frozen=True)
-class Spec:
-    """One pair A, B of a layer.
-
-    Attributes:
-        weight: the name of the parameter that it adapts.
-        n_in: features that A reads.
-        n_out: features that B writes.
-        A_shape: (r, in), or what the kind makes of it.
-        B_shape: (out, r), or what the kind makes of it.
-        part: the name of the part of a fused projection that it is for, or "".
-        start: where that part begins in the layer's output.
-        experts: how many experts the weight holds, each with an A and a B; 0 for a plain weight.
-        swapped: whether A and B are those of a tied layer that keeps the weight the other way
-            round: this layer's A is then B transposed, and its B is A transposed.
-    """
-
-    weight: str
-    n_in: int
-    n_out: int
-    A_shape: tuple[int, ...]
-    B_shape: tuple[int, ...]
-    part: str = ""
-    start: int = 0
-    experts: int = 0
-    swapped: bool = False
-
-    @property
-    def prefix(self) -> str:
-        """What stands before ``lora_A`` in the parameter's name."""
-        return name_prefix(self.weight, self.part)
-
-    @property
-    def place(self) -> tuple[str, str, int, int]:
-        """What of the layer it adapts: pairs of one place add up."""
-        return (self.weight, self.part, self.start, self.n_out if self.part else 0)
-
-    @property
-    def rank(self) -> int:
-        """The rank r, of each group and each expert."""
-        return self.B_shape[2 if self.experts else 1]
-
-    @property
-    def elements(self) -> int:
-        """How many parameters A and B have."""
-        return math.prod(self.A_shape) + math.prod(self.B_shape)
 
 
 class Kind(ABC):
@@ -175,24 +122,50 @@ class Kind(ABC):
         """The way back from ``to_matrices``, for any rank."""
         return A, B
 
-    def update(self, layer: nn.Module, W: Tensor, spec: Spec, A: Tensor, B: Tensor) -> Tensor:
-        """Weight: what the adapter adds to the weight W, in W's shape, before scaling."""
-        raise NotImplementedError(f"{self.name} layers are adapted in a branch")
+    def to_matrix(self, layer: nn.Module, W: Tensor) -> Tensor:
+        """A tensor of the weight's shape as (..., out, in), like the product of ``to_matrices``."""
+        return W.transpose(-2, -1) if self.transposes else W
 
-    def effective(self, layer: nn.Module, W: Tensor, pairs: "list[Pair]") -> Any:
+    def from_matrix(self, layer: nn.Module, matrix: Tensor, shape: torch.Size) -> Tensor:
+        """The way back from ``to_matrix``, to the weight's shape."""
+        return matrix.transpose(-2, -1) if self.transposes else matrix
+
+    def update(self, layer: nn.Module, W: Tensor, spec: Spec, A: Tensor, B: Tensor) -> Tensor:
+        """``B A`` in the shape of the weight W, with zeros in the rows that are of other parts."""
+        A, B = self.to_matrices(layer, A, B)
+        if spec.part:
+            n_out = self.to_matrix(layer, W).shape[-2]
+            B = F.pad(B, (0, 0, spec.start, n_out - spec.start - spec.n_out))
+        return self.from_matrix(layer, B @ A, W.shape)
+
+    def effective(
+        self, layer: nn.Module, W: Tensor, changes: "list[tuple[Variant, Change]]"
+    ) -> Any:
         """Weight: what the layer reads in place of W: the sum in A's precision, rounded once."""
         total: Any = W
-        for spec, A, B, scaling in pairs:
-            total = torch.add(total, self.update(layer, W, spec, A, B), alpha=scaling)
+        for variant, change in changes:
+            total = variant.add_to_weight(self, layer, W, total, change)
         return total.to(W.dtype)
+
+    def affine_refusal(self, layer: nn.Module) -> str | None:
+        """Why what a layer computes is not known to be ``W x + b``; None where it is.
+
+        What acts in the weight is sure that it is.
+        """
+        return None
+
+    def bias(self, layer: nn.Module, spec: Spec) -> Tensor | None:
+        """What the layer adds to ``W x``, in the rows of the pair's part: (out,), or None."""
+        bias = layer._parameters.get("bias")
+        return bias.narrow(0, spec.start, spec.n_out) if spec.part and bias is not None else bias
+
+    def beside_output(self, layer: nn.Module, vector: Tensor) -> Tensor:
+        """A vector (out,) in a shape in which it multiplies what the layer returns."""
+        return vector
 
     def members(self, weights: tuple[str, ...]) -> dict[str, Any]:
         """Weight: what the adapted class gets in order to show effective weights."""
         return {name: _effective_property(name) for name in weights}
-
-    def to_matrix(self, layer: nn.Module, update: Tensor) -> Tensor:
-        """What ``update`` returned, as the product ``B A`` of ``to_matrices``."""
-        return update
 
     def initial(self, spec: Spec, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Starting values, float32 on the CPU: A kaiming-uniform, B zero (LoRA section 4.1)."""
@@ -218,22 +191,6 @@ class Kind(ABC):
         value = getattr(module, name)
         assert isinstance(value, Tensor)
         return value
-
-
-class MatrixKind(Kind):
-    """A kind whose weight is a matrix, or one for each expert, so that its update is ``B A``."""
-
-    def update(self, layer: nn.Module, W: Tensor, spec: Spec, A: Tensor, B: Tensor) -> Tensor:
-        """``B A``, the way round that the weight stands."""
-        BA = B @ A
-        return BA.transpose(-2, -1) if self.transposes else BA
-
-    def to_matrix(self, layer: nn.Module, update: Tensor) -> Tensor:
-        """The way round that ``B A`` stands."""
-        return update.transpose(-2, -1) if self.transposes else update
-
-
-Pair = tuple[Spec, Tensor, Tensor, float]
 
 
 @lru_cache  # very many layers have the same one

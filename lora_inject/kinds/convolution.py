@@ -16,9 +16,10 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lora_inject.arithmetic import starting_values as initial
-from lora_inject.kinds.base import Form, Kind, Spec, Way
+from lora_inject.kinds.base import Form, Kind, Way
 from lora_inject.own import own_class
 from lora_inject.settings import Settings
+from lora_inject.variants import Spec
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -91,15 +92,19 @@ class ConvKind(Kind):
         shape = (layer.groups * A.shape[-2], per_group, *kernel)
         return A.reshape(shape), B.reshape(layer.out_channels, A.shape[-2], *ones)
 
-    def update(self, layer: nn.Module, W: Tensor, spec: Spec, A: Tensor, B: Tensor) -> Tensor:
-        """Of each group: B A."""
-        A_grI, B_gOr = self.to_matrices(layer, A, B)
-        return (B_gOr @ A_grI).reshape(W.shape)
-
-    def to_matrix(self, layer: nn.Module, update: Tensor) -> Tensor:
+    def to_matrix(self, layer: nn.Module, W: Tensor) -> Tensor:
         """One matrix for each group."""
         assert isinstance(layer, _ConvNd)
-        return update.reshape(layer.groups, layer.out_channels // layer.groups, -1)
+        return W.reshape(layer.groups, layer.out_channels // layer.groups, -1)
+
+    def from_matrix(self, layer: nn.Module, matrix: Tensor, shape: torch.Size) -> Tensor:
+        """The kernel again."""
+        return matrix.reshape(shape)
+
+    def beside_output(self, layer: nn.Module, vector: Tensor) -> Tensor:
+        """Channels stand before the dimensions of the kernel."""
+        assert isinstance(layer, _ConvNd)
+        return vector.reshape(-1, *(1,) * len(layer.kernel_size))
 
 
 class ConvTransposeKind(ConvKind):
@@ -158,20 +163,19 @@ class ConvTransposeKind(ConvKind):
         ones = (1,) * len(kernel)
         return A_gIrk.reshape(-1, r, *kernel), B.reshape(layer.out_channels, r, *ones)
 
-    def update(self, layer: nn.Module, W: Tensor, spec: Spec, A: Tensor, B: Tensor) -> Tensor:
-        """Of each group: B A, with the channels of W the other way round."""
-        assert isinstance(layer, _ConvNd)
-        A_grI, B_gOr = self.to_matrices(layer, A, B)
-        groups, n_out, _ = B_gOr.shape
-        update_gOIk = (B_gOr @ A_grI).reshape(groups, n_out, -1, math.prod(layer.kernel_size))
-        return update_gOIk.transpose(1, 2).reshape(W.shape)
-
-    def to_matrix(self, layer: nn.Module, update: Tensor) -> Tensor:
-        """One matrix for each group."""
+    def to_matrix(self, layer: nn.Module, W: Tensor) -> Tensor:
+        """One matrix for each group, its channels the other way round."""
         assert isinstance(layer, _ConvNd)
         n_out, size = layer.out_channels // layer.groups, math.prod(layer.kernel_size)
-        update_gIOk = update.reshape(layer.groups, -1, n_out, size)
-        return update_gIOk.transpose(1, 2).reshape(layer.groups, n_out, -1)
+        W_gIOk = W.reshape(layer.groups, -1, n_out, size)
+        return W_gIOk.transpose(1, 2).reshape(layer.groups, n_out, -1)
+
+    def from_matrix(self, layer: nn.Module, matrix: Tensor, shape: torch.Size) -> Tensor:
+        """The kernel again."""
+        assert isinstance(layer, _ConvNd)
+        n_out, size = layer.out_channels // layer.groups, math.prod(layer.kernel_size)
+        W_gOIk = matrix.reshape(layer.groups, n_out, -1, size)
+        return W_gOIk.transpose(1, 2).reshape(shape)
 
 
 def _convolves_as(cls: type[nn.Module], known: type[nn.Module]) -> bool:

@@ -8,14 +8,15 @@ from torch import Tensor, nn
 from lora_inject.arithmetic import starting_values as initial
 from lora_inject.arithmetic.embedding import divide_gradient_by_frequency, embedding_down
 from lora_inject.arithmetic.linear import linear_up
-from lora_inject.kinds.base import Form, MatrixKind, Spec, Way, linear_spec, overrides_forward
+from lora_inject.kinds.base import Form, Kind, Way, linear_spec, overrides_forward
 from lora_inject.kinds.weight_reads import calls_super, reads_own_weight
 from lora_inject.own import own_class
 from lora_inject.settings import Settings
 from lora_inject.sharding import replicated
+from lora_inject.variants import Spec
 
 
-class EmbeddingKind(MatrixKind):
+class EmbeddingKind(Kind):
     """``y = W[ids]`` with W of shape (rows, width); A is (r, rows), B is (width, r).
 
     The branch is added to what ``nn.Embedding.forward`` returns, so that subclasses that scale it

@@ -1,16 +1,17 @@
 """``nn.Linear`` and its subclasses: whatever their own forward does, the branch is added to it."""
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lora_inject.arithmetic.linear import linear_down, linear_up
-from lora_inject.kinds.base import Form, MatrixKind, Spec, Way, linear_spec
+from lora_inject.kinds.base import Form, Kind, Way, linear_spec
+from lora_inject.own import own_class
 from lora_inject.settings import Settings
+from lora_inject.variants import Spec
 
 _FORWARD = nn.Linear.forward  # torch's own, whatever is put in its place later
 
 
-class LinearKind(MatrixKind):
+class LinearKind(Kind):
     """``y = W x + b`` with W of shape (out, in)."""
 
     name = "Linear"
@@ -55,12 +56,10 @@ class LinearKind(MatrixKind):
         """``B h``."""
         return linear_up(h, B)
 
-    def update(self, layer: nn.Module, W: Tensor, spec: Spec, A: Tensor, B: Tensor) -> Tensor:
-        """``B A``, in the rows of its part."""
-        if spec.part:
-            after = self.features(layer)[1] - spec.start - spec.n_out
-            B = F.pad(B, (0, 0, spec.start, after))
-        return super().update(layer, W, spec, A, B)
+    def affine_refusal(self, layer: nn.Module) -> str | None:
+        """A forward of its own may do anything to ``W x``."""
+        cls = own_class(layer)
+        return None if self.is_product(cls) else f"{cls.__name__} has a forward of its own."
 
     def merge_refusal(self, module: nn.Module, base: type[nn.Module], way: Way) -> str | None:
         """A subclass with its own forward may do more to W x than to the branch beside it."""

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from lora_inject.arithmetic import starting_values as initial
 from lora_inject.compat.torch_private import tree_map
-from lora_inject.kinds.base import Form, Kind, MatrixKind, Pair, Spec, Way
+from lora_inject.kinds.base import Form, Kind, Way
 from lora_inject.settings import Settings
+from lora_inject.variants import Change, Spec, Variant
 
 
-class ParameterKind(MatrixKind):
+class ParameterKind(Kind):
     """One parameter of two or three dimensions, of whatever module; never found by module.
 
     Args:
@@ -61,11 +62,11 @@ class ParameterKind(MatrixKind):
         A = initial.kaiming_uniform(spec.A_shape, spec.n_in, generator)
         return A, initial.zeros(spec.B_shape)
 
-    def effective(self, layer: nn.Module, W: Tensor, pairs: list[Pair]) -> Any:
+    def effective(self, layer: nn.Module, W: Tensor, changes: list[tuple[Variant, Change]]) -> Any:
         """The sum; of a fused weight, expert by expert as they are asked for."""
         if W.dim() < 3 or torch.compiler.is_compiling():
-            return super().effective(layer, W, pairs)
-        return ExpertWeights(self, layer, W, pairs)
+            return super().effective(layer, W, changes)
+        return ExpertWeights(self, layer, W, changes)
 
 
 class ExpertWeights:
@@ -75,15 +76,20 @@ class ExpertWeights:
     tensor gets all of them, computed once.
     """
 
-    def __init__(self, kind: Kind, layer: nn.Module, W: Tensor, pairs: list[Pair]) -> None:
-        self._kind, self._layer, self._W, self._pairs = kind, layer, W, pairs
+    def __init__(
+        self, kind: Kind, layer: nn.Module, W: Tensor, changes: list[tuple[Variant, Change]]
+    ) -> None:
+        self._kind, self._layer, self._W, self._changes = kind, layer, W, changes
         self._all: Tensor | None = None
 
     def __getitem__(self, index: Any) -> Tensor:
         if isinstance(index, tuple):
             return self._tensor()[index]
-        pairs = [(spec, A[index], B[index], scaling) for spec, A, B, scaling in self._pairs]
-        result: Tensor = Kind.effective(self._kind, self._layer, self._W[index], pairs)
+        own = [
+            (variant, change._replace(tensors={r: t[index] for r, t in change.tensors.items()}))
+            for variant, change in self._changes
+        ]
+        result: Tensor = Kind.effective(self._kind, self._layer, self._W[index], own)
         return result
 
     def __len__(self) -> int:
@@ -100,7 +106,7 @@ class ExpertWeights:
 
     def _tensor(self) -> Tensor:
         if self._all is None:
-            self._all = Kind.effective(self._kind, self._layer, self._W, self._pairs)
+            self._all = Kind.effective(self._kind, self._layer, self._W, self._changes)
         return self._all
 
 

@@ -5,12 +5,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_inject.kinds.base import MatrixKind, Spec, Way, out_in_spec
+from lora_inject.kinds.base import Kind, Way, out_in_spec
 from lora_inject.own import own_class
 from lora_inject.settings import Settings
+from lora_inject.variants import Spec
 
 
-class RecurrentCellKind(MatrixKind):
+class RecurrentCellKind(Kind):
     """``nn.LSTMCell``, ``nn.GRUCell`` and ``nn.RNNCell``: ``weight_ih`` and ``weight_hh``."""
 
     name = "recurrent cell"

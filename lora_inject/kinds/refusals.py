@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.compat.marks import has_accelerate_hook, is_fully_sharded
-from lora_inject.kinds.base import Spec, Way, is_plain
+from lora_inject.kinds.base import Way, is_plain
 from lora_inject.sharding import has_known_placements, is_distributed, is_placeholder
+from lora_inject.variants import Spec
 
 
 def general_refusal(module: nn.Module, new_names: Iterable[str], way: Way) -> str | None:

@@ -13,12 +13,12 @@ from lora_inject.changes.edits import Edit, value_edit
 from lora_inject.compat.marks import is_fully_sharded
 from lora_inject.core.adapter import Term
 from lora_inject.core.commit import commit
-from lora_inject.core.layer import pairs_of
+from lora_inject.core.layer import changes_of
 from lora_inject.core.look import Look
 from lora_inject.core.state import State, terms
 from lora_inject.core.state_parts import Merged
 from lora_inject.errors import ArgumentError, LoRAInjectError, UnsupportedLayerError
-from lora_inject.kinds.base import Kind, MatrixKind, Spec, is_plain
+from lora_inject.kinds.base import is_plain
 from lora_inject.own import own_class, own_tensor
 from lora_inject.printing import Section, Tables
 from lora_inject.settings import check_names
@@ -220,22 +220,26 @@ def _merged_weight(
 
 
 def _exact_sum(layer: nn.Module, name: str, weight: Tensor, terms: tuple[Term, ...]) -> Tensor:
-    kind, pairs = pairs_of(layer, terms, name)
+    kind, changes = changes_of(layer, terms, name)
     assert kind is not None
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    if len(pairs) == 1 and weight.dtype == dtype and _is_matrix(kind, weight, pairs[0][0]):
-        _, A, B, scaling = pairs[0]
+    term = next(term for term in terms if term.spec.weight == name)
+    if len(changes) == 1 and weight.dtype == dtype and _is_product(weight, term):
+        change = changes[0][1]
+        A, B = change.tensors["A"], change.tensors["B"]
         factors = (A.t(), B.t()) if kind.transposes else (B, A)
         # Without a pass to scale the product and one to add it.
-        return torch.addmm(weight, *(factor.to(dtype) for factor in factors), alpha=scaling)
-    total: Tensor | None = None
-    for spec, A, B, scaling in pairs:
-        update = kind.update(layer, weight, spec, A.to(dtype), B.to(dtype))
-        total = update.mul_(scaling) if total is None else total.add_(update, alpha=scaling)
+        return torch.addmm(weight, *(factor.to(dtype) for factor in factors), alpha=term.factor)
+    W, total = weight.to(dtype), None
+    for variant, change in changes:
+        tensors = {role: tensor.to(dtype) for role, tensor in change.tensors.items()}
+        own = change._replace(tensors=tensors)
+        start = torch.zeros_like(W) if total is None else total
+        total = variant.add_to_weight(kind, layer, W, start, own)
     assert total is not None
-    return total.add_(weight)
+    return total.add_(W)
 
 
-def _is_matrix(kind: Kind, weight: Tensor, spec: Spec) -> bool:
-    """Whether the update of a weight is the product of two matrices, all of it."""
-    return isinstance(kind, MatrixKind) and weight.dim() == 2 and not spec.part
+def _is_product(weight: Tensor, term: Term) -> bool:
+    """Whether the change of a weight is the product of two matrices, all of it."""
+    return weight.dim() == 2 and term.plain and not term.spec.part

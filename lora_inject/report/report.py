@@ -26,6 +26,8 @@ from lora_inject.report.bytes import (
 from lora_inject.report.report_tables import Memory, PatternRow, memory_section, patterns_section
 from lora_inject.sharding import whole_numel
 
+_OF_VARIANTS = frozenset(ADAPTER_ROLES) - {"lora_A", "lora_B"}
+
 
 @dataclass(frozen=True)
 class Report:
@@ -37,7 +39,8 @@ class Report:
         model: the model's class name.
         trainable: elements of parameters that train.
         frozen: elements of parameters that do not.
-        split: elements that train by part: lora_A, lora_B, bias, train_also, other.
+        split: elements that train by part: lora_A, lora_B, bias, train_also, other, and what other
+            variants of LoRA have where there are such.
         patterns: what each target pattern adapted.
         bias: the bias mode, or None where nothing was injected.
         memory: bytes for the optimizer asked about.
@@ -152,7 +155,7 @@ def report_of(look: Look, optimizer: str = "adamw") -> Report:
         model=type(look.model).__name__,
         trainable=sum(split.values()),
         frozen=still,
-        split=split,
+        split={role: n for role, n in split.items() if n or role not in _OF_VARIANTS},
         patterns=_pattern_rows(look),
         bias=" + ".join(dict.fromkeys(look.known.values())) or None,
         memory=Memory(
@@ -172,7 +175,8 @@ def _pattern_rows(look: Look) -> tuple[PatternRow, ...]:
             continue  # it has no parameters of its own
         weight = look.states[layer].use.weights.get(adapter.name)  # parts of a model may differ
         found = groups.setdefault((adapter.pattern, adapter.name, weight), [])
-        found.append((adapter.settings.r, sum([spec.elements for spec in adapter.specs])))
+        variant = adapter.settings.variant
+        found.append((adapter.settings.r, sum([variant.elements(spec) for spec in adapter.specs])))
     return tuple(
         PatternRow(
             pattern=pattern,

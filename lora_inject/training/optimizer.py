@@ -8,6 +8,9 @@ from lora_inject.core.look import Look
 from lora_inject.core.roles import ROLES, biases, roles
 from lora_inject.errors import ArgumentError, LoRAInjectError
 
+# Decay would shrink the layer itself by them.
+_UNDECAYED = ("bias", "lora_magnitude")
+
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Everything that trains, each parameter once: adapters, trainable biases, ``train_also``.
@@ -43,7 +46,7 @@ def param_groups(
     Args:
         model: an adapted model.
         lr: learning rate of everything but B, above 0.
-        weight_decay: of everything but biases, at least 0.
+        weight_decay: of everything but biases and magnitudes (of DoRA), at least 0.
         lr_ratio: learning rate of B divided by that of A, above 0.
 
     Returns:
@@ -68,7 +71,7 @@ def param_groups(
             "name": role,
             "params": parameters,
             "lr": lr * lr_ratio if role == "lora_B" else lr,
-            "weight_decay": 0.0 if role == "bias" else weight_decay,
+            "weight_decay": 0.0 if role in _UNDECAYED else weight_decay,
         }
         for role, parameters in named.items()
         if parameters

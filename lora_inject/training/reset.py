@@ -6,10 +6,11 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from lora_inject.changes.edits import Edit, filling, tensor_edit
-from lora_inject.core.adaptation import former_value, starting_values
+from lora_inject.core.adaptation import former_value
 from lora_inject.core.adapter import Adapter
 from lora_inject.core.commit import commit
 from lora_inject.core.look import Look
+from lora_inject.core.starting import starting_values
 from lora_inject.core.state import State
 from lora_inject.core.state_parts import Trained
 from lora_inject.errors import LoRAInjectError
@@ -47,17 +48,18 @@ def _starting(path: str, layer: nn.Module, adapter: Adapter) -> Iterator[Edit]:
     """Edits that write the starting values into A and B."""
     for pair in adapter.pairs:
         spec, tensors = pair.spec, pair.tensors(layer)
-        A, B = tensors["A"], tensors["B"]
-        require_whole(f"lora_A of {path}", A, spec.A_shape)
-        require_whole(f"lora_B of {path}", B, spec.B_shape)
-        if A.is_meta or B.is_meta:
+        shapes = adapter.settings.variant.shapes(spec)
+        for role, tensor in tensors.items():
+            require_whole(f"lora_{role} of {path}", tensor, shapes[role])
+        if any(tensor.is_meta for tensor in tensors.values()):
             raise LoRAInjectError(
                 "its adapter is on the meta device and has no values to set.",
                 path=path,
                 remedy='Call model.to_empty(device="cpu") first, then load the base weights.',
             )
-        for parameter, value in zip((A, B), starting_values(adapter, spec), strict=True):
-            yield filling(parameter, value, source=0)  # whatever seed the other ranks drew
+        values = starting_values(adapter, layer, spec, tensors["A"].dtype)
+        for role, tensor in tensors.items():
+            yield filling(tensor, values[role], source=0)  # whatever seed the other ranks drew
 
 
 def _tying(look: Look) -> Iterator[Edit]:

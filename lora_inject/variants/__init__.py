@@ -4,10 +4,20 @@ A new one is a file of its own and a line in a table here. What files call it st
 (``peft``); what a format has no word for, it says in its metadata or refuses.
 """
 
+from lora_inject.variants.change import Change, LayerKind, Spec, name_prefix
+from lora_inject.variants.dora import DoRA
 from lora_inject.variants.lora import Scaling, Variant
 from lora_inject.variants.lora_fa import FIXED, OTHER
 from lora_inject.variants.rslora import RankStabilized
 
-__all__ = ["FIXED", "OTHER", "SCALINGS", "Scaling", "Variant"]
+__all__ = [
+    "FIXED", "OTHER", "ROLES", "SCALINGS", "VARIANTS", "Change", "LayerKind", "Scaling", "Spec",
+    "Variant", "name_prefix",
+]  # fmt: skip
 
 SCALINGS: dict[str, Scaling] = {scaling.name: scaling for scaling in (Scaling(), RankStabilized())}
+VARIANTS: dict[str, type[Variant]] = {variant.name: variant for variant in (Variant, DoRA)}
+# Every tensor that some adapter has.
+ROLES = tuple(dict.fromkeys((
+    *Variant(offset=True).roles, *(role for variant in VARIANTS.values() for role in variant.more)
+)))  # fmt: skip

@@ -3,9 +3,17 @@
 This is what the other files of this room differ from.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_inject.arithmetic.low_rank import side_by_side
+from lora_inject.variants.change import Change, LayerKind, Spec
 
 
 @dataclass(frozen=True)
@@ -26,27 +34,170 @@ class Scaling:
 
 @dataclass(frozen=True)
 class Variant:
-    """What the tensors of an adapter are to a weight: ``B A`` here, scaled.
+    """What the tensors of an adapter are to a weight: an additive change of its former value.
+
+    Several adapters add up, each times its weight in use, in whatever order: 0 is the base, 1 is
+    the adapter.
 
     Attributes:
         scaling: the rule of the factor.
         fixed: the tensor of a pair that stays as it starts, or None.
-        roles: the tensors of a pair.
-        additive: whether changes of several adapters may be summed, stand beside each other row by
-            row, and be computed together with the layer's own product.
+        offset: whether the adapter starts elsewhere than at zero: its start is then kept as A0 and
+            B0, and subtracted, so that the base is never moved: ``B A - B0 A0`` stands wherever
+            this room says ``B A``.
+        more: the tensors that a pair has besides A and B.
+        additive: whether changes of several adapters may stand beside each other row by row, and be
+            computed together with the layer's own product: whether the change is a ``B A``.
+        peft: what a PEFT config says of it.
+        keys: what PEFT calls the tensors of ``more``.
     """
 
     scaling: Scaling = Scaling()
     fixed: str | None = None
-    roles: ClassVar[tuple[str, ...]] = ("A", "B")
+    offset: bool = False
+    name: ClassVar[str] = "lora"  # what ``inject(variant=)`` calls it
+    more: ClassVar[tuple[str, ...]] = ()
     additive: ClassVar[bool] = True
+    peft: ClassVar[Mapping[str, Any]] = {}
+    keys: ClassVar[Mapping[str, str]] = {}
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The tensors of a pair."""
+        return ("A", "B", *(("A0", "B0") if self.offset else ()), *self.more)
 
     @property
     def text(self) -> str:
         """What differs from plain LoRA, for tables."""
-        rule = "" if self.scaling.name == "lora" else f", {self.scaling.name}"
-        return rule + (f", {self.fixed} fixed" if self.fixed else "")
+        words = (
+            "" if self.name == Variant.name else self.name,
+            "" if self.scaling.name == Scaling.name else self.scaling.name,
+            f"{self.fixed} fixed" if self.fixed else "",
+            "start subtracted" if self.offset else "",
+        )
+        return "".join(f", {word}" for word in words if word)
 
     def trains(self, role: str) -> bool:
         """Whether the tensor of this role trains when the adapter does."""
-        return role != self.fixed
+        return role != self.fixed and role not in ("A0", "B0")
+
+    def shapes(self, spec: Spec) -> dict[str, tuple[int, ...]]:
+        """The shapes of a pair's tensors by role."""
+        start = {"A0": spec.A_shape, "B0": spec.B_shape} if self.offset else {}
+        return {"A": spec.A_shape, "B": spec.B_shape, **start}
+
+    def elements(self, spec: Spec) -> int:
+        """How many parameters a pair has."""
+        if type(self) is Variant:  # as nearly always
+            return spec.elements * (2 if self.offset else 1)
+        return sum(math.prod(shape) for shape in self.shapes(spec).values())
+
+    def dtype(self, role: str, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of a tensor, of that which the adapter is to have."""
+        return dtype
+
+    def refusal(
+        self, kind: LayerKind, layer: nn.Module, spec: Spec, beside: bool, dropout: float
+    ) -> str | None:
+        """Why a pair cannot be had, with the remedy; None where it can.
+
+        Args:
+            kind: the kind of layer.
+            layer: the layer.
+            spec: the pair.
+            beside: whether it acts beside the layer's own forward, else in its weight.
+            dropout: the probability that was asked for.
+        """
+        if self.offset and dropout and kind.zero == "A":
+            return "dropout of a start that is subtracted acts on the input, and ids have none."
+        return None
+
+    def starting(
+        self, kind: LayerKind, layer: nn.Module, W: Tensor | None, spec: Spec,
+        tensors: Mapping[str, Tensor], scaling: float,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """The starting values of ``more``, of those of the other tensors.
+
+        Args:
+            kind: the kind of layer.
+            layer: the layer.
+            W: its weight's values, or None where it is packed.
+            spec: the pair.
+            tensors: A and B, and A0 and B0 where there are such.
+            scaling: the factor of ``B A``.
+        """
+        return {}
+
+    def delta(self, kind: LayerKind, layer: nn.Module, x: Tensor, y: Tensor, c: Change) -> Tensor:
+        """``B A x`` of an input x, before scaling.
+
+        Two products of one shape cancel exactly where they are equal, as those of A and A0 are at
+        the start; with dropout, both see the same x.
+        """
+        own, dropout = c.tensors, c.dropout
+        if self.offset and dropout:
+            x, dropout = F.dropout(x, dropout), 0.0
+        made = kind.up(layer, x, kind.down(layer, x, y, own["A"], dropout), own["B"])
+        if self.offset:
+            made = made - kind.up(layer, x, kind.down(layer, x, y, own["A0"], 0.0), own["B0"])
+        return made
+
+    def update(self, kind: LayerKind, layer: nn.Module, W: Tensor, c: Change) -> Tensor:
+        """``B A`` in the shape of the weight W, before scaling."""
+        made = kind.update(layer, W, c.spec, c.tensors["A"], c.tensors["B"])
+        if self.offset:
+            made = made - kind.update(layer, W, c.spec, c.tensors["A0"], c.tensors["B0"])
+        return made
+
+    def low_rank(
+        self, kind: LayerKind, layer: nn.Module, tensors: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor] | None:
+        """The change before scaling as one A (..., r, in) and one B (..., out, r), if it is one."""
+        A, B = kind.to_matrices(layer, tensors["A"], tensors["B"])
+        if not self.offset:
+            return A, B
+        A0, B0 = kind.to_matrices(layer, tensors["A0"], tensors["B0"])
+        return side_by_side([(A, B), (A0, -B0)])
+
+    def add_to_output(
+        self, kind: LayerKind, layer: nn.Module, x: Tensor, former: Tensor, y: Tensor, c: Change
+    ) -> Tensor:
+        """An output y with what the change makes of the input x.
+
+        Args:
+            kind: the kind of layer.
+            layer: the layer.
+            x: its first input.
+            former: what the layer computed without adapters.
+            y: the same, with what other adapters added.
+            c: the change.
+        """
+        return add(y, self.delta(kind, layer, x, former, c), c.factor, c.spec)
+
+    def add_to_weight(
+        self, kind: LayerKind, layer: nn.Module, W: Tensor, total: Tensor, c: Change
+    ) -> Tensor:
+        """A weight with the change added.
+
+        Args:
+            kind: the kind of layer.
+            layer: the layer.
+            W: the former weight, of which the change is one.
+            total: the same, with what other adapters added.
+            c: the change.
+        """
+        if isinstance(c.factor, Tensor):
+            return total + self.update(kind, layer, W, c) * c.factor
+        return torch.add(total, self.update(kind, layer, W, c), alpha=c.factor)
+
+
+def add(y: Tensor, delta: Tensor, factor: float | Tensor, spec: Spec) -> Tensor:
+    """``y + factor * delta`` in y's dtype; a delta may be for one part of y's last dimension."""
+    delta = delta.to(y.dtype)
+    if isinstance(factor, Tensor):
+        delta, factor = delta * factor, 1.0
+    if not spec.part:
+        return torch.add(y, delta, alpha=factor)
+    sizes = [spec.start, spec.n_out, y.shape[-1] - spec.start - spec.n_out]
+    before, part, after = torch.split(y, sizes, dim=-1)
+    return torch.cat([before, torch.add(part, delta, alpha=factor), after], dim=-1)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from lora_inject.errors import FormatError
-from lora_inject.kinds.base import Form, name_prefix
-from lora_inject.variants import SCALINGS
+from lora_inject.kinds.base import Form
+from lora_inject.variants import SCALINGS, name_prefix
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -52,6 +52,10 @@ class PairData:
         in_attention: whether it is the ``out_proj`` of an ``nn.MultiheadAttention``.
         rule: how alpha and the rank become the factor of ``B A``: a name of ``variants.SCALINGS``.
         fixed: the factor that does not train, "A" or "B"; "" where both do.
+        variant: what the tensors are to the weight: a name of ``variants.VARIANTS``.
+        others: the tensors that the variant has besides A and B, by role.
+        start: where half of the rank is a start that is subtracted, how it was made: a name of
+            ``starts.STARTS``, or "saved" where that is not known; "" elsewhere.
     """
 
     path: str
@@ -67,6 +71,9 @@ class PairData:
     in_attention: bool = False
     rule: str = "lora"
     fixed: str = ""
+    variant: str = "lora"
+    others: Mapping[str, Tensor] = field(default_factory=dict)
+    start: str = ""
 
     def __post_init__(self) -> None:
         if not (self.A.numel() and self.B.numel()):
@@ -78,7 +85,7 @@ class PairData:
         dims = self.A.dim(), self.B.dim()
         if dims[0] != dims[1] or dims[0] < 2:
             raise FormatError(f"A and B of {self.name} have {dims[0]} and {dims[1]} dimensions.")
-        for tensor in (self.A, self.B):
+        for tensor in (self.A, self.B, *self.others.values()):
             if not is_usable(tensor, floating=True):
                 raise FormatError(f"A and B of {self.name} are no plain tensors: {tensor.dtype}.")
 
@@ -86,6 +93,39 @@ class PairData:
     def rank(self) -> int:
         """The rank r, of each group and each expert."""
         return int(self.B.shape[2 if self.B.dim() == 3 and self.form == "experts" else 1])
+
+    def require_plain(self, what: str) -> None:
+        """Refuse a variant of which A and B alone would be kept.
+
+        Raises:
+            FormatError: it is one.
+        """
+        if self.others:
+            missing = " and ".join(self.others)
+            raise FormatError(
+                f"{self.name} is a {self.variant}, of which {what} has no {missing}.",
+                remedy='Save it as "peft".',
+            )
+
+    @property
+    def own_rank(self) -> int:
+        """The rank without that of a start that is subtracted."""
+        return self.rank // 2 if self.start else self.rank
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by role, with a start that is subtracted apart."""
+        if not self.start:
+            return {"A": self.A, "B": self.B, **self.others}
+        r, experts = self.own_rank, self.form == "experts" and self.B.dim() == 3
+        if experts:
+            (A, A0), (B, B0) = torch.split(self.A, r, 1), torch.split(self.B, r, 2)
+        else:  # of a convolution, half of each group's
+            halves = torch.split(self.A.reshape(-1, 2 * r, *self.A.shape[1:]), r, 1)
+            A, A0 = (half.flatten(0, 1) for half in halves)
+            B, B0 = torch.split(self.B, r, 1)
+        own = {"A": A, "B": B, "A0": A0, "B0": -B0}
+        return {**{role: tensor.contiguous() for role, tensor in own.items()}, **self.others}
 
     @property
     def known_alpha(self) -> float:

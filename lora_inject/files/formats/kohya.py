@@ -94,6 +94,7 @@ def write(data: AdapterData, path: Path) -> None:
     prefix = next(value for part, value in PREFIXES.items() if part in data.model_class)
     tensors: dict[str, Tensor] = {}
     for pair in whole_layers(data.pairs):
+        pair.require_plain("kohya's format")
         name = module_key(prefix, pair.path)
         grouped = pair.form == "conv" and pair.A.shape[0] != pair.rank
         if pair.form not in ("linear", "conv") or grouped or pair.weight != "weight":

@@ -65,6 +65,8 @@ def write(data: AdapterData, path: Path) -> None:
     Raises:
         FormatError: the file cannot be written.
     """
+    for pair in data.pairs:
+        pair.require_plain("loralib's format")
     state = {
         f"{pair.key}lora_{letter}": tensor.detach().cpu().contiguous().clone()
         for pair in data.pairs

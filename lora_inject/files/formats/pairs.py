@@ -28,6 +28,7 @@ def as_portable(data: AdapterData) -> AdapterData:
 
 
 def _padded(pair: PairData, r: int) -> PairData:
+    pair.require_plain("one rank for all")
     groups = config_rank(pair) // pair.rank
     if r % groups:
         raise FormatError(f"{pair.name}: rank {r} does not divide into its {groups} groups.")
@@ -44,7 +45,8 @@ def _padded(pair: PairData, r: int) -> PairData:
         A = pair.A.reshape(groups, -1, *pair.A.shape[1:])
         A = F.pad(A, (*[0, 0] * (A.dim() - 2), 0, extra)).flatten(0, 1)
         B = F.pad(B, (*ends, 0, extra))
-    return replace(pair, A=A, B=B, alpha=float(r // groups), rule="lora")
+    # A start that is subtracted is not in the second half any more, and is not told.
+    return replace(pair, A=A, B=B, alpha=float(r // groups), rule="lora", start="")
 
 
 def whole_layers(pairs: Iterable[PairData]) -> list[PairData]:
@@ -64,6 +66,7 @@ def _joined(parts: list[PairData]) -> PairData:
     scaling = parts[0].scaling
     blocks = []
     for pair in parts:
+        pair.require_plain("a layer in parts")
         start, total = pair.span
         # Parts of one adapter have one scaling.
         blocks.append(F.pad(pair.B, (0, 0, start, total - start - pair.B.shape[0])))

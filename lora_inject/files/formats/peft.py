@@ -36,6 +36,12 @@ from lora_inject.files.formats.peft_config import (
     to_metadata,
 )
 from lora_inject.files.formats.peft_nested import nested_parameters, unwrapped
+from lora_inject.files.formats.peft_variants import (
+    keys_of_others,
+    with_others,
+    without_others,
+    words_of,
+)
 from lora_inject.files.formats.storage import (
     read_json,
     read_tensors,
@@ -103,6 +109,7 @@ def from_tensors(
             f"{path}: {CONFIG} and {TENSORS} are not of one save.",
             remedy="A save was interrupted, or one was edited: save again.",
         )
+    tensors, of_variants = without_others(tensors)
     found, others = _pairs(tensors, path)
     scalings = Scalings(config, alpha, path / CONFIG)
     nested = nested_parameters(config, found, model)
@@ -116,12 +123,15 @@ def from_tensors(
     pairs: list[PairData] = []
     for key, (form, A, B) in found.items():
         pairs += _pair(key, form, A, B, scalings, nested, weights, own.get("parts", {}), path)
+    pairs = with_others(pairs, of_variants, config, path)
     dropouts = own.get("dropout", {})
     dropout = float(config.get("lora_dropout") or 0.0)
     if dropout or dropouts:
         pairs = [replace(p, dropout=dropouts.get(p.path, dropout)) for p in pairs]
     if fixed := own.get("fixed", {}):
         pairs = [replace(p, fixed=fixed.get(p.path, "")) for p in pairs]
+    if starts := own.get("start", {}):
+        pairs = [replace(p, start=starts.get(p.path, "")) for p in pairs]
     return AdapterData(
         pairs=tuple(pairs),
         tensors=others,
@@ -171,12 +181,13 @@ def to_tensors(data: AdapterData) -> tuple[dict[str, Any], dict[str, Tensor], st
         if not known or not pair.path:
             raise FormatError(f"{pair.name or 'the model itself'} is nothing that PEFT can adapt.")
     whole = with_whole_attention(whole_layers(data.pairs))
-    tensors, config = _tensors(whole), to_config(data, whole)
+    tensors = _tensors(whole) | keys_of_others(whole, PREFIX)
+    config = {**to_config(data, whole), **words_of(data)}
     tensors |= {_base_key(name, whole): tensor for name, tensor in data.tensors.items()}
     own = {(pair.path, pair.weight) for pair in data.pairs}
     padding = [p.path.removesuffix(".out_proj") + OUT_PROJ if p.in_attention else p.path
                for p in whole if (p.path, p.weight) not in own]  # fmt: skip
-    return config, tensors, json.dumps({**to_metadata(data, config), "padding": padding})
+    return config, tensors, json.dumps({**to_metadata(data, whole, config), "padding": padding})
 
 
 Found = dict[str, tuple[Form, Tensor, Tensor]]

@@ -25,7 +25,7 @@ _HARMLESS = {
     "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
     "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_config", "megatron_core",
     "modules_to_save", "peft_type", "peft_version", "r", "rank_pattern", "revision",
-    "runtime_config", "target_modules", "target_parameters", "task_type", "use_rslora",
+    "runtime_config", "target_modules", "target_parameters", "task_type", "use_dora", "use_rslora",
     "qalora_group_size", "eva_config", "ensure_weight_tying", "merge_weights", "loftq_config",
     "corda_config", "lora_ga_config",
 }  # fmt: skip
@@ -262,7 +262,9 @@ def _pattern(values: Mapping[str, Any], of_all: Mapping[str, Any]) -> dict[str, 
     return result
 
 
-def to_metadata(data: AdapterData, config: Mapping[str, Any]) -> dict[str, Any]:
+def to_metadata(
+    data: AdapterData, pairs: Iterable[PairData], config: Mapping[str, Any]
+) -> dict[str, Any]:
     """What PEFT has no word for, for the metadata of the tensors' file."""
     parts: dict[str, Any] = {}
     for pair in data.pairs:
@@ -272,6 +274,7 @@ def to_metadata(data: AdapterData, config: Mapping[str, Any]) -> dict[str, Any]:
             own["parts"].append([pair.part, pair.span[0], pair.B.shape[0], pair.rank, alpha])
     dropouts = {p.path: p.dropout for p in data.pairs if p.dropout != config["lora_dropout"]}
     fixed = {p.path: p.fixed for p in data.pairs if p.fixed}
+    starts = {p.path: p.start for p in pairs if p.start}  # but for what was padded
     return {
         "config": config_digest(config),
         "targets": list(data.targets),
@@ -281,6 +284,7 @@ def to_metadata(data: AdapterData, config: Mapping[str, Any]) -> dict[str, Any]:
         **({"dropout": dropouts} if dropouts else {}),
         **({"fixed": fixed} if fixed else {}),
         **({"beside": list(data.beside)} if data.beside else {}),
+        **({"start": starts} if starts else {}),
     }
 
 

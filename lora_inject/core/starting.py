@@ -1,0 +1,102 @@
+"""The tensors of an adapter as they come into a model: starting values, or those that are given."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lora_inject.arithmetic import starting_values as initial
+from lora_inject.core.adapter import Adapter
+from lora_inject.core.site import Site
+from lora_inject.kinds import Kind, Spec
+from lora_inject.sharding import is_distributed, shards
+
+
+def pair_parameters(
+    site: Site,
+    adapter: Adapter,
+    values: Mapping[tuple[str, str], Mapping[str, Tensor]] | None,
+    trains: bool,
+    generator: torch.Generator,
+) -> list[dict[str, nn.Parameter]]:
+    """The tensors of each pair of a site by role, as parameters.
+
+    Args:
+        site: the layer.
+        adapter: the adapter on it.
+        values: the tensors by path and prefix of each pair; None for starting values.
+        trains: whether the adapter does.
+        generator: one that may be seeded anew.
+    """
+    device = site.kind.weight(site.module, site.specs[0].weight).device
+    pairs, variant = [], site.settings.variant
+    flags = {role: trains and variant.trains(role) for role in variant.roles}
+    for spec in site.specs:
+        if values is not None:
+            given = values[site.path, spec.prefix]
+            tensors = {  # copies, since those of a file are pieces of one buffer
+                role: tensor.to(device, variant.dtype(role, site.dtype), copy=True)
+                for role, tensor in given.items()
+            }
+        elif device.type == "meta":
+            tensors = {
+                role: torch.empty(shape, dtype=variant.dtype(role, site.dtype), device=device)
+                for role, shape in variant.shapes(spec).items()
+            }
+        else:
+            tensors = starting_values(adapter, site.module, spec, site.dtype, generator)
+        pairs.append(as_parameters(site.kind, site.module, spec, tensors, flags))
+    return pairs
+
+
+def as_parameters(
+    kind: Kind,
+    layer: nn.Module,
+    spec: Spec,
+    tensors: Mapping[str, Tensor],
+    trains: Mapping[str, bool],
+) -> dict[str, nn.Parameter]:
+    """The tensors of a pair as parameters of a layer.
+
+    Beside a sharded weight they are placed as it is, with the first rank's values, whatever seed
+    the others drew.
+    """
+    weight = kind.weight(layer, spec.weight)
+    if is_distributed(weight):
+        A, B = kind.placements(weight, spec)
+        places = {"A": A, "B": B, "A0": A, "B0": B}
+        tensors = {role: shards(t, weight, places[role], 0) for role, t in tensors.items()}
+    return {role: nn.Parameter(t, requires_grad=trains[role]) for role, t in tensors.items()}
+
+
+@torch.no_grad()
+def starting_values(
+    adapter: Adapter,
+    layer: nn.Module,
+    spec: Spec,
+    dtype: torch.dtype,
+    used: torch.Generator | None = None,
+) -> dict[str, Tensor]:
+    """The tensors of a pair as they start, by role; a used generator makes it faster.
+
+    Args:
+        adapter: the adapter.
+        layer: the layer that it is for.
+        spec: the pair.
+        dtype: the dtype of A and B.
+        used: a generator that may be seeded anew.
+    """
+    kind, s, variant = adapter.kind, adapter.settings, adapter.settings.variant
+    path = f"{adapter.path}/{spec.prefix}" if spec.prefix else adapter.path
+    generator = initial.site_generator(adapter.seed, adapter.name, path, used)
+    W = layer._parameters[spec.weight] if s.start.reads or variant.more else None
+    A, B = s.start.values(kind, layer, W, spec, s.scaling, generator)
+    device = kind.weight(layer, spec.weight).device
+    if not (A.device == B.device == device and A.dtype is B.dtype is dtype):
+        A, B = A.to(device, dtype), B.to(device, dtype)
+    tensors = {"A": A, "B": B}
+    if variant.offset:
+        tensors |= {"A0": A.clone(), "B0": B.clone()}
+    if variant.more:
+        tensors |= variant.starting(kind, layer, W, spec, tensors, s.scaling)
+    return tensors

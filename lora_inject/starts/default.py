@@ -1,0 +1,80 @@
+"""The usual start: one of A and B random, the other zero (LoRA section 4.1).
+
+This is what the other files of this room differ from.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lora_inject.variants import LayerKind, Spec
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the A and B of an adapter begin.
+
+    Attributes:
+        name: what ``inject(init=)`` calls it.
+        reads: whether it needs the values of the weight, which a model on the meta device has not.
+        offset: whether ``B A`` is not zero at the start. The start is then kept as A0 and B0 and
+            subtracted, so that the base is never moved and no output changes.
+        fixed: the factor that stays as it starts, or None.
+    """
+
+    name: ClassVar[str] = "default"
+    reads: ClassVar[bool] = False
+    offset: ClassVar[bool] = False
+    fixed: ClassVar[str | None] = None
+
+    @property
+    def word(self) -> str:
+        """What files call it."""
+        return self.name
+
+    def zero(self, kind: LayerKind) -> str | None:
+        """Which of A and B is zero at the start, and would never learn if it were fixed."""
+        return None if self.offset else kind.zero
+
+    def refusal(self, kind: LayerKind, layer: nn.Module, spec: Spec) -> str | None:
+        """Why a pair cannot start so, with the remedy; None where it can."""
+        return None
+
+    def values(
+        self, kind: LayerKind, layer: nn.Module, W: Tensor | None, spec: Spec, scaling: float,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """A and B of a pair, in the shapes of its spec.
+
+        Args:
+            kind: the kind of layer.
+            layer: the layer.
+            W: the values of the weight, where ``reads`` asks for them.
+            spec: the pair.
+            scaling: the factor of ``B A``.
+            generator: a generator on the CPU, seeded for this pair.
+        """
+        return kind.initial(spec, generator)
+
+
+def of_matrices(kind: LayerKind, layer: nn.Module, A: Any, B: Any) -> tuple[Tensor, Tensor]:
+    """A (..., r, in) and B (..., out, r) in the shapes that the layer's kind has."""
+    made = kind.from_matrices(layer, A, B)
+    return made[0].contiguous(), made[1].contiguous()
+
+
+def rows_of(kind: LayerKind, layer: nn.Module, W: Tensor | None, spec: Spec) -> Tensor:
+    """The weight as matrices (..., out, in) in at least float32, in the rows of the pair's part."""
+    assert W is not None
+    W_OI = kind.to_matrix(layer, W.detach().to(torch.promote_types(W.dtype, torch.float32)))
+    return W_OI.narrow(-2, spec.start, spec.n_out) if spec.part else W_OI
+
+
+def rank_refusal(name: str, spec: Spec, shape: torch.Size) -> str | None:
+    """Why a decomposition of a matrix (..., out, in) has no r directions."""
+    most = min(shape[-2:])
+    return f'init="{name}" has {most} directions here, fewer than r={spec.rank}.' if (
+        spec.rank > most
+    ) else None  # fmt: skip

@@ -1,0 +1,40 @@
+"""MiCA (arXiv 2604.01694): B is fixed to the last left singular vectors of the weight, A is zero.
+
+Only what the weight hardly does is learnt, and nothing is subtracted, since ``B A`` starts at zero.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lora_inject.starts.default import Start, of_matrices, rank_refusal, rows_of
+from lora_inject.starts.pissa import matrix_shape
+from lora_inject.variants import LayerKind, Spec
+
+
+@dataclass(frozen=True)
+class MiCA(Start):
+    """The last r left singular vectors."""
+
+    name = "mica"
+    reads = True
+    fixed = "B"
+
+    def zero(self, kind: LayerKind) -> str | None:
+        """A learns from zero."""
+        return "A"
+
+    def refusal(self, kind: LayerKind, layer: nn.Module, spec: Spec) -> str | None:
+        """A matrix has no more directions than its smaller side."""
+        return rank_refusal(self.name, spec, torch.Size(matrix_shape(kind, layer, spec)))
+
+    def values(
+        self, kind: LayerKind, layer: nn.Module, W: Tensor | None, spec: Spec, scaling: float,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """``A = 0``, ``B = U[:, -r:]``."""
+        W_OI = rows_of(kind, layer, W, spec)
+        U_OQ = torch.linalg.svd(W_OI, full_matrices=False).U
+        A_RI = W_OI.new_zeros(*W_OI.shape[:-2], spec.rank, W_OI.shape[-1])
+        return of_matrices(kind, layer, A_RI, U_OQ[..., -spec.rank :])

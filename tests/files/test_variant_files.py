@@ -1,0 +1,200 @@
+"""Variants and starts in files: what we write PEFT computes, and what PEFT writes we compute."""
+
+import copy
+import json
+
+import peft
+import pytest
+import torch
+from helpers import Net, ids
+from safetensors.torch import load_file
+from stored_models import SAFE, Tied, peft_loads
+from torch import nn
+
+from lora_inject import (
+    FormatError,
+    inject,
+    load,
+    load_lora_state_dict,
+    lora_state_dict,
+    save,
+    strip,
+)
+from lora_inject.core.state import adapters_of
+
+
+class Several(nn.Module):
+    """One layer of each kind that PEFT has a DoRA for."""
+
+    def __init__(self):
+        super().__init__()
+        self.emb, self.lin = nn.Embedding(9, 6), nn.Linear(6, 8)
+        self.old, self.conv = nn.Linear(8, 4), nn.Conv1d(4, 5, 3, padding=1)
+
+    def forward(self, tokens):
+        x = self.old(torch.tanh(self.lin(self.emb(tokens))))
+        return self.conv(x.mT)
+
+
+TOKENS = torch.tensor([[1, 4, 8, 2], [0, 3, 3, 7]])
+LAYERS = ["emb", "lin", "old", "conv"]
+
+
+def trained(model, inputs, **arguments):
+    torch.manual_seed(1)
+    inject(model, LAYERS, r=2, alpha=3, **arguments)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def several(dtype=torch.float32):
+    torch.manual_seed(0)
+    return Several().to(dtype).eval()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [{"variant": "dora"}, {"variant": "dora", "scaling": "rslora"}, {"init": "pissa"},
+     {"init": "olora", "scaling": "rslora"}, {"init": "milora"}, {"init": "gaussian"},
+     {"init": "mica"}, {"variant": "dora", "init": "pissa"}],
+)  # fmt: skip
+def test_peft_computes_what_we_save_and_it_comes_back(method, tmp_path):
+    base, model = several(), trained(several(), TOKENS, **method)
+    save(model, tmp_path / "a")
+    output = model(TOKENS)
+    theirs = peft_loads(base, tmp_path / "a")(TOKENS)
+    torch.testing.assert_close(theirs, output, rtol=1e-4, atol=1e-5)
+    again = several()
+    load(again, tmp_path / "a")
+    assert torch.equal(again(TOKENS), output)
+    twin, first = adapters_of(again.lin)[0], adapters_of(model.lin)[0]
+    assert twin.parameters == first.parameters
+    assert twin.settings.r == 2
+    assert twin.settings.scaling == pytest.approx(first.settings.scaling, rel=1e-12)
+    load(model, tmp_path / "a")  # into the adapter that is there
+    assert torch.equal(model(TOKENS), output)
+    strip(again)
+    assert torch.equal(again(TOKENS), base(TOKENS))
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_peft_dora_directories_load_exactly(rslora, tmp_path):
+    base = several()
+    config = peft.LoraConfig(
+        r=2, lora_alpha=3, target_modules=LAYERS, use_dora=True, use_rslora=rslora
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(1 + 0.2 * torch.randn_like(parameter))
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path / "a")
+    model = several()
+    load(model, tmp_path / "a")
+    torch.testing.assert_close(model(TOKENS), theirs(TOKENS), rtol=1e-4, atol=1e-5)
+    assert adapters_of(model.lin)[0].settings.variant.name == "dora"
+    strip(model)
+    assert torch.equal(model(TOKENS), base(TOKENS))
+
+
+def test_a_start_is_plain_lora_to_others_and_marked_for_us(tmp_path):
+    model = trained(several(), TOKENS, init="pissa")
+    save(model, tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (4, 6, True)
+    tensors = load_file(tmp_path / "a" / SAFE)
+    A = tensors["base_model.model.lin.lora_A.weight"]
+    assert torch.equal(A, torch.cat([model.lin.lora_A, model.lin.lora_A0]))
+    again = several()
+    load(again, tmp_path / "a")
+    assert {n for n, p in again.named_parameters() if p.requires_grad} == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
+    save(model, tmp_path / "a.pt", format="loralib")
+    plain = several()
+    load(plain, tmp_path / "a.pt", alpha=6.0)
+    assert adapters_of(plain.lin)[0].settings.r == 4
+    torch.testing.assert_close(plain(TOKENS), model(TOKENS), rtol=1e-4, atol=1e-5)
+
+
+def test_state_dicts_have_every_tensor_and_fill_it_again():
+    model = trained(several(), TOKENS, variant="dora", init="olora")
+    state = {key: tensor.clone() for key, tensor in lora_state_dict(model).items()}
+    assert {key for key in state if key.startswith("lin.")} == {
+        f"lin.lora_{role}" for role in ("A", "B", "A0", "B0", "magnitude")
+    }
+    other = trained(several(), TOKENS, variant="dora", init="pissa", seed=5)
+    load_lora_state_dict(other, state)
+    assert torch.equal(other(TOKENS), model(TOKENS))
+    missing = {key: tensor for key, tensor in state.items() if "magnitude" not in key}
+    with pytest.raises(FormatError, match=r"missing.*lora_magnitude"):
+        load_lora_state_dict(other, missing)
+
+
+def test_what_other_formats_have_no_word_for_is_refused(tmp_path):
+    model = trained(several(), TOKENS, variant="dora")
+    with pytest.raises(FormatError, match=r"dora.*loralib's format has no magnitude.*\"peft\""):
+        save(model, tmp_path / "a.pt", format="loralib")
+    with pytest.raises(FormatError, match=r"one rank for all has no magnitude"):
+        save(model, tmp_path / "a", portable=True)
+    mixed = several()
+    inject(mixed, {"lin": {"variant": "dora"}, "old": {}}, r=2)
+    with pytest.raises(FormatError, match=r"one variant for all layers.*dora.*lora"):
+        save(mixed, tmp_path / "a")
+    grouped = nn.ModuleDict({"c": nn.Conv1d(4, 4, 1, groups=2)})
+    inject(grouped, "c", r=1, variant="dora")
+    with pytest.raises(FormatError, match=r"c is grouped where PEFT's dora is not the same"):
+        save(grouped, tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_lacks_magnitudes_or_has_too_many_is_refused(tmp_path):
+    save(trained(several(), TOKENS, variant="dora"), tmp_path / "a")
+    file = tmp_path / "a" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "use_dora": False}))
+    with pytest.raises(FormatError, match=r"magnitude.*asks for nothing"):
+        load(several(), tmp_path / "a")
+    save(trained(several(), TOKENS), tmp_path / "b")
+    file = tmp_path / "b" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "use_dora": True}))
+    with pytest.raises(FormatError, match=r"nothing besides A and B.*asks for \['magnitude'\]"):
+        load(several(), tmp_path / "b")
+
+
+def test_tied_layers_share_a_start_and_refuse_rows_that_are_columns(tmp_path):
+    tokens, model = torch.tensor([[1, 2]]), Tied()
+    expected = model(tokens)
+    inject(model, "emb", r=2, init="pissa")
+    assert torch.equal(model(tokens), expected)
+    with torch.no_grad():
+        model.emb.lora_A.mul_(1.5)
+    save(model, tmp_path / "a.pt", format="loralib")
+    state = {key: tensor.clone() for key, tensor in lora_state_dict(model).items()}
+    load_lora_state_dict(model, state)
+    changed = model(tokens)
+    assert not torch.equal(changed, expected)
+    strip(model)
+    assert torch.equal(model(tokens), expected)
+    with pytest.raises(ValueError, match=r"emb: its weight is tied to weight of head.*columns"):
+        inject(model, "emb", r=2, variant="dora")
+
+
+def test_parts_with_a_start_come_back(tmp_path):
+    model = Net()
+    inject(model, "q_proj", r=2, init="pissa", parts={"q_proj": ("a", None)})
+    with torch.no_grad():
+        model.layers[0].q_proj.a_lora_A.mul_(1.5)
+    save(model, tmp_path / "a")
+    again = Net()
+    again.load_state_dict(strip(copy.deepcopy(model)).state_dict())
+    load(again, tmp_path / "a")
+    x = ids()
+    torch.testing.assert_close(again(x), model(x), rtol=1e-6, atol=1e-6)
+    assert torch.equal(again.layers[0].q_proj.a_lora_A0, model.layers[0].q_proj.a_lora_A0)
