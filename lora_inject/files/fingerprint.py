@@ -34,6 +34,12 @@ def fingerprint(weight: Tensor) -> dict[str, Any] | None:
     }
 
 
+def fingerprints(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """Those of all weights that can be read, by name."""
+    found = {key: fingerprint(weight) for key, weight in weights.items()}
+    return {key: value for key, value in found.items() if value is not None}
+
+
 @functools.cache
 def _places(elements: int) -> Tensor:
     """Where the samples are taken, spread over the whole weight."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from lora_inject.core.paths import bare_key, bare_modules
 from lora_inject.errors import FormatError
 from lora_inject.files.fingerprint import differs
 from lora_inject.files.formats.data import AdapterData, PairData
+from lora_inject.files.token_rows import warn_of_other_rows
 from lora_inject.kinds import find_kind
 from lora_inject.kinds.parameter import layout_of
 from lora_inject.own import Place, own_tensor
@@ -131,13 +132,23 @@ class Layout:
         return {(self.modules[o], n): self.tensors[key] for key, (o, _, n) in split.items()}
 
     def check_base(self) -> None:
-        """Refuse a model that is not the base of the adapter.
+        """Refuse a model that is not the base of the adapter, and warn of other rows for tokens.
 
         Raises:
             FormatError: adapted weights differ, by path.
         """
-        wrong = []
-        for key, saved in self.data.base.items():
+        if wrong := list(self._differing(self.data.base)):
+            raise FormatError(
+                f"{len(wrong):,} of {len(self.data.base):,} adapted weights are not those that the "
+                f"adapter was made for: {', '.join(wrong[:3])}{', ...' if wrong[3:] else ''}.",
+                remedy="Load the right base model, or say other_base=True.",
+            )
+        warn_of_other_rows(self.data.rows, self._differing(self.data.rows))
+
+    def _differing(self, prints: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The weights that are not those of which fingerprints were taken, by name."""
+        found = {}
+        for key, saved in prints.items():
             owner, _, name = key.rpartition(".")
             module = self.modules.get(bare_key(owner, self.modules))
             kind = None if module is None else find_kind(module)
@@ -145,13 +156,8 @@ class Layout:
             if module is not None:
                 weight = kind.weight(module, name) if kind else own_tensor(module, name)
             if isinstance(saved, Mapping) and weight is not None and differs(saved, weight):
-                wrong.append(key)
-        if wrong:
-            raise FormatError(
-                f"{len(wrong):,} of {len(self.data.base):,} adapted weights are not those that the "
-                f"adapter was made for: {', '.join(wrong[:3])}{', ...' if wrong[3:] else ''}.",
-                remedy="Load the right base model, or say other_base=True.",
-            )
+                found[key] = weight
+        return found
 
     def _without_tied(self) -> list[LaidOutPair]:
         """One pair of those that a tied weight has in files, where they agree.

@@ -12,6 +12,7 @@ from lora_inject.files import left_out
 from lora_inject.files.formats import named_format
 from lora_inject.files.formats.pairs import as_portable
 from lora_inject.files.stored import Stored
+from lora_inject.files.token_rows import warn_of_unsaved_rows
 from lora_inject.sharding import is_distributed, on_first_rank
 
 
@@ -58,6 +59,7 @@ def save(
 def write(stored: Stored, file: Path, format: str = "peft", *, portable: bool = False) -> None:
     """Write an adapter to a file, or on the first rank of those that hold its shards."""
     writer, data = named_format(format, "format"), stored.data()
+    warn_of_unsaved_rows(stored.look, stored.paths, data.tensors)
     left_out.warn_of_unsaid_others(data, stored.name, format)
     write = partial(writer.write, as_portable(data) if portable else data, file)
     if any(is_distributed(tensor) for tensor in stored.tensors().values()):

@@ -21,11 +21,12 @@ from lora_inject.core.paths import bare, bare_key, bare_modules, first_paths
 from lora_inject.core.state_parts import Trained
 from lora_inject.core.travelling import Settings, described
 from lora_inject.errors import ArgumentError, FormatError, LoRAInjectError
-from lora_inject.files.fingerprint import fingerprint
+from lora_inject.files.fingerprint import fingerprints
 from lora_inject.files.fit_checks import is_for, not_finite, raise_problems, require_fit
 from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.pairs import told_layout
 from lora_inject.files.stored_pair import StoredPair
+from lora_inject.files.token_rows import token_tables
 from lora_inject.files.which_adapter import adapter_name
 from lora_inject.kinds.parameter import ParameterKind
 from lora_inject.settings import BiasMode
@@ -138,14 +139,16 @@ class Stored:
             )
             for held in self.pairs
         }
-        prints = {key: fingerprint(weight) for key, weight in weights.items()}
+        rows = token_tables(self.look, self.paths)
+        rows = {key: weight for key, weight in rows.items() if key not in {*trained, *weights}}
         return AdapterData(
             pairs=tuple(self._pair(held) for held in self._in_order()),
             tensors={key: whole(t.detach()) for key, t in trained.items()},
             bias=self.bias,
             train_also=tuple(self.paths[module] for module in tops),
             targets=tuple(dict.fromkeys(held.adapter.pattern for held in self.pairs)),
-            base={key: value for key, value in prints.items() if value is not None},
+            base=fingerprints(weights),
+            rows=fingerprints(rows),
             base_name=name if isinstance(name, str) else "",
             model_class=kind,
             task="CAUSAL_LM" if kind.endswith(("ForCausalLM", "LMHeadModel")) else "",

@@ -214,7 +214,9 @@ def test_no_trainer_resumes_adapters_of_other_settings(tmp_path, other, named):
     fit(Module(adapted()), tmp_path, steps=4)
     model = adapted(**other)
     before = values(model)
-    with pytest.raises(FormatError, match=f"4 pairs .* r=2, alpha=2, .*here it is r=2.*{named}"):
+    with pytest.raises(
+        FormatError, match=f"4 of the pairs .* r=2, alpha=2, .*here it is r=2.*{named}"
+    ):
         trainer(model, tmp_path / "t").train(
             resume_from_checkpoint=str(tmp_path / "t" / "checkpoint-3")
         )

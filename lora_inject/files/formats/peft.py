@@ -139,6 +139,7 @@ def from_tensors(
         train_also=tuple(own.get("train_also") or config.get("modules_to_save") or ()),
         targets=tuple(own.get("targets") or target_labels(config.get("target_modules"))),
         base=own.get("base", {}),
+        rows=own.get("rows", {}),
         base_name=config.get("base_model_name_or_path") or "",
         task=config.get("task_type") or "",
         beside=tuple(own.get("beside", ())),

@@ -96,7 +96,7 @@ def own_metadata(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     dropouts = own.get("dropout", {})
     lists = ("targets", "train_also", "padding", "beside")
     wrong = [key for key in lists if not _is_names(own.get(key, []))]
-    maps = ("base", "parts", "dropout", "fixed")
+    maps = ("base", "rows", "parts", "dropout", "fixed")
     wrong += [key for key in maps if not isinstance(own.get(key, {}), dict)]
     if not wrong and not set(own.get("fixed", {}).values()) <= set(FIXED):
         wrong.append("fixed")
@@ -280,6 +280,7 @@ def to_metadata(
         "targets": list(data.targets),
         "train_also": list(data.train_also),
         "base": dict(data.base),
+        **({"rows": dict(data.rows)} if data.rows else {}),
         **({"parts": parts} if parts else {}),
         **({"dropout": dropouts} if dropouts else {}),
         **({"fixed": fixed} if fixed else {}),
