@@ -22,8 +22,7 @@ from lora_inject.errors import (
     NoMatchError,
     UnsupportedLayerError,
 )
-from lora_inject.files.load import load
-from lora_inject.files.save import save
+from lora_inject.files.save_load import load, save
 from lora_inject.files.state_dict import load_lora_state_dict, lora_state_dict
 from lora_inject.inject import inject, strip
 from lora_inject.kinds import Kind, Spec, register_kind

@@ -13,7 +13,7 @@ from lora_inject.core.lend import lend, take_back
 from lora_inject.core.look import Look
 from lora_inject.core.travelling import ENTRY, as_entry, settings_below
 from lora_inject.errors import LoRAInjectError
-from lora_inject.files.save import write
+from lora_inject.files.save_load import write
 from lora_inject.files.stored import Stored
 from lora_inject.integrations.trained import require_trained, trained_tensors
 
