@@ -30,6 +30,7 @@ from lora_inject.plan import plan_for
 from lora_inject.settings import check_adapter, check_bias, check_dtype
 from lora_inject.sharding import is_distributed, on_first_rank
 from lora_inject.starts import Saved
+from lora_inject.training.freeze import freeze_adapter
 from lora_inject.variants import SCALINGS, name_prefix
 
 
@@ -94,6 +95,7 @@ def load(
     alpha: float | None = None,
     dtype: torch.dtype | str | None = None,
     other_base: bool = False,
+    trainable: bool = True,
 ) -> nn.Module:
     """Load an adapter, into the one of this name if the model has it, else as a new one.
 
@@ -113,6 +115,8 @@ def load(
         alpha: for files that do not say it, as loralib's; scaling is alpha / r.
         dtype: of a new adapter's A and B, as in ``inject``.
         other_base: load although the model is not the base that the adapter was made for.
+        trainable: whether the adapter trains if it is in use; False freezes it, for inference or
+            below another one, until ``use`` or ``freeze`` says otherwise.
 
     Returns:
         The same model.
@@ -127,6 +131,8 @@ def load(
     adapter = check_adapter(adapter)
     with torch.inference_mode(False), torch.no_grad():  # tensors made in it could never train
         _load(model, _path(path), adapter, format, alpha, dtype, other_base)
+        if not trainable:
+            freeze_adapter(model, adapter)
     return model
 
 

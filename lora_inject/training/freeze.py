@@ -92,6 +92,17 @@ def freeze(model: nn.Module, bias: BiasMode = "none", train_also: Any = ()) -> R
     return commit(look, made.states, fresh=made.fresh, flags="all", then=shown)  # type: ignore[no-any-return]
 
 
+def freeze_adapter(model: nn.Module, name: str) -> None:
+    """Let an adapter train no more; it stays in use where it is, and all else stays as it is."""
+    look = Look(model)
+    states = {
+        module: state.change(use=state.use._replace(trains=state.use.trains - {name}))
+        for module, state in look.own.items()
+        if name in state.use.trains
+    }
+    commit(look, states, flags="owned")
+
+
 def _is_one_in_use(look: Look) -> bool:
     """Whether one adapter is in use, with a weight of 1 wherever it has something."""
     on_it = [s.use.weights for s in look.own.values() if look.used.keys() & s.on_it]

@@ -442,3 +442,24 @@ def test_adapters_that_are_loaded_in_inference_mode_can_train(way, tmp_path):
     assert not torch.equal(other(x), model(x))
     strip(other)
     assert torch.equal(other(x), bare()(x))
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_an_adapter_that_is_loaded_to_be_used_alone_does_not_train(filled, tmp_path):
+    model, x = trained("all", train_also="head"), ids()
+    save(model, tmp_path)
+    other = bare()
+    if filled:
+        inject(other, ["q_proj", "v_proj"], r=2, alpha=3, bias="all", train_also="head")
+        other(x).sum().backward()
+    load(other, tmp_path, trainable=False)
+    assert torch.equal(other(x), model(x))
+    assert not other(x).requires_grad
+    assert all(p.grad is None for p in other.parameters())
+    inject(other, "o_proj", r=2, adapter="top")
+    names = {name for name, p in other.named_parameters() if p.requires_grad}
+    assert {name.rpartition(".")[2] for name in names} == {"lora_A_top", "lora_B_top"}
+    use(other, "default")
+    assert len(lora_parameters(other)) == len(lora_parameters(model))
+    strip(other)
+    assert torch.equal(other(x), bare()(x))
