@@ -19,8 +19,8 @@ from lora_inject.core.site import Site
 from lora_inject.errors import ArgumentError, FormatError
 from lora_inject.files import left_out
 from lora_inject.files.fit_checks import require_fit
-from lora_inject.files.formats import named_format, read_adapter
-from lora_inject.files.formats.data import PairData
+from lora_inject.files.formats import named_format, read_adapter, read_state
+from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.pairs import as_portable
 from lora_inject.files.layout import Layout
 from lora_inject.files.stored import Stored
@@ -88,10 +88,11 @@ def write(stored: Stored, file: Path, format: str = "peft", *, portable: bool = 
 
 def load(
     model: nn.Module,
-    path: str | PathLike[str],
+    path: str | PathLike[str] | Mapping[str, Tensor],
     *,
     adapter: str = "default",
     format: str | None = None,
+    config: Mapping[str, Any] | None = None,
     alpha: float | None = None,
     dtype: torch.dtype | str | None = None,
     other_base: bool = False,
@@ -109,9 +110,12 @@ def load(
 
     Args:
         model: any model.
-        path: what ``save``, PEFT, diffusers, loralib or kohya's scripts wrote.
+        path: what ``save``, PEFT, diffusers, loralib or kohya's scripts wrote; or the tensors
+            themselves, as ``lora_state_dict(model, format="peft")`` returns them.
         adapter: the name to load it under.
         format: "peft", "loralib", "kohya" or "diffusers"; None finds out.
+        config: for tensors that come without a file from PEFT or diffusers, their config as a
+            mapping (``LoraConfig.to_dict()``).
         alpha: for files that do not say it, as loralib's; scaling is alpha / r.
         dtype: of a new adapter's A and B, as in ``inject``.
         other_base: load although the model is not the base that the adapter was made for.
@@ -130,7 +134,15 @@ def load(
     """
     adapter = check_adapter(adapter)
     with torch.inference_mode(False), torch.no_grad():  # tensors made in it could never train
-        _load(model, _path(path), adapter, format, alpha, dtype, other_base)
+        look = Look(model)
+        look.require_awake()
+        if isinstance(path, Mapping):
+            data = read_state(path, format, config, model, alpha)
+        elif config is not None:
+            raise ArgumentError("config goes with tensors; a file has its own.")
+        else:
+            data = read_adapter(_path(path), format, model, alpha)
+        _load(look, data, adapter, dtype, other_base)
         if not trainable:
             freeze_adapter(model, adapter)
     return model
@@ -144,23 +156,18 @@ def _path(path: Any) -> Path:
 
 
 def _load(
-    model: nn.Module,
-    path: Path,
+    look: Look,
+    data: AdapterData,
     adapter: str,
-    format: str | None,
-    alpha: float | None,
     dtype: torch.dtype | str | None,
     other_base: bool,
 ) -> None:
-    """Read what is there and put it into the adapter of this name, or in as a new one."""
-    look = Look(model)
-    look.require_awake()
-    data = read_adapter(path, format, model, alpha)
+    """Put what was read into the adapter of this name, or into the model as a new one."""
     wanted = Layout(look, data)
     if not other_base:
         wanted.check_base()
     if adapter in look.known:
-        stored = Stored(model, adapter, look)
+        stored = Stored(look.model, adapter, look)
         if data.bias:
             stored.check_bias(check_bias(data.bias))
         stored.fill({**wanted.tensors, **wanted.pairs_by_key}, wanted.scalings)
