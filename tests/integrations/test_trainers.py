@@ -54,7 +54,7 @@ class Tokens(Dataset):
 def adapted(**settings):
     torch.manual_seed(0)
     model = llama()
-    inject(model, TARGETS, r=2, seed=1, **settings)
+    inject(model, TARGETS, **{"r": 2, "seed": 1, **settings})
     return model
 
 
@@ -310,6 +310,50 @@ def test_accelerate_trains_and_resumes_bit_for_bit(tmp_path):
     assert values(again) == values(model)
     assert base_values(model) == base
     strip(model)
+
+
+def with_a_call(models, folder, resume=False):
+    """The same by ``checkpoint_adapters``, with another model beside the adapted ones."""
+    from lora_inject.integrations.accelerate import checkpoint_adapters
+
+    accelerator = accelerate.Accelerator(cpu=True)
+    checkpoint_adapters(accelerator)
+    parameters = [p for model in models for p in model.parameters() if p.requires_grad]
+    *models, optimizer = accelerator.prepare(*models, torch.optim.AdamW(parameters, lr=0.02))
+    if resume:
+        accelerator.load_state(folder)
+    for step in range(3 if resume else 0, 6):
+        ids = Tokens()[step]["input_ids"][None]
+        logits = models[0](input_ids=ids).logits + models[2](input_ids=ids).logits
+        accelerator.backward(models[1](logits).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 2 and not resume:
+            accelerator.save_state(folder)
+
+
+def three(**settings):
+    torch.manual_seed(5)
+    return [adapted(dropout=0.3, **settings).train(), nn.Linear(64, 2), adapted(bias="all").train()]
+
+
+def test_accelerate_writes_adapters_alone_with_one_call(tmp_path):
+    models, again = three(), three()
+    with_a_call(models, tmp_path)
+    files = {file.name: set(load_file(file)) for file in tmp_path.glob("*.safetensors")}
+    assert files == {
+        "adapters.safetensors": {*trained_keys(models[0]), ENTRY},
+        "adapters_2.safetensors": {*trained_keys(models[2]), ENTRY},
+        "model.safetensors": {"weight", "bias"},
+    }
+    with_a_call(again, tmp_path, resume=True)
+    assert [values(model) for model in again] == [values(model) for model in models]
+    for other, said in (({"alpha": 16}, "other settings"), ({"r": 3}, "does not fit")):
+        different = three(**{"r": 2, **other})
+        before = values(different[0])
+        with pytest.raises(FormatError, match=said):
+            with_a_call(different, tmp_path, resume=True)
+        assert values(different[0]) == before
 
 
 def outputs(model):
