@@ -142,7 +142,7 @@ class Stored:
         rows = token_tables(self.look, self.paths)
         rows = {key: weight for key, weight in rows.items() if key not in {*trained, *weights}}
         return AdapterData(
-            pairs=tuple(self._pair(held) for held in self._in_order()),
+            pairs=tuple(self._pair(held) for held in self.in_order()),
             tensors={key: whole(t.detach()) for key, t in trained.items()},
             bias=self.bias,
             train_also=tuple(self.paths[module] for module in tops),
@@ -157,7 +157,7 @@ class Stored:
             facts={"refused": self._in_several_places()},
         )
 
-    def _in_order(self) -> list[StoredPair]:
+    def in_order(self) -> list[StoredPair]:
         """The pairs, those of one module in the order of its parameters."""
         first: dict[str, int] = {}
         for i, held in enumerate(self.pairs):

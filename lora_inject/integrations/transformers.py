@@ -103,4 +103,5 @@ def _write(
     names = set(Look(model).known) if peft else set()
     for name in names:
         file = Path(directory) / name if len(names) > 1 else Path(directory)
-        write(Stored(model, name), file)  # whatever else trains is in model.safetensors
+        stored = Stored(model, name)
+        write(stored, stored.data(), file)  # whatever else trains is in model.safetensors
