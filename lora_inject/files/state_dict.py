@@ -1,6 +1,7 @@
 """An adapter as a state dict in loralib's keys, and back."""
 
 from collections.abc import Mapping
+from typing import overload
 
 from torch import Tensor, nn
 
@@ -16,6 +17,24 @@ from lora_inject.sharding import whole
 from lora_inject.variants import OTHER
 
 
+@overload
+def lora_state_dict(
+    model: nn.Module,
+    bias: BiasMode | None = None,
+    *,
+    adapter: str | None = None,
+    full: bool = True,
+    format: None = None,
+) -> dict[str, Tensor]: ...
+@overload
+def lora_state_dict(
+    model: nn.Module,
+    bias: BiasMode | None = None,
+    *,
+    adapter: str | None = None,
+    full: bool = True,
+    format: str,
+) -> AdapterState: ...
 def lora_state_dict(
     model: nn.Module,
     bias: BiasMode | None = None,

@@ -248,7 +248,9 @@ class Stored:
                 fitted = held.fitted(usable, scaling)
                 ready |= {key: fitted[role] for role, key in held.keys.items()}
         wrong = [key for key, value in ready.items() if not is_for(value, own.get(key))]
-        raise_problems("some values cannot be used", {"no plain tensors": wrong})
+        arrays = [key for key in wrong if type(ready[key]).__module__ == "numpy"]
+        what = "arrays, of which torch.from_numpy makes tensors" if arrays else "no plain tensors"
+        raise_problems("some values cannot be used", {what: arrays or wrong})
         shapes = {key: tuple(tensor.shape) for key, tensor in own.items()}
         require_fit("the values do not fit the adapter", shapes, ready)
         cast = {key: ready[key].to(dtype=tensor.dtype) for key, tensor in own.items()}

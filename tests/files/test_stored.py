@@ -147,6 +147,9 @@ def test_odd_values_in_a_state_dict(value):
     state = {**lora_state_dict(model), "layers.0.q_proj.lora_A": value}
     with pytest.raises(FormatError, match=r"layers\.0\.q_proj\.lora_A"):
         load_lora_state_dict(model, state)
+    arrays = {key: value.cpu().numpy() for key, value in lora_state_dict(trained()).items()}
+    with pytest.raises(FormatError, match=r"8 arrays, of which torch\.from_numpy makes"):
+        load_lora_state_dict(model, arrays)
     for odd in (5, [("a", 1)], {1: torch.ones(1)}):
         with pytest.raises(ArgumentError, match="state must be a mapping"):
             load_lora_state_dict(model, odd)
