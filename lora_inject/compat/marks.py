@@ -68,19 +68,6 @@ def may_be_reentrant(module: nn.Module) -> bool:
     return bool(known.get("use_reentrant", True))
 
 
-def token_layers(module: nn.Module) -> list[nn.Module]:
-    """The layers with a row for each token in a model of transformers; none of another module."""
-    found = []
-    if hasattr(type(module), "resize_token_embeddings"):
-        for name in ("get_input_embeddings", "get_output_embeddings"):
-            try:
-                layer = getattr(module, name)()
-            except (NotImplementedError, AttributeError, TypeError):
-                continue  # vision models have the methods and no tokens
-            found += [layer] if isinstance(layer, nn.Module) else []
-    return found
-
-
 def rows_of_checkpoint(module: nn.Module) -> int | None:
     """How many tokens the checkpoint has that a model of transformers was loaded from.
 
@@ -94,6 +81,22 @@ def rows_of_checkpoint(module: nn.Module) -> int | None:
     except (OSError, ValueError, TypeError, AttributeError):
         return None
     return rows if isinstance(rows, int) else None
+
+
+def resizable_embeddings(model: nn.Module) -> dict[nn.Module, Tensor]:
+    """The modules with a row for each token, and their weights, of a model that can resize them."""
+    if not callable(getattr(model, "resize_token_embeddings", None)):
+        return {}
+    found = {}
+    for ask in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            module = getattr(model, ask)()
+        except (NotImplementedError, AttributeError, TypeError):  # models without tokens
+            continue
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.Module) and isinstance(weight, Tensor) and weight.dim():
+            found[module] = weight
+    return found
 
 
 def _attribute(module: nn.Module, name: str) -> Any:

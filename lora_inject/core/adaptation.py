@@ -39,6 +39,7 @@ class Content(NamedTuple):
         tensors: values of what trains in place; what is not there keeps the base's.
         use: whether the adapter joins those in use and trains; else it waits for ``use``.
         beside: the adapters that were in use while it trained.
+        said: what its file says besides, as JSON.
     """
 
     bias: BiasMode = "none"
@@ -48,6 +49,7 @@ class Content(NamedTuple):
     tensors: Mapping[Place, Tensor] = {}
     use: bool = True
     beside: frozenset[str] = frozenset()
+    said: str = ""
 
 
 class Adaptation:
@@ -78,7 +80,8 @@ def adaptation(
         content: what else the adapter is.
     """
     seed = initial.draw_seed() if seed is None else seed
-    made = Adaptation(reached(look, Injection(secrets.randbits(63), name, content.bias)))
+    injection = Injection(secrets.randbits(63), name, content.bias, content.said)
+    made = Adaptation(reached(look, injection))
     leaders: dict[str, list[dict[str, nn.Parameter]]] = {}
     adapters: dict[nn.Module, tuple[Adapter, ...]] = {}
     generator = torch.Generator(device="cpu")

@@ -107,6 +107,8 @@ class Resolver:
     def _site(self, target: Target, kind: Kind, settings: Settings, label: str) -> Site | Refusal:
         """The site of a target of which kind and settings are known."""
         module, way = target.module, self._way(target, kind, settings)
+        if way == "weight" and self.request.dropout_can_go:
+            settings = replace(settings, dropout=0.0)
         specs = _specs(module, kind, way, settings, self.request.adapter)
         if isinstance(specs, Refusal):
             return specs

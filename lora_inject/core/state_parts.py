@@ -17,11 +17,13 @@ class Injection:
         id: what tells it from all others, in copies too.
         adapter: the adapter's name.
         bias: the adapter's bias mode.
+        said: what its file said besides and saving says again, as JSON; "" where there was none.
     """
 
     id: int
     adapter: str
     bias: BiasMode
+    said: str = ""
 
 
 class Before(NamedTuple):

@@ -46,6 +46,22 @@ def _places(elements: int) -> Tensor:
     return torch.linspace(0, elements - 1, SAMPLES, dtype=torch.float64, device="cpu").long()
 
 
+def how_it_differs(saved: Mapping[str, Any], weight: Tensor) -> str:
+    """In what a weight is not the one of a fingerprint that differs: "rows", "rounding" or ""."""
+    now, shape = fingerprint(weight), list(saved.get("shape", []))
+    if now is None:
+        return ""
+    if shape != now["shape"]:
+        return "rows" if shape[1:] == now["shape"][1:] and shape else ""
+    old, new = (
+        torch.tensor(side.get("values", []), dtype=torch.float64, device="cpu")
+        for side in (saved, now)
+    )
+    # One place of bfloat16, the coarsest that weights are cast to.
+    close = old.shape == new.shape and torch.allclose(old, new, 2.0**-7, 0.0, equal_nan=True)
+    return "rounding" if close else ""
+
+
 def differs(saved: Mapping[str, Any], weight: Tensor) -> bool:
     """Whether a weight is not the one of which a fingerprint was taken.
 

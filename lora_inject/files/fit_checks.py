@@ -60,6 +60,23 @@ def is_for(value: Any, place: Tensor | None) -> bool:
     return is_usable(value, floating=place is None or place.is_floating_point())
 
 
+def require_usable(values: Mapping[str, Any], places: Mapping[str, Tensor]) -> None:
+    """Refuse values that are not tensors of the kind that their places want.
+
+    Raises:
+        FormatError: there are such, by name.
+    """
+    wrong = [key for key, value in values.items() if not is_for(value, places.get(key))]
+    arrays = [key for key in wrong if type(values[key]).__name__ == "ndarray"]
+    raise_problems(
+        "some values cannot be used",
+        {
+            "numpy arrays, of which torch.from_numpy makes tensors": arrays,
+            "no plain tensors": [key for key in wrong if key not in arrays],
+        },
+    )
+
+
 def not_finite(tensors: Mapping[Any, Tensor]) -> list[Any]:
     """The keys of those that hold NaN or infinity."""
     floating = {k: t for k, t in tensors.items() if t.is_floating_point() or t.is_complex()}

@@ -5,14 +5,14 @@ adapter can be left out. Paths are those of the bare model: what wrappers put in
 """
 
 import functools
+import json
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
-from lora_inject.arithmetic.low_rank import same_product, side_by_side
+from lora_inject.arithmetic.low_rank import side_by_side
 from lora_inject.changes.edits import filling, run
 from lora_inject.compat.marks import is_fully_sharded
 from lora_inject.core.company import company
@@ -22,10 +22,16 @@ from lora_inject.core.state_parts import Trained
 from lora_inject.core.travelling import Settings, described
 from lora_inject.errors import ArgumentError, FormatError, LoRAInjectError
 from lora_inject.files.fingerprint import fingerprints
-from lora_inject.files.fit_checks import is_for, not_finite, raise_problems, require_fit
+from lora_inject.files.fit_checks import (
+    is_for,
+    not_finite,
+    raise_problems,
+    require_fit,
+    require_usable,
+)
 from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.pairs import told_layout
-from lora_inject.files.stored_pair import StoredPair
+from lora_inject.files.stored_pair import StoredPair, is_same
 from lora_inject.files.token_rows import token_tables
 from lora_inject.files.which_adapter import adapter_name
 from lora_inject.kinds.parameter import ParameterKind
@@ -139,8 +145,7 @@ class Stored:
             )
             for held in self.pairs
         }
-        rows = token_tables(self.look, self.paths)
-        rows = {key: weight for key, weight in rows.items() if key not in {*trained, *weights}}
+        rows = token_tables(self.look, self.paths, {*trained, *weights})
         return AdapterData(
             pairs=tuple(self._pair(held) for held in self.in_order()),
             tensors={key: whole(t.detach()) for key, t in trained.items()},
@@ -155,7 +160,15 @@ class Stored:
             modules=tuple(path for path in self.paths.values() if path),
             beside=tuple(sorted(company(self.look).get(self.name, ()))),
             facts={"refused": self._in_several_places()},
+            said=json.loads(self.look.said(self.name) or "{}"),
+            dtype="base" if self._follows_base() else "",
         )
+
+    def _follows_base(self) -> bool:
+        """Whether A and B have the 16 bits of their weights, as no default of inject has it."""
+        weights = [h.adapter.kind.weight(h.layer, h.spec.weight) for h in self.pairs]
+        pairs = zip(self.pairs, weights, strict=True)
+        return all(w.dtype is h.tensors["A"].dtype and w.dtype.itemsize == 2 for h, w in pairs)
 
     def in_order(self) -> list[StoredPair]:
         """The pairs, those of one module in the order of its parameters."""
@@ -174,7 +187,7 @@ class Stored:
         """What other libraries would take apart: shared layers, and tied tensors that train."""
         paths = Counter(self.modules.values())
         shared = {held.path for held in self.pairs if paths[held.layer] > 1}
-        tied = {key for key, (_, place) in self.trained.items() if place.places > 1}
+        tied = {key for key, (_, t) in self.trained.items() if t.places > 1 and t.owners[self.name]}
         why = "stands at several paths of the model, of which it would adapt one alone"
         return dict.fromkeys(shared, why) | dict.fromkeys(
             tied, "is tied to another, from which it would be untied"
@@ -231,12 +244,15 @@ class Stored:
         own, tied = self.tensors(), self.tied()
         known = own.keys() | tied.keys()
         given: dict[str, Tensor] = {}
+        names: dict[str, str] = {}
         for key, value in state.items():
             # A prefix that is the name of a real module here is none of a wrapper's.
             real = any(key.startswith(f"{path}.") for path in self.real_prefixes)
             name = key if real else bare_key(key, known)
-            if name in given:
-                raise FormatError(f"two of the keys mean {name}.", remedy="Nothing was loaded.")
+            if (first := names.setdefault(name, key)) != key:
+                raise FormatError(
+                    f"two of the keys mean {name}: {first} and {key}.", remedy="Nothing was loaded."
+                )
             given[name] = whole(value) if isinstance(value, Tensor) else value
         shared = {key: given.pop(key) for key in tied if key in given}
         ready = dict(given)
@@ -247,10 +263,7 @@ class Stored:
                 scaling = scalings.get(held.key, held.adapter.settings.scaling)
                 fitted = held.fitted(usable, scaling)
                 ready |= {key: fitted[role] for role, key in held.keys.items()}
-        wrong = [key for key, value in ready.items() if not is_for(value, own.get(key))]
-        arrays = [key for key in wrong if type(ready[key]).__module__ == "numpy"]
-        what = "arrays, of which torch.from_numpy makes tensors" if arrays else "no plain tensors"
-        raise_problems("some values cannot be used", {what: arrays or wrong})
+        require_usable(ready, own)
         shapes = {key: tuple(tensor.shape) for key, tensor in own.items()}
         require_fit("the values do not fit the adapter", shapes, ready)
         cast = {key: ready[key].to(dtype=tensor.dtype) for key, tensor in own.items()}
@@ -279,19 +292,9 @@ class Stored:
             scaling = held.adapter.settings.scaling
             mine["B"] = mine["B"] * (scalings.get(held.key, scaling) / scaling)
             # As the layer wants them, or the very tensors that it shares.
-            if not any(_same(each, mine) for each in (held.oriented(theirs), theirs)):
+            if not any(is_same(each, mine) for each in (held.oriented(theirs), theirs)):
                 raise FormatError(
                     f"{held.path} and {leader.path} are tied in this model and have different "
                     "adapters here.",
                     remedy="Nothing was loaded.",
                 )
-
-
-def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Whether the tensors of two pairs, by role, are one update."""
-    product = same_product((one["A"], one["B"]), (other["A"], other["B"]))
-    rest = [role for role in one if role not in ("A", "B")]
-    return product and all(
-        one[role].shape == other[role].shape
-        and torch.allclose(one[role], other[role].to(one[role])) for role in rest
-    )  # fmt: skip

@@ -10,10 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_inject.compat.marks import rows_of_checkpoint, token_layers
+from lora_inject.compat.marks import resizable_embeddings, rows_of_checkpoint
 from lora_inject.core.look import Look
 from lora_inject.errors import warn
-from lora_inject.own import own_tensor
 
 _REMEDY = (
     "Rows of new tokens are drawn anew by each resizing and are in no file of an adapter, unless "
@@ -22,15 +21,22 @@ _REMEDY = (
 )
 
 
-def token_tables(look: Look, paths: Mapping[nn.Module, str]) -> dict[str, Tensor]:
-    """The weights with a row for each token, each once, by their names in the bare model."""
+def token_tables(
+    look: Look, paths: Mapping[nn.Module, str], held: Container[str]
+) -> dict[str, Tensor]:
+    """The weights with a row for each token, each once, by their names in the bare model.
+
+    Args:
+        look: the model.
+        paths: of its modules in the bare model.
+        held: the names of what is left out.
+    """
     found: dict[str, Tensor] = {}
     for module in look.index.modules:
-        for layer in token_layers(module):
-            weight = own_tensor(layer, "weight") if layer in paths else None
-            if weight is not None and not any(weight is known for known in found.values()):
+        for layer, weight in resizable_embeddings(module).items():
+            if layer in paths and not any(weight is known for known in found.values()):
                 found[f"{paths[layer]}.weight"] = weight
-    return found
+    return {key: weight for key, weight in found.items() if key not in held}
 
 
 def warn_of_unsaved_rows(look: Look, paths: Mapping[nn.Module, str], held: Container[str]) -> None:
@@ -41,12 +47,12 @@ def warn_of_unsaved_rows(look: Look, paths: Mapping[nn.Module, str], held: Conta
         paths: of its modules in the bare model.
         held: the names of what the file holds.
     """
-    known = [rows for m in look.index.modules if token_layers(m)
+    known = [rows for m in look.index.modules if resizable_embeddings(m)
              if (rows := rows_of_checkpoint(m)) is not None]  # fmt: skip
     new = [
         key
-        for key, weight in token_tables(look, paths).items()
-        if key not in held and known and weight.shape[0] > known[0]
+        for key, weight in token_tables(look, paths, held).items()
+        if known and weight.shape[0] > known[0]
     ]
     if new:
         names = [key.removesuffix(".weight") for key in new]
@@ -56,14 +62,14 @@ def warn_of_unsaved_rows(look: Look, paths: Mapping[nn.Module, str], held: Conta
         )
 
 
-def warn_of_other_rows(saved: Mapping[str, Any], here: Mapping[str, Tensor]) -> None:
+def warn_of_other_rows(saved: Mapping[str, Any], here: Mapping[str, tuple[Tensor, str]]) -> None:
     """Warn of layers whose rows for tokens are not those that an adapter was trained over.
 
     Args:
         saved: the fingerprints, by name.
-        here: the weights of the model that differ.
+        here: the weights of the model that differ, and how.
     """
-    for key, weight in here.items():
+    for key, (weight, _) in here.items():
         rows, now = saved[key].get("shape", [0])[0], weight.shape[0]
         told = f"it has {now:,} rows, and had {rows:,}" if rows != now else "its values differ"
         first = f"Call resize_token_embeddings({rows}) first, as then. " if rows != now else ""

@@ -98,3 +98,29 @@ def test_small_weights_are_the_same_in_both_16_bit_types(tmp_path):
     inject(model, "layers.0.q_proj", r=2)
     save(model, tmp_path)
     load(small.to(torch.bfloat16), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "remedy"),
+    [
+        (lambda w: w * (1 + 2.0**-9), "differ by rounding alone"),
+        (lambda w: w.to(torch.bfloat16).float() * (1 + 2.0**-10), "differ by rounding alone"),
+        (lambda w: torch.cat([w, w[:1]]), r"rows alone: .*resize_token_embeddings"),
+        (lambda w: w * 1.1, "Load the right base model"),
+        (lambda w: torch.cat([w, w[:, :1]], 1), "Load the right base model"),
+    ],
+)
+def test_what_to_do_about_another_base_depends_on_how_it_differs(change, remedy, tmp_path):
+    layer = nn.Linear(8, 8, bias=False)
+    model = nn.ModuleDict({"q": layer})
+    inject(model, "q", r=2)
+    save(model, tmp_path)
+    strip(model)
+    new = change(layer.weight.detach())
+    other = nn.ModuleDict({"q": nn.Linear(*new.T.shape, bias=False)})
+    with torch.no_grad():
+        other["q"].weight.copy_(new)
+    with pytest.raises(FormatError, match=f"1 of 1 adapted weights .*{remedy}"):
+        load(other, tmp_path)
+    mixed = fingerprint.how_it_differs({"shape": [8], "dtype": "float32"}, layer.weight)
+    assert mixed == ""

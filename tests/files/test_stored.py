@@ -148,18 +148,28 @@ def test_odd_values_in_a_state_dict(value):
     with pytest.raises(FormatError, match=r"layers\.0\.q_proj\.lora_A"):
         load_lora_state_dict(model, state)
     arrays = {key: value.cpu().numpy() for key, value in lora_state_dict(trained()).items()}
-    with pytest.raises(FormatError, match=r"8 arrays, of which torch\.from_numpy makes"):
+    with pytest.raises(FormatError, match=r"8 numpy arrays, of which torch\.from_numpy makes"):
         load_lora_state_dict(model, arrays)
     for odd in (5, [("a", 1)], {1: torch.ones(1)}):
         with pytest.raises(ArgumentError, match="state must be a mapping"):
             load_lora_state_dict(model, odd)
 
 
+def test_numpy_arrays_are_told_from_other_values(tmp_path):
+    model = trained()
+    arrays = {key: tensor.numpy() for key, tensor in lora_state_dict(model).items()}
+    with pytest.raises(FormatError, match=r"8 numpy arrays, of which torch\.from_numpy makes .*A"):
+        load_lora_state_dict(model, arrays)
+    torch.save(arrays, tmp_path / "a.pt")
+    with pytest.raises(FormatError, match=r"Of numpy arrays torch\.from_numpy makes tensors"):
+        load(model, tmp_path / "a.pt", alpha=3)
+
+
 def test_two_keys_that_mean_one_and_names_of_real_modules():
     model = trained()
     state = lora_state_dict(model)
     key = next(iter(state))
-    with pytest.raises(FormatError, match="two of the keys mean"):
+    with pytest.raises(FormatError, match=rf"two of the keys mean {key}: {key} and module\.{key}"):
         load_lora_state_dict(model, {**state, f"module.{key}": state[key]})
     real = nn.ModuleDict({"q": nn.Linear(2, 2), "module": nn.ModuleDict({"q": nn.Linear(2, 2)})})
     inject(real, lambda path, _: path == "q", r=1)

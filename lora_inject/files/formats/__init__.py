@@ -18,6 +18,7 @@ FORMATS: dict[str, Any] = {
     "kohya": kohya,
     "diffusers": diffusers,
 }
+_BY_CONTENT = (peft, loralib, diffusers, kohya)  # kohya's: any other safetensors file
 
 
 def named_format(name: Any, argument: str) -> Any:
@@ -96,7 +97,7 @@ def find_format(path: Path, name: str | None = None) -> Any:
         there = False
     if not there:
         raise FormatError(f"there is no file or directory {str(path)[:200]}.")
-    for format in FORMATS.values():
+    for format in _BY_CONTENT:
         if format.looks_like(path):
             return format
     raise FormatError(

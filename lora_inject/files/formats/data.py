@@ -179,6 +179,8 @@ class AdapterData:
             None where no model is at hand.
         beside: the adapters that were in use while it trained.
         facts: what a format knows beyond this and a reader may want to show.
+        said: what a PEFT config says of other things than the tensors, which is written again.
+        dtype: "base" where A and B follow the 16 bits of the base; "" where nothing says so.
     """
 
     pairs: tuple[PairData, ...]
@@ -194,6 +196,8 @@ class AdapterData:
     modules: tuple[str, ...] | None = None
     beside: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    said: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str = ""
 
     def __post_init__(self) -> None:
         for name, tensor in self.tensors.items():

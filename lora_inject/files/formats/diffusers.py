@@ -18,11 +18,13 @@ from lora_inject.errors import FormatError
 from lora_inject.files.formats import peft
 from lora_inject.files.formats.data import AdapterData
 from lora_inject.files.formats.peft_config import METADATA as OWN_METADATA
+from lora_inject.files.formats.peft_keys import PREFIX, pair_key
 from lora_inject.files.formats.state import IN_MEMORY, AdapterState
 from lora_inject.files.formats.storage import (
     parse_json,
     read_tensors,
     replaced_together,
+    tensor_names,
     write_tensors,
 )
 
@@ -33,7 +35,9 @@ _ALL_COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 
 
 def looks_like(path: Path) -> bool:
-    """Whether it is a directory as diffusers writes it."""
+    """Whether it is a directory as diffusers writes it, or a file with such keys."""
+    if path.is_file() and path.suffix == ".safetensors":
+        return any(pair_key(key) and not key.startswith(PREFIX) for key in tensor_names(path))
     return path.is_dir() and (path / TENSORS).exists()
 
 
@@ -110,7 +114,7 @@ def to_state(data: AdapterData) -> AdapterState:
         FormatError: the adapter holds what PEFT cannot read.
     """
     config, tensors, own = peft.to_tensors(data)
-    keys = {key.removeprefix(peft.PREFIX): value for key, value in tensors.items()}
+    keys = {key.removeprefix(PREFIX): value for key, value in tensors.items()}
     return AdapterState(keys, "diffusers", config, {OWN_METADATA: own})
 
 

@@ -15,6 +15,7 @@ from lora_inject.core.index import Index
 from lora_inject.core.paths import bare_modules
 from lora_inject.errors import FormatError
 from lora_inject.files.formats.data import AdapterData, PairData
+from lora_inject.files.formats.one_place import Given, is_repeated_pair
 from lora_inject.files.formats.pairs import whole_layers
 from lora_inject.files.formats.state import IN_MEMORY, AdapterState
 from lora_inject.files.formats.storage import read_tensors, replaced_together, write_tensors
@@ -79,17 +80,19 @@ def _from_tensors(
             raise FormatError(f"{path}: the tensor {key} is of no kind that is supported.")
         layers.setdefault(name, {})[_SUFFIXES[suffix]] = tensor
     names = {name: [name] for name in layers} if model is None else _names(model)
-    pairs, unknown = [], []
+    pairs, unknown, given = [], [], Given()
     for name, own in layers.items():
         found = names.get(name, [])
         if len(found) > 1:
             raise FormatError(f"{path}: {name} can be {found[0]} or {found[1]} of this model.")
         if not {"A", "B"} <= own.keys():
             raise FormatError(f"{path}: {name} has only one of lora_down and lora_up.")
-        if found:
-            pairs.append(_pair(found[0], own, alpha))
-        else:
+        if not found:
             unknown.append(name)
+            continue
+        pair = _pair(found[0], own, alpha)
+        if not is_repeated_pair(given, pair.path, name, pair):
+            pairs.append(pair)
     if unknown:
         raise FormatError(
             f"{path}: {len(unknown):,} names are no modules of this {type(model).__name__}: "

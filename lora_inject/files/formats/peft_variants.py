@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lora_inject.errors import FormatError
 from lora_inject.files.formats.data import AdapterData, PairData
+from lora_inject.files.formats.one_place import Given, is_repeated
 from lora_inject.files.formats.pairs import config_rank
 from lora_inject.variants import VARIANTS, Variant
 
@@ -19,14 +20,19 @@ Others = dict[str, dict[str, Tensor]]  # by the path in the file and by role
 
 
 def without_others(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Others]:
-    """The tensors of a file without those of variants, and these."""
+    """The tensors of a file without those of variants, and these.
+
+    Raises:
+        FormatError: one of them is there twice, with two values.
+    """
     rest: dict[str, Tensor] = {}
     others: Others = {}
+    given = Given()
     for key, tensor in tensors.items():
         match = re.fullmatch(_KEY, key)
         if match is None:
             rest[key] = tensor
-        else:
+        elif not is_repeated(given, match.groups(), key, tensor):
             others.setdefault(match[1], {})[_ROLES[match[2]]] = tensor
     return rest, others
 
@@ -51,7 +57,8 @@ def with_others(
         if own.keys() != set(variant.more):
             raise FormatError(
                 f"{where}: {pair.name} has {sorted(own) or 'nothing'} besides A and B, and its "
-                f"config asks for {sorted(variant.more) or 'nothing'}."
+                f"config asks for {sorted(variant.more) or 'nothing'}.",
+                remedy="Save it whole with PEFT (save_pretrained), tensors and config together.",
             )
         if own:
             _require_same_rows(pair)
