@@ -209,12 +209,11 @@ class Layout:
         found = {}
         for key, saved in prints.items():
             owner, _, name = key.rpartition(".")
-            module = self.modules.get(bare_key(owner, self.modules))
-            kind = None if module is None else find_kind(module)
-            if module is None or not isinstance(saved, Mapping):
+            if (module := self.modules.get(bare_key(owner, self.modules))) is None:
                 continue
+            kind = find_kind(module)
             weight = kind.weight(module, name) if kind else own_tensor(module, name)
-            if weight is not None and differs(saved, weight):
+            if weight is not None and isinstance(saved, Mapping) and differs(saved, weight):
                 found[key] = weight, how_it_differs(saved, weight)
         return found
 
