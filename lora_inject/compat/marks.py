@@ -5,8 +5,10 @@ is said of one without the mark: nothing then works differently but with the lib
 is, and the tests with that library say so.
 """
 
+import json
 from functools import partial
 from inspect import signature
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -91,6 +93,21 @@ def may_be_reentrant(module: nn.Module) -> bool:
     function = getattr(module, "_gradient_checkpointing_func", None)
     known = function.keywords if isinstance(function, partial) else {}
     return bool(known.get("use_reentrant", True))
+
+
+def rows_of_checkpoint(module: nn.Module) -> int | None:
+    """How many tokens the checkpoint has that a model of transformers was loaded from.
+
+    None where that is not on this machine as a directory, or does not say.
+    """
+    config = getattr(module, "config", None)
+    folder = getattr(config, "_name_or_path", None)
+    try:
+        known = json.loads((Path(folder) / "config.json").read_text("utf-8")) if folder else {}
+        rows = known.get("vocab_size", known.get("text_config", {}).get("vocab_size"))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+    return rows if isinstance(rows, int) else None
 
 
 def resizable_embeddings(model: nn.Module) -> dict[nn.Module, Tensor]:

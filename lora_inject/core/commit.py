@@ -34,6 +34,7 @@ from lora_inject.core.module_edits import (
 )
 from lora_inject.core.recomputing import note_commit, note_parts
 from lora_inject.core.state import State, owned
+from lora_inject.core.travelling import travelling_edits
 from lora_inject.own import STATE
 
 
@@ -192,3 +193,4 @@ def _add_still_edits(
     if old.reach is not state.reach or state.reach.in_full:
         edits += statistics_edits(module, old, state)
         edits += lent_edits(module, old, state)
+        edits += travelling_edits(module, old, state)

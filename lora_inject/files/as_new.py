@@ -80,7 +80,7 @@ def _content(wanted: Layout, use: bool, sites: Sequence[Site]) -> Content:
     _check_tensors(wanted, trained, places)
     also = dict.fromkeys(places, False) | all_of_it
     said = json.dumps(dict(wanted.data.said)) if wanted.data.said else ""
-    return Content(bias, in_full, also, values, places, use, said)
+    return Content(bias, in_full, also, values, places, use, frozenset(wanted.data.beside), said)
 
 
 def _warn_of_dropout(wanted: Layout, sites: Sequence[Site]) -> None:
@@ -191,8 +191,10 @@ def _check_tensors(
         tensor, key = own_tensor(module, name), f"{paths[module]}.{name}".lstrip(".")
         if tensor is None:
             continue
-        if place in given:
-            values[key] = given[place].to(tensor.dtype)
+        if (value := given.get(place)) is not None:
+            if value.is_complex() != tensor.is_complex():
+                raise FormatError(f"{key} is {value.dtype} in the file and {tensor.dtype} in here.")
+            values[key] = value.to(tensor.dtype)
         if place in given or name not in module._non_persistent_buffers_set:
             shapes[key] = tuple(tensor.shape)
     require_fit("what was trained in place does not fit the model", shapes, values)

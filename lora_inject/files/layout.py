@@ -2,7 +2,7 @@
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from lora_inject.errors import FormatError
 from lora_inject.files.fingerprint import differs, how_it_differs
 from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.one_place import Given, is_repeated, is_repeated_pair
+from lora_inject.files.token_rows import warn_of_other_rows
 from lora_inject.files.turning import in_parts, turned
 from lora_inject.files.vocabulary import require_rows
 from lora_inject.kinds import find_kind
@@ -189,28 +190,32 @@ class Layout:
                 )
 
     def check_base(self) -> None:
-        """Refuse a model that is not the base of the adapter.
+        """Refuse a model that is not the base of the adapter, and warn of other rows for tokens.
 
         Raises:
             FormatError: adapted weights differ, by path.
         """
-        wrong: dict[str, str] = {}
-        for key, saved in self.data.base.items():
-            owner, _, name = key.rpartition(".")
-            module = self.modules.get(bare_key(owner, self.modules))
-            kind = None if module is None else find_kind(module)
-            weight = None
-            if module is not None:
-                weight = kind.weight(module, name) if kind else own_tensor(module, name)
-            if isinstance(saved, Mapping) and weight is not None and differs(saved, weight):
-                wrong[key] = how_it_differs(saved, weight)
-        if wrong:
-            hows, names = set(wrong.values()), list(wrong)
+        if wrong := self._differing(self.data.base):
+            hows, names = {how for _, how in wrong.values()}, list(wrong)
             raise FormatError(
                 f"{len(wrong):,} of {len(self.data.base):,} adapted weights are not those that the "
                 f"adapter was made for: {', '.join(names[:3])}{', ...' if names[3:] else ''}.",
                 remedy=_OTHER_BASE[hows.pop() if len(hows) == 1 else ""],
             )
+        warn_of_other_rows(self.data.rows, self._differing(self.data.rows))
+
+    def _differing(self, prints: Mapping[str, Any]) -> dict[str, tuple[Tensor, str]]:
+        """The weights that are not those of which fingerprints were taken, and how, by name."""
+        found = {}
+        for key, saved in prints.items():
+            owner, _, name = key.rpartition(".")
+            if (module := self.modules.get(bare_key(owner, self.modules))) is None:
+                continue
+            kind = find_kind(module)
+            weight = kind.weight(module, name) if kind else own_tensor(module, name)
+            if weight is not None and isinstance(saved, Mapping) and differs(saved, weight):
+                found[key] = weight, how_it_differs(saved, weight)
+        return found
 
     def _is_the_bases(self, other: LaidOutTensor, adapter: str) -> bool:
         """Whether a tensor of the file only repeats the base, as PEFT saves adapted embeddings.
@@ -281,8 +286,10 @@ def _where_it_fits(names: Sequence[str], modules: Mapping[str, nn.Module]) -> st
 
 def _is_equal(one: Tensor, other: Tensor) -> bool:
     """Whether two values are one, in the coarser of their dtypes."""
-    return one.shape == other.shape and (
-        torch.equal(one.to(other), other) or torch.equal(other.to(one), one)
+    return (
+        one.shape == other.shape
+        and one.is_complex() == other.is_complex()
+        and (torch.equal(one.to(other), other) or torch.equal(other.to(one), one))
     )
 
 

@@ -1,23 +1,28 @@
 """Save an adapter to disk and load it into a model, in any format; strict, and all or nothing."""
 
+from collections.abc import Mapping
 from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_inject.core.look import Look
 from lora_inject.errors import ArgumentError
+from lora_inject.files import left_out
 from lora_inject.files.as_new import put_in
-from lora_inject.files.formats import named_format, read_adapter
+from lora_inject.files.formats import named_format, read_adapter, read_state
+from lora_inject.files.formats.data import AdapterData
 from lora_inject.files.layout import Layout
 from lora_inject.files.portable import PortableReport
 from lora_inject.files.portable import portable as as_plain_lora
 from lora_inject.files.stored import Stored
+from lora_inject.files.token_rows import warn_of_unsaved_rows
 from lora_inject.settings import check_adapter, check_bias, check_count
 from lora_inject.sharding import is_distributed, on_first_rank
+from lora_inject.training.freeze import freeze_adapter
 
 
 def save(
@@ -34,7 +39,9 @@ def save(
 
     The default is a PEFT directory, which PEFT, vLLM and diffusers read. A save that is interrupted
     leaves the files that were there. Of a sharded model all ranks must call this; what is the
-    adapter's is gathered, and the first rank writes.
+    adapter's is gathered, and the first rank writes. What trains in the model and is not the
+    adapter's, such as a head beside what was injected, is not in the file: a ``LoRAInjectWarning``
+    names it.
 
     Example:
         >>> save(model, "adapter")  # doctest: +SKIP
@@ -59,33 +66,42 @@ def save(
             written to. Nothing has been written then.
         LoRAInjectError: the model has no adapters, is merged or inside a block.
     """
-    writer = named_format(format, "format")
+    named_format(format, "format")
     file, stored = _path(path), Stored(model, adapter)
-    data = stored.data()
-    report = None
+    data, report = stored.data(), None
     if portable:
         data, report = as_plain_lora(
             stored, data, None if r is None else check_count(r, "r"), error
         )
     elif r is not None or error:
         raise ArgumentError("r and error are for portable=True.")
-    write = partial(writer.write, data, file)
+    left_out.warn_of_left_out(stored.look, "the file")
+    write(stored, data, file, format)
+    return report
+
+
+def write(stored: Stored, data: AdapterData, file: Path, format: str = "peft") -> None:
+    """Write what is saved of an adapter, on the first rank of those that hold its shards."""
+    warn_of_unsaved_rows(stored.look, stored.paths, data.tensors)
+    left_out.warn_of_unsaid_others(data, stored.name, format)
+    write = partial(named_format(format, "format").write, data, file)
     if any(is_distributed(tensor) for tensor in stored.tensors().values()):
         on_first_rank(write)
     else:
         write()
-    return report
 
 
 def load(
     model: nn.Module,
-    path: str | PathLike[str],
+    path: str | PathLike[str] | Mapping[str, Tensor],
     *,
     adapter: str = "default",
     format: str | None = None,
+    config: Mapping[str, Any] | None = None,
     alpha: float | None = None,
     dtype: torch.dtype | str | None = None,
     other_base: bool = False,
+    trainable: bool = True,
 ) -> nn.Module:
     """Load an adapter, into the one of this name if the model has it, else as a new one.
 
@@ -99,13 +115,18 @@ def load(
 
     Args:
         model: any model.
-        path: what ``save``, PEFT, diffusers, loralib or kohya's scripts wrote.
+        path: what ``save``, PEFT, diffusers, loralib or kohya's scripts wrote; or the tensors
+            themselves, as ``lora_state_dict(model, format="peft")`` returns them.
         adapter: the name to load it under.
         format: "peft", "loralib", "kohya" or "diffusers"; None finds out.
+        config: for tensors that come without a file from PEFT or diffusers, their config as a
+            mapping (``LoraConfig.to_dict()``).
         alpha: for files that do not say it, as loralib's; scaling is alpha / r.
         dtype: of a new adapter's A and B, as in ``inject``; None follows the base where the one
             that was saved did.
         other_base: load although the model is not the base that the adapter was made for.
+        trainable: whether the adapter trains if it is in use; False freezes it, for inference or
+            below another one, until ``use`` or ``freeze`` says otherwise.
 
     Returns:
         The same model.
@@ -118,21 +139,18 @@ def load(
         LoRAInjectError: the model is merged or inside a block.
     """
     adapter = check_adapter(adapter)
-    file = _path(path)
-    look = Look(model)
-    look.require_awake()
-    data = read_adapter(file, format, model, alpha)
-    wanted = Layout(look, data, adapter)
-    if not other_base:
-        wanted.check_base()
-    if adapter in look.known:
-        stored = Stored(model, adapter, look)
-        if data.bias:
-            stored.check_bias(check_bias(data.bias))
-        stored.fill({**wanted.tensors, **wanted.pairs_by_key}, wanted.scalings)
-        return model
-    used = bool(look.used)
-    put_in(wanted, adapter, dtype, use=not used)
+    with torch.inference_mode(False), torch.no_grad():  # tensors made in it could never train
+        look = Look(model)
+        look.require_awake()
+        if isinstance(path, Mapping):
+            data = read_state(path, format, config, model, alpha)
+        elif config is not None:
+            raise ArgumentError("config goes with tensors; a file has its own.")
+        else:
+            data = read_adapter(_path(path), format, model, alpha)
+        _load(look, data, adapter, dtype, other_base)
+        if not trainable:
+            freeze_adapter(model, adapter)
     return model
 
 
@@ -141,3 +159,24 @@ def _path(path: Any) -> Path:
         return Path(fspath(path))
     except TypeError as error:
         raise ArgumentError(f"path must be a path, not {path!r}.") from error
+
+
+def _load(
+    look: Look,
+    data: AdapterData,
+    adapter: str,
+    dtype: torch.dtype | str | None,
+    other_base: bool,
+) -> None:
+    """Put what was read into the adapter of this name, or into the model as a new one."""
+    wanted = Layout(look, data, adapter)
+    if not other_base:
+        wanted.check_base()
+    if adapter in look.known:
+        stored = Stored(look.model, adapter, look)
+        if data.bias:
+            stored.check_bias(check_bias(data.bias))
+        stored.fill({**wanted.tensors, **wanted.pairs_by_key}, wanted.scalings)
+    else:
+        put_in(wanted, adapter, dtype, use=not look.used)
+    left_out.warn_of_missing_others(data, look, adapter)

@@ -10,17 +10,18 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
-from lora_inject.arithmetic.low_rank import same_product, side_by_side
+from lora_inject.arithmetic.low_rank import side_by_side
 from lora_inject.changes.edits import filling, run
 from lora_inject.compat.marks import is_fully_sharded
+from lora_inject.core.company import company
 from lora_inject.core.look import Look
 from lora_inject.core.paths import bare, bare_key, bare_modules, first_paths
 from lora_inject.core.state_parts import Trained
+from lora_inject.core.travelling import Settings, described
 from lora_inject.errors import ArgumentError, FormatError, LoRAInjectError
-from lora_inject.files.fingerprint import fingerprint
+from lora_inject.files.fingerprint import fingerprints
 from lora_inject.files.fit_checks import (
     is_for,
     not_finite,
@@ -30,7 +31,8 @@ from lora_inject.files.fit_checks import (
 )
 from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.pairs import told_layout
-from lora_inject.files.stored_pair import StoredPair
+from lora_inject.files.stored_pair import StoredPair, is_same
+from lora_inject.files.token_rows import token_tables
 from lora_inject.files.which_adapter import adapter_name
 from lora_inject.kinds.parameter import ParameterKind
 from lora_inject.settings import BiasMode
@@ -117,13 +119,17 @@ class Stored:
         return tensors
 
     def tied(self) -> dict[str, Tensor]:
-        """The pairs of places that share the pair of another, as they stand there."""
+        """The pairs of places that share the pair of another: the same tensors once more."""
         found: dict[str, Tensor] = {}
         for held in self.pairs:
             if held.adapter.follows:
-                own = held.oriented(held.tensors)
+                own = held.tensors
                 found |= {key: own[role] for role, key in held.keys.items()}
         return found
+
+    def settings(self) -> Settings:
+        """What the meaning of its tensors depends on, by the key of each A."""
+        return {f"{held.key}lora_A": described(held.adapter, held.pair) for held in self.pairs}
 
     def data(self) -> AdapterData:
         """The adapter apart from the model."""
@@ -139,18 +145,20 @@ class Stored:
             )
             for held in self.pairs
         }
-        prints = {key: fingerprint(weight) for key, weight in weights.items()}
+        rows = token_tables(self.look, self.paths, {*trained, *weights})
         return AdapterData(
             pairs=tuple(self._pair(held) for held in self.in_order()),
             tensors={key: whole(t.detach()) for key, t in trained.items()},
             bias=self.bias,
             train_also=tuple(self.paths[module] for module in tops),
             targets=tuple(dict.fromkeys(held.adapter.pattern for held in self.pairs)),
-            base={key: value for key, value in prints.items() if value is not None},
+            base=fingerprints(weights),
+            rows=fingerprints(rows),
             base_name=name if isinstance(name, str) else "",
             model_class=kind,
             task="CAUSAL_LM" if kind.endswith(("ForCausalLM", "LMHeadModel")) else "",
             modules=tuple(path for path in self.paths.values() if path),
+            beside=tuple(sorted(company(self.look).get(self.name, ()))),
             facts={"refused": self._in_several_places()},
             said=json.loads(self.look.said(self.name) or "{}"),
             dtype="base" if self._follows_base() else "",
@@ -282,13 +290,12 @@ class Stored:
                 continue
             leader = next(h for h in self.pairs if not h.adapter.follows
                           and h.tensors["A"] is held.tensors["A"])  # fmt: skip
-            theirs = held.oriented({role: own[key] for role, key in leader.keys.items()})
+            theirs = {role: own[key] for role, key in leader.keys.items()}
             mine = {role: shared[key] for role, key in held.keys.items()}
             scaling = held.adapter.settings.scaling
-            factor = scalings.get(held.key, scaling) / scaling
-            same = same_product((theirs["A"], theirs["B"]), (mine["A"], mine["B"] * factor))
-            rest = held.variant.roles[2:]
-            if not (same and all(torch.allclose(theirs[r], mine[r].to(theirs[r])) for r in rest)):
+            mine["B"] = mine["B"] * (scalings.get(held.key, scaling) / scaling)
+            # As the layer wants them, or the very tensors that it shares.
+            if not any(is_same(each, mine) for each in (held.oriented(theirs), theirs)):
                 raise FormatError(
                     f"{held.path} and {leader.path} are tied in this model and have different "
                     "adapters here.",

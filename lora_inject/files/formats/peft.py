@@ -49,6 +49,7 @@ from lora_inject.files.formats.peft_variants import (
     words_of,
 )
 from lora_inject.files.formats.peft_written import to_config, to_metadata
+from lora_inject.files.formats.state import IN_MEMORY, AdapterState
 from lora_inject.files.formats.storage import (
     read_json,
     read_pickled,
@@ -123,8 +124,10 @@ def from_tensors(
         train_also=tuple(own.get("train_also") or config.get("modules_to_save") or ()),
         targets=tuple(own.get("targets") or target_labels(config.get("target_modules"))),
         base=own.get("base", {}),
+        rows=own.get("rows", {}),
         base_name=config.get("base_model_name_or_path") or "",
         task=config.get("task_type") or "",
+        beside=tuple(own.get("beside", ())),
         facts={
             "format": "PEFT",
             "config": config,
@@ -154,6 +157,25 @@ def write(data: AdapterData, path: Path) -> None:
     with replaced_together(path / CONFIG, path / TENSORS) as (config_file, tensors_file):
         write_json(config, config_file)
         write_tensors(tensors, tensors_file, {"format": "pt", METADATA: own})
+
+
+def to_state(data: AdapterData) -> AdapterState:
+    """The same without a file.
+
+    Raises:
+        FormatError: as ``write``.
+    """
+    config, tensors, own = to_tensors(data)
+    return AdapterState(tensors, "peft", config, {METADATA: own})
+
+
+def from_state(state: AdapterState, model: nn.Module | None, alpha: float | None) -> AdapterData:
+    """What the config and the tensors say.
+
+    Raises:
+        FormatError: as ``read``.
+    """
+    return from_tensors(state.config, state, state.metadata, IN_MEMORY, model, alpha)
 
 
 def to_tensors(data: AdapterData) -> tuple[dict[str, Any], dict[str, Tensor], str]:

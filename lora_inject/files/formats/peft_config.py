@@ -146,13 +146,10 @@ def own_metadata(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
         return {}
     own = parse_json(metadata[METADATA], f"the metadata of {path / TENSORS}")
     dropouts = own.get("dropout", {})
-    wrong = [
-        key
-        for key in ("targets", "train_also", "padding", "names")
-        if not _is_names(own.get(key, []))
-    ]
+    lists = ("targets", "train_also", "padding", "names", "beside")
+    wrong = [key for key in lists if not _is_names(own.get(key, []))]
     wrong += ["dtype"] if own.get("dtype", "") not in ("", "base") else []
-    maps = ("base", "parts", "dropout", "fixed")
+    maps = ("base", "rows", "parts", "dropout", "fixed")
     wrong += [key for key in maps if not isinstance(own.get(key, {}), dict)]
     if not wrong and not set(own.get("fixed", {}).values()) <= set(FIXED):
         wrong.append("fixed")

@@ -124,6 +124,8 @@ def to_metadata(
         **({"parts": parts} if parts else {}),
         **({"dropout": dropouts} if dropouts else {}),
         **({"fixed": fixed} if fixed else {}),
+        **({"rows": dict(data.rows)} if data.rows else {}),
+        **({"beside": list(data.beside)} if data.beside else {}),
         **({"start": starts} if starts else {}),
         **({"names": names} if names else {}),
         **({"dtype": data.dtype} if data.dtype else {}),
