@@ -1,28 +1,18 @@
-"""A different adapter for each row of a batch, as a server needs it.
+"""A different adapter for each row of a batch, as a server needs it (Punica, arXiv 2310.18547)."""
 
-The adapters of a layer stand side by side as one of their summed rank, and a mask on ``h = A x``
-lets through what belongs to each row: two products for any number of adapters, as Punica
-(arXiv 2310.18547) and S-LoRA (arXiv 2311.03285) have it, here with torch's own operations.
-"""
-
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from lora_inject.adapters.batch import Batch, apart
-from lora_inject.arithmetic.low_rank import side_by_side
-from lora_inject.core.adapter import Adapter, Term
+from lora_inject.adapters.rows import Rows
+from lora_inject.core.adapter import Adapter
 from lora_inject.core.blocks import block
 from lora_inject.core.look import Look
 from lora_inject.core.state import State
-from lora_inject.core.tools import require_values
-from lora_inject.errors import ArgumentError, LoRAInjectError, UnsupportedLayerError
-from lora_inject.sharding import alongside
-from lora_inject.variants.lora import add
+from lora_inject.errors import ArgumentError, UnsupportedLayerError
 
 
 @contextmanager
@@ -82,120 +72,6 @@ def per_row(model: nn.Module, adapters: Iterable[str | None]) -> Iterator[nn.Mod
         yield model
 
 
-class Rows:
-    """What one layer adds to the rows of a batch.
-
-    Args:
-        path: the layer's path, for errors.
-        names: the adapter of each row.
-        adapters: those that stand on the layer; false if there are none.
-        batch: the batch of the model; None for a layer that has rows of its own.
-    """
-
-    def __init__(
-        self,
-        path: str,
-        names: Sequence[str | None],
-        adapters: list[Adapter],
-        batch: Batch | None,
-    ) -> None:
-        self.path, self.names, self.batch = path, names, batch
-        groups: dict[tuple[Any, ...], list[Term]] = {}
-        for term in (term for adapter in adapters for term in adapter.terms):
-            groups.setdefault((*term.spec.place, term.dropout, term.plain), []).append(term)
-        self.groups = [_Group(terms, names) for terms in groups.values()]
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-    def add(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """The layer's output with what each row's adapter adds to it."""
-        for group in self.groups:
-            y = group.add(layer, x, y, self._times)
-        return y
-
-    def _times(self, h: Tensor, dims: int) -> int:
-        """How many entries in a row of h each row of the batch has."""
-        if self.batch is None:
-            raise LoRAInjectError(
-                "it is in a part that reads no token ids, or joins such a part with one that does: "
-                "its entries (images, say) are not the rows of the batch.",
-                path=self.path,
-                remedy="Call per_row on the parts instead, each with a name for each of its own "
-                "entries.",
-            )
-        times = self.batch.times(h.shape[0]) if h.dim() >= dims else None
-        if times is None:
-            raise LoRAInjectError(
-                f"its input has {h.shape[0] if h.dim() >= dims else 'no'} rows, and per_row was "
-                f"given {len(self.names)}.",
-                path=self.path,
-                remedy="Give one name for each entry of the first dimension of what the model is "
-                "called with; a layer whose input has other rows can have no adapter for each.",
-            )
-        return times
-
-
-class _Group:
-    """Adapters that add to the same features with the same dropout: one A, one B, one mask."""
-
-    def __init__(self, terms: list[Term], names: Sequence[str | None]) -> None:
-        self.terms = terms
-        self.kind, self.spec, self.dropout = terms[0].kind, terms[0].spec, terms[0].dropout
-        # One factor is applied while adding; the mask holds the others relative to it.
-        self.factor = terms[0].factor
-        self.chosen = torch.tensor(
-            [[t.factor / self.factor * (t.adapter == name) for t in terms] for name in names],
-            dtype=torch.float64,
-            device="cpu",
-        )
-        self.masks: dict[Any, Tensor] = {}
-
-    def add(self, layer: nn.Module, x: Tensor, y: Tensor, count: Any) -> Tensor:
-        dropout = self.dropout if layer.training else 0.0
-        if not self.terms[0].plain and dropout:  # A and A0 see the same input
-            x, dropout = F.dropout(x, dropout), 0.0
-        delta = self.delta(layer, x, y, ("A", "B"), dropout, count)
-        if not self.terms[0].plain:  # of one shape, so that they cancel where they are equal
-            delta = delta - self.delta(layer, x, y, ("A0", "B0"), dropout, count)
-        return add(y, delta, self.factor, self.spec)
-
-    def delta(
-        self, layer: nn.Module, x: Tensor, y: Tensor, roles: tuple[str, str], dropout: float,
-        count: Any,
-    ) -> Tensor:  # fmt: skip
-        """What the tensors of these roles make of the rows that are theirs."""
-        A, B = self.stack(layer, roles)
-        require_values(layer, x, [A, B])
-        h = self.kind.down(layer, x, y, A, dropout)
-        mask = self.mask(h, count(h, 2 if self.kind.rank_dim < 0 else A.dim()))
-        return self.kind.up(layer, x, h * mask, B)
-
-    def stack(self, layer: nn.Module, roles: tuple[str, str]) -> tuple[Tensor, Tensor]:
-        """The tensors of these roles of all adapters."""
-        own: Any = layer._parameters
-        changes = [
-            t.change({role: own[t.names[role]] for role in roles}, t.factor) for t in self.terms
-        ]
-        pairs = [(c.tensors[roles[0]], c.tensors[roles[1]]) for c in changes]
-        matrices = [self.kind.to_matrices(layer, A, B) for A, B in pairs]
-        return self.kind.from_matrices(layer, *side_by_side(matrices))
-
-    def mask(self, h: Tensor, times: int) -> Tensor:
-        """For each entry, 1 (or a relative scaling) at the ranks of its row's adapter, else 0."""
-        key = (h.device, h.dtype, h.dim(), times)
-        if key not in self.masks:
-            with torch.inference_mode(False):  # a later call may need it for a gradient
-                ranks = torch.tensor([t.spec.rank for t in self.terms], device="cpu")
-                mask = self.chosen.repeat_interleave(ranks, dim=1)
-                mask = mask.repeat(1, h.shape[self.kind.rank_dim] // mask.shape[1])  # each group
-                mask = mask.repeat_interleave(times, dim=0)
-                shape = [1] * h.dim()
-                shape[0], shape[self.kind.rank_dim] = mask.shape
-                self.masks[key] = mask.reshape(shape).to(h.device, h.dtype)
-        return alongside(self.masks[key], h)
-
-
 def _check_rows(adapters: Any) -> tuple[str | None, ...]:
     names = tuple(adapters) if isinstance(adapters, Iterable) else ()
     if isinstance(adapters, str) or not names or not all(isinstance(n, str | None) for n in names):
@@ -210,13 +86,6 @@ def _require_branches(path: str, adapters: Iterable[Adapter], wanted: frozenset[
         if adapter.name in wanted and adapter.way == "weight":
             raise UnsupportedLayerError(
                 f"{adapter.name!r} acts in its weight, which all rows of a batch share.",
-                path=path,
-                remedy="Run the rows one adapter at a time, each with use.",
-            )
-        if adapter.name in wanted and not adapter.settings.variant.additive:
-            raise UnsupportedLayerError(
-                f"{adapter.name!r} is a {adapter.settings.variant.name}, which is not summed row "
-                "by row.",
                 path=path,
                 remedy="Run the rows one adapter at a time, each with use.",
             )

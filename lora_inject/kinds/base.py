@@ -36,6 +36,8 @@ class Kind(ABC):
         transposes: whether the weight is (in, out), so that its update is B A transposed.
         zero: which of A and B starts at zero.
         rank_dim: the dimension of h that counts the rank; the first one counts the rows of a batch.
+        stacks: whether ``down`` and ``up`` are products with the matrices A and B, of the last
+            dimension of x, so that many pairs may be stacked.
         below: a class whose forward the branch is added to directly, so that a subclass that
             scales or shifts what ``super().forward`` returns does the same to the adapter. None
             adds it to what the layer as a whole returns.
@@ -47,6 +49,7 @@ class Kind(ABC):
     transposes: bool = False
     zero: ClassVar[str] = "B"
     rank_dim: ClassVar[int] = -1
+    stacks: ClassVar[bool] = False
     below: ClassVar[type[nn.Module] | None] = None
 
     @abstractmethod

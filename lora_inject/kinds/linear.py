@@ -33,6 +33,7 @@ class LinearKind(Kind):
 
     name = "Linear"
     linear_like = True
+    stacks = True
     has_parts = True
 
     def matches(self, module: nn.Module) -> bool:
