@@ -6,11 +6,15 @@ print(inject(model, targets=["q_proj", "v_proj"], r=4))
 strip(model)
 """
 
+from lora_inject import starts
 from lora_inject.adapters.combine import CombineReport, combine
 from lora_inject.adapters.disabled import disabled
 from lora_inject.adapters.extract import ExtractReport, extract
 from lora_inject.adapters.per_row import per_row
 from lora_inject.adapters.use import remove, use
+from lora_inject.calibration.allocate import allocate
+from lora_inject.calibration.calibrate import calibrate
+from lora_inject.calibration.statistics import Statistics
 from lora_inject.capacity.capacity import Capacity, capacity
 from lora_inject.core.layer import LoRALayer
 from lora_inject.errors import (
@@ -50,7 +54,10 @@ __all__ = [
     "Plan",
     "Report",
     "Spec",
+    "Statistics",
     "UnsupportedLayerError",
+    "allocate",
+    "calibrate",
     "capacity",
     "combine",
     "disabled",
@@ -72,6 +79,7 @@ __all__ = [
     "report",
     "reset_lora_parameters",
     "save",
+    "starts",
     "strip",
     "unmerge",
     "use",

@@ -163,6 +163,27 @@ class Kind(ABC):
         """A vector (out,) in a shape in which it multiplies what the layer returns."""
         return vector
 
+    def rows_refusal(self, layer: nn.Module) -> str | None:
+        """Why it is not known which vectors the rows of A are multiplied with; None where it is."""
+        return f"the vectors that a layer of the kind {self.name} multiplies are not known."
+
+    def input_rows(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """The vectors that the rows of A are multiplied with, as ``to_matrices`` has them.
+
+        Args:
+            layer: the layer.
+            x: its first input.
+            y: what it returned, or a tensor of that shape.
+
+        Returns:
+            (..., N, in), a view of x where it can be one.
+        """
+        raise NotImplementedError(self.rows_refusal(layer))
+
+    def output_rows(self, layer: nn.Module, y: Tensor) -> Tensor:
+        """An output, or its gradient, beside ``input_rows``: (..., N, out)."""
+        raise NotImplementedError(self.rows_refusal(layer))
+
     def members(self, weights: tuple[str, ...]) -> dict[str, Any]:
         """Weight: what the adapted class gets in order to show effective weights."""
         return {name: _effective_property(name) for name in weights}

@@ -56,6 +56,18 @@ class LinearKind(Kind):
         """``B h``."""
         return linear_up(h, B)
 
+    def rows_refusal(self, layer: nn.Module) -> str | None:
+        """They are the last dimension of the input."""
+        return None
+
+    def input_rows(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """One for each token."""
+        return x.reshape(-1, x.shape[-1])
+
+    def output_rows(self, layer: nn.Module, y: Tensor) -> Tensor:
+        """One for each token."""
+        return y.reshape(-1, y.shape[-1])
+
     def affine_refusal(self, layer: nn.Module) -> str | None:
         """A forward of its own may do anything to ``W x``."""
         cls = own_class(layer)

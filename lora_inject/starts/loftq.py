@@ -1,0 +1,145 @@
+"""LoftQ (arXiv 2310.08659): ``s B A`` begins as the best it can be of what quantizing has lost.
+
+With Q what the layer multiplies with and W what it was: ``W - Q = U S V``, ``B = U_r sqrt(S_r /
+s)`` and ``A = sqrt(S_r / s) V_r``. Nothing is subtracted: the outputs move, towards those of W.
+This is one step of the paper's loop (T = 1); further ones would quantize the base anew, which is
+not ours to change, and gain little.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_inject.arithmetic.product import without_autocast
+from lora_inject.errors import LoRAInjectError
+from lora_inject.own import own_class
+from lora_inject.printing import Section, Tables
+from lora_inject.sharding import is_partial
+from lora_inject.starts.default import Start, of_matrices, rank_refusal, rows_of
+from lora_inject.starts.original import Original
+from lora_inject.starts.pissa import PiSSA, matrix_shape
+from lora_inject.variants import LayerKind, Spec
+
+_BLOCK = 1024  # rows of the identity at a time
+_DIRECTIONS = PiSSA(power=8)  # what quantizing loses is nearly as large in every direction
+
+
+@dataclass(frozen=True)
+class LoftQ(Start):
+    """What quantizing has lost, to rank r; ``print`` shows it for each layer, once it is used.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4))
+        >>> start = LoftQ(model.state_dict())
+        >>> with torch.no_grad():
+        ...     _ = model[0].weight.mul_(8).round_().div_(8)
+        >>> _ = inject(model, "0", r=2, alpha=4, init=start)
+        >>> before, after = start.errors["0"]
+        >>> after < before
+        True
+
+    Attributes:
+        original: the weights before: a path of safetensors files, a state dict or a module.
+        path: the layer's, once it is known.
+        errors: by the path of each layer that has started so, ``|W - Q| / |W|`` and
+            ``|W - Q - s B A| / |W|``.
+    """
+
+    original: Any = None
+    path: str = ""
+    errors: dict[str, tuple[float, float]] = field(default_factory=dict, compare=False, repr=False)
+    name = "loftq"
+    needs = "original"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.original, Original):
+            object.__setattr__(self, "original", Original(self.original))
+
+    def __deepcopy__(self, memo: Any) -> "LoftQ":
+        return self
+
+    def __str__(self) -> str:
+        rows = [(path, f"{a:.4f}", f"{b:.4f}") for path, (a, b) in self.errors.items()]
+        columns = ("path", ">quantized", ">with s B A")
+        return Tables([Section("LoftQ: what is lost, of the weight", columns, rows)]).text()
+
+    def at(self, path: str) -> Start:
+        """The same with the layer's path."""
+        return replace(self, path=path)
+
+    def zero(self, kind: LayerKind) -> str | None:
+        """Neither."""
+        return None
+
+    def refusal(self, kind: LayerKind, layer: nn.Module, spec: Spec) -> str | None:
+        """The original has to have it, and the layer to be whole."""
+        key = self._key(spec)
+        if key is None:
+            return (
+                f'init="loftq": the original has no {self.path}.{spec.weight} (a pickled model '
+                "keeps none but a path). Give init=LoftQ(original), with the names of this model."
+            )
+        W = layer._parameters.get(spec.weight)
+        if W is not None and is_partial(W):
+            return 'init="loftq" needs its whole weight, which is sharded. Inject before that.'
+        shape = self.original.shape(key)
+        matrix = kind.to_matrix(layer, torch.empty(shape, device="meta")).shape[-2:]
+        own = torch.Size(matrix_shape(kind, layer, spec))
+        if matrix[-1] != own[1] or (matrix[0] != own[0] and not spec.part):
+            return f'init="loftq": the original {key} has the shape {tuple(shape)}.'
+        return rank_refusal(self.name, spec, own)
+
+    def values(
+        self, kind: LayerKind, layer: nn.Module, W: Tensor | None, spec: Spec, scaling: float,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """``B = U_r sqrt(S_r / s)``, ``A = sqrt(S_r / s) V_r``."""
+        key = self._key(spec)
+        if key is None:
+            raise LoRAInjectError('init="loftq": the original is not there.', path=self.path)
+        Q_OI = _multiplied(kind, layer, spec)
+        W_OI = rows_of(kind, layer, self.original.tensor(key).to(Q_OI.device), spec)
+        lost_OI = W_OI - Q_OI
+        U_OR, S_R, V_IR = _DIRECTIONS.directions(lost_OI, spec.rank, generator)
+        size, lost = float(W_OI.norm()), float(lost_OI.norm())
+        left = max(0.0, lost**2 - float(S_R.square().sum())) ** 0.5
+        label = f"{self.path} ({spec.part})" if spec.part else self.path
+        self.errors[label] = (lost / max(size, 1e-30), left / max(size, 1e-30))
+        root_R = (S_R / scaling).sqrt().unsqueeze(-2)
+        A_RI, B_OR = (V_IR * root_R).mT, U_OR * root_R
+        # Where nothing was lost, A starts as usual: two zeros would never learn.
+        usual, _ = kind.to_matrices(layer, *kind.initial(spec, generator))
+        learns = (S_R / max(size, 1e-30) > torch.finfo(S_R.dtype).eps).unsqueeze(-1)
+        A_RI = torch.where(learns, A_RI, usual.to(A_RI))
+        return of_matrices(kind, layer, A_RI, torch.where(learns.mT, B_OR, 0))
+
+    def _key(self, spec: Spec) -> str | None:
+        """The name of the weight in the original; a parameter that is a target is its own path."""
+        names = (f"{self.path}.{spec.weight}".lstrip("."), self.path)
+        return next((name for name in names if name in self.original), None)
+
+
+def _multiplied(kind: LayerKind, layer: nn.Module, spec: Spec) -> Tensor:
+    """What a layer multiplies with, (..., out, in): its weight, or what it makes of the identity.
+
+    A packed weight is one that only the layer's own forward can read.
+    """
+    W = layer._parameters.get(spec.weight)
+    if type(W) is nn.Parameter and W.is_floating_point():
+        return rows_of(kind, layer, W, spec)
+    known = [t for t in (*layer._parameters.values(), *layer._buffers.values()) if t is not None]
+    floating = [t for t in known if t.is_floating_point() and t.dtype.itemsize > 1]
+    dtype = floating[0].dtype if floating else torch.float32
+    device, forward, own = known[0].device, own_class(layer).forward, dict(vars(layer))
+    unit = torch.eye(spec.n_in, dtype=dtype, device=device)
+    try:
+        with without_autocast(device.type):
+            bias = forward(layer, torch.zeros_like(unit[:1]))
+            columns = [(forward(layer, rows) - bias).float() for rows in torch.split(unit, _BLOCK)]
+    finally:  # some remember the dtype of their first input
+        vars(layer).clear()
+        vars(layer).update(own)
+    Q_OI = torch.cat(columns).mT
+    return Q_OI.narrow(-2, spec.start, spec.n_out) if spec.part else Q_OI
