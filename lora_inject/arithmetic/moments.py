@@ -106,7 +106,8 @@ class Moments:
     @cached_property
     def _spectrum(self) -> Tensor:
         """The squares along every principal direction, falling."""
-        return torch.linalg.eigvalsh(self._wide).flip(-1).clamp_min(0)
+        values: Tensor = torch.linalg.eigvalsh(self._wide)
+        return values.flip(-1).clamp_min(0)
 
     @property
     def _wide(self) -> Tensor:

@@ -82,7 +82,8 @@ def calibrate(
     matcher = Matcher(planned.look)
     known = {site.path: _layer(matcher, site) for site in sites}
     inputs: dict[Paths, Any] = {tuple(sorted(paths)): m for paths, m in seen.inputs.items()}
-    stats = Statistics(known, joined(inputs, [*known]), seen.gradients, number)
+    sums = {path: seen.gradients[path] for path in known if path in seen.gradients}
+    stats = Statistics(known, joined(inputs, [*known]), sums, number)
     _require_seen(stats, gradients)
     return stats
 

@@ -18,11 +18,15 @@ def across_ranks(stats: Statistics, group: Any) -> Statistics:
     """The sum of the statistics of all ranks of a group, the same on each.
 
     Raises:
-        LoRAInjectError: they have watched different layers.
+        LoRAInjectError: they have watched different layers, or there is no process group.
     """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise LoRAInjectError(
+            "there is no process group.", remedy="Call torch.distributed.init_process_group first."
+        )
     shapes = {key: (tuple(m.mean.shape), m.mean.dtype) for key, m in stats.inputs.items()}
     told: list[Any] = [None] * dist.get_world_size(group)
-    own = (dict(stats.layers), shapes, sorted(stats.gradients), stats.batches)
+    own = (dict(stats.layers), shapes, [*stats.gradients], stats.batches)
     dist.all_gather_object(told, own, group=group)
     layers, _, gradients, _ = zip(*told, strict=True)
     if any(other != layers[0] for other in layers) or any(g != gradients[0] for g in gradients):

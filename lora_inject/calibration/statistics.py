@@ -84,7 +84,7 @@ class Statistics:
             group: a process group; None for all ranks.
 
         Raises:
-            LoRAInjectError: the ranks have watched different layers.
+            LoRAInjectError: they have watched different layers, or there is no process group.
         """
         from lora_inject.calibration.ranks import across_ranks
 

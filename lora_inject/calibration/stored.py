@@ -53,7 +53,8 @@ def read(path: Path) -> Statistics:
             for i, (n, *paths) in enumerate(told["inputs"])
         }
         prefix = "gradient."
-        gradients = {_known(layers)(k.removeprefix(prefix)): t for k, t in tensors.items()}
+        named = {_known(layers)(k.removeprefix(prefix)): t for k, t in tensors.items()}
+        gradients = {name: named[name] for name in layers if name in named}
         stats = Statistics(layers, inputs, gradients, int(told["batches"]))
         whole = all(k.startswith(prefix) and t.dim() > 1 for k, t in tensors.items())
         if not whole or not all(t.isfinite().all() for t in tensors.values()):
