@@ -6,7 +6,6 @@ print(inject(model, targets=["q_proj", "v_proj"], r=4))
 strip(model)
 """
 
-from lora_inject import starts
 from lora_inject.adapters.combine import CombineReport, combine
 from lora_inject.adapters.disabled import disabled
 from lora_inject.adapters.extract import ExtractReport, extract
@@ -79,7 +78,6 @@ __all__ = [
     "report",
     "reset_lora_parameters",
     "save",
-    "starts",
     "strip",
     "unmerge",
     "use",

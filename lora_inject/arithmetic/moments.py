@@ -60,7 +60,7 @@ class Moments:
         apart_I = (other.mean - self.mean).unsqueeze(-1)
         share = other.count / max(1, count)
         scatter = self.scatter + other.scatter
-        scatter += (self.count * share) * (apart_I @ apart_I.mT)
+        scatter.add_(apart_I @ apart_I.mT, alpha=self.count * share)
         return Moments(count, self.mean + share * apart_I.squeeze(-1), scatter)
 
     def is_like(self, other: "Moments") -> bool:

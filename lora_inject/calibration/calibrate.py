@@ -44,7 +44,7 @@ def calibrate(
         >>> stats.inputs_of("0").count
         24
         >>> targets = allocate(stats, r=2)  # ranks by what the inputs vary in
-        >>> print(inject(model, targets, init=starts.EVA(stats)))  # doctest: +SKIP
+        >>> print(inject(model, targets, init=EVA(stats)))  # doctest: +SKIP
 
     Args:
         model: any ``nn.Module``.

@@ -1,7 +1,7 @@
 """Where A and B begin. A new start is a file of its own and a line in the table here."""
 
 from lora_inject.starts.corda import CorDA
-from lora_inject.starts.custom import Custom, Subtracted
+from lora_inject.starts.custom import Custom, Function, Subtracted
 from lora_inject.starts.default import Start
 from lora_inject.starts.eva import EVA
 from lora_inject.starts.gaussian import Gaussian
@@ -13,8 +13,8 @@ from lora_inject.starts.pissa import MiLoRA, PiSSA
 from lora_inject.starts.saved import Saved
 
 __all__ = [
-    "EVA", "STARTS", "CorDA", "Custom", "Gaussian", "LoRAGA", "LoftQ", "MiCA", "MiLoRA", "OLoRA",
-    "PiSSA", "Saved", "Start", "Subtracted",
+    "EVA", "STARTS", "CorDA", "Custom", "Function", "Gaussian", "LoRAGA", "LoftQ", "MiCA", "MiLoRA",
+    "OLoRA", "PiSSA", "Saved", "Start", "Subtracted",
 ]  # fmt: skip
 
 # Those that need more than a word say so, where one is used.

@@ -32,7 +32,7 @@ class LoftQ(Start):
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4))
-        >>> start = LoftQ(model.state_dict())
+        >>> start = LoftQ({"0.weight": model[0].weight.clone()})
         >>> with torch.no_grad():
         ...     _ = model[0].weight.mul_(8).round_().div_(8)
         >>> _ = inject(model, "0", r=2, alpha=4, init=start)
