@@ -54,7 +54,8 @@ def allocate(
         alpha: for that rank; every layer gets the alpha of the same scaling. None for alpha = r.
         rho: no layer gets more than rho times the mean rank; 1 gives all the same.
         scaling: the rule of ``inject(scaling=)`` that the layers are adapted with.
-        parameters: how many parameters A and B may have, all together, in place of r.
+        parameters: how many parameters A and B may have, all together and without ``parts``, in
+            place of r.
         budget: how many bytes training may take on each device, such as ``"24GB"`` or ``"24GiB"``,
             in place of r. The largest mean rank is taken that fits, by ``capacity``.
         model: with budget: the model, without the adapter.

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from lora_inject.arithmetic.moments import Moments
 from lora_inject.arithmetic.product import without_autocast
 from lora_inject.compat.torch_private import Seen
+from lora_inject.core.class_swap import first_argument
 from lora_inject.core.site import Site
 from lora_inject.errors import LoRAInjectError
+from lora_inject.own import own_class
 
 
 class _Read:
@@ -163,8 +165,10 @@ def observing(
 
 
 def _hook(site: Site, seen: Observer, probe: Tensor | None) -> Any:
+    name = first_argument(own_class(site.module))
+
     def hook(layer: nn.Module, args: Any, kwargs: Any, y: Any) -> Any:
-        x = args[0] if args else next(iter(kwargs.values()), None)
+        x = args[0] if args else kwargs.get(name)
         if not isinstance(y, Tensor):
             raise LoRAInjectError(
                 f"it returns {_named(y)} and no tensor.", path=site.path, remedy="Exclude it."

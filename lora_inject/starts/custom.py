@@ -59,7 +59,7 @@ class Custom(Start):
         W = layer._parameters.get(spec.weight)
         readable = type(W) is nn.Parameter and W.is_floating_point()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(generator.initial_seed())
+            torch.default_generator.manual_seed(generator.initial_seed())  # of the CPU alone
             self.function(W.detach() if readable and W is not None else None, A, B)
         if not (A.isfinite().all() and B.isfinite().all()):
             raise ArgumentError("init: the function made values that are not finite.")

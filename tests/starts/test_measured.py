@@ -1,7 +1,9 @@
 """EVA, CorDA and LoRA-GA: starts from statistics, against their formulas in float64."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -153,6 +155,18 @@ def test_a_copy_refers_to_the_statistics_and_a_pickle_leaves_them_out(start):
     assert torch.equal(twin.layers[0].o_proj.lora_A, layer.lora_A)
     with pytest.raises(LoRAInjectError, match=r"^layers.0.o_proj: .* pickled model leaves"):
         reset_lora_parameters(twin)
+
+
+@every_start
+def test_statistics_are_freed_with_the_adapter(start):
+    model = Net()
+    stats = statistics(model, "o_proj", [ids(3, 7)])
+    alive = weakref.ref(stats)
+    inject(model, "o_proj", r=2, init=STARTS[start](stats))
+    strip(model)
+    del stats
+    gc.collect()
+    assert alive() is None
 
 
 @every_start
