@@ -17,6 +17,7 @@ from lora_inject.arithmetic.product import without_autocast
 
 _EXACT = 2048  # features, up to which all directions are computed
 _DOUBLE = 1024  # features, up to which float64 costs nothing to speak of
+_BLOCK = 256  # features at a time, where there are many
 _POWER = 4  # iterations beyond that: squares of singular values fall fast
 
 
@@ -43,8 +44,7 @@ class Moments:
             x_NI = x_NI.detach().to(torch.promote_types(x_NI.dtype, torch.float32))
             count = x_NI.shape[-2]
             mean_I = x_NI.sum(-2) / max(1, count)
-            x_NI = x_NI - mean_I.unsqueeze(-2)
-            return cls(count, mean_I, x_NI.mT @ x_NI)
+            return cls(count, mean_I, _squares(x_NI - mean_I.unsqueeze(-2)))
 
     @classmethod
     def total(cls, several: Sequence["Moments"]) -> "Moments":
@@ -131,3 +131,17 @@ class Moments:
             # The sign of a direction is nobody's: whatever computes it, ours is the same.
             self._found[k] = values.clamp_min(0), rows_KI * largest.sign()
         return self._found[k]
+
+
+def _squares(x_NI: Tensor) -> Tensor:
+    """``x^T x``, of which one half is the other turned round and need not be computed."""
+    features = x_NI.shape[-1]
+    if features <= 2 * _BLOCK:
+        return x_NI.mT @ x_NI
+    made = x_NI.new_empty(*x_NI.shape[:-2], features, features)
+    for start in range(0, features, _BLOCK):
+        end = min(start + _BLOCK, features)
+        rows = x_NI[..., start:end].mT @ x_NI[..., :end]
+        made[..., start:end, :end] = rows
+        made[..., :start, start:end] = rows[..., :start].mT
+    return made
