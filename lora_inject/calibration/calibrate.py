@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lora_inject.calibration.observing import Observer, observing
 from lora_inject.calibration.statistics import Layer, Paths, Statistics, joined
+from lora_inject.compat.marks import is_encoder_decoder
 from lora_inject.core.matcher import Matcher
 from lora_inject.core.patterns import parse
 from lora_inject.core.site import Site
@@ -104,7 +105,7 @@ def _watched(
         observing(model, sites, device, probe) as seen,
     ):
         for batch in tracked(batches, "calibrating", progress):
-            seen.mask, seen.forward = _mask(batch, mask), True
+            seen.mask, seen.forward = _mask(model, batch, mask), True
             output = _called(model, batch)
             seen.forward = False
             if probe is not None:
@@ -136,7 +137,7 @@ def _backward(output: Any, batch: Any, loss: Any, probe: Tensor) -> None:
     torch.autograd.grad(value.reshape(()), probe)
 
 
-def _mask(batch: Any, mask: Mask) -> Tensor | None:
+def _mask(model: nn.Module, batch: Any, mask: Mask) -> Tensor | None:
     """Which tokens of a batch count, or None for all."""
     if mask is False:
         return None
@@ -153,8 +154,16 @@ def _mask(batch: Any, mask: Mask) -> Tensor | None:
         return None
     if not isinstance(found, Tensor):
         raise ArgumentError(f"mask must be a tensor, not a {type(found).__name__}.")
-    found = found.bool()
-    return None if bool(found.all()) else found
+    if bool(found.all()):
+        return None
+    if mask is None and is_encoder_decoder(model):
+        raise ArgumentError(
+            "mask: the model has an encoder and a decoder, and attention_mask is of the tokens of "
+            "one of them.",
+            remedy="Calibrate each in a call of its own, with mask= of its tokens and init= by "
+            "pattern, or count all tokens (mask=False).",
+        )
+    return found.bool()
 
 
 def _layer(matcher: Matcher, site: Site) -> Layer:

@@ -66,6 +66,11 @@ def may_be_reentrant(module: nn.Module) -> bool:
     return bool(known.get("use_reentrant", True))
 
 
+def is_encoder_decoder(module: nn.Module) -> bool:
+    """Whether a model of transformers has an encoder and a decoder, each with its own tokens."""
+    return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
+
+
 def _attribute(module: nn.Module, name: str) -> Any:
     """``getattr``, which is slow for what a module has not; of a model every module is asked."""
     own = module.__dict__

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from every_kind import KINDS, make
+from families import FAMILIES
 from helpers import Net, changed_parts, ids, snapshot
 from ranks import on_ranks
 from torch import nn
@@ -222,6 +223,20 @@ def test_a_mask_that_does_not_fit_is_refused():
     with pytest.raises(ArgumentError, match=r"^mask: 'kept' is no entry"):
         watched(model, [batch], "proj", mask="kept")
     assert watched(model, [short], "proj", mask=False).inputs_of("proj").count == 15
+
+
+def test_a_mask_of_an_encoder_does_not_serve_a_decoder():
+    family = FAMILIES["t5"]
+    model, batch = family.build(), family.inputs()
+    keep = torch.ones_like(batch["input_ids"])
+    keep[0, -1] = 0
+    with pytest.raises(ArgumentError, match=r"^mask: the model has an encoder and a decoder"):
+        watched(model, [{**batch, "attention_mask": keep}], "SelfAttention.q")
+    encoder = ["encoder.*.SelfAttention.q"]
+    stats = watched(
+        model, [{**batch, "attention_mask": keep}], encoder, mask="attention_mask"
+    )  # fmt: skip
+    assert {m.count for m in stats.inputs.values()} == {int(keep.sum())}
 
 
 @pytest.mark.parametrize("kind", WITH_ROWS)
