@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_inject.arithmetic import starting_values as initial
-from lora_inject.own import own_class
+from lora_inject.own import own_class, own_tensor
 from lora_inject.settings import Settings
 from lora_inject.sharding import placements_of_pair, replicated, whole_shape
 from lora_inject.variants import Change, Spec, Variant
@@ -165,7 +165,7 @@ class Kind(ABC):
 
     def bias(self, layer: nn.Module, spec: Spec) -> Tensor | None:
         """What the layer adds to ``W x``, in the rows of the pair's part: (out,), or None."""
-        bias = layer._parameters.get("bias")
+        bias = own_tensor(layer, "bias")  # a buffer, of layers like GPTQ's
         return bias.narrow(0, spec.start, spec.n_out) if spec.part and bias is not None else bias
 
     def beside_output(self, layer: nn.Module, vector: Tensor) -> Tensor:

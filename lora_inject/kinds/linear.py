@@ -1,11 +1,13 @@
 """``nn.Linear`` and its subclasses: whatever their own forward does, the branch is added to it."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from lora_inject.arithmetic.linear import linear_down, linear_up
 from lora_inject.kinds.base import Form, Kind, Way, is_packed, linear_spec
-from lora_inject.own import own_class
+from lora_inject.own import own_class, own_tensor
 from lora_inject.settings import Settings
 from lora_inject.variants import Spec
 
@@ -83,19 +85,23 @@ class LinearKind(Kind):
             return plain
         if "weight" in getattr(layer, "parametrizations", ()):
             return None
-        n_in, _ = self.features(layer)
+        n_in, whole, own = self.features(layer)[0], replace(spec, part=""), dict(vars(layer))
         found = []
-        for first in range(0, n_in, _BLOCK):
-            rows = torch.zeros(min(_BLOCK, n_in - first), n_in, device=self._device(layer))
-            rows[:, first : first + _BLOCK].fill_diagonal_(1)
-            found.append(self.product(layer, spec, rows).float())
+        try:
+            for first in range(0, n_in, _BLOCK):
+                rows = torch.zeros(min(_BLOCK, n_in - first), n_in, device=self._device(layer))
+                rows[:, first : first + _BLOCK].fill_diagonal_(1)
+                found.append(self.product(layer, whole, rows).float())
+        finally:  # some layers remember the dtype of their first input
+            vars(layer).clear()
+            vars(layer).update(own)
         W_IO = torch.cat(found)
         return W_IO if self.transposes else W_IO.t().contiguous()
 
     @torch.no_grad()
     def product(self, layer: nn.Module, spec: Spec, rows: Tensor) -> Tensor:
         """What the layer computes, less its bias."""
-        weight, bias = self.weight(layer, "weight"), layer._parameters.get("bias")
+        weight, bias = self.weight(layer, "weight"), own_tensor(layer, "bias")
         dtype = next((t.dtype for t in (weight, bias) if t is not None and t.is_floating_point()
                       and t.dtype.itemsize > 1), torch.float32)  # fmt: skip
         made: Tensor = own_class(layer).forward(layer, rows.to(dtype))

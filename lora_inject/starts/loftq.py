@@ -12,17 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_inject.arithmetic.product import without_autocast
 from lora_inject.errors import LoRAInjectError
-from lora_inject.own import own_class
 from lora_inject.printing import Section, Tables
-from lora_inject.sharding import is_partial
 from lora_inject.starts.default import Start, of_matrices, rank_refusal, rows_of
 from lora_inject.starts.original import Original
 from lora_inject.starts.pissa import PiSSA, matrix_shape
 from lora_inject.variants import LayerKind, Spec
 
-_BLOCK = 1024  # rows of the identity at a time
 _DIRECTIONS = PiSSA(power=8)  # what quantizing loses is nearly as large in every direction
 
 
@@ -51,6 +47,7 @@ class LoftQ(Start):
     path: str = ""
     errors: dict[str, tuple[float, float]] = field(default_factory=dict, compare=False, repr=False)
     name = "loftq"
+    reads = True
     needs = "original"
 
     def __post_init__(self) -> None:
@@ -81,9 +78,6 @@ class LoftQ(Start):
                 f'init="loftq": the original has no {self.path}.{spec.weight} (a pickled model '
                 "keeps none but a path). Give init=LoftQ(original), with the names of this model."
             )
-        W = layer._parameters.get(spec.weight)
-        if W is not None and is_partial(W):
-            return 'init="loftq" needs its whole weight, which is sharded. Inject before that.'
         shape = self.original.shape(key)
         matrix = kind.to_matrix(layer, torch.empty(shape, device="meta")).shape[-2:]
         own = torch.Size(matrix_shape(kind, layer, spec))
@@ -99,7 +93,7 @@ class LoftQ(Start):
         key = self._key(spec)
         if key is None:
             raise LoRAInjectError('init="loftq": the original is not there.', path=self.path)
-        Q_OI = _multiplied(kind, layer, spec)
+        Q_OI = rows_of(kind, layer, W, spec)
         W_OI = rows_of(kind, layer, self.original.tensor(key).to(Q_OI.device), spec)
         lost_OI = W_OI - Q_OI
         U_OR, S_R, V_IR = _DIRECTIONS.directions(lost_OI, spec.rank, generator)
@@ -119,27 +113,3 @@ class LoftQ(Start):
         """The name of the weight in the original; a parameter that is a target is its own path."""
         names = (f"{self.path}.{spec.weight}".lstrip("."), self.path)
         return next((name for name in names if name in self.original), None)
-
-
-def _multiplied(kind: LayerKind, layer: nn.Module, spec: Spec) -> Tensor:
-    """What a layer multiplies with, (..., out, in): its weight, or what it makes of the identity.
-
-    A packed weight is one that only the layer's own forward can read.
-    """
-    W = layer._parameters.get(spec.weight)
-    if type(W) is nn.Parameter and W.is_floating_point():
-        return rows_of(kind, layer, W, spec)
-    known = [t for t in (*layer._parameters.values(), *layer._buffers.values()) if t is not None]
-    floating = [t for t in known if t.is_floating_point() and t.dtype.itemsize > 1]
-    dtype = floating[0].dtype if floating else torch.float32
-    device, forward, own = known[0].device, own_class(layer).forward, dict(vars(layer))
-    unit = torch.eye(spec.n_in, dtype=dtype, device=device)
-    try:
-        with without_autocast(device.type):
-            bias = forward(layer, torch.zeros_like(unit[:1]))
-            columns = [(forward(layer, rows) - bias).float() for rows in torch.split(unit, _BLOCK)]
-    finally:  # some remember the dtype of their first input
-        vars(layer).clear()
-        vars(layer).update(own)
-    Q_OI = torch.cat(columns).mT
-    return Q_OI.narrow(-2, spec.start, spec.n_out) if spec.part else Q_OI

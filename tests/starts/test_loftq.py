@@ -133,6 +133,23 @@ def test_the_original_is_a_file_a_directory_a_state_dict_or_a_module(tmp_path):
     assert all(torch.equal(other, found[0]) for other in found)
 
 
+@pytest.mark.parametrize("init", ["loftq", "pissa"])
+def test_parts_of_a_packed_weight_with_a_bias_in_a_buffer(init):
+    original, packed = models()
+    bias = packed[0]._parameters.pop("bias")
+    packed[0].register_buffer("bias", bias.detach())
+    parts = {"0": (("q", 16), (None, 24), ("v", 24))}
+    start = LoftQ(original) if init == "loftq" else init
+    inject(packed, "0", r=4, alpha=8, init=start, parts=parts)
+    Q = packed[0].values
+    W = original[0].weight.detach() - Q if init == "loftq" else Q
+    for part, rows in (("q", slice(0, 16)), ("v", slice(40, 64))):
+        U, S, Vh = torch.linalg.svd(W[rows], full_matrices=False)
+        best = (U[:, :4] * S[:4]) @ Vh[:4]
+        A, B = (getattr(packed[0], f"{part}_lora_{role}") for role in "AB")
+        torch.testing.assert_close(2 * B @ A, best, rtol=1e-4, atol=1e-5)
+
+
 def test_a_plain_base_that_was_rounded_gets_it_too():
     original = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.Linear(4, 6))
     coarse = copy.deepcopy(original)
