@@ -4,6 +4,7 @@ Layers that read one tensor (the projections of attention) share its moments: wh
 common is computed and kept once. Which ones they are is known when the tensor is gone.
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 from lora_inject.arithmetic.moments import Moments
 from lora_inject.arithmetic.product import without_autocast
 from lora_inject.compat.torch_private import Seen
-from lora_inject.core.class_swap import first_argument
 from lora_inject.core.site import Site
 from lora_inject.errors import LoRAInjectError
 from lora_inject.own import own_class
@@ -165,7 +165,8 @@ def observing(
 
 
 def _hook(site: Site, seen: Observer, probe: Tensor | None) -> Any:
-    name = first_argument(own_class(site.module))
+    arguments = list(inspect.signature(own_class(site.module).forward).parameters)[1:]
+    name = arguments[0] if arguments else "input"
 
     def hook(layer: nn.Module, args: Any, kwargs: Any, y: Any) -> Any:
         x = args[0] if args else kwargs.get(name)

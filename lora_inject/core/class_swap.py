@@ -45,7 +45,7 @@ def _make(base: type[nn.Module], key: Any, adapters: tuple[Adapter, ...]) -> typ
         body |= adapter.kind.members(tuple(spec.weight for spec in adapter.specs))
     body["_lora_rebuild"] = staticmethod(_rebuild)
     body["_lora_transposed"] = kind.transposes
-    body["_lora_input"] = first_argument(base if kind.below is None else kind.below)
+    body["_lora_input"] = _first_argument(base if kind.below is None else kind.below)
     made: type[LoRALayer] = _made_on(base, key, name, lambda: _bases(base, kind, way), body)
     return made
 
@@ -67,7 +67,7 @@ def _made_on(
         return made[key]
 
 
-def first_argument(base: type[nn.Module]) -> str:
+def _first_argument(base: type[nn.Module]) -> str:
     """The name of the first argument of forward, which the adapter reads too."""
     return next(iter(list(inspect.signature(base.forward).parameters)[1:]), "input")
 
