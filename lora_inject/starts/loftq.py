@@ -79,10 +79,18 @@ class LoftQ(Start):
                 "keeps none but a path). Give init=LoftQ(original), with the names of this model."
             )
         shape = self.original.shape(key)
-        matrix = kind.to_matrix(layer, torch.empty(shape, device="meta")).shape[-2:]
+        if shape is None:
+            return f'init="loftq": the original {key} is quantized itself.'
         own = torch.Size(matrix_shape(kind, layer, spec))
-        if matrix[-1] != own[1] or (matrix[0] != own[0] and not spec.part):
-            return f'init="loftq": the original {key} has the shape {tuple(shape)}.'
+        weight = layer._parameters.get(spec.weight)
+        if weight is not None and weight.is_floating_point():  # packed ones show their shape too
+            fits = shape == tuple(weight.shape)
+        else:
+            n_out = shape[0] if len(shape) == 2 else 0
+            enough = n_out >= spec.start + own[0] if spec.part else n_out == own[0]
+            fits = enough and shape[1] == own[1]
+        if not fits:
+            return f'init="loftq": the original {key} has the shape {shape}.'
         return rank_refusal(self.name, spec, own)
 
     def values(

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from lora_inject.errors import ArgumentError, FormatError
 
+_FLOATING = ("F64", "F32", "F16", "BF16")
+
 
 class Original:
     """Tensors by name, in safetensors files, a state dict or a module.
@@ -58,14 +60,17 @@ class Original:
             found: Tensor = file.get_tensor(name)
         return found
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Its shape, without reading it."""
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Its shape, without reading it; None where it is none of 16 bits or more."""
         if name not in self.files:
-            return tuple(self.held[name].shape)
+            held = self.held[name]
+            floating = held.is_floating_point() and held.dtype.itemsize > 1
+            return tuple(held.shape) if floating else None
         import safetensors
 
         with safetensors.safe_open(self.files[name], framework="pt", device="cpu") as file:
-            return tuple(file.get_slice(name).get_shape())
+            found = file.get_slice(name)
+            return tuple(found.get_shape()) if found.get_dtype() in _FLOATING else None
 
 
 def _files(path: Path) -> list[Path]:

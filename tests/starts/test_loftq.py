@@ -200,6 +200,15 @@ def test_what_does_not_fit_is_refused(tmp_path):
         inject(packed, "0", init=LoftQ({"a.weight": torch.zeros(2)}))
     with pytest.raises(UnsupportedLayerError, match=r"^0: .* has the shape \(2, 2\)"):
         inject(packed, "0", init=LoftQ({"0.weight": torch.zeros(2, 2)}))
+    with pytest.raises(UnsupportedLayerError, match=r"^0: .* is quantized itself"):
+        inject(packed, "0", init=LoftQ({"0.weight": torch.zeros(64, 128, dtype=torch.uint8)}))
+    save_file({"0.weight": torch.zeros(64, 128, dtype=torch.int8)}, tmp_path / "b.safetensors")
+    with pytest.raises(UnsupportedLayerError, match=r"^0: .* is quantized itself"):
+        inject(packed, "0", init=LoftQ(tmp_path / "b.safetensors"))
+    (tmp_path / "b.safetensors").unlink()
+    conv = nn.Sequential(nn.Conv2d(4, 6, 3))
+    with pytest.raises(UnsupportedLayerError, match=r"^0: .* has the shape \(6, 4, 2, 2\)"):
+        inject(conv, "0", init=LoftQ({"0.weight": torch.zeros(6, 4, 2, 2)}))
     with pytest.raises(UnsupportedLayerError, match=r"^0: .* fewer than r=65"):
         inject(packed, "0", r=65, init=LoftQ(original))
     with pytest.raises(ArgumentError, match=r"^original must be"):
