@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 from every_kind import make
-from helpers import Net, changed_parts, ids, snapshot
+from helpers import Net, changed_parts, ids, quantize, snapshot
 from torch import nn
 
 from lora_inject import (
@@ -123,6 +123,28 @@ def test_the_values_are_those_of_the_paper(start, scaling):
         torch.testing.assert_close(layer.lora_B @ layer.lora_A, B @ A)
         torch.testing.assert_close(layer.lora_A.norm(dim=1), A.norm(dim=1))
     assert hasattr(layer, "lora_A0") == (start != "eva")
+
+
+@every_start
+def test_over_a_quantized_base(start):
+    model, x = nn.Sequential(nn.Linear(32, 24), nn.Tanh(), nn.Linear(24, 8)), torch.randn(40, 32)
+    plain = copy.deepcopy(model)
+    quantize(model, "int8")
+    with torch.no_grad():
+        for i in (0, 2):
+            plain[i].weight.copy_(model[i].weight.dequantize())
+    expected = model(x)
+    stats, same = (statistics(m, ["0", "2"], [x[:30], x[30:]]) for m in (model, plain))
+    for path in ("0", "2"):
+        torch.testing.assert_close(
+            stats.gradient_of(path), same.gradient_of(path), rtol=1e-3, atol=1e-6
+        )
+    inject(model, ["0", "2"], r=3, init=STARTS[start](stats))
+    assert torch.equal(model(x), expected)
+    inject(plain, ["0", "2"], r=3, init=STARTS[start](same))
+    own, theirs = (m[0].lora_B @ m[0].lora_A for m in (model, plain))
+    torch.testing.assert_close(own, theirs, rtol=1e-2, atol=1e-4)
+    assert torch.equal(strip(model)(x), expected)
 
 
 @every_start
