@@ -77,6 +77,8 @@ def allocate(
         raise ArgumentError("model, adaptation and what capacity reads are for budget= alone.")
     if not isinstance(rho, int | float) or not 1 <= rho < float("inf"):
         raise ArgumentError(f"rho must be a finite number of at least 1, not {rho!r}.")
+    if not isinstance(stats, Statistics):
+        raise ArgumentError(f"stats must be what calibrate returns, not a {type(stats).__name__}.")
     rule = SCALINGS[check_word(scaling, "scaling", SCALINGS)]
     alpha = None if alpha is None else check_alpha(alpha, "alpha")
     shared = _Shared(stats, rho)
@@ -115,7 +117,12 @@ class _Shared:
     def by_rank(self, r: int) -> dict[str, int]:
         """Ranks that are r on average, where all layers can have so many."""
         sizes = [len(group) for group in self.groups]
-        return self._shared(r * len(self.stats.layers), sizes, r)
+        ranks = self._shared(r * len(self.stats.layers), sizes, r)
+        if not ranks:
+            raise ArgumentError(
+                "stats: they are of one vector for each layer, which tells nothing."
+            )
+        return ranks
 
     def by_parameters(self, parameters: int) -> dict[str, int]:
         """Ranks with which A and B have no more parameters than these."""

@@ -139,6 +139,14 @@ def test_no_layer_gets_more_than_its_inputs_vary_in():
     assert max(ranks(allocate(stats, r=50)).values()) == 3
 
 
+def test_statistics_that_tell_nothing_are_refused():
+    stats = calibrate(nn.Linear(4, 4), nn.Linear, [torch.randn(1, 4)], progress=False)
+    with pytest.raises(ArgumentError, match=r"^stats: they are of one vector"):
+        allocate(stats)
+    with pytest.raises(ArgumentError, match=r"^stats must be what calibrate returns"):
+        allocate({})
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [({"r": 2, "parameters": 9}, "^r, parameters and budget"),
