@@ -4,7 +4,6 @@ Layers that read one tensor (the projections of attention) share its moments: wh
 common is computed and kept once. Which ones they are is known when the tensor is gone.
 """
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from lora_inject.arithmetic.moments import Moments
 from lora_inject.arithmetic.product import without_autocast
 from lora_inject.compat.torch_private import Seen
+from lora_inject.core.class_swap import place_of_input
 from lora_inject.core.site import Site
 from lora_inject.errors import LoRAInjectError
 from lora_inject.own import own_class
@@ -165,11 +165,10 @@ def observing(
 
 
 def _hook(site: Site, seen: Observer, probe: Tensor | None) -> Any:
-    arguments = list(inspect.signature(own_class(site.module).forward).parameters)[1:]
-    name = arguments[0] if arguments else "input"
+    at, name = place_of_input(own_class(site.module))
 
     def hook(layer: nn.Module, args: Any, kwargs: Any, y: Any) -> Any:
-        x = args[0] if args else kwargs.get(name)
+        x = args[at] if len(args) > at else kwargs.get(name)
         if not isinstance(y, Tensor):
             raise LoRAInjectError(
                 f"it returns {_named(y)} and no tensor.", path=site.path, remedy="Exclude it."

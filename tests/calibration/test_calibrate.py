@@ -339,6 +339,24 @@ def test_what_multiplies_no_known_vectors_is_refused(kind, words):
         watched(layer, [KINDS[kind][3]()], arguments["targets"])
 
 
+class CentredConv(nn.Conv1d):
+    def forward(self, x):
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+class NormedLinear(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight / self.weight.norm(), self.bias)
+
+
+@pytest.mark.parametrize(
+    "layer", [NormedLinear(4, 4), CentredConv(4, 4, 1)], ids=["linear", "conv"]
+)
+def test_a_forward_that_does_more_to_its_weight_is_refused(layer):
+    with pytest.raises(UnsupportedLayerError, match=r"^a: the forward of .* makes other vectors"):
+        watched(nn.ModuleDict({"a": layer}), [], "a")
+
+
 def test_large_patches_are_refused():
     model = nn.Sequential(nn.Conv2d(600, 2, 3))
     with pytest.raises(UnsupportedLayerError, match=r"^0: its patches have 5,400 values"):
