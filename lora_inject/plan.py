@@ -263,6 +263,8 @@ def _with_notes(shown: Report, plan: Plan) -> Report:
         for why in dict.fromkeys(skip.reason for skip in missed)
         for paths in [[skip.path for skip in missed if skip.reason == why]]
     ]
+    starts = dict.fromkeys(site.settings.start.note for site in plan.sites)
+    notes += [note for note in starts if note]
     if plan.oversized:
         site = plan.oversized[0]
         text = (

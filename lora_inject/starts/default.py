@@ -40,6 +40,11 @@ class Start:
         """What files call it."""
         return self.name
 
+    @property
+    def note(self) -> str:
+        """What a report says where layers have started so; mostly nothing."""
+        return ""
+
     def zero(self, kind: LayerKind) -> str | None:
         """Which of A and B is zero at the start, and would never learn if it were fixed."""
         return None if self.offset else kind.zero

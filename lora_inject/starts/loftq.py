@@ -62,6 +62,18 @@ class LoftQ(Start):
         columns = ("path", ">quantized", ">with s B A")
         return Tables([Section("LoftQ: what is lost, of the weight", columns, rows)]).text()
 
+    @property
+    def note(self) -> str:
+        """That it moves outputs, and what is left of the error."""
+        if not self.errors:
+            return ""
+        each = zip(*self.errors.values(), strict=True)
+        before, after = (sum(errors) / len(errors) for errors in each)
+        return (
+            'init="loftq" moves outputs, towards those of the original: of the weights '
+            f"{before:.4f} was lost on average, and is {after:.4f} now."
+        )
+
     def at(self, path: str) -> Start:
         """The same with the layer's path."""
         return replace(self, path=path)

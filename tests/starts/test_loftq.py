@@ -101,8 +101,9 @@ def test_outputs_move_towards_the_original_and_back():
     x = torch.randn(5, 128)
     before, quantized = snapshot(packed), packed(x)
     packed[0].first = packed[2].first = None
-    inject(packed, ["0", "2"], r=16, init=LoftQ(original))
+    shown = inject(packed, ["0", "2"], r=16, init=LoftQ(original))
     assert packed[0].first is None  # making the start was no call of the layer
+    assert any("moves outputs" in note for note in shown.notes)
     error = (packed(x) - original(x)).norm()
     assert error < (quantized - original(x)).norm()
     packed[0].first = packed[2].first = torch.float32
