@@ -11,6 +11,9 @@ from lora_inject.adapters.disabled import disabled
 from lora_inject.adapters.extract import ExtractReport, extract
 from lora_inject.adapters.per_row import per_row
 from lora_inject.adapters.use import remove, use
+from lora_inject.calibration.allocate import allocate
+from lora_inject.calibration.calibrate import calibrate
+from lora_inject.calibration.statistics import Statistics
 from lora_inject.capacity.capacity import Capacity, capacity
 from lora_inject.core.layer import LoRALayer
 from lora_inject.errors import (
@@ -50,7 +53,10 @@ __all__ = [
     "Plan",
     "Report",
     "Spec",
+    "Statistics",
     "UnsupportedLayerError",
+    "allocate",
+    "calibrate",
     "capacity",
     "combine",
     "disabled",

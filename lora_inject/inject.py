@@ -61,8 +61,12 @@ def inject(*args: Any, **kwargs: Any) -> Report:  # noqa: D417 (those of plan)
             is trained on its own, ``lora_magnitude``.
         init: where A and B begin: "default", random A and zero B; "gaussian"; "pissa" (arXiv
             2404.02948), "milora" (2406.09044) and "olora" (2406.01775), directions of the weight
-            itself; "mica" (2604.01694); or an object of ``lora_inject.starts``. Those that do not
-            begin at zero keep their start beside A and B and subtract it: the base is never moved.
+            itself; "mica" (2604.01694); an object of ``lora_inject.starts``, of which ``EVA``,
+            ``CorDA`` and ``LoRAGA`` start from what ``calibrate`` has seen and ``LoftQ`` from the
+            weights before quantizing; or a function of W, A and B that writes into A and B, which
+            hold the usual start (``starts.Custom``). Those that do not begin at zero keep their
+            start beside A and B and subtract it: the base is never moved. ``LoftQ`` alone moves
+            outputs, towards those of the original.
         fixed: "A" or "B", a factor that stays as it starts and does not train; None trains both.
             With "A" (LoRA-FA, arXiv 2308.03303) less is kept for the backward pass.
         bias: the biases that train: "none", "all" in the model, or "lora_only", those of adapted

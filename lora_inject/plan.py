@@ -39,7 +39,7 @@ from lora_inject.printing import Tables, plural
 from lora_inject.report.plan_tables import sites_section, skipped_section, train_also_section
 from lora_inject.report.report import Report, report_of
 from lora_inject.settings import BiasMode, Parts
-from lora_inject.starts import Start
+from lora_inject.starts import Function, Start
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def plan(
     dropout: float = 0.0,
     scaling: str = "lora",
     variant: str = "lora",
-    init: str | Start = "default",
+    init: str | Start | Function = "default",
     fixed: str | None = None,
     bias: BiasMode = "none",
     exclude: Any = (),
@@ -263,6 +263,8 @@ def _with_notes(shown: Report, plan: Plan) -> Report:
         for why in dict.fromkeys(skip.reason for skip in missed)
         for paths in [[skip.path for skip in missed if skip.reason == why]]
     ]
+    starts = dict.fromkeys(site.settings.start.note for site in plan.sites)
+    notes += [note for note in starts if note]
     if plan.oversized:
         site = plan.oversized[0]
         text = (

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from lora_inject.errors import ArgumentError
-from lora_inject.starts import STARTS, Start
+from lora_inject.starts import STARTS, Custom, Start
 from lora_inject.variants import FIXED, SCALINGS, VARIANTS, Variant
 
 BiasMode = Literal["none", "all", "lora_only"]
@@ -111,8 +111,12 @@ def _variant(values: Mapping[str, Any], names: Mapping[str, str], start: Start) 
 
 
 def check_start(start: Any, name: str) -> Start:
-    """A start is one of the words, or an object of ``lora_inject.starts``."""
-    return start if isinstance(start, Start) else STARTS[check_word(start, name, STARTS)]()
+    """A start is one of the words, an object of ``lora_inject.starts``, or a function."""
+    if isinstance(start, Start):
+        return start
+    if callable(start) and not isinstance(start, type):
+        return Custom(start)
+    return STARTS[check_word(start, name, STARTS)]()
 
 
 def check_choice(value: Any, name: str, choices: Any) -> Any:

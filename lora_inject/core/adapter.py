@@ -119,10 +119,12 @@ class Adapter:
 
     def weighted_terms(self, weight: float) -> tuple[Term, ...]:
         """What it adds when it is in use with this weight."""
-        return _terms(self.kind, self.specs, self.settings, self.name, weight)
+        s = self.settings
+        return _terms(self.kind, self.specs, s.variant, s.scaling, s.dropout, self.name, weight)
 
 
-# Very many layers are alike, and these are values: layers that are alike share them.
+# Very many layers are alike, and these are values: layers that are alike share them. They outlive
+# the layers, so that settings, whose start may hold what a model is made of, are no key.
 
 
 @lru_cache
@@ -137,21 +139,21 @@ def names_of(
 
 @lru_cache
 def _terms(
-    kind: Kind, specs: tuple[Spec, ...], settings: Settings, adapter: str, weight: float
-) -> tuple[Term, ...]:
-    variant = settings.variant
+    kind: Kind, specs: tuple[Spec, ...], variant: Variant, scaling: float, dropout: float,
+    adapter: str, weight: float,
+) -> tuple[Term, ...]:  # fmt: skip
     return tuple(
         Term(
             kind=kind,
             spec=spec,
             A=names["A"],
             B=names["B"],
-            factor=settings.scaling * weight,
-            dropout=settings.dropout,
+            factor=scaling * weight,
+            dropout=dropout,
             adapter=adapter,
             part=(spec.start, spec.n_out) if spec.part else None,
             names=names,
-            scaling=settings.scaling,
+            scaling=scaling,
             variant=variant,
             plain=variant.additive and not variant.offset,
             finishes=variant.finishes and not variant.offset and weight == 1.0,

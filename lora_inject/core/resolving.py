@@ -68,9 +68,12 @@ class Resolver:
         return self._site(target, kind, settings, pattern.label)
 
     def _settings(self, target: Target, pattern: Pattern) -> Settings:
-        """The pattern's settings with the layer's parts."""
+        """The pattern's settings with the layer's parts, and its start."""
         settings, parts = self.request.settings[pattern], self.parts.get(target.module, ())
-        return replace(settings, parts=parts) if parts else settings
+        start = settings.start.at(target.path)
+        if parts or start is not settings.start:
+            settings = replace(settings, parts=parts, start=start)
+        return settings
 
     def _kind(self, target: Target, settings: Settings) -> Kind | None:
         """The kind of a module; for a parameter one with its layout, where that is known."""

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lora_inject.arithmetic import starting_values as initial
 from lora_inject.kinds.shown import effective_property
-from lora_inject.own import own_class
+from lora_inject.own import own_class, own_tensor
 from lora_inject.settings import Settings
 from lora_inject.sharding import placements_of_pair, replicated, whole_shape
 from lora_inject.variants import Change, Spec, Variant
@@ -173,12 +173,39 @@ class Kind(ABC):
 
     def bias(self, layer: nn.Module, spec: Spec) -> Tensor | None:
         """What the layer adds to ``W x``, in the rows of the pair's part: (out,), or None."""
-        bias = layer._parameters.get("bias")
+        bias = own_tensor(layer, "bias")  # a buffer, of layers like GPTQ's
         return bias.narrow(0, spec.start, spec.n_out) if spec.part and bias is not None else bias
 
     def beside_output(self, layer: nn.Module, vector: Tensor) -> Tensor:
         """A vector (out,) in a shape in which it multiplies what the layer returns."""
         return vector
+
+    def rows_refusal(self, layer: nn.Module) -> str | None:
+        """Why it is not known which vectors the rows of A are multiplied with; None where it is."""
+        return f"the vectors that a layer of the kind {self.name} multiplies are not known."
+
+    def own_rows(self, layer: nn.Module) -> str | None:
+        """Why a layer of a kind that usually acts beside its forward multiplies other vectors."""
+        if self.way(layer) == "branch":
+            return None
+        return f"the forward of {own_class(layer).__name__} makes other vectors of its input."
+
+    def input_rows(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """The vectors that the rows of A are multiplied with, as ``to_matrices`` has them.
+
+        Args:
+            layer: the layer.
+            x: its first input.
+            y: what it returned, or a tensor of that shape.
+
+        Returns:
+            (..., N, in), a view of x where it can be one.
+        """
+        raise NotImplementedError(self.rows_refusal(layer))
+
+    def output_rows(self, layer: nn.Module, y: Tensor) -> Tensor:
+        """An output, or its gradient, beside ``input_rows``: (..., N, out)."""
+        raise NotImplementedError(self.rows_refusal(layer))
 
     def members(self, weights: tuple[str, ...]) -> dict[str, Any]:
         """Weight: what the adapted class gets in order to show effective weights."""

@@ -15,7 +15,11 @@ from lora_inject.starts import STARTS
 from lora_inject.variants import VARIANTS
 
 METHODS = {
-    **{f"start {name}": {"init": name} for name in STARTS if name != "default"},
+    **{
+        f"start {name}": {"init": name}
+        for name, start in STARTS.items()
+        if name != "default" and not start.needs  # those: tests/starts
+    },
     **{f"variant {name}": {"variant": name} for name in VARIANTS if name != "lora"},
     "rslora": {"scaling": "rslora"},
     "dora of pissa": {"variant": "dora", "init": "pissa", "scaling": "rslora"},
