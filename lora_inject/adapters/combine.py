@@ -278,8 +278,11 @@ def _shaped(
     A, B = (tensor.to(dtype).contiguous() for tensor in kind.from_matrices(layer, A, B))
     old = term.spec
     n_in, n_out = (old.n_out, old.n_in) if old.swapped else (old.n_in, old.n_out)
-    shapes = tuple(A.shape), tuple(B.shape)
-    return Spec(old.weight, n_in, n_out, *shapes, old.part, old.start, old.experts), (A, B)
+    spec = Spec(
+        old.weight, n_in, n_out, tuple(A.shape), tuple(B.shape), old.part, old.start, old.experts,
+        groups=old.groups,
+    )  # fmt: skip
+    return spec, (A, B)
 
 
 def _check_names(look: Look, weights: Mapping[str, float], name: str) -> None:

@@ -58,7 +58,7 @@ class ConvKind(Kind):
         kernel, ones = module.kernel_size, (1,) * len(module.kernel_size)
         n_in, n_out, r = module.in_channels, module.out_channels, settings.r
         A_shape = (r * module.groups, n_in // module.groups, *kernel)
-        return (Spec("weight", n_in, n_out, A_shape, (n_out, r, *ones)),)
+        return (Spec("weight", n_in, n_out, A_shape, (n_out, r, *ones), groups=module.groups),)
 
     def form(self, layer: nn.Module) -> Form:
         """PEFT forgets dilation and padding modes."""
@@ -118,7 +118,8 @@ class ConvTransposeKind(ConvKind):
         assert isinstance(module, _ConvTransposeNd)
         kernel, ones = module.kernel_size, (1,) * len(module.kernel_size)
         n_in, n_out, r = module.in_channels, module.out_channels, settings.r
-        return (Spec("weight", n_in, n_out, (n_in, r, *kernel), (n_out, r, *ones)),)
+        shapes = (n_in, r, *kernel), (n_out, r, *ones)
+        return (Spec("weight", n_in, n_out, *shapes, groups=module.groups),)
 
     def form(self, layer: nn.Module) -> Form:
         """No other library has them."""
