@@ -80,6 +80,7 @@ class Inspection:
                 {
                     "name": pair.name,
                     "form": pair.form,
+                    "variant": pair.variant,
                     "rank": pair.rank,
                     "alpha": pair.alpha,
                     "A": list(pair.A.shape),
@@ -108,7 +109,7 @@ class Inspection:
         rows = [
             (
                 p.name,
-                p.form,
+                p.form if p.variant == "lora" else f"{p.form}, {p.variant}",
                 str(p.rank),
                 "-" if p.alpha is None else f"{p.alpha:g}",
                 _dtype(p.A),
@@ -155,7 +156,7 @@ def inspect(path: Path, *, format: str | None = None, model: nn.Module | None = 
 
 def _norm(pair: PairData) -> float | None:
     """The norm of the update; None where nothing tells how it is made, or its scaling."""
-    if pair.alpha is None or pair.form == "other":
+    if pair.alpha is None or pair.form == "other" or pair.has_own_shapes:
         return None
     A, B = pair.A, pair.B
     if pair.form == "conv":

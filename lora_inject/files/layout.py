@@ -254,5 +254,12 @@ def _of_groups(pair: PairData, groups: int, channels: int) -> PairData:
 def _same_update(one: PairData, other: PairData) -> bool:
     """Whether two pairs are one, the same way round or the other."""
     A, B = other.A, other.B * (other.scaling / one.scaling)
+    if one.variant != "lora" or other.variant != "lora":
+        mine, theirs = one.tensors, {**other.tensors, "B": B}
+        same = one.variant == other.variant and mine.keys() == theirs.keys()
+        return same and all(
+            tensor.shape == theirs[role].shape and torch.allclose(tensor, theirs[role])
+            for role, tensor in mine.items()
+        )
     turned = B.transpose(-2, -1), A.transpose(-2, -1)
     return any(same_product((one.A, one.B), pair) for pair in ((A, B), turned))

@@ -197,7 +197,11 @@ class Stored:
             rule=rule.name,
             fixed=OTHER[fixed] if turned else fixed,
             variant=variant.name,
-            others={role: own[role] for role in variant.more},
+            others={role: tensor for role, tensor in own.items() if role in variant.more},
+            r=settings.r if variant.own_shapes else 0,
+            kernel=spec.A_shape[2:]
+            if variant.own_shapes and kind.form(held.layer) == "conv"
+            else (),
             start=settings.start.word if variant.offset else "",
             form=kind.form(held.layer),
             weight=spec.weight,
@@ -266,8 +270,12 @@ class Stored:
             mine = {role: shared[key] for role, key in held.keys.items()}
             scaling = held.adapter.settings.scaling
             factor = scalings.get(held.key, scaling) / scaling
-            same = same_product((theirs["A"], theirs["B"]), (mine["A"], mine["B"] * factor))
-            rest = held.variant.roles[2:]
+            if held.variant.own_shapes:
+                same, rest = True, [*theirs]
+                mine["B"] = mine["B"] * factor
+            else:
+                same = same_product((theirs["A"], theirs["B"]), (mine["A"], mine["B"] * factor))
+                rest = [*theirs][2:]
             if not (same and all(torch.allclose(theirs[r], mine[r].to(theirs[r])) for r in rest)):
                 raise FormatError(
                     f"{held.path} and {leader.path} are tied in this model and have different "

@@ -37,7 +37,7 @@ class StoredPair(NamedTuple):
     @property
     def keys(self) -> dict[str, str]:
         """The key of each tensor, by role."""
-        return {role: f"{self.key}lora_{role}" for role in self.variant.roles}
+        return {role: f"{self.key}lora_{role}" for role in self.pair.names}
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -57,7 +57,8 @@ class StoredPair(NamedTuple):
         for A, B in self._products():
             if scaling != own:
                 fitted[B] = (fitted[B].double() * (scaling / own)).to(fitted[B].dtype)
-            fitted[A], fitted[B] = self._padded(fitted[A], fitted[B])
+            if not self.variant.own_shapes:
+                fitted[A], fitted[B] = self._padded(fitted[A], fitted[B])
         return fitted
 
     def _products(self) -> Iterator[tuple[str, str]]:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_inject.errors import FormatError
+from lora_inject.files.formats import peft_lycoris
 from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.pairs import (
     divided,
@@ -102,6 +103,8 @@ def from_tensors(
     alpha: float | None,
 ) -> AdapterData:
     """What PEFT's config and tensors say; ``path`` is for errors."""
+    if config.get("peft_type") in peft_lycoris.TYPES:
+        return peft_lycoris.from_tensors(config, tensors, metadata, path, alpha)
     check_config(config, path / CONFIG)
     own = own_metadata(metadata, path)
     if own.get("config", config_digest(config)) != config_digest(config):
@@ -170,6 +173,9 @@ def to_tensors(data: AdapterData) -> tuple[dict[str, Any], dict[str, Tensor], st
     """
     for name, why in data.facts.get("refused", {}).items():
         raise FormatError(f"{name} {why}.", remedy='Save it as "loralib".')
+    if peft_lycoris.is_one(data):
+        return peft_lycoris.to_tensors(data)
+    words = words_of(data)
     for pair in data.pairs:
         if pair.form == "other":
             raise FormatError(
@@ -181,7 +187,7 @@ def to_tensors(data: AdapterData) -> tuple[dict[str, Any], dict[str, Tensor], st
             raise FormatError(f"{pair.name or 'the model itself'} is nothing that PEFT can adapt.")
     whole = with_whole_attention(whole_layers(data.pairs))
     tensors = _tensors(whole) | keys_of_others(whole, PREFIX)
-    config = {**to_config(data, whole), **words_of(data)}
+    config = {**to_config(data, whole), **words}
     tensors |= {_base_key(name, whole): tensor for name, tensor in data.tensors.items()}
     own = {(pair.path, pair.weight) for pair in data.pairs}
     padding = [p.path.removesuffix(".out_proj") + OUT_PROJ if p.in_attention else p.path

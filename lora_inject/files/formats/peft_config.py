@@ -133,9 +133,13 @@ class Scalings:
             raise FormatError(f"{self.path}: {key} must be an object, not {value!r}.")
         return value
 
+    def rank_of(self, path: str) -> Any:
+        """What the config calls the rank of a layer."""
+        return self._find(self.ranks, path, self.r)
+
     def alpha_of(self, path: str, A_rank: int) -> float:
         """The alpha of a layer, to be divided by what the config calls its rank."""
-        r, alpha = self._find(self.ranks, path, self.r), self._find(self.alphas, path, self.alpha)
+        r, alpha = self.rank_of(path), self._find(self.alphas, path, self.alpha)
         if isinstance(alpha, bool) or not isinstance(alpha, int | float):
             raise FormatError(f"{self.path}: the alpha of {path} is {alpha!r}, which is no number.")
         if not math.isfinite(alpha) or alpha == 0:
@@ -182,8 +186,8 @@ def to_config(data: AdapterData, pairs: list[PairData]) -> dict[str, Any]:
         "target_modules": target_names([p.path for p in modules], data.modules),
         "target_parameters": [_target(p) for p in parameters] or None,
         "modules_to_save": _modules_to_save(data) or None,
-        "rank_pattern": _pattern({k: v for k, v in ranks.items() if v != r}, ranks),
-        "alpha_pattern": _pattern({k: v for k, v in alphas.items() if v != alpha}, alphas),
+        "rank_pattern": pattern_of({k: v for k, v in ranks.items() if v != r}, ranks),
+        "alpha_pattern": pattern_of({k: v for k, v in alphas.items() if v != alpha}, alphas),
         "fan_in_fan_out": bool(transposed) and all(transposed),
         "use_rslora": False,
         "use_dora": False,
@@ -251,7 +255,7 @@ def target_names(paths: list[str], modules: Iterable[str] | None) -> list[str] |
     return "|".join(map(re.escape, sorted(paths)))
 
 
-def _pattern(values: Mapping[str, Any], of_all: Mapping[str, Any]) -> dict[str, Any]:
+def pattern_of(values: Mapping[str, Any], of_all: Mapping[str, Any]) -> dict[str, Any]:
     """``rank_pattern`` or ``alpha_pattern``: by a layer's last name where that is unambiguous."""
     result: dict[str, Any] = {}
     for path, value in values.items():
