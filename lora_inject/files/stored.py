@@ -134,7 +134,7 @@ class Stored:
         }
         prints = {key: fingerprint(weight) for key, weight in weights.items()}
         return AdapterData(
-            pairs=tuple(self._pair(held) for held in self._in_order()),
+            pairs=tuple(self._pair(held) for held in self.in_order()),
             tensors={key: whole(t.detach()) for key, t in trained.items()},
             bias=self.bias,
             train_also=tuple(self.paths[module] for module in tops),
@@ -147,7 +147,7 @@ class Stored:
             facts={"refused": self._in_several_places()},
         )
 
-    def _in_order(self) -> list[StoredPair]:
+    def in_order(self) -> list[StoredPair]:
         """The pairs, those of one module in the order of its parameters."""
         first: dict[str, int] = {}
         for i, held in enumerate(self.pairs):

@@ -22,6 +22,7 @@ class ColumnDoRA(DoRA):
     """``(W + s B A) diag(m / n) - W``."""
 
     name = "dora_columns"
+    finishes = False
     way = "weight"
     peft = {}  # noqa: RUF012 (a constant of the class)
     keys = {}  # noqa: RUF012

@@ -365,7 +365,7 @@ def test_peft_orders_a_whole_w2_of_one_kernel_dimension_otherwise_and_is_refused
 def test_what_peft_or_a_format_has_no_word_for_is_refused(tmp_path):
     model = layers()
     inject(model, "lin", r=2, variant="loha")
-    for arguments in ({"format": "loralib"}, {"format": "diffusers"}, {"portable": True}):
+    for arguments in ({"format": "loralib"}, {"format": "diffusers"}):
         with pytest.raises(FormatError, match=r"lin is a loha.*\"peft\" or \"kohya\""):
             save(model, tmp_path / "a", **arguments)
     inject(model, {"one": {"variant": "lokr"}}, r=2)
@@ -393,6 +393,29 @@ def test_what_peft_or_a_format_has_no_word_for_is_refused(tmp_path):
     with pytest.raises(FormatError, match=r"table is of a kind for which PEFT has no loha"):
         save(table, tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("variant", ["loha", "tucker"])
+def test_a_product_of_low_rank_is_portable_exactly(variant, tmp_path):
+    model, names = layers(), ["one", "line"] if variant == "tucker" else ["lin", "one", "line"]
+    inject(model, names, r=2, alpha=3, variant=variant)
+    moved(model)
+    shown = save(model, tmp_path / "a", portable=True)
+    assert {w.r for w in shown.weights} == {4 if variant == "loha" else 2}
+    assert shown.worst == 0
+    close(peft_loads(layers(), tmp_path / "a")(INPUTS), model(INPUTS))
+    shown = save(model, tmp_path / "a", portable=True, r=1, error=0.99)
+    assert 0.01 < shown.worst < 0.99
+
+
+def test_a_kronecker_product_is_portable_with_its_error(tmp_path):
+    model = layers()
+    inject(model, "lin", r=2, variant="lokr")
+    moved(model)
+    with pytest.raises(FormatError, match=r"lin is a lokr, which is no product of low rank.*r=16"):
+        save(model, tmp_path / "a", portable=True)
+    assert save(model, tmp_path / "a", portable=True, r=12).worst < 1e-5
+    close(peft_loads(layers(), tmp_path / "a")(INPUTS), model(INPUTS))
 
 
 def test_a_file_shows_its_variant(tmp_path):

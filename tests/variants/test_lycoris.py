@@ -139,7 +139,10 @@ def test_what_acts_in_the_weight_alone_says_what_to_leave_out(variant):
     assert [a.way for a in adapters_of(layer)] == ["weight"]
     inject(layer, nn.Conv1d, r=2, how="weight", adapter="other")
     assert len(adapters_of(layer)) == 2
-    with pytest.raises(LoRAInjectError, match="in its weight, which all"), per_row(layer, ["default"]):
+    with (
+        pytest.raises(LoRAInjectError, match="in its weight, which all"),
+        per_row(layer, ["default"]),
+    ):
         pass
 
 
