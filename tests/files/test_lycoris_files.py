@@ -1,68 +1,16 @@
-"""Files of LyCORIS and of PEFT's LoHa and LoKr: formulas written out, and both as oracles."""
+"""Files of LyCORIS in kohya's format: the formulas written out, and LyCORIS as the oracle."""
 
-import json
-
-import peft
 import pytest
 import torch
-from peft.tuners.lokr.layer import factorization
+from lycoris_layers import INPUTS, NAMES, close, layers, moved, of_weights
 from safetensors.torch import load_file, save_file
-from stored_models import SAFE, peft_loads
 from torch import nn
 
-from lora_inject import FormatError, LoRAInjectError, LoRAInjectWarning, inject, load, save, strip
+from lora_inject import FormatError, LoRAInjectError, load, save, strip
 from lora_inject.core.state import adapters_of
 from lora_inject.files.convert import inspect
-from lora_inject.variants import LoKr
-from lora_inject.variants.lokr import divided
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*more parameters than what is adapted")
-
-
-class Layers(nn.Module):
-    """The layers that LyCORIS knows, one of them grouped."""
-
-    def __init__(self):
-        super().__init__()
-        self.lin, self.conv = nn.Linear(12, 18), nn.Conv2d(8, 12, 3, groups=2, padding=1)
-        self.one, self.line = nn.Conv2d(6, 8, 1), nn.Conv1d(6, 8, 3)
-
-    def forward(self, x):
-        return [layer(x[name]) for name, layer in self.named_children()]
-
-
-NAMES = ["lin", "conv", "one", "line"]
-INPUTS = {
-    "lin": torch.randn(3, 12, generator=torch.Generator().manual_seed(0)),
-    "conv": torch.randn(2, 8, 5, 5, generator=torch.Generator().manual_seed(1)),
-    "one": torch.randn(2, 6, 3, 3, generator=torch.Generator().manual_seed(2)),
-    "line": torch.randn(2, 6, 7, generator=torch.Generator().manual_seed(3)),
-}
-
-
-def layers():
-    torch.manual_seed(0)
-    return Layers().eval()
-
-
-def moved(model):
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def of_weights(model, changes):
-    """What a model computes with other weights, by the name of a layer."""
-    values = {f"{name}.weight": weight for name, weight in changes.items()}
-    return torch.func.functional_call(model, values, (INPUTS,))
-
-
-def close(ours, theirs):
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def rand(*shape):
@@ -247,177 +195,6 @@ def test_what_is_no_whole_adapter_is_refused_before_anything_changes(own, messag
     assert type(model.lin) is nn.Linear
 
 
-def test_a_lokr_of_whole_ones_has_alpha_over_r_here_and_in_peft_and_one_in_lycoris(tmp_path):
-    model = layers()
-    inject(model, "lin", r=4, alpha=8, variant="lokr")
-    assert set(dict(model.lin.named_parameters())) == {"weight", "bias", "lora_A", "lora_B"}
-    moved(model)
-    save(model, tmp_path / "a")
-    close(peft_loads(layers(), tmp_path / "a")(INPUTS), model(INPUTS))
-    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["alpha"] == 8
-    save(model, tmp_path / "a.safetensors", format="kohya")
-    tensors = load_file(tmp_path / "a.safetensors")
-    w1, w2 = tensors["lycoris_lin.lokr_w1"], tensors["lycoris_lin.lokr_w2"]
-    assert tensors["lycoris_lin.alpha"] == 4
-    close(model(INPUTS), of_weights(layers(), {"lin": layers().lin.weight + torch.kron(w1, w2)}))
-    other = layers()
-    load(other, tmp_path / "a.safetensors")
-    close(other(INPUTS), model(INPUTS))
-    assert adapters_of(other.lin)[0].settings.scaling == 1
-
-
-@pytest.mark.parametrize("r", [1, 2])
-@pytest.mark.parametrize(
-    "variant", ["loha", "lokr", LoKr(both=True), LoKr(factor=2), LoKr(factor=3, both=True)]
-)
-def test_peft_computes_what_we_save_and_it_comes_back(variant, r, tmp_path):
-    model = layers()
-    names = NAMES if r == 1 or variant == "loha" else NAMES[:3]  # see the refusal below
-    targets = {name: {"alpha": 1 + i} for i, name in enumerate(names)}
-    inject(model, targets, r=r, variant=variant)
-    fresh = layers()
-    assert all(map(torch.equal, model(INPUTS), fresh(INPUTS)))
-    moved(model)
-    save(model, tmp_path / "a")
-    close(peft_loads(layers(), tmp_path / "a")(INPUTS), model(INPUTS))
-    load(fresh, tmp_path / "a")
-    assert all(map(torch.equal, model(INPUTS), fresh(INPUTS)))
-    assert {a.settings.alpha for a in adapters_of(fresh.one)} == {3}
-    load(model, tmp_path / "a")
-    assert all(map(torch.equal, model(INPUTS), fresh(INPUTS)))
-    strip(model)
-    assert all(map(torch.equal, model(INPUTS), layers()(INPUTS)))
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        peft.LoHaConfig(r=2, alpha=3),
-        peft.LoHaConfig(r=2, alpha=3, use_effective_conv2d=True),
-        peft.LoHaConfig(r=2, alpha=3, rank_pattern={"conv": 3}, alpha_pattern={"one": 5}),
-        peft.LoKrConfig(r=1, alpha=3),
-        peft.LoKrConfig(r=1, alpha=3, use_effective_conv2d=True),
-        peft.LoKrConfig(r=1, alpha=3, decompose_both=True, decompose_factor=3),
-        peft.LoKrConfig(r=1, alpha=3, decompose_factor=4, rank_pattern={"lin": 7}),
-        peft.LoKrConfig(r=1, alpha=3, decompose_factor=5),
-    ],
-    ids=range(8),
-)
-def test_peft_directories_load_exactly_and_are_written_as_they_were(config, tmp_path):
-    config.target_modules = NAMES[:3] if config.use_effective_conv2d else NAMES
-    theirs = moved(peft.get_peft_model(layers(), config).eval())
-    theirs.save_pretrained(tmp_path / "a")
-    model = layers()
-    load(model, tmp_path / "a")
-    close(model(INPUTS), theirs(INPUTS))
-    save(model, tmp_path / "b")
-    first, second = (load_file(tmp_path / d / SAFE) for d in "ab")
-    assert first.keys() == second.keys()
-    assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
-    close(peft_loads(layers(), tmp_path / "b")(INPUTS), theirs(INPUTS))
-    strip(model)
-    assert all(map(torch.equal, model(INPUTS), layers()(INPUTS)))
-
-
-def test_dropout_of_ranks_is_left_out_with_a_warning(tmp_path):
-    config = peft.LoHaConfig(r=2, target_modules=["lin"], rank_dropout=0.5)
-    peft.get_peft_model(layers(), config).save_pretrained(tmp_path / "a")
-    with pytest.warns(LoRAInjectWarning, match=r"rank_dropout=0.5 acts in training alone"):
-        load(layers(), tmp_path / "a")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"r": 3}, "gives lin the rank 3, and its tensors have 2"),
-        ({"alpha": "x"}, "no number"),
-        ({"peft_type": "LOKR"}, "lin is a loha, and its config one of lokr"),
-        ({"use_rslora": True}, "use_rslora=True is not supported"),
-        ({"modules_to_save": ["one"]}, "modules_to_save beside a loha"),
-    ],
-)
-def test_a_config_that_is_not_of_the_tensors_is_refused(change, message, tmp_path):
-    config = peft.LoHaConfig(r=2, target_modules=["lin"])
-    peft.get_peft_model(layers(), config).save_pretrained(tmp_path / "a")
-    file = tmp_path / "a" / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
-    with pytest.raises(FormatError, match=message):
-        load(layers(), tmp_path / "a")
-
-
-def test_peft_orders_a_whole_w2_of_one_kernel_dimension_otherwise_and_is_refused(tmp_path):
-    config = peft.LoKrConfig(r=4, alpha=4, target_modules=["line"])
-    theirs = moved(peft.get_peft_model(layers(), config).eval())
-    layer = theirs.base_model.model.line
-    w1, w2 = (layer.__getattr__(f"lokr_w{n}")["default"] for n in (1, 2))
-    kernel = torch.kron(w1[..., None], w2)  # which is what LyCORIS computes
-    assert not torch.allclose(layer.get_delta_weight("default"), kernel)
-    theirs.save_pretrained(tmp_path / "a")
-    with pytest.raises(FormatError, match=r"line: PEFT's Kronecker.*kohya's format"):
-        load(layers(), tmp_path / "a")
-    model = layers()
-    inject(model, "line", r=4, variant="lokr")
-    with pytest.raises(FormatError, match=r"line: PEFT's Kronecker"):
-        save(model, tmp_path / "b")
-    assert not (tmp_path / "b").exists()
-
-
-def test_what_peft_or_a_format_has_no_word_for_is_refused(tmp_path):
-    model = layers()
-    inject(model, "lin", r=2, variant="loha")
-    for arguments in ({"format": "loralib"}, {"format": "diffusers"}):
-        with pytest.raises(FormatError, match=r"lin is a loha.*\"peft\" or \"kohya\""):
-            save(model, tmp_path / "a", **arguments)
-    inject(model, {"one": {"variant": "lokr"}}, r=2)
-    with pytest.raises(FormatError, match=r"one variant for all layers.*loha.*lokr"):
-        save(model, tmp_path / "a")
-    save(model, tmp_path / "a.safetensors", format="kohya")
-    other = layers()
-    load(other, tmp_path / "a.safetensors")
-    close(other(INPUTS), model(INPUTS))
-    strip(model)
-    inject(model, "conv", r=2, variant="tucker")
-    with pytest.raises(FormatError, match="PEFT has no tucker"):
-        save(model, tmp_path / "a")
-    strip(model)
-    inject(model, {"lin": {"variant": LoKr(factor=2)}, "one": {"variant": LoKr(factor=3)}}, r=1)
-    with pytest.raises(FormatError, match=r"divide lin, one otherwise.*kohya"):
-        save(model, tmp_path / "a")
-    strip(model)
-    biased = layers()
-    inject(biased, "lin", r=2, variant="loha", bias="lora_only")
-    with pytest.raises(FormatError, match=r"factors alone, and lin.bias"):
-        save(biased, tmp_path / "a")
-    table = nn.ModuleDict({"table": nn.Embedding(7, 4)})
-    inject(table, "table", r=2, variant="loha")
-    with pytest.raises(FormatError, match=r"table is of a kind for which PEFT has no loha"):
-        save(table, tmp_path / "a")
-    assert not (tmp_path / "a").exists()
-
-
-@pytest.mark.parametrize("variant", ["loha", "tucker"])
-def test_a_product_of_low_rank_is_portable_exactly(variant, tmp_path):
-    model, names = layers(), ["one", "line"] if variant == "tucker" else ["lin", "one", "line"]
-    inject(model, names, r=2, alpha=3, variant=variant)
-    moved(model)
-    shown = save(model, tmp_path / "a", portable=True)
-    assert {w.r for w in shown.weights} == {4 if variant == "loha" else 2}
-    assert shown.worst == 0
-    close(peft_loads(layers(), tmp_path / "a")(INPUTS), model(INPUTS))
-    shown = save(model, tmp_path / "a", portable=True, r=1, error=0.99)
-    assert 0.01 < shown.worst < 0.99
-
-
-def test_a_kronecker_product_is_portable_with_its_error(tmp_path):
-    model = layers()
-    inject(model, "lin", r=2, variant="lokr")
-    moved(model)
-    with pytest.raises(FormatError, match=r"lin is a lokr, which is no product of low rank.*r=16"):
-        save(model, tmp_path / "a", portable=True)
-    assert save(model, tmp_path / "a", portable=True, r=12).worst < 1e-5
-    close(peft_loads(layers(), tmp_path / "a")(INPUTS), model(INPUTS))
-
-
 def test_a_file_shows_its_variant(tmp_path):
     written(tmp_path / "a.safetensors", "lin", CASES["lokr of products"][1])
     shown = inspect(tmp_path / "a.safetensors")
@@ -426,12 +203,6 @@ def test_a_file_shows_its_variant(tmp_path):
     assert shown.data.elements == sum(t.numel() for t in CASES["lokr of products"][1].values()
                                       if isinstance(t, torch.Tensor))  # fmt: skip
     assert "linear, lokr" in str(shown)
-
-
-def test_weights_are_divided_as_peft_divides_them():
-    for size in range(1, 200):
-        for factor in (-1, *range(1, 20)):
-            assert divided(size, factor) == factorization(size, factor), (size, factor)
 
 
 ALGORITHMS = [
