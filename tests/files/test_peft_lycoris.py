@@ -76,7 +76,8 @@ def test_peft_computes_what_we_save_and_it_comes_back(variant, r, tmp_path):
     ids=range(8),
 )
 def test_peft_directories_load_exactly_and_are_written_as_they_were(config, tmp_path):
-    config.target_modules = NAMES[:3] if config.use_effective_conv2d else NAMES
+    cored_lokr = config.peft_type == "LOKR" and config.use_effective_conv2d
+    config.target_modules = NAMES[:3] if cored_lokr else NAMES  # see the refusal below
     theirs = moved(peft.get_peft_model(layers(), config).eval())
     theirs.save_pretrained(tmp_path / "a")
     model = layers()
@@ -132,6 +133,13 @@ def test_peft_orders_a_whole_w2_of_one_kernel_dimension_otherwise_and_is_refused
     with pytest.raises(FormatError, match=r"line: PEFT's Kronecker"):
         save(model, tmp_path / "b")
     assert not (tmp_path / "b").exists()
+    config = peft.LoKrConfig(r=1, target_modules=["line"], use_effective_conv2d=True)
+    theirs = peft.get_peft_model(layers(), config)
+    with pytest.raises(RuntimeError, match="view size"):
+        theirs(INPUTS)
+    theirs.save_pretrained(tmp_path / "c")
+    with pytest.raises(FormatError, match=r"line: PEFT's Kronecker"):
+        load(layers(), tmp_path / "c")
 
 
 def test_what_peft_or_a_format_has_no_word_for_is_refused(tmp_path):

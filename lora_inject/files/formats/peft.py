@@ -104,7 +104,7 @@ def from_tensors(
 ) -> AdapterData:
     """What PEFT's config and tensors say; ``path`` is for errors."""
     if config.get("peft_type") in peft_lycoris.TYPES:
-        return peft_lycoris.from_tensors(config, tensors, metadata, path, alpha)
+        return peft_lycoris.from_tensors(config, tensors, metadata, path, model, alpha)
     check_config(config, path / CONFIG)
     own = own_metadata(metadata, path)
     if own.get("config", config_digest(config)) != config_digest(config):

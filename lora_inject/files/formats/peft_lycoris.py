@@ -1,7 +1,8 @@
 """PEFT's LoHa and LoKr: ``peft_type`` LOHA and LOKR, and the tensors of ``formats.lycoris``.
 
 Their scaling is alpha / r in any case. PEFT decides by the rank and two settings which factors of a
-LoKr are whole; what it would make otherwise than it is here cannot be written.
+LoKr are whole; what it would make otherwise than it is here cannot be written. A core of a kernel
+of one dimension has a second one of 1.
 """
 
 import json
@@ -11,8 +12,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from lora_inject.core.index import Index
+from lora_inject.core.paths import bare_modules
 from lora_inject.errors import FormatError, warn
 from lora_inject.files.formats import lycoris
 from lora_inject.files.formats.data import AdapterData, PairData
@@ -48,6 +51,7 @@ def from_tensors(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     path: Path,
+    model: nn.Module | None,
     alpha: float | None,
 ) -> AdapterData:
     """What PEFT's config and tensors say; ``path`` is for errors.
@@ -70,12 +74,7 @@ def from_tensors(
             f"{path}: {CONFIG} and its tensors are not of one save.",
             remedy="A save was interrupted, or one was edited: save again.",
         )
-    scalings, layers = Scalings(config_of_lora, alpha, file), dict[str, dict[str, Tensor]]()
-    for key, tensor in tensors.items():
-        match = re.fullmatch(_KEY, key)
-        if match is None:
-            raise FormatError(f"{path}: the tensor {key} is of no kind that is supported.")
-        layers.setdefault(match[1], {})[match[2]] = tensor
+    scalings, layers = Scalings(config_of_lora, alpha, file), _by_layer(tensors, model, path)
     pairs = tuple(_pair(name, own, scalings, variant, path) for name, own in layers.items())
     for key in _DROPOUTS:
         if config.get(key):
@@ -88,6 +87,22 @@ def from_tensors(
         task=config.get("task_type") or "",
         facts={"format": "PEFT", "config": config},
     )
+
+
+def _by_layer(
+    tensors: Mapping[str, Tensor], model: nn.Module | None, path: Path
+) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each layer by their names, with kernels as the model's layers have them."""
+    modules = {} if model is None else bare_modules(Index(model).by_path)
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = re.fullmatch(_KEY, key)
+        if match is None:
+            raise FormatError(f"{path}: the tensor {key} is of no kind that is supported.")
+        if tensor.dim() == 4 and isinstance(modules.get(match[1]), nn.Conv1d):
+            tensor = tensor.squeeze(-1)
+        layers.setdefault(match[1], {})[match[2]] = tensor
+    return layers
 
 
 def _as_of_lora(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,10 +125,11 @@ def _pair(
 
 def _require_same_arrangement(pair: PairData) -> None:
     """Refuse the kernel of one dimension of which PEFT's product is another (seen in 0.21)."""
-    if pair.variant == "lokr" and pair.A.dim() == 3:
+    of_kernel = pair.others.get("mid", pair.A)
+    if pair.variant == "lokr" and of_kernel.dim() == 3:
         raise FormatError(
-            f"{pair.name}: PEFT's Kronecker product of a whole lokr_w2 is in another order for a "
-            "kernel of one dimension.",
+            f"{pair.name}: PEFT's Kronecker product with a whole lokr_w2, or a core, is in another "
+            "order for a kernel of one dimension, or fails.",
             remedy="Use kohya's format for it, or a smaller r.",
         )
 
@@ -143,7 +159,7 @@ def to_tensors(data: AdapterData) -> tuple[dict[str, Any], dict[str, Tensor], st
         _require_same_arrangement(pair)
     config = _config(data, variants.pop())
     tensors = {
-        f"{PREFIX}{pair.path}.{key}": tensor
+        f"{PREFIX}{pair.path}.{key}": tensor.unsqueeze(-1) if tensor.dim() == 3 else tensor
         for pair in data.pairs
         for key, tensor in lycoris.tensors_of(pair).items()
     }
