@@ -38,6 +38,12 @@ def pair_parameters(
                 role: tensor.to(device, variant.dtype(role, site.dtype), copy=True)
                 for role, tensor in given.items()
             }
+            if missing := set(variant.derived) - tensors.keys():
+                W = site.kind.dense(site.module, spec)
+                own = variant.starting(
+                    site.kind, site.module, W, spec, tensors, site.settings.scaling
+                )
+                tensors |= {role: own[role] for role in missing}
         elif device.type == "meta":
             tensors = {
                 role: torch.empty(shape, dtype=variant.dtype(role, site.dtype), device=device)
@@ -93,7 +99,7 @@ def starting_values(
     if variant.own_shapes:
         own = variant.begin(spec, generator)
         return {role: t.to(device, variant.dtype(role, dtype)) for role, t in own.items()}
-    W = layer._parameters[spec.weight] if s.start.reads or variant.more else None
+    W = kind.dense(layer, spec) if s.start.reads or variant.more else None
     A, B = s.start.values(kind, layer, W, spec, s.scaling, generator)
     if not (A.device == B.device == device and A.dtype is B.dtype is dtype):
         A, B = A.to(device, dtype), B.to(device, dtype)

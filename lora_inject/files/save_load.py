@@ -209,6 +209,7 @@ def _values(wanted: Layout, sites: Mapping[str, Site]) -> dict[tuple[str, str], 
         for path, site in sites.items()
         for spec in site.specs
         for role, shape in site.settings.variant.shapes(spec).items()
+        if role not in site.settings.variant.derived
     }
     given = {
         f"{path}.{prefix}lora_{role}": tensor

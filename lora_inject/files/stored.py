@@ -182,6 +182,7 @@ class Stored:
             ])  # fmt: skip
             A, B = kind.from_matrices(held.layer, *pair)
         rank = spec.rank * (2 if variant.offset else 1)
+        kept = {*variant.more} - {*variant.derived}
         fixed, turned = variant.fixed or "", spec.swapped
         layout = "in_out" if kind.transposes else ""
         if isinstance(kind, ParameterKind):
@@ -197,11 +198,9 @@ class Stored:
             rule=rule.name,
             fixed=OTHER[fixed] if turned else fixed,
             variant=variant.name,
-            others={role: tensor for role, tensor in own.items() if role in variant.more},
+            others={role: tensor for role, tensor in own.items() if role in kept},
             r=settings.r if variant.own_shapes else 0,
-            kernel=spec.A_shape[2:]
-            if variant.own_shapes and kind.form(held.layer) == "conv"
-            else (),
+            kernel=spec.A_shape[2:] if variant.own_shapes and not spec.experts else (),
             start=settings.start.word if variant.offset else "",
             form=kind.form(held.layer),
             weight=spec.weight,
@@ -233,6 +232,9 @@ class Stored:
                 raise FormatError(f"two of the keys mean {name}.", remedy="Nothing was loaded.")
             given[name] = whole(value) if isinstance(value, Tensor) else value
         shared = {key: given.pop(key) for key in tied if key in given}
+        for held in self.pairs:  # what a file leaves out is the base's, and stays
+            for role in held.variant.derived:
+                given.setdefault(held.keys[role], whole(held.tensors[role].detach()))
         ready = dict(given)
         for held in self.pairs:
             values = {role: given.get(key) for role, key in held.keys.items()}

@@ -5,7 +5,7 @@ A new one is a file of its own and a line in a table here. What files call it st
 """
 
 from lora_inject.variants.change import Change, LayerKind, Spec, name_prefix
-from lora_inject.variants.dora import DoRA
+from lora_inject.variants.dora import DoRA, PackedDoRA
 from lora_inject.variants.dora_columns import ColumnDoRA
 from lora_inject.variants.loha import LoHa
 from lora_inject.variants.lokr import LoKr
@@ -23,7 +23,10 @@ SCALINGS: dict[str, Scaling] = {scaling.name: scaling for scaling in (Scaling(),
 VARIANTS: dict[str, type[Variant]] = {
     variant.name: variant for variant in (Variant, DoRA, ColumnDoRA, LoHa, LoKr, Tucker)
 }
+_OF_LAYERS: tuple[type[Variant], ...] = (PackedDoRA,)  # which a variant becomes on some layers
 # Every tensor that some adapter has.
-ROLES = tuple(dict.fromkeys((
-    *Variant(offset=True).roles, *(role for variant in VARIANTS.values() for role in variant.more)
-)))  # fmt: skip
+ROLES = tuple(
+    dict.fromkeys(
+        role for variant in (*VARIANTS.values(), *_OF_LAYERS) for role in variant(offset=True).roles
+    )
+)

@@ -41,8 +41,9 @@ class ColumnDoRA(DoRA):
         return super().refusal(kind, layer, spec, beside, dropout)
 
     @torch.no_grad()
-    def lengths(self, kind: LayerKind, layer: nn.Module, W: Tensor, c: Change) -> Tensor:
+    def lengths(self, kind: LayerKind, layer: nn.Module, W: Tensor | None, c: Change) -> Tensor:
         """The lengths of the columns of ``W + s B A``: (in,), or (E, in)."""
+        assert W is not None
         wide = torch.promote_types(W.dtype, torch.float32)
         tensors = {role: tensor.to(wide) for role, tensor in c.tensors.items()}
         with without_autocast(W.device.type):

@@ -48,6 +48,7 @@ class Variant:
         more: the tensors that a pair has besides A and B.
         finishes: whether the change is made of the layer's output with ``B A`` added, alone and in
             use with a weight of 1, by ``finish``.
+        derived: those of ``more`` that follow from the base alone; files do not have them.
         additive: whether changes of several adapters may stand beside each other row by row, and be
             computed together with the layer's own product: whether the change is a ``B A``.
         way: "weight" for what can act in the weight alone; None for what can act either way.
@@ -62,6 +63,7 @@ class Variant:
     offset: bool = False
     name: ClassVar[str] = "lora"  # what ``inject(variant=)`` calls it
     more: ClassVar[tuple[str, ...]] = ()
+    derived: ClassVar[tuple[str, ...]] = ()
     additive: ClassVar[bool] = True
     finishes: ClassVar[bool] = False
     way: ClassVar[Literal["weight"] | None] = None
@@ -88,6 +90,10 @@ class Variant:
     def trains(self, role: str) -> bool:
         """Whether the tensor of this role trains when the adapter does."""
         return role != self.fixed and role not in ("A0", "B0")
+
+    def packed(self) -> "Variant":
+        """The same for a weight that only the layer's own forward can read."""
+        return self
 
     def shapes(self, spec: Spec) -> dict[str, tuple[int, ...]]:
         """The shapes of a pair's tensors by role."""
