@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.arithmetic import starting_values as initial
+from lora_inject.arithmetic.hadamard import hadamard
 from lora_inject.variants.change import Change, LayerKind, Spec
 from lora_inject.variants.lora import Variant
-from lora_inject.variants.matrices import inner, of_groups, product, sizes, to_weight
+from lora_inject.variants.matrices import inner, of_groups, sizes, to_weight
 
 _SPREAD = {"A": 1.0, "B": 0.1, "mid": 0.1, "A2": 1.0, "B2": 0.0, "mid2": 0.1}
 
@@ -61,17 +62,20 @@ class LoHa(Variant):
     def update(self, kind: LayerKind, layer: nn.Module, W: Tensor, c: Change) -> Tensor:
         """``(B A) o (B2 A2)`` in the shape of the weight W."""
         own = c.tensors
-        first = product(own["A"], own["B"], own.get("mid"))
-        second = product(own["A2"], own["B2"], own.get("mid2"))
-        return to_weight(kind, layer, W, first * second)
+        A, A2 = _inner(own)
+        return to_weight(kind, layer, W, hadamard(A, own["B"], A2, own["B2"]))
 
     def low_rank(
         self, kind: LayerKind, layer: nn.Module, tensors: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor] | None:
         """One A and one B of rank r^2: each row of A times each of A2, and so of columns of B."""
-        As = [tensors["A"], tensors["A2"]]
-        if "mid" in tensors:
-            As = [inner(A, tensors[mid]) for A, mid in zip(As, ("mid", "mid2"), strict=True)]
-        A = torch.einsum("...ri,...si->...rsi", *As).flatten(-3, -2)
+        A = torch.einsum("...ri,...si->...rsi", *_inner(tensors)).flatten(-3, -2)
         B = torch.einsum("...or,...os->...ors", tensors["B"], tensors["B2"]).flatten(-2)
         return of_groups(kind, layer, A, B)
+
+
+def _inner(own: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """A and A2 with all that a row reads: with the kernels of their cores."""
+    if "mid" not in own:
+        return own["A"], own["A2"]
+    return inner(own["A"], own["mid"]), inner(own["A2"], own["mid2"])
