@@ -24,6 +24,7 @@ def test_values_and_gradients_twice():
     assert torch.autograd.gradgradcheck(hadamard, own)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own use
 def test_under_transforms_it_is_composed():
     own = factors()
     for transform in (torch.func.vmap, torch.func.jacrev):
