@@ -1,5 +1,7 @@
 """Files of LyCORIS in kohya's format: the formulas written out, and LyCORIS as the oracle."""
 
+import math
+
 import pytest
 import torch
 from lycoris_layers import INPUTS, NAMES, close, layers, moved, of_weights
@@ -41,6 +43,8 @@ def _cases():
     own = {"lokr_w1": w1, "lokr_w2": w2}
     yield "lokr of whole ones", "lin", {**own, "alpha": 5.0}, torch.kron(w1, w2)
     yield "lokr of whole ones, no alpha", "lin", own, torch.kron(w1, w2)
+    for alpha in (0.5, 3e9, math.inf, math.nan):  # which LyCORIS does not read then
+        yield f"lokr of whole ones, {alpha}", "lin", {**own, "alpha": alpha}, torch.kron(w1, w2)
     a, b = rand(6, 2), rand(2, 3)
     own = {"lokr_w1": w1, "lokr_w2_a": a, "lokr_w2_b": b, "alpha": 6.0}
     yield "lokr of a whole and a product", "lin", own, 3 * torch.kron(w1, a @ b)

@@ -166,7 +166,7 @@ def _pair(path: str, own: Mapping[str, Tensor], alpha: float | None, where: Path
     if rest and rest.keys() <= {*lycoris.KEYS}:
         pair = lycoris.pair_of(path, rest, alpha, None, where)
         if lycoris.is_whole(pair):  # alpha is its rank then, and changes nothing
-            r = int(alpha) if alpha and alpha >= 1 and alpha == int(alpha) else 1
+            r = int(alpha) if alpha and 1 <= alpha < 2**31 and alpha == int(alpha) else 1
             pair = replace(pair, r=r, alpha=float(r))
     elif {_DOWN, _UP} <= rest.keys() <= {_DOWN, _UP, _MID}:
         A, B, mid = rest[_DOWN], rest[_UP], rest.get(_MID)

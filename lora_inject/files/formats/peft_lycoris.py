@@ -114,7 +114,7 @@ def _pair(
     name: str, own: Mapping[str, Tensor], scalings: Scalings, variant: str, path: Path
 ) -> PairData:
     r = scalings.rank_of(name)
-    if not isinstance(r, int) or r < 1:
+    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
         raise FormatError(f"{path / CONFIG} gives {name} the rank {r!r}.")
     pair = lycoris.pair_of(name, own, scalings.alpha_of(name, r), r, path)
     if pair.variant != variant:
