@@ -48,8 +48,8 @@ def convert(
     data = read_adapter(source, format, model, alpha)
     if data.facts.get("flattened") or not all(pair.weight for pair in data.pairs):
         raise ArgumentError(
-            f"{source}: which layers it is for can be told by its model alone.",
-            remedy="Give it: --model CONFIG.",
+            f"{source}: which layers or parts it is for can be told by its model alone.",
+            remedy="Give it: --model CONFIG." if model is None else "Load it there, and save it.",
         )
     if to != "loralib":
         for pair in data.pairs:

@@ -22,11 +22,14 @@ from lora_inject.kinds.base import Form
 from lora_inject.variants import SCALINGS, VARIANTS, name_prefix
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is an ordinary tensor with values."""
+    return tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
+
+
 def is_usable(tensor: Tensor, floating: bool) -> bool:
-    """Whether it is an ordinary tensor with values, of 16 bits or more where they are floating."""
-    if tensor.layout != torch.strided or tensor.is_meta:
-        return False
-    if tensor.is_complex() or tensor.is_quantized:
+    """Whether it has real values, of 16 bits or more where they are floating."""
+    if not is_plain(tensor) or tensor.is_complex():
         return False
     return not floating or (tensor.is_floating_point() and tensor.dtype.itemsize > 1)
 
@@ -178,12 +181,16 @@ class AdapterData:
         train_also: paths of the modules that trained in full.
         targets: what chose the layers, for people; a reader of files may not know it.
         base: the fingerprint of the base model, empty where there is none.
+        rows: that of layers with a row for each token, which it does not adapt.
         base_name: where the base model came from, or "".
         model_class: the class of the base model, or "".
         task: PEFT's word for what the base model does, or "".
         modules: the paths of all modules of the model, for writers that name layers by pattern;
             None where no model is at hand.
+        beside: the adapters that were in use while it trained.
         facts: what a format knows beyond this and a reader may want to show.
+        said: what a PEFT config says of other things than the tensors, which is written again.
+        dtype: "base" where A and B follow the 16 bits of the base; "" where nothing says so.
     """
 
     pairs: tuple[PairData, ...]
@@ -192,15 +199,22 @@ class AdapterData:
     train_also: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
     base: Mapping[str, Any] = field(default_factory=dict)
+    rows: Mapping[str, Any] = field(default_factory=dict)
     base_name: str = ""
     model_class: str = ""
     task: str = ""
     modules: tuple[str, ...] | None = None
+    beside: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    said: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str = ""
 
     def __post_init__(self) -> None:
         for name, tensor in self.tensors.items():
-            if not is_usable(tensor, floating=tensor.is_floating_point()):
+            usable = is_plain(tensor) if tensor.is_complex() else is_usable(
+                tensor, floating=tensor.is_floating_point()
+            )  # fmt: skip
+            if not usable:
                 raise FormatError(f"{name} is no plain tensor: {tensor.dtype}, {tensor.layout}.")
 
     @property

@@ -24,15 +24,15 @@ from lora_inject.files.formats.peft_config import (
     Scalings,
     config_digest,
     own_metadata,
-    pattern_of,
-    target_labels,
-    target_names,
-    to_metadata,
+    said_besides,
+    with_numbers,
 )
+from lora_inject.files.formats.peft_keys import PREFIX
+from lora_inject.files.formats.peft_targets import target_labels, target_names
+from lora_inject.files.formats.peft_written import pattern_of, still_said, to_metadata
 from lora_inject.variants.lokr import LoKr
 from lora_inject.variants.matrices import Sizes
 
-PREFIX = "base_model.model."
 TYPES = {"LOHA": "loha", "LOKR": "lokr"}
 _KEY = rf"(?:base_model\.model\.)?(.+)\.({'|'.join(lycoris.KEYS)})"
 # Keys of the config that say nothing that the tensors do not, or nothing of them.
@@ -85,7 +85,10 @@ def from_tensors(
         base=own.get("base", {}),
         base_name=config.get("base_model_name_or_path") or "",
         task=config.get("task_type") or "",
+        beside=tuple(own.get("beside", ())),
         facts={"format": "PEFT", "config": config},
+        said=said_besides(config),
+        dtype=own.get("dtype", ""),
     )
 
 
@@ -107,7 +110,8 @@ def _by_layer(
 
 def _as_of_lora(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config with alpha by the name that it has in one of LoRA."""
-    return {**config, **({"lora_alpha": config["alpha"]} if "alpha" in config else {})}
+    alpha = {"lora_alpha": config["alpha"]} if "alpha" in config else {}
+    return with_numbers({**config, **alpha})
 
 
 def _pair(
@@ -198,6 +202,7 @@ def _config(data: AdapterData, variant: str) -> dict[str, Any]:
         "init_weights": True,
         "inference_mode": True,
         **(_division(pairs) if variant == "lokr" else {}),
+        **still_said(data),
     }
 
 
