@@ -205,7 +205,6 @@ class Stored:
             ])  # fmt: skip
             A, B = kind.from_matrices(held.layer, *pair)
         rank = spec.rank * (2 if variant.offset else 1)
-        kept = {*variant.more} - {*variant.derived}
         fixed, turned = variant.fixed or "", spec.swapped
         layout = "in_out" if kind.transposes else ""
         if isinstance(kind, ParameterKind):
@@ -221,7 +220,7 @@ class Stored:
             rule=rule.name,
             fixed=OTHER[fixed] if turned else fixed,
             variant=variant.name,
-            others={role: tensor for role, tensor in own.items() if role in kept},
+            others={r: own[r] for r in variant.more if r in own and r not in variant.derived},
             **held.untold,
             start=settings.start.word if variant.offset else "",
             form=kind.form(held.layer),
