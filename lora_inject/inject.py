@@ -58,7 +58,11 @@ def inject(*args: Any, **kwargs: Any) -> Report:  # noqa: D417 (those of plan)
         dropout: probability of dropout on the input of the adapter, in [0, 1).
         scaling: "lora" scales by alpha / r, "rslora" by alpha / sqrt(r) (arXiv 2312.03732).
         variant: "lora", or "dora" (arXiv 2402.09353): the length of each row of the adapted weight
-            is trained on its own, ``lora_magnitude``.
+            is trained on its own, ``lora_magnitude``; "dora_columns": of each column. Or no
+            ``B A``: "loha" multiplies two of them element by element, "lokr" is a Kronecker product
+            (arXiv 2309.14859), "tucker" has a core between A and B that holds a convolution's
+            kernel. All but "lora" and "dora" act in the weight, without dropout. Or an object of
+            ``lora_inject.variants``, such as ``LoKr(factor=4)``.
         init: where A and B begin: "default", random A and zero B; "gaussian"; "pissa" (arXiv
             2404.02948), "milora" (2406.09044) and "olora" (2406.01775), directions of the weight
             itself; "mica" (2604.01694); an object of ``lora_inject.starts``, of which ``EVA``,

@@ -40,6 +40,7 @@ from lora_inject.report.plan_tables import sites_section, skipped_section, train
 from lora_inject.report.report import Report, report_of
 from lora_inject.settings import BiasMode, Parts
 from lora_inject.starts import Function, Start
+from lora_inject.variants import Variant
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def plan(
     alpha: float | None = None,
     dropout: float = 0.0,
     scaling: str = "lora",
-    variant: str = "lora",
+    variant: str | Variant = "lora",
     init: str | Start | Function = "default",
     fixed: str | None = None,
     bias: BiasMode = "none",
@@ -163,7 +164,7 @@ def plan(
         alpha: the delta is scaled by alpha / r.
         dropout: dropout on the adapter's input.
         scaling: "lora" or "rslora".
-        variant: "lora" or "dora".
+        variant: "lora", "dora", "dora_columns", "loha", "lokr", "tucker", or an object.
         init: where A and B begin.
         fixed: the factor that does not train, if any.
         bias: which biases train.

@@ -3,7 +3,7 @@
 import math
 import operator
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
@@ -103,7 +103,11 @@ def settings(values: Mapping[str, Any], override: Any = None, where: str = "") -
 def _variant(values: Mapping[str, Any], names: Mapping[str, str], start: Start) -> Variant:
     fixed = values["fixed"]
     fixed = start.fixed if fixed is None else check_word(fixed, names["fixed"], FIXED)
-    return VARIANTS[check_word(values["variant"], names["variant"], VARIANTS)](
+    variant = values["variant"]
+    if not isinstance(variant, Variant):
+        variant = VARIANTS[check_word(variant, names["variant"], VARIANTS)]()
+    return replace(
+        variant,
         scaling=SCALINGS[check_word(values["scaling"], names["scaling"], SCALINGS)],
         fixed=fixed,
         offset=start.offset,

@@ -117,7 +117,8 @@ def shard(model):
 
 # A variant with a tensor more, a start that is kept beside, and both.
 METHODS = [{}, {"variant": "dora"}, {"init": "pissa"}, {"variant": "dora", "init": "olora"}]
-every_method = pytest.mark.parametrize("method", METHODS, ids=str)
+IN_THE_WEIGHT = [{"variant": "loha"}, {"variant": "lokr"}]
+every_method = pytest.mark.parametrize("method", [*METHODS, *IN_THE_WEIGHT], ids=str)
 
 
 def ddp_equals_one_process(method):

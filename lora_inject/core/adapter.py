@@ -20,7 +20,7 @@ def parameter_names(spec: Spec, adapter: str, variant: Variant) -> dict[str, str
     Others add their own name: A and B of "fr" are ``lora_A_fr`` and ``lora_B_fr``.
     """
     suffix = "" if adapter == DEFAULT_ADAPTER else f"_{adapter}"
-    return {role: f"{spec.prefix}lora_{role}{suffix}" for role in variant.roles}
+    return {role: f"{spec.prefix}lora_{role}{suffix}" for role in variant.shapes(spec)}
 
 
 class Pair(NamedTuple):

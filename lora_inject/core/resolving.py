@@ -26,6 +26,7 @@ from lora_inject.kinds.weight_reads import weights_read_below
 from lora_inject.own import own_class
 from lora_inject.settings import Parts, Settings
 from lora_inject.sharding import is_distributed, is_placeholder, whole_numel
+from lora_inject.starts import Start
 
 
 class Resolver:
@@ -86,7 +87,8 @@ class Resolver:
 
     def _way(self, target: Target, kind: Kind, settings: Settings) -> Way:
         """Branch, or weight where the user asks for it or something reads the weight uncalled."""
-        if settings.how == "weight" or kind.way(target.module) == "weight":
+        ways = settings.how, settings.variant.way, kind.way(target.module)
+        if "weight" in ways:
             return "weight"
         return "weight" if self._is_read(target) else "branch"
 
@@ -234,6 +236,11 @@ def _method_refusal(
 ) -> str | None:
     """Why a weight cannot have the variant and the start that were asked for."""
     variant, start = settings.variant, settings.start
+    if variant.own_shapes and (variant.fixed or start.name != Start.name):
+        return (
+            f"variant={variant.name!r} is no B A, which another start or a fixed factor could be "
+            "of. Leave out init= and fixed=."
+        )
     if variant.more or start.reads:
         method = f"variant={variant.name!r}" if variant.more else f"init={start.name!r}"
         if is_distributed(weight) or is_placeholder(weight):

@@ -23,7 +23,7 @@ from lora_inject.own import Place, own_tensor
 from lora_inject.plan import plan_for
 from lora_inject.settings import check_bias, check_dtype
 from lora_inject.starts import Saved
-from lora_inject.variants import SCALINGS, name_prefix
+from lora_inject.variants import SCALINGS, VARIANTS, name_prefix
 
 
 def put_in(wanted: Layout, adapter: str, dtype: torch.dtype | str | None, use: bool) -> None:
@@ -145,8 +145,9 @@ def _targets(wanted: Layout) -> dict[Pattern, dict[str, Any]]:
         r, rule = pair.own_rank, SCALINGS[pair.rule]
         alpha = rule.alpha(pair.scaling, r) if pair.start else pair.known_alpha
         layout = pair.layout if pair.form == "experts" and pair.A.dim() == 3 else None
-        key = (r, alpha, pair.dropout, layout, pair.rule, pair.fixed or None, pair.variant)
-        groups.setdefault((*key, pair.start), set()).add(f.target)
+        key = (r, alpha, pair.dropout, layout, pair.rule, pair.fixed or None)
+        variant = VARIANTS[pair.variant].of(pair.tensors)
+        groups.setdefault((*key, variant, pair.start), set()).add(f.target)
     return {
         Pattern(label, _within(paths), by_name=True): {
             "r": r, "alpha": alpha, "dropout": dropout, "layout": layout, "scaling": rule,

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lora_inject.arithmetic.low_rank import product_norm
+from lora_inject.core.index import Index
 from lora_inject.errors import ArgumentError
 from lora_inject.files.formats import find_format, named_format, read_adapter
 from lora_inject.files.formats.data import AdapterData, PairData
@@ -45,7 +46,7 @@ def convert(
         FormatError: the source cannot be read, or the target has no word for something in it.
     """
     writer = named_format(to, "to")
-    data = read_adapter(source, format, model, alpha)
+    data = read_adapter(source, format, None if model is None else Index(model), alpha)
     if data.facts.get("flattened") or not all(pair.weight for pair in data.pairs):
         raise ArgumentError(
             f"{source}: which layers or parts it is for can be told by its model alone.",
@@ -80,6 +81,7 @@ class Inspection:
                 {
                     "name": pair.name,
                     "form": pair.form,
+                    "variant": pair.variant,
                     "rank": pair.rank,
                     "alpha": pair.alpha,
                     "A": list(pair.A.shape),
@@ -108,7 +110,7 @@ class Inspection:
         rows = [
             (
                 p.name,
-                p.form,
+                p.form if p.variant == "lora" else f"{p.form}, {p.variant}",
                 str(p.rank),
                 "-" if p.alpha is None else f"{p.alpha:g}",
                 _dtype(p.A),
@@ -149,13 +151,15 @@ def inspect(path: Path, *, format: str | None = None, model: nn.Module | None = 
     Raises:
         FormatError: it cannot be read.
     """
-    data: AdapterData = find_format(path, format).read(path, model, None)
+    data: AdapterData = find_format(path, format).read(
+        path, None if model is None else Index(model), None
+    )
     return Inspection(path, data, {pair.name: _norm(pair) for pair in data.pairs})
 
 
 def _norm(pair: PairData) -> float | None:
     """The norm of the update; None where nothing tells how it is made, or its scaling."""
-    if pair.alpha is None or pair.form == "other":
+    if pair.alpha is None or pair.form == "other" or pair.has_own_shapes:
         return None
     A, B = pair.A, pair.B
     if pair.form == "conv":

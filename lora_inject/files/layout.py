@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_inject.arithmetic.low_rank import same_product
 from lora_inject.core.look import Look
 from lora_inject.core.paths import bare_key, bare_modules
 from lora_inject.errors import FormatError
 from lora_inject.files.fingerprint import differs, how_it_differs
 from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.one_place import Given, is_repeated, is_repeated_pair
+from lora_inject.files.stored_pair import is_same_update
 from lora_inject.files.token_rows import warn_of_other_rows
 from lora_inject.files.turning import in_parts, turned
 from lora_inject.files.vocabulary import require_rows
@@ -254,7 +254,7 @@ class Layout:
             leader = None if W is None or fitted.pair.part else first.setdefault(id(W), fitted)
             if leader is None or leader is fitted or leader.module is fitted.module:
                 kept.append(fitted)
-            elif not _same_update(leader.pair, fitted.pair):
+            elif not is_same_update(leader.pair, fitted.pair):
                 raise FormatError(
                     f"{fitted.pair.path} and {leader.pair.path} are tied in this model and have "
                     "different adapters in the file.",
@@ -291,10 +291,3 @@ def _is_equal(one: Tensor, other: Tensor) -> bool:
         and one.is_complex() == other.is_complex()
         and (torch.equal(one.to(other), other) or torch.equal(other.to(one), one))
     )
-
-
-def _same_update(one: PairData, other: PairData) -> bool:
-    """Whether two pairs are one, the same way round or the other."""
-    A, B = other.A, other.B * (other.scaling / one.scaling)
-    turned = B.transpose(-2, -1), A.transpose(-2, -1)
-    return any(same_product((one.A, one.B), pair) for pair in ((A, B), turned))

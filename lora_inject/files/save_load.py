@@ -143,11 +143,11 @@ def load(
         look = Look(model)
         look.require_awake()
         if isinstance(path, Mapping):
-            data = read_state(path, format, config, model, alpha)
+            data = read_state(path, format, config, look.index, alpha)
         elif config is not None:
             raise ArgumentError("config goes with tensors; a file has its own.")
         else:
-            data = read_adapter(_path(path), format, model, alpha)
+            data = read_adapter(_path(path), format, look.index, alpha)
         _load(look, data, adapter, dtype, other_base)
         if not trainable:
             freeze_adapter(model, adapter)

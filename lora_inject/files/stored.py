@@ -220,7 +220,8 @@ class Stored:
             rule=rule.name,
             fixed=OTHER[fixed] if turned else fixed,
             variant=variant.name,
-            others={role: own[role] for role in variant.more if role not in variant.derived},
+            others={r: own[r] for r in variant.more if r in own and r not in variant.derived},
+            **held.untold,
             start=settings.start.word if variant.offset else "",
             form=kind.form(held.layer),
             weight=spec.weight,
@@ -295,7 +296,8 @@ class Stored:
             scaling = held.adapter.settings.scaling
             mine["B"] = mine["B"] * (scalings.get(held.key, scaling) / scaling)
             # As the layer wants them, or the very tensors that it shares.
-            if not any(is_same(each, mine) for each in (held.oriented(theirs), theirs)):
+            product = not held.variant.own_shapes
+            if not any(is_same(t, mine, product) for t in (held.oriented(theirs), theirs)):
                 raise FormatError(
                     f"{held.path} and {leader.path} are tied in this model and have different "
                     "adapters here.",

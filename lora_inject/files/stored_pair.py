@@ -1,7 +1,7 @@
 """One pair of an adapter where it stands in a model."""
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from lora_inject.arithmetic.low_rank import same_product
 from lora_inject.core.adapter import Adapter, Pair
+from lora_inject.files.formats.data import PairData
 from lora_inject.kinds import Kind
 from lora_inject.variants import OTHER, Spec, Variant
 
@@ -39,7 +40,7 @@ class StoredPair(NamedTuple):
     @property
     def keys(self) -> dict[str, str]:
         """The key of each tensor, by role."""
-        return {role: f"{self.key}lora_{role}" for role in self.variant.roles}
+        return {role: f"{self.key}lora_{role}" for role in self.pair.names}
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -53,13 +54,22 @@ class StoredPair(NamedTuple):
         turned = {OTHER[role]: tensor.transpose(-2, -1) for role, tensor in tensors.items()}
         return {role: turned[role] for role in tensors}
 
+    @property
+    def untold(self) -> dict[str, Any]:
+        """What the tensors of a variant with shapes of its own need not tell of it."""
+        if not self.variant.own_shapes:
+            return {}
+        kernel = () if self.spec.experts else self.spec.A_shape[2:]
+        return {"r": self.adapter.settings.r, "kernel": kernel}
+
     def fitted(self, tensors: Mapping[str, Tensor], scaling: float) -> dict[str, Tensor]:
         """Values of a smaller rank padded with zeros, and of another scaling with it in B."""
         fitted, own = {**tensors}, self.adapter.settings.scaling
         for A, B in self._products():
             if scaling != own:
                 fitted[B] = (fitted[B].double() * (scaling / own)).to(fitted[B].dtype)
-            fitted[A], fitted[B] = self._padded(fitted[A], fitted[B])
+            if not self.variant.own_shapes:
+                fitted[A], fitted[B] = self._padded(fitted[A], fitted[B])
         return fitted
 
     def _products(self) -> Iterator[tuple[str, str]]:
@@ -85,11 +95,31 @@ class StoredPair(NamedTuple):
         return kind.from_matrices(self.layer, A_m, B_m)
 
 
-def is_same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Whether the tensors of two pairs, by role, are one update."""
-    product = same_product((one["A"], one["B"]), (other["A"], other["B"]))
-    rest = [role for role in one if role not in ("A", "B")]
-    return product and all(
+def is_same(one: Mapping[str, Tensor], other: Mapping[str, Tensor], product: bool) -> bool:
+    """Whether the tensors of two pairs, by role, are one update.
+
+    Args:
+        one: the tensors of one pair.
+        other: those of the other.
+        product: whether A and B are known by their product.
+    """
+    if product and not same_product((one["A"], one["B"]), (other["A"], other["B"])):
+        return False
+    rest = [role for role in one if not product or role not in ("A", "B")]
+    return all(
         one[role].shape == other[role].shape
         and torch.allclose(one[role], other[role].to(one[role])) for role in rest
     )  # fmt: skip
+
+
+def is_same_update(one: PairData, other: PairData) -> bool:
+    """Whether two pairs are one, the same way round or the other."""
+    factor = other.scaling / one.scaling
+    if one.variant != "lora" or other.variant != "lora":
+        mine, theirs = one.tensors, other.tensors
+        if one.variant != other.variant or mine.keys() != theirs.keys():
+            return False
+        return is_same(mine, {**theirs, "B": theirs["B"] * factor}, not one.has_own_shapes)
+    A, B = other.A, other.B * factor
+    turned = B.transpose(-2, -1), A.transpose(-2, -1)
+    return any(same_product((one.A, one.B), pair) for pair in ((A, B), turned))

@@ -64,7 +64,8 @@ class ConvKind(Kind):
         assert isinstance(module, _ConvNd)
         n_in, n_out, kernel = _sizes(module)
         A_shape = (settings.r * module.groups, n_in // module.groups, *kernel)
-        return (Spec("weight", n_in, n_out, A_shape, (n_out, settings.r, *_ones(kernel))),)
+        B_shape = (n_out, settings.r, *_ones(kernel))
+        return (Spec("weight", n_in, n_out, A_shape, B_shape, groups=module.groups),)
 
     def form(self, layer: nn.Module) -> Form:
         """PEFT forgets dilation and padding modes."""
@@ -149,7 +150,8 @@ class ConvTransposeKind(ConvKind):
         """One pair."""
         assert isinstance(module, _ConvTransposeNd)
         (n_in, n_out, kernel), r = _sizes(module), settings.r
-        return (Spec("weight", n_in, n_out, (n_in, r, *kernel), (n_out, r, *_ones(kernel))),)
+        shapes = (n_in, r, *kernel), (n_out, r, *_ones(kernel))
+        return (Spec("weight", n_in, n_out, *shapes, groups=module.groups),)
 
     def form(self, layer: nn.Module) -> Form:
         """No other library has them."""

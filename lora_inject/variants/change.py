@@ -30,6 +30,7 @@ class Spec:
         experts: how many experts the weight holds, each with an A and a B; 0 for a plain weight.
         swapped: whether A and B are those of a tied layer that keeps the weight the other way
             round: this layer's A is then B transposed, and its B is A transposed.
+        groups: how many groups a convolution has.
     """
 
     weight: str
@@ -41,6 +42,7 @@ class Spec:
     start: int = 0
     experts: int = 0
     swapped: bool = False
+    groups: int = 1
 
     @property
     def prefix(self) -> str:

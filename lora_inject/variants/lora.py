@@ -6,7 +6,7 @@ This is what the other files of this room differ from.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,9 @@ class Variant:
         derived: those of ``more`` that follow from the base alone; files do not have them.
         additive: whether changes of several adapters may stand beside each other row by row, and be
             computed together with the layer's own product: whether the change is a ``B A``.
+        way: "weight" for what can act in the weight alone; None for what can act either way.
+        own_shapes: whether its tensors have shapes and starting values of its own, whatever the
+            kind of layer says of A and B.
         peft: what a PEFT config says of it.
         keys: what PEFT calls the tensors of ``more``.
     """
@@ -63,12 +66,14 @@ class Variant:
     derived: ClassVar[tuple[str, ...]] = ()
     additive: ClassVar[bool] = True
     finishes: ClassVar[bool] = False
+    way: ClassVar[Literal["weight"] | None] = None
+    own_shapes: ClassVar[bool] = False
     peft: ClassVar[Mapping[str, Any]] = {}
     keys: ClassVar[Mapping[str, str]] = {}
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """The tensors of a pair."""
+        """The tensors that a pair may have; ``shapes`` says those that one has."""
         return ("A", "B", *(("A0", "B0") if self.offset else ()), *self.more)
 
     @property
@@ -136,6 +141,15 @@ class Variant:
             scaling: the factor of ``B A``.
         """
         return {}
+
+    def begin(self, spec: Spec, generator: torch.Generator) -> dict[str, Tensor]:
+        """The starting values of all tensors, where they have shapes of their own."""
+        raise NotImplementedError(f"{self.name} starts as its start says")
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> "Variant":
+        """The variant as the tensors of a file tell it."""
+        return cls()
 
     def delta(self, kind: LayerKind, layer: nn.Module, x: Tensor, y: Tensor, c: Change) -> Tensor:
         """``B A x`` of an input x, before scaling.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lora_inject.errors import FormatError
 from lora_inject.kinds.base import Form
-from lora_inject.variants import SCALINGS, name_prefix
+from lora_inject.variants import SCALINGS, VARIANTS, name_prefix
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -56,6 +56,8 @@ class PairData:
         others: the tensors that the variant has besides A and B, by role.
         start: where half of the rank is a start that is subtracted, how it was made: a name of
             ``starts.STARTS``, or "saved" where that is not known; "" elsewhere.
+        r: the rank of a variant whose tensors need not tell it; 0 elsewhere.
+        kernel: the sizes of a convolution's kernel, of such a variant where a model tells them.
     """
 
     path: str
@@ -74,16 +76,18 @@ class PairData:
     variant: str = "lora"
     others: Mapping[str, Tensor] = field(default_factory=dict)
     start: str = ""
+    r: int = 0
+    kernel: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not (self.A.numel() and self.B.numel()):
+        if not all(tensor.numel() for tensor in (self.A, self.B, *self.others.values())):
             raise FormatError(
                 f"A or B of {self.name} is empty: {tuple(self.A.shape)}, {tuple(self.B.shape)}.",
                 remedy="One rank of a sharded model has saved it: gather the parameters there "
                 "(ZeRO-3, FSDP), and save again.",
             )
         dims = self.A.dim(), self.B.dim()
-        if dims[0] != dims[1] or dims[0] < 2:
+        if (dims[0] != dims[1] and not self.has_own_shapes) or min(dims) < 2:
             raise FormatError(f"A and B of {self.name} have {dims[0]} and {dims[1]} dimensions.")
         for tensor in (self.A, self.B, *self.others.values()):
             if not is_usable(tensor, floating=True):
@@ -92,7 +96,13 @@ class PairData:
     @property
     def rank(self) -> int:
         """The rank r, of each group and each expert."""
-        return int(self.B.shape[2 if self.B.dim() == 3 and self.form == "experts" else 1])
+        experts = self.B.dim() == 3 and self.form == "experts"
+        return self.r or int(self.B.shape[2 if experts else 1])
+
+    @property
+    def has_own_shapes(self) -> bool:
+        """Whether A and B are what its variant makes of them, and not those of a ``B A``."""
+        return VARIANTS[self.variant].own_shapes
 
     def require_plain(self, what: str) -> None:
         """Refuse a variant of which A and B alone would be kept.
@@ -100,11 +110,11 @@ class PairData:
         Raises:
             FormatError: it is one.
         """
-        if self.others:
-            missing = " and ".join(self.others)
+        if self.others or self.has_own_shapes:
+            missing = " and ".join(self.others) or "factors"
             raise FormatError(
                 f"{self.name} is a {self.variant}, of which {what} has no {missing}.",
-                remedy='Save it as "peft".',
+                remedy='Save it as "peft" or "kohya".',
             )
 
     @property
@@ -210,5 +220,5 @@ class AdapterData:
     @property
     def elements(self) -> int:
         """How many numbers the adapter holds."""
-        pairs = sum(p.A.numel() + p.B.numel() for p in self.pairs)
+        pairs = sum(t.numel() for p in self.pairs for t in (p.A, p.B, *p.others.values()))
         return pairs + sum(math.prod(t.shape) for t in self.tensors.values())

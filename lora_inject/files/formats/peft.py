@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lora_inject.core.index import Index
 from lora_inject.core.paths import bare_modules
 from lora_inject.errors import FormatError
+from lora_inject.files.formats import peft_lycoris
 from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.pairs import over_all_channels, whole_layers, with_whole_attention
 from lora_inject.files.formats.peft_config import (
@@ -67,12 +68,12 @@ def looks_like(path: Path) -> bool:
     return path.is_dir() and (path / CONFIG).exists()
 
 
-def read(path: Path, model: nn.Module | None = None, alpha: float | None = None) -> AdapterData:
+def read(path: Path, index: Index | None = None, alpha: float | None = None) -> AdapterData:
     """Read a PEFT directory.
 
     Args:
         path: the directory, or the file of tensors in it.
-        model: the model that it is for; without one, fused parameters stay as they are in the file.
+        index: the modules of the model that it is for; without one, fused parameters stay as they are in the file.
         alpha: for a config without ``lora_alpha``, of which PEFT would silently make 8.
 
     Raises:
@@ -83,7 +84,7 @@ def read(path: Path, model: nn.Module | None = None, alpha: float | None = None)
         file = folder / PICKLED
     config = read_json(folder / CONFIG)
     tensors, metadata = read_tensors(file) if file.name != PICKLED else (read_pickled(file), {})
-    return from_tensors(config, tensors, metadata, folder, model, alpha)
+    return from_tensors(config, tensors, metadata, folder, index, alpha)
 
 
 def from_tensors(
@@ -91,11 +92,13 @@ def from_tensors(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     path: Path,
-    model: nn.Module | None,
+    index: Index | None,
     alpha: float | None,
 ) -> AdapterData:
     """What PEFT's config and tensors say; ``path`` is for errors."""
     config = with_numbers(config)
+    if config.get("peft_type") in peft_lycoris.TYPES:
+        return peft_lycoris.from_tensors(config, tensors, metadata, path, index, alpha)
     check_config(config, path / CONFIG)
     own = own_metadata(metadata, path)
     if own.get("config", config_digest(config)) != config_digest(config):
@@ -103,7 +106,7 @@ def from_tensors(
             f"{path}: {CONFIG} and {TENSORS} are not of one save.",
             remedy="A save was interrupted, or one was edited: save again.",
         )
-    modules = None if model is None else bare_modules(Index(model).by_path)
+    modules = None if index is None else bare_modules(index.by_path)
     names = Names({*own.get("names", ()), *_names(modules or {})})
     tensors, of_variants = without_others(tensors)
     found, others = sorted_out(tensors, names, path)
@@ -169,13 +172,13 @@ def to_state(data: AdapterData) -> AdapterState:
     return AdapterState(tensors, "peft", config, {METADATA: own})
 
 
-def from_state(state: AdapterState, model: nn.Module | None, alpha: float | None) -> AdapterData:
+def from_state(state: AdapterState, index: Index | None, alpha: float | None) -> AdapterData:
     """What the config and the tensors say.
 
     Raises:
         FormatError: as ``read``.
     """
-    return from_tensors(state.config, state, state.metadata, IN_MEMORY, model, alpha)
+    return from_tensors(state.config, state, state.metadata, IN_MEMORY, index, alpha)
 
 
 def to_tensors(data: AdapterData) -> tuple[dict[str, Any], dict[str, Tensor], str]:
@@ -186,6 +189,9 @@ def to_tensors(data: AdapterData) -> tuple[dict[str, Any], dict[str, Tensor], st
     """
     for name, why in data.facts.get("refused", {}).items():
         raise FormatError(f"{name} {why}.", remedy='Save it as "loralib".')
+    if peft_lycoris.is_one(data):
+        return peft_lycoris.to_tensors(data)
+    words = words_of(data)
     for pair in data.pairs:
         if pair.form == "other":
             raise FormatError(
@@ -197,7 +203,7 @@ def to_tensors(data: AdapterData) -> tuple[dict[str, Any], dict[str, Tensor], st
             raise FormatError(f"{pair.name or 'the model itself'} is nothing that PEFT can adapt.")
     whole = with_whole_attention(whole_layers(data.pairs))
     tensors = _tensors(whole) | keys_of_others(whole, PREFIX)
-    config = {**to_config(data, whole), **words_of(data)}
+    config = {**to_config(data, whole), **words}
     tensors |= {base_key(name, whole): tensor for name, tensor in data.tensors.items()}
     own = {(pair.path, pair.weight) for pair in data.pairs}
     padding = [p.path.removesuffix(".out_proj") + OUT_PROJ if p.in_attention else p.path

@@ -180,9 +180,13 @@ class Scalings:
             raise FormatError(f"{self.path}: {key} must be an object, not {value!r}.")
         return value
 
+    def rank_of(self, path: str) -> Any:
+        """What the config calls the rank of a layer."""
+        return self._find(self.ranks, path, self.r)
+
     def alpha_of(self, path: str, A_rank: int) -> float:
         """The alpha of a layer, to be divided by what the config calls its rank."""
-        r, alpha = self._find(self.ranks, path, self.r), self._find(self.alphas, path, self.alpha)
+        r, alpha = self.rank_of(path), self._find(self.alphas, path, self.alpha)
         if isinstance(alpha, bool) or not isinstance(alpha, int | float):
             raise FormatError(f"{self.path}: the alpha of {path} is {alpha!r}, which is no number.")
         if not math.isfinite(alpha) or alpha == 0:
