@@ -151,9 +151,8 @@ def inspect(path: Path, *, format: str | None = None, model: nn.Module | None = 
     Raises:
         FormatError: it cannot be read.
     """
-    data: AdapterData = find_format(path, format).read(
-        path, None if model is None else Index(model), None
-    )
+    index = None if model is None else Index(model)
+    data: AdapterData = find_format(path, format).read(path, index, None)
     return Inspection(path, data, {pair.name: _norm(pair) for pair in data.pairs})
 
 

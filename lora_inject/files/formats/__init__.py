@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_inject.core.index import Index
 from lora_inject.errors import ArgumentError, FormatError

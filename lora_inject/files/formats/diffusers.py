@@ -46,7 +46,7 @@ def read(path: Path, index: Index | None = None, alpha: float | None = None) -> 
 
     Args:
         path: the directory or the file.
-        index: the modules of the model that it is for, whose component is read; None reads the only one.
+        index: the model that it is for, whose component is read; None reads the only one.
         alpha: for files without a config; None takes each layer's rank, as diffusers does.
 
     Raises:

@@ -97,7 +97,7 @@ def _from_tensors(
             continue
         if not is_repeated_pair(given, pair.path, name, pair):
             pairs.append(pair)
-    if unknown:
+    if unknown and index is not None:
         raise FormatError(
             f"{path}: {len(unknown):,} names are no modules of this {type(index.model).__name__}: "
             f"{', '.join(unknown[:3])}{', ...' if unknown[3:] else ''}."

@@ -73,7 +73,7 @@ def read(path: Path, index: Index | None = None, alpha: float | None = None) -> 
 
     Args:
         path: the directory, or the file of tensors in it.
-        index: the modules of the model that it is for; without one, fused parameters stay as they are in the file.
+        index: the model that it is for; without one, fused parameters stay as in the file.
         alpha: for a config without ``lora_alpha``, of which PEFT would silently make 8.
 
     Raises:
