@@ -85,6 +85,11 @@ def inject(*args: Any, **kwargs: Any) -> Report:  # noqa: D417 (those of plan)
         parts: adapters for the parts of fused projections, ``{"c_attn": ("q", None, "v")}``: equal
             parts of the output, of which the named ones get an A and a B each (``q_lora_A``). Parts
             that are not equal have sizes: ``{"qkv_proj": (("q", 64), (None, 32), ("v", 32))}``.
+        rows: rows of embeddings and output heads that train besides, by their ids, such as those
+            of new tokens: ``{"embed_tokens": [32000, 32001]}``. What is added to each is a row of
+            ``lora_rows`` (n, width), in ascending order of the ids, which starts at zero; rank,
+            alpha, dropout, ``layers`` and the like do not concern it. A tied head has the same
+            rows. With ``targets=()`` nothing else is adapted.
 
     Returns:
         The report of what trains now.

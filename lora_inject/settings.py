@@ -4,13 +4,14 @@ import math
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import torch
 
 from lora_inject.errors import ArgumentError
 from lora_inject.starts import STARTS, Start
-from lora_inject.variants import FIXED, SCALINGS, VARIANTS, Variant
+from lora_inject.variants import FIXED, SCALINGS, VARIANTS, Rows, Variant
 
 BiasMode = Literal["none", "all", "lora_only"]
 How = Literal["auto", "weight"]
@@ -107,6 +108,27 @@ def _variant(values: Mapping[str, Any], names: Mapping[str, str], start: Start) 
         fixed=fixed,
         offset=start.offset,
     )
+
+
+def row_settings(ids: Any, where: str) -> Settings:
+    """The settings of rows of a table that train, by their ids.
+
+    Raises:
+        ArgumentError: they are no ids, or one stands there twice.
+    """
+    try:
+        known = sorted(-1 if isinstance(i, bool) else operator.index(i) for i in ids)
+    except TypeError:
+        known = []
+    twice = next((i for i, j in pairwise(known) if i == j), None)
+    if not known or not 0 <= known[0] <= known[-1] < 2**31 or twice is not None:
+        wrong = f"{ids!r:.200}" if twice is None else f"some with {twice} in it twice"
+        raise ArgumentError(
+            f"{where} must be ids of rows, from 0 on and each once, not {wrong}.",
+            remedy='Such as rows={"embed_tokens": [32000, 32001]}.',
+        )
+    n = len(known)
+    return Settings(r=n, alpha=float(n), dropout=0.0, variant=Rows(ids=tuple(known)))
 
 
 def check_start(start: Any, name: str) -> Start:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora_inject.kinds.base import Kind, Way
 from lora_inject.settings import Settings
-from lora_inject.variants import OTHER, Change, Spec, Variant
+from lora_inject.variants import Change, Spec, Variant
 
 DEFAULT_ADAPTER = "default"
 
@@ -45,8 +45,8 @@ class Term(NamedTuple):
     Attributes:
         kind: the kind of layer, with its arithmetic.
         spec: the pair.
-        A: the name of the parameter A.
-        B: the name of the parameter B.
+        A: the name of the parameter A; "" where the variant has none.
+        B: the name of the parameter B; "" where the variant has none.
         factor: the scaling times the weight with which the adapter is in use.
         dropout: the probability in training mode.
         adapter: the adapter's name.
@@ -75,7 +75,7 @@ class Term(NamedTuple):
     ) -> Change:
         """The term with its values; those of a tied layer may stand the other way round."""
         if self.spec.swapped:
-            tensors = {OTHER[role]: t.transpose(-2, -1) for role, t in tensors.items()}
+            tensors = self.variant.turned(tensors)
         return Change(self.spec, tensors, self.scaling, factor, dropout)
 
 
@@ -141,8 +141,8 @@ def _terms(
         Term(
             kind=kind,
             spec=spec,
-            A=names["A"],
-            B=names["B"],
+            A=names.get("A", ""),
+            B=names.get("B", ""),
             factor=settings.scaling * weight,
             dropout=settings.dropout,
             adapter=adapter,

@@ -229,8 +229,8 @@ def scales_of(terms: Sequence[Term], scales: Scales, own: Mapping[str, Any]) -> 
         own: the layer's parameters.
     """
     for term in terms:
-        A, held = own.get(term.A), scales.get(term.adapter)
-        device = torch.device("cpu") if A is None else A.device
+        first, held = own.get(next(iter(term.names.values()))), scales.get(term.adapter)
+        device = torch.device("cpu") if first is None else first.device
         if held is None or held[0] != term.factor or held[1].device != device:
             dtype = torch.float32 if device.type == "mps" else torch.float64
             if device.type == "meta":  # where there are no values, and to write one takes long

@@ -8,6 +8,7 @@ from torch import nn
 
 from lora_inject import settings as check
 from lora_inject.core.patterns import Pattern, parse
+from lora_inject.errors import ArgumentError
 from lora_inject.kinds import find_kind
 from lora_inject.settings import BiasMode, Parts, Settings
 
@@ -23,6 +24,7 @@ class Request(NamedTuple):
 
     Attributes:
         settings: the patterns of the targets, in their order, with the settings of each.
+        rows: the same of tables of which some rows train.
         excluded: what to leave alone.
         train_also: what trains in full.
         parts: the parts of fused projections.
@@ -34,6 +36,7 @@ class Request(NamedTuple):
     """
 
     settings: Mapping[Pattern, Settings]
+    rows: Mapping[Pattern, Settings] = {}
     excluded: tuple[Pattern, ...] = ()
     train_also: tuple[Pattern, ...] = ()
     parts: Mapping[Pattern, Parts] | None = None
@@ -48,7 +51,7 @@ def settings_by_pattern(targets: Any, values: Mapping[str, Any]) -> dict[Pattern
     """The patterns of the targets with the settings of each.
 
     Args:
-        targets: as the user wrote them.
+        targets: as the user wrote them; none where rows are all that trains.
         values: those of the call by the names of ``_DEFAULTS``, where they are not the usual ones;
             a pattern's own overrule them.
 
@@ -62,6 +65,25 @@ def settings_by_pattern(targets: Any, values: Mapping[str, Any]) -> dict[Pattern
         if pattern.settings is None
         else check.settings(values, pattern.settings, f"targets[{pattern.label!r}]")
         for pattern in parse(targets, "targets", _WORDS, with_settings=True)
+    }
+
+
+def rows_by_pattern(rows: Any) -> dict[Pattern, Settings]:
+    """The patterns of ``rows`` with the settings of each.
+
+    Raises:
+        ArgumentError: it is no mapping, or a pattern or an id cannot be used.
+    """
+    if not is_given(rows):
+        return {}
+    if not isinstance(rows, Mapping):
+        raise ArgumentError(
+            f"rows must be a mapping of names to ids, not {rows!r:.200}.",
+            remedy='Such as rows={"embed_tokens": [32000, 32001]}.',
+        )
+    return {
+        pattern: check.row_settings(pattern.settings, f"rows[{pattern.label!r}]")
+        for pattern in parse(rows, "rows", with_settings=True)
     }
 
 

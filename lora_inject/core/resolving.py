@@ -194,7 +194,7 @@ def _specs(
     if settings.parts and (way == "weight" or not kind.has_parts):
         return Refusal("parts= is for Linear layers in a branch. Leave it out for this one.")
     try:
-        specs = kind.specs(module, settings)
+        specs = tuple(settings.variant.spec(kind, spec) for spec in kind.specs(module, settings))
     except ArgumentError as error:
         return Refusal(str(error))
     if not specs:
@@ -224,7 +224,7 @@ def _method_refusal(
     """Why a weight cannot have the variant and the start that were asked for."""
     variant, start = settings.variant, settings.start
     if variant.more or start.reads:
-        method = f"variant={variant.name!r}" if variant.more else f"init={start.name!r}"
+        method = variant.argument if variant.more else f"init={start.name!r}"
         if not is_plain(weight) or weight is not module._parameters.get(spec.weight):
             return f"{method} needs the values of its weight, which is packed or computed."
         if is_distributed(weight) or is_placeholder(weight):

@@ -17,6 +17,7 @@ class LinearKind(Kind):
     name = "Linear"
     linear_like = True
     has_parts = True
+    has_rows = True
 
     def matches(self, module: nn.Module) -> bool:
         """Instances of ``nn.Linear``, quantized subclasses with a forward of their own included."""
@@ -55,6 +56,12 @@ class LinearKind(Kind):
     def up(self, layer: nn.Module, x: Tensor, h: Tensor, B: Tensor) -> Tensor:
         """``B h``."""
         return linear_up(h, B)
+
+    def add_rows(
+        self, layer: nn.Module, x: Tensor, y: Tensor, index: Tensor, rows: Tensor
+    ) -> Tensor:
+        """Of an output head: what comes out for these ids."""
+        return y.index_add(-1, index, linear_down(x, rows, 0.0).to(y.dtype))
 
     def affine_refusal(self, layer: nn.Module) -> str | None:
         """A forward of its own may do anything to ``W x``."""

@@ -8,16 +8,18 @@ from lora_inject.variants.change import Change, LayerKind, Spec, name_prefix
 from lora_inject.variants.dora import DoRA
 from lora_inject.variants.lora import Scaling, Variant
 from lora_inject.variants.lora_fa import FIXED, OTHER
+from lora_inject.variants.rows import Rows
 from lora_inject.variants.rslora import RankStabilized
 
 __all__ = [
-    "FIXED", "OTHER", "ROLES", "SCALINGS", "VARIANTS", "Change", "LayerKind", "Scaling", "Spec",
-    "Variant", "name_prefix",
+    "FIXED", "OTHER", "ROLES", "SCALINGS", "VARIANTS", "Change", "LayerKind", "Rows", "Scaling",
+    "Spec", "Variant", "name_prefix",
 ]  # fmt: skip
 
 SCALINGS: dict[str, Scaling] = {scaling.name: scaling for scaling in (Scaling(), RankStabilized())}
 VARIANTS: dict[str, type[Variant]] = {variant.name: variant for variant in (Variant, DoRA)}
+_ALL: tuple[type[Variant], ...] = (*VARIANTS.values(), Rows)  # rows are asked for by ids
 # Every tensor that some adapter has.
 ROLES = tuple(dict.fromkeys((
-    *Variant(offset=True).roles, *(role for variant in VARIANTS.values() for role in variant.more)
+    *Variant(offset=True).roles, *(role for variant in _ALL for role in variant.more)
 )))  # fmt: skip
