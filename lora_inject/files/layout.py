@@ -13,6 +13,7 @@ from lora_inject.core.paths import bare_key, bare_modules
 from lora_inject.errors import FormatError
 from lora_inject.files.fingerprint import differs
 from lora_inject.files.formats.data import AdapterData, PairData
+from lora_inject.files.rows import LaidOutRows, laid_out, reads_ids, without_tied_rows
 from lora_inject.kinds import find_kind
 from lora_inject.kinds.parameter import layout_of
 from lora_inject.own import Place, own_tensor
@@ -62,6 +63,15 @@ class Layout:
             else:
                 pair = pair if path == pair.path else replace(pair, path=path)
                 self.all_pairs.append(LaidOutPair(_turned(pair, module), module, real[module]))
+        rows: list[LaidOutRows] = []
+        for own in data.rows:
+            path = bare_key(own.path, self.modules)
+            module = self.modules.get(path)
+            if module is None:
+                unknown.append(own.path)
+            else:
+                rows.append(laid_out(replace(own, path=path), module, real[module]))
+        self.rows = without_tied_rows(rows)
         self.tensors: dict[str, Tensor] = {}
         for name, tensor in data.tensors.items():
             owner, _, last = name.rpartition(".")
@@ -98,9 +108,13 @@ class Layout:
         return {f.pair.key: f.pair.scaling for f in self.all_pairs if f.pair.alpha is not None}
 
     def elsewhere(self) -> set[str]:
-        """The paths where an adapted weight is registered too, and which the file does not name."""
-        named = {fitted.module for fitted in self.all_pairs}
+        """The paths where an adapted weight is registered too, and which the file does not name.
+
+        But for rows of an embedding, which are those of a tied head too.
+        """
+        named = {f.module for f in self.all_pairs} | {f.module for f in self.rows}
         ids = {id(f.module._parameters.get(f.pair.weight)) for f in self.all_pairs} - {id(None)}
+        ids |= {id(f.module._parameters["weight"]) for f in self.rows if not reads_ids(f.module)}
         return {
             path
             for path, module in self.look.index.by_path.items()

@@ -14,7 +14,7 @@ from lora_inject.core.in_place import in_place
 from lora_inject.core.look import Look
 from lora_inject.core.paths import first_paths
 from lora_inject.core.patterns import Pattern, Predicate
-from lora_inject.core.request import Request, settings_by_pattern
+from lora_inject.core.request import Request, rows_by_pattern, settings_by_pattern
 from lora_inject.core.site import Site
 from lora_inject.errors import ArgumentError, FormatError
 from lora_inject.files.fit_checks import require_fit
@@ -22,6 +22,7 @@ from lora_inject.files.formats import named_format, read_adapter
 from lora_inject.files.formats.data import PairData
 from lora_inject.files.formats.pairs import as_portable
 from lora_inject.files.layout import Layout
+from lora_inject.files.rows import values_for
 from lora_inject.files.stored import Stored
 from lora_inject.own import Place, own_tensor
 from lora_inject.plan import plan_for
@@ -123,7 +124,8 @@ def load(
         stored = Stored(model, adapter, look)
         if data.bias:
             stored.check_bias(check_bias(data.bias))
-        stored.fill({**wanted.tensors, **wanted.pairs_by_key}, wanted.scalings)
+        rows = values_for(stored.pairs, wanted.rows)
+        stored.fill({**wanted.tensors, **wanted.pairs_by_key, **rows}, wanted.scalings)
         return model
     used = bool(look.used)
     _inject(wanted, adapter, dtype, use=not used)
@@ -142,8 +144,15 @@ def _inject(wanted: Layout, adapter: str, dtype: torch.dtype | str | None, use: 
     wanted.require_tied()
     elsewhere = wanted.elsewhere()
     outside = (Pattern("elsewhere", _within(elsewhere), by_name=True),) if elsewhere else ()
+    targets = _targets(wanted)
     request = Request(
-        settings_by_pattern(_targets(wanted), {}),
+        settings_by_pattern(targets, {}) if targets else {},
+        rows=rows_by_pattern(
+            {
+                Pattern(rows.data.path, _within({rows.real}), by_name=True): rows.data.ids
+                for rows in wanted.rows
+            }
+        ),
         excluded=outside,
         parts=_parts(wanted),
         dtype=check_dtype(dtype),
@@ -187,6 +196,7 @@ def _values(wanted: Layout, sites: Mapping[str, Site]) -> dict[tuple[str, str], 
             variant = site.settings.variant
             own = {role: t.to(variant.dtype(role, site.dtype)) for role, t in own.items()}
         values[f.target, name_prefix(f.pair.weight, f.pair.part)] = own
+    values |= {(rows.real, ""): {"rows": rows.delta} for rows in wanted.rows}
     shapes = {
         f"{path}.{spec.prefix}lora_{role}": shape
         for path, site in sites.items()

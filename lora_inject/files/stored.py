@@ -23,12 +23,13 @@ from lora_inject.files.fingerprint import fingerprint
 from lora_inject.files.fit_checks import is_for, not_finite, raise_problems, require_fit
 from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.pairs import told_layout
+from lora_inject.files.rows import refused_rows, rows_data
 from lora_inject.files.stored_pair import StoredPair
 from lora_inject.files.which_adapter import adapter_name
 from lora_inject.kinds.parameter import ParameterKind
 from lora_inject.settings import BiasMode
 from lora_inject.sharding import is_placeholder, require_whole, reshard, whole
-from lora_inject.variants import OTHER
+from lora_inject.variants import OTHER, Rows
 
 
 class Stored:
@@ -132,19 +133,22 @@ class Stored:
             )
             for held in self.pairs
         }
+        tables = [held for held in self._in_order() if isinstance(held.variant, Rows)]
+        others = [held for held in self._in_order() if not isinstance(held.variant, Rows)]
         prints = {key: fingerprint(weight) for key, weight in weights.items()}
         return AdapterData(
-            pairs=tuple(self._pair(held) for held in self._in_order()),
+            pairs=tuple(map(self._pair, others)),
             tensors={key: whole(t.detach()) for key, t in trained.items()},
             bias=self.bias,
             train_also=tuple(self.paths[module] for module in tops),
-            targets=tuple(dict.fromkeys(held.adapter.pattern for held in self.pairs)),
+            targets=tuple(dict.fromkeys(held.adapter.pattern for held in others)),
             base={key: value for key, value in prints.items() if value is not None},
             base_name=name if isinstance(name, str) else "",
             model_class=kind,
             task="CAUSAL_LM" if kind.endswith(("ForCausalLM", "LMHeadModel")) else "",
             modules=tuple(path for path in self.paths.values() if path),
-            facts={"refused": self._in_several_places()},
+            facts={"refused": self._in_several_places() | refused_rows(self.look, self.pairs)},
+            rows=tuple(map(rows_data, tables)),
         )
 
     def _in_order(self) -> list[StoredPair]:
@@ -260,14 +264,17 @@ class Stored:
         for held in self.pairs:
             if not (held.adapter.follows and all(key in shared for key in held.keys.values())):
                 continue
+            one, *_ = held.tensors.values()
             leader = next(h for h in self.pairs if not h.adapter.follows
-                          and h.tensors["A"] is held.tensors["A"])  # fmt: skip
+                          and any(one is tensor for tensor in h.tensors.values()))  # fmt: skip
             theirs = held.oriented({role: own[key] for role, key in leader.keys.items()})
             mine = {role: shared[key] for role, key in held.keys.items()}
             scaling = held.adapter.settings.scaling
             factor = scalings.get(held.key, scaling) / scaling
-            same = same_product((theirs["A"], theirs["B"]), (mine["A"], mine["B"] * factor))
-            rest = held.variant.roles[2:]
+            rest, same = held.variant.roles, True
+            if "A" in rest:
+                same = same_product((theirs["A"], theirs["B"]), (mine["A"], mine["B"] * factor))
+                rest = rest[2:]
             if not (same and all(torch.allclose(theirs[r], mine[r].to(theirs[r])) for r in rest)):
                 raise FormatError(
                     f"{held.path} and {leader.path} are tied in this model and have different "

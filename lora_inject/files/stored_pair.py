@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lora_inject.core.adapter import Adapter, Pair
 from lora_inject.kinds import Kind
-from lora_inject.variants import OTHER, Spec, Variant
+from lora_inject.variants import Spec, Variant
 
 
 class StoredPair(NamedTuple):
@@ -48,7 +48,7 @@ class StoredPair(NamedTuple):
         """Tensors as the layer's kind wants them: those of a tied layer may stand the other way."""
         if not self.spec.swapped:
             return {**tensors}
-        turned = {OTHER[role]: tensor.transpose(-2, -1) for role, tensor in tensors.items()}
+        turned = self.variant.turned(tensors)
         return {role: turned[role] for role in tensors}
 
     def fitted(self, tensors: Mapping[str, Tensor], scaling: float) -> dict[str, Tensor]:
@@ -62,7 +62,8 @@ class StoredPair(NamedTuple):
 
     def _products(self) -> Iterator[tuple[str, str]]:
         """The roles of the factors that are multiplied."""
-        yield "A", "B"
+        if "A" in self.variant.roles:
+            yield "A", "B"
         if self.variant.offset:
             yield "A0", "B0"
 

@@ -158,6 +158,25 @@ class PairData:
 
 
 @dataclass(frozen=True)
+class RowsData:
+    """Rows of a table, those of an embedding or an output head, that trained alone.
+
+    Attributes:
+        path: the module's path in the model that it is for.
+        ids: which rows, in ascending order.
+        rows: their values (n, width), the base's and what was added to it.
+    """
+
+    path: str
+    ids: tuple[int, ...]
+    rows: Tensor
+
+    def __post_init__(self) -> None:
+        if not is_usable(self.rows, floating=True):
+            raise FormatError(f"the rows of {self.path} are no plain tensor: {self.rows.dtype}.")
+
+
+@dataclass(frozen=True)
 class AdapterData:
     """One adapter: its pairs, and whatever else it trained.
 
@@ -174,6 +193,7 @@ class AdapterData:
         modules: the paths of all modules of the model, for writers that name layers by pattern;
             None where no model is at hand.
         facts: what a format knows beyond this and a reader may want to show.
+        rows: rows of tables that trained.
     """
 
     pairs: tuple[PairData, ...]
@@ -187,6 +207,7 @@ class AdapterData:
     task: str = ""
     modules: tuple[str, ...] | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    rows: tuple[RowsData, ...] = ()
 
     def __post_init__(self) -> None:
         for name, tensor in self.tensors.items():
@@ -197,4 +218,18 @@ class AdapterData:
     def elements(self) -> int:
         """How many numbers the adapter holds."""
         pairs = sum(p.A.numel() + p.B.numel() for p in self.pairs)
+        pairs += sum(own.rows.numel() for own in self.rows)
         return pairs + sum(math.prod(t.shape) for t in self.tensors.values())
+
+    def require_no_rows(self, what: str) -> None:
+        """Refuse rows that would be left out.
+
+        Raises:
+            FormatError: there are such.
+        """
+        if self.rows:
+            raise FormatError(
+                f"{self.rows[0].path} has rows that train, for which {what} has no word.",
+                remedy='Save it as "peft", or merge it (strip(model, merge=True)) and save the '
+                "model.",
+            )

@@ -70,6 +70,7 @@ def write(data: AdapterData, path: Path) -> None:
     Raises:
         FormatError: the adapter holds what PEFT cannot read, or the directory cannot be written.
     """
+    data.require_no_rows("diffusers' format")
     component = next((c for part, c in COMPONENTS.items() if part in data.model_class), "")
     prefix = f"{component}." if component else ""
     config, tensors, own = peft.to_tensors(data)

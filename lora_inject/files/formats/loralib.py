@@ -65,6 +65,7 @@ def write(data: AdapterData, path: Path) -> None:
     Raises:
         FormatError: the file cannot be written.
     """
+    data.require_no_rows("loralib's format")
     for pair in data.pairs:
         pair.require_plain("loralib's format")
     state = {

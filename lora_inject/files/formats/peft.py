@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_inject.errors import FormatError
+from lora_inject.files.formats import peft_rows
 from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.pairs import (
     divided,
@@ -109,6 +110,7 @@ def from_tensors(
             f"{path}: {CONFIG} and {TENSORS} are not of one save.",
             remedy="A save was interrupted, or one was edited: save again.",
         )
+    tensors, rows = peft_rows.without_rows(tensors, config, path)
     tensors, of_variants = without_others(tensors)
     found, others = _pairs(tensors, path)
     scalings = Scalings(config, alpha, path / CONFIG)
@@ -147,6 +149,7 @@ def from_tensors(
             "base_weights": [_base_name(k) for k in tensors if k.endswith(".base_layer.weight")],
             **({"train_also": own["train_also"]} if "train_also" in own else {}),
         },
+        rows=rows,
     )
 
 
@@ -180,9 +183,13 @@ def to_tensors(data: AdapterData) -> tuple[dict[str, Any], dict[str, Tensor], st
         if not known or not pair.path:
             raise FormatError(f"{pair.name or 'the model itself'} is nothing that PEFT can adapt.")
     whole = with_whole_attention(whole_layers(data.pairs))
-    tensors = _tensors(whole) | keys_of_others(whole, PREFIX)
-    config = {**to_config(data, whole), **words_of(data)}
-    tensors |= {_base_key(name, whole): tensor for name, tensor in data.tensors.items()}
+    tensors = _tensors(whole) | keys_of_others(whole, PREFIX) | peft_rows.keys_of(data, PREFIX)
+    if whole:
+        config = {**to_config(data, whole), **words_of(data), **peft_rows.words_of(data)}
+    else:
+        config = peft_rows.config_alone(data)
+    inside = {peft_rows.in_wrapper(name, data): tensor for name, tensor in data.tensors.items()}
+    tensors |= {_base_key(name, whole): tensor for name, tensor in inside.items()}
     own = {(pair.path, pair.weight) for pair in data.pairs}
     padding = [p.path.removesuffix(".out_proj") + OUT_PROJ if p.in_attention else p.path
                for p in whole if (p.path, p.weight) not in own]  # fmt: skip
@@ -214,7 +221,7 @@ def _pairs(tensors: Mapping[str, Tensor], path: Path) -> tuple[Found, dict[str, 
 
 def _base_name(key: str) -> str:
     """The name of a base tensor, without what PEFT's wrappers put in."""
-    name = re.sub(r"(\.base_layer)+\.", ".", key.removeprefix(PREFIX))
+    name = re.sub(rf"(\.{peft_rows.WRAPPER})?(\.base_layer)+\.", ".", key.removeprefix(PREFIX))
     return re.sub(r"\.modules_to_save\.(default\.)?", ".", name)
 
 

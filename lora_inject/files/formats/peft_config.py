@@ -13,6 +13,7 @@ from lora_inject.core.patterns import REGEX_SECONDS
 from lora_inject.errors import FormatError
 from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.pairs import config_rank
+from lora_inject.files.formats.peft_rows import ALONE
 from lora_inject.files.formats.storage import parse_json
 from lora_inject.settings import BiasMode
 from lora_inject.variants import FIXED, SCALINGS, Scaling
@@ -27,7 +28,7 @@ _HARMLESS = {
     "modules_to_save", "peft_type", "peft_version", "r", "rank_pattern", "revision",
     "runtime_config", "target_modules", "target_parameters", "task_type", "use_dora", "use_rslora",
     "qalora_group_size", "eva_config", "ensure_weight_tying", "merge_weights", "loftq_config",
-    "corda_config", "lora_ga_config",
+    "corda_config", "lora_ga_config", "trainable_token_indices", "token_indices", "init_weights",
 }  # fmt: skip
 # Starting values that leave the base as it is; all others move it, and the file does not say how.
 _HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -39,7 +40,7 @@ def check_config(config: Mapping[str, Any], path: Path) -> None:
     Raises:
         FormatError: it does.
     """
-    if config.get("peft_type") != "LORA":
+    if config.get("peft_type") not in ("LORA", ALONE):
         what, remedy = _what_it_is(config)
         raise FormatError(f"{path}: {what}.", remedy=remedy)
     for key, value in config.items():
@@ -115,7 +116,7 @@ class Scalings:
     """Rank and alpha of each layer as the config says."""
 
     def __init__(self, config: Mapping[str, Any], alpha: float | None, path: Path) -> None:
-        if "lora_alpha" not in config and alpha is None:
+        if "lora_alpha" not in config and alpha is None and config.get("peft_type") != ALONE:
             raise FormatError(
                 f"{path} has no lora_alpha, so that the scaling is not known.",
                 remedy="Say it: load(..., alpha=16).",
@@ -289,5 +290,6 @@ def to_metadata(
 def config_digest(config: Mapping[str, Any]) -> str:
     """A short name for what the config says of the tensors, which other edits leave as it is."""
     keys = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_parameters")
-    text = json.dumps([config.get(key) for key in keys], sort_keys=True)
+    ids = [config[k] for k in ("trainable_token_indices", "token_indices") if config.get(k)]
+    text = json.dumps([*(config.get(key) for key in keys), *ids], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
