@@ -255,7 +255,7 @@ def _combine_pair(
         pair = term.variant.low_rank(term.kind, layer, own)
         if pair is None:
             raise UnsupportedLayerError(
-                f"{term.adapter!r} is a {term.variant.name}, which is no product of low rank.",
+                f"{term.adapter!r} ({term.variant.argument}) is no product of low rank.",
                 path=path,
                 remedy="Use several at once with weights: use(model, {...}).",
             )

@@ -52,8 +52,8 @@ def _require_follows(adapter: Adapter) -> None:
         )
     if adapter.settings.variant.more:
         raise LoRAInjectError(
-            f"its adapter {adapter.name!r} is a {adapter.settings.variant.name}, which needs its "
-            "whole weight.",
+            f"its adapter {adapter.name!r} ({adapter.settings.variant.argument}) needs its whole "
+            "weight.",
             path=adapter.path,
             remedy="Leave the layer out of the plan of parallelize_module, or strip.",
         )

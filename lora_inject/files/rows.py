@@ -14,6 +14,9 @@ from lora_inject.kinds import find_kind
 from lora_inject.sharding import whole
 from lora_inject.variants import Rows
 
+# Its layer for trainable tokens multiplies by the weight alone (seen in 0.21).
+_BIAS = "has a bias, which PEFT leaves out where rows of a head train"
+
 
 class LaidOutRows(NamedTuple):
     """Rows of a file with the module that they are for.
@@ -52,6 +55,8 @@ def laid_out(data: RowsData, module: nn.Module, real: str) -> LaidOutRows:
             path=data.path,
             remedy='Call model.to_empty(device="cpu") and load the base weights first.',
         )
+    if has_bias(module):
+        raise FormatError(_BIAS, path=data.path, remedy="Load it with PEFT, and merge it there.")
     own = _rows_of(W, ids)
     return LaidOutRows(data, module, real, data.rows.to(own) - own)
 
@@ -68,6 +73,11 @@ def reads_ids(module: nn.Module) -> bool:
     return kind is not None and kind.transposes
 
 
+def has_bias(module: nn.Module) -> bool:
+    """Whether a layer is a head that adds a bias."""
+    return not reads_ids(module) and module._parameters.get("bias") is not None
+
+
 def without_tied_rows(rows: Sequence[LaidOutRows]) -> list[LaidOutRows]:
     """One of those that a tied weight has in a file, an embedding's where there is one.
 
@@ -77,7 +87,8 @@ def without_tied_rows(rows: Sequence[LaidOutRows]) -> list[LaidOutRows]:
     kept: dict[int, LaidOutRows] = {}
     for own in sorted(rows, key=lambda own: not reads_ids(own.module)):
         first = kept.setdefault(id(own.module._parameters["weight"]), own)
-        if first.data.ids != own.data.ids or not torch.equal(first.delta, own.delta):
+        same = first.data.ids == own.data.ids and torch.equal(first.delta, own.delta)
+        if first is not own and not same:
             raise FormatError(
                 f"{own.data.path} and {first.data.path} are tied in this model and have different "
                 "rows in the file.",
@@ -86,27 +97,49 @@ def without_tied_rows(rows: Sequence[LaidOutRows]) -> list[LaidOutRows]:
     return [*kept.values()]
 
 
-def rows_data(held: StoredPair) -> RowsData:
-    """The rows of a layer, with what is added to them."""
-    variant = held.variant
-    assert isinstance(variant, Rows)
-    W = held.adapter.kind.weight(held.layer, held.spec.weight)
-    own, D = _rows_of(W, variant.ids), whole(held.tensors["rows"].detach())
-    return RowsData(held.path, variant.ids, own + D.to(own.dtype))
+def stored_rows(pairs: Sequence[StoredPair]) -> tuple[RowsData, ...]:
+    """The rows of an adapter's tables, with what is added to them."""
+    led = {id(W) for held, _, W in _tables(pairs) if reads_ids(held.layer)}
+    found = []
+    for held, ids, W in _tables(pairs):
+        own, D = _rows_of(W, ids), whole(held.tensors["rows"].detach())
+        follows = id(W) in led and not reads_ids(held.layer)
+        found.append(RowsData(held.path, ids, own + D.to(own.dtype), follows))
+    return tuple(found)
 
 
-def refused_rows(look: Look, pairs: Sequence[StoredPair]) -> dict[str, str]:
-    """The embeddings of which PEFT would train the rows of a tied head too, and we do not."""
-    adapted = {held.layer for held in pairs}
+def refused_rows(look: Look, pairs: Sequence[StoredPair], ties: bool) -> dict[str, str]:
+    """The tables with which PEFT would compute otherwise, by path, and why.
+
+    Args:
+        look: the model.
+        pairs: the pairs of the adapter.
+        ties: whether PEFT knows that the model's head is tied to its embedding.
+    """
+    tables = _tables(pairs)
+    alone, own = len(tables) == len(pairs), {held.layer for held, *_ in tables}
     refused: dict[str, str] = {}
-    for held in pairs:
-        if isinstance(held.variant, Rows) and reads_ids(held.layer):
-            W = held.layer._parameters[held.spec.weight]
-            others = [m for m, _ in look.tensor_places[id(W)] if m not in adapted]
-            if others:
-                path = look.index.path(others[0])
-                refused[held.path] = f"is tied to {path}, of which PEFT would train the rows too"
+    for held, _, W in tables:
+        tied = [module for module, _ in look.tensor_places[id(W)] if module is not held.layer]
+        others = [look.index.path(module) for module in tied if module not in own]
+        if held.spec.weight != "weight":
+            refused[held.path] = "has a parameter of its own, of which PEFT trains no rows"
+        elif has_bias(held.layer):
+            refused[held.path] = _BIAS
+        elif others and reads_ids(held.layer):
+            refused[held.path] = f"is tied to {others[0]}, of which PEFT would train the rows too"
+        elif tied and alone and not ties:
+            refused[held.path] = "is tied, which its model has no config to tell PEFT of"
     return refused
+
+
+def _tables(pairs: Sequence[StoredPair]) -> list[tuple[StoredPair, tuple[int, ...], Tensor]]:
+    """The tables of which rows train, with the ids and the weight."""
+    return [
+        (held, held.variant.ids, held.adapter.kind.weight(held.layer, held.spec.weight))
+        for held in pairs
+        if isinstance(held.variant, Rows)
+    ]
 
 
 def values_for(pairs: Sequence[StoredPair], rows: Sequence[LaidOutRows]) -> Mapping[str, Any]:
@@ -115,15 +148,10 @@ def values_for(pairs: Sequence[StoredPair], rows: Sequence[LaidOutRows]) -> Mapp
     Raises:
         FormatError: its ids are others.
     """
-    own = {
-        id(held.layer._parameters[held.spec.weight]): held
-        for held in reversed(pairs)
-        if isinstance(held.variant, Rows) and not held.adapter.follows
-    }
+    own = {id(W): (held, ids) for held, ids, W in _tables(pairs) if not held.adapter.follows}
     values: dict[str, Tensor] = {}
     for given in rows:
-        found = own.get(id(given.module._parameters["weight"]))
-        ids = found.variant.ids if found and isinstance(found.variant, Rows) else ()
+        found, ids = own.get(id(given.module._parameters["weight"]), (None, ()))
         if found is None or ids != given.data.ids:
             raise FormatError(
                 f"the file has {len(given.data.ids)} rows, from the id {given.data.ids[0]} on, and "

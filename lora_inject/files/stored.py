@@ -23,7 +23,7 @@ from lora_inject.files.fingerprint import fingerprint
 from lora_inject.files.fit_checks import is_for, not_finite, raise_problems, require_fit
 from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.pairs import told_layout
-from lora_inject.files.rows import refused_rows, rows_data
+from lora_inject.files.rows import refused_rows, stored_rows
 from lora_inject.files.stored_pair import StoredPair
 from lora_inject.files.which_adapter import adapter_name
 from lora_inject.kinds.parameter import ParameterKind
@@ -126,6 +126,7 @@ class Stored:
         tops = [m for m, s in self.look.states.items() if self.name in s.reach.tops]
         config = getattr(bare(self.model), "config", None)
         name = getattr(config, "_name_or_path", "") or getattr(self.model, "name_or_path", "")
+        ties = bool(getattr(config, "tie_word_embeddings", False))
         kind = type(bare(self.model)).__name__
         weights = {
             f"{held.path}.{held.spec.weight}".lstrip("."): held.adapter.kind.weight(
@@ -133,7 +134,6 @@ class Stored:
             )
             for held in self.pairs
         }
-        tables = [held for held in self._in_order() if isinstance(held.variant, Rows)]
         others = [held for held in self._in_order() if not isinstance(held.variant, Rows)]
         prints = {key: fingerprint(weight) for key, weight in weights.items()}
         return AdapterData(
@@ -147,8 +147,10 @@ class Stored:
             model_class=kind,
             task="CAUSAL_LM" if kind.endswith(("ForCausalLM", "LMHeadModel")) else "",
             modules=tuple(path for path in self.paths.values() if path),
-            facts={"refused": self._in_several_places() | refused_rows(self.look, self.pairs)},
-            rows=tuple(map(rows_data, tables)),
+            facts={
+                "refused": self._in_several_places() | refused_rows(self.look, self.pairs, ties)
+            },
+            rows=stored_rows(self._in_order()),
         )
 
     def _in_order(self) -> list[StoredPair]:

@@ -15,7 +15,6 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from lora_inject.printing import plural
 from lora_inject.variants.change import Change, LayerKind, Spec
 from lora_inject.variants.lora import Variant
 
@@ -79,14 +78,14 @@ class Rows(Variant):
         """What is no table, and ids that are none of its rows."""
         if not kind.has_rows or spec.experts or spec.part:
             return "rows= is for embeddings and output heads (nn.Embedding, nn.Linear), whole ones."
-        there, n = spec.n_in, sum(row >= spec.n_in for row in self.ids)
-        if n:
-            return (
-                f"it has {there:,} rows, and {plural(n, 'id')} of rows= are none of them, such as "
-                f"{self.ids[-1]:,}. Resize it first (model.resize_token_embeddings), or leave them "
-                "out."
-            )
-        return None
+        beyond = [str(row) for row in self.ids if row >= spec.n_in]
+        if not beyond:
+            return None
+        return (
+            f"it has {spec.n_in} rows, from 0 on, and rows= asks for {', '.join(beyond[:3])}"
+            f"{', ...' if beyond[3:] else ''}. Resize it first (model.resize_token_embeddings), or "
+            "leave them out."
+        )
 
     def starting(
         self, kind: LayerKind, layer: nn.Module, W: Tensor | None, spec: Spec,

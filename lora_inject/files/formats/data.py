@@ -165,11 +165,13 @@ class RowsData:
         path: the module's path in the model that it is for.
         ids: which rows, in ascending order.
         rows: their values (n, width), the base's and what was added to it.
+        follows: whether it is tied to an embedding whose rows are here too.
     """
 
     path: str
     ids: tuple[int, ...]
     rows: Tensor
+    follows: bool = False
 
     def __post_init__(self) -> None:
         if not is_usable(self.rows, floating=True):

@@ -102,7 +102,7 @@ def config_alone(data: AdapterData) -> dict[str, Any]:
         "peft_type": ALONE,
         "task_type": data.task or None,
         "base_model_name_or_path": data.base_name or None,
-        "target_modules": [own.path for own in data.rows],
+        "target_modules": [own.path for own in data.rows if not own.follows],
         "token_indices": [*next(iter(lists))],
         "init_weights": True,
         "inference_mode": True,
