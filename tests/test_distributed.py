@@ -115,8 +115,13 @@ def shard(model):
 # DDP
 
 
-def ddp_equals_one_process():
-    alone, model, inputs, targets = nets(bias="lora_only")
+# A variant with a tensor more, a start that is kept beside, and both.
+METHODS = [{}, {"variant": "dora"}, {"init": "pissa"}, {"variant": "dora", "init": "olora"}]
+every_method = pytest.mark.parametrize("method", METHODS, ids=str)
+
+
+def ddp_equals_one_process(method):
+    alone, model, inputs, targets = nets(bias="lora_only", **method)
     ddp = DistributedDataParallel(model)
     trained = train(ddp, my_half(inputs), my_half(targets))
     assert_close(trained, train(alone, inputs, targets))
@@ -143,8 +148,9 @@ def ddp_strips():
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_ddp_on_two_halves_of_a_batch_equals_one_process_on_all_of_it():
-    on_ranks(2, ddp_equals_one_process)
+@every_method
+def test_ddp_on_two_halves_of_a_batch_equals_one_process_on_all_of_it(method):
+    on_ranks(2, ddp_equals_one_process, method)
 
 
 def test_ddp_starts_from_equal_adapters_whatever_the_seeds_of_the_ranks():
@@ -159,16 +165,16 @@ def test_strip_through_ddp_gives_back_the_model():
 # FSDP2
 
 
-def fsdp_llama_equals_one_process(folder):
+def fsdp_llama_equals_one_process(folder, method):
     alone = llama().double()
-    inject(alone, ["q_proj", "v_proj", "down_proj"], r=3)
+    inject(alone, ["q_proj", "v_proj", "down_proj"], r=3, **method)
     randomize_adapters(alone)
     model = shard(copy.deepcopy(alone))
     inputs, targets = ids(rows=4, vocabulary=60), torch.randn(4, 5, 64, dtype=torch.double)
     trained = train(model, my_half(inputs), my_half(targets))
     assert_close(trained, train(alone, inputs, targets))
     for name, parameter in model.named_parameters():
-        assert parameter.requires_grad == (".lora_" in name)
+        assert parameter.requires_grad == (".lora_" in name and not name.endswith("0"))
         assert (parameter.grad is None) == (not parameter.requires_grad)
         assert isinstance(parameter, DTensor)
 
@@ -336,8 +342,9 @@ def fsdp_adapts_weights():
     assert_close(trained, train(alone, inputs, inputs))
 
 
-def test_fsdp2_trains_a_llama_as_one_process_and_saves_the_same_files(tmp_path):
-    on_ranks(2, fsdp_llama_equals_one_process, str(tmp_path))
+@every_method
+def test_fsdp2_trains_a_llama_as_one_process_and_saves_the_same_files(method, tmp_path):
+    on_ranks(2, fsdp_llama_equals_one_process, str(tmp_path), method)
     assert_same_files(tmp_path / "sharded", tmp_path / "alone")
 
 
@@ -618,6 +625,36 @@ def tp_of_transformers(folder):
     model = LlamaForCausalLM.from_pretrained(folder, tp_plan="auto", device_mesh=mesh)
     with pytest.raises(LoRAInjectError, match="use parallelize_module"):
         inject(model, ["q_proj"], r=2)
+
+
+def tp_methods(method):
+    alone = mlp()
+    inject(alone, "0", r=3, **method)
+    with torch.no_grad():
+        for parameter in lora_parameters(alone):
+            parameter.add_(0.2)
+    model = copy.deepcopy(alone)
+    parallelize_module(model, init_device_mesh("cpu", (2,)), {"0": ColwiseParallel()})
+    inputs = torch.randn(5, 6, dtype=torch.double)
+    outputs = [m[0](inputs) for m in (model, alone)]
+    torch.testing.assert_close(outputs[0], my_half(outputs[1].T).T, rtol=0, atol=1e-10)
+    outputs[1].square().sum().backward()
+    outputs[0].square().sum().backward()
+    for mine, wanted in zip(lora_parameters(model), lora_parameters(alone), strict=True):
+        torch.testing.assert_close(mine.grad.full_tensor(), wanted.grad, rtol=0, atol=1e-10)
+    assert_close(lora_state_dict(model), lora_state_dict(alone), 0)
+    inject(alone, "2", r=3, **method)
+    if "variant" in method:
+        with pytest.raises(LoRAInjectError, match=r"2: its adapter .* is a dora.*whole rows"):
+            parallelize_module(alone, init_device_mesh("cpu", (2,)), {"2": RowwiseParallel()})
+    twin = parallelize_module(mlp(), init_device_mesh("cpu", (2,)), {"0": ColwiseParallel()})
+    with pytest.raises(UnsupportedLayerError, match=r"0: .* needs its whole weight.*before"):
+        inject(twin, "0", r=3, **method)
+
+
+@pytest.mark.parametrize("method", METHODS[1:], ids=str)
+def test_methods_on_a_layer_that_is_parallel_by_columns(method):
+    on_ranks(2, tp_methods, method)
 
 
 def tp_refuses():

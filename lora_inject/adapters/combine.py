@@ -36,7 +36,7 @@ from lora_inject.kinds.base import Kind
 from lora_inject.printing import Section, Tables
 from lora_inject.settings import Settings, check_adapter, check_choice, check_weights
 from lora_inject.sharding import whole
-from lora_inject.variants import Spec
+from lora_inject.variants import Change, Spec
 
 
 class CombinedLayer(NamedTuple):
@@ -252,16 +252,21 @@ def _combine_pair(
             raise UnsupportedLayerError(
                 f"the A or B of {term.adapter!r} has no finite values.", path=path
             )
-        pair = term.variant.low_rank(term.kind, layer, own)
-        if pair is None:
+        if not (term.variant.additive or (rule.how == "svd" and rule.r and "A" in term.names)):
             raise UnsupportedLayerError(
-                f"{term.adapter!r} ({term.variant.argument}) is no product of low rank.",
+                f"{term.adapter!r} is a {term.variant.name}, which is no product of low rank.",
                 path=path,
-                remedy="Use several at once with weights: use(model, {...}).",
+                remedy='Use several at once, use(model, {...}), or for DoRA how="svd" with r=.',
             )
-        A, B = pair
-        As.append(A.to(torch.promote_types(A.dtype, torch.float32)))
-        Bs.append(B.to(torch.promote_types(B.dtype, torch.float32)))
+        wide = {role: t.to(torch.promote_types(t.dtype, torch.float32)) for role, t in own.items()}
+        pair = term.variant.low_rank(term.kind, layer, wide)
+        if pair is None:
+            W = whole(term.kind.weight(layer, term.spec.weight))
+            change = Change(term.spec, wide, term.scaling, term.scaling)
+            A, B = term.variant.full_rank(term.kind, layer, W.to(wide["A"].dtype), change)
+            pair = A, B / term.scaling
+        As.append(pair[0])
+        Bs.append(pair[1])
     factors = [factor for _, factor in terms]
     exact = side_by_side([(A * f, B) for A, B, f in zip(As, Bs, factors, strict=True)])
     made = rule(path, As, Bs, factors, exact)

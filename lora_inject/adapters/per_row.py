@@ -191,7 +191,8 @@ def _require_branches(path: str, adapters: Iterable[Adapter], wanted: frozenset[
             )
         if adapter.name in wanted and not adapter.settings.variant.additive:
             raise UnsupportedLayerError(
-                f"{adapter.name!r} ({adapter.settings.variant.argument}) is not summed row by row.",
+                f"{adapter.name!r} is a {adapter.settings.variant.name}, which is not summed row "
+                "by row.",
                 path=path,
                 remedy="Run the rows one adapter at a time, each with use.",
             )

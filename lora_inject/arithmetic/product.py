@@ -44,7 +44,10 @@ def never_autocast(backward: Backward) -> Backward:
 
 def without_autocast(device: str) -> AbstractContextManager[object]:
     """A context in which operations have the dtypes of their tensors."""
-    if has_autocast(device) and torch.is_autocast_enabled(device):
+    # A compiler cannot read the cached answer, and has no cost of a context.
+    if torch.compiler.is_compiling() or (
+        has_autocast(device) and torch.is_autocast_enabled(device)
+    ):
         return torch.autocast(device, enabled=False)
     return nullcontext()
 

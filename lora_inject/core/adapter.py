@@ -55,6 +55,7 @@ class Term(NamedTuple):
         scaling: alpha / r, or what the rule of scaling makes of them.
         variant: what the tensors are to the weight.
         plain: whether the change is ``B A`` alone.
+        finishes: whether it is made of the output with ``B A`` added: ``Variant.finish``.
     """
 
     kind: Kind
@@ -69,6 +70,7 @@ class Term(NamedTuple):
     scaling: float
     variant: Variant
     plain: bool
+    finishes: bool
 
     def change(
         self, tensors: Mapping[str, Tensor], factor: float | Tensor, dropout: float = 0.0
@@ -137,6 +139,7 @@ def names_of(
 def _terms(
     kind: Kind, specs: tuple[Spec, ...], settings: Settings, adapter: str, weight: float
 ) -> tuple[Term, ...]:
+    variant = settings.variant
     return tuple(
         Term(
             kind=kind,
@@ -149,8 +152,9 @@ def _terms(
             part=(spec.start, spec.n_out) if spec.part else None,
             names=names,
             scaling=settings.scaling,
-            variant=settings.variant,
-            plain=settings.variant.additive and not settings.variant.offset,
+            variant=variant,
+            plain=variant.additive and not variant.offset,
+            finishes=variant.finishes and not variant.offset and weight == 1.0,
         )
-        for spec, names in names_of(specs, adapter, settings.variant)[0]
+        for spec, names in names_of(specs, adapter, variant)[0]
     )

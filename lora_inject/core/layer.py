@@ -136,22 +136,32 @@ class WholeLayer(BranchLayer):
             W, training = own.get("weight"), self.training
             branches = _branches(own, state.running, training)
             if branches is not None and may_run_whole(x, W, branches):
-                W = W.t() if self._lora_transposed else W
-                return adapted_linear(x, W, own["bias"], branches)
+                W_OI = W.t() if self._lora_transposed else W
+                y = adapted_linear(x, W_OI, own["bias"], branches)
+                return finished(self, state.running, own, y)
         return super().forward(*args, **kwargs)
 
 
 def _branches(own: Any, terms: Sequence[Term], training: bool) -> list[Branch] | None:
     """What ``adapted_linear`` is to add; None where a change is more than a ``B A``."""
     found = []
-    for _, spec, A_name, B_name, factor, dropout, _, part, _, _, _, plain in terms:
-        if not plain:
+    for _, spec, A_name, B_name, factor, dropout, _, part, _, _, _, plain, finishes in terms:
+        if not (plain or (finishes and len(terms) == 1)):
             return None
         A, B = own.get(A_name), own.get(B_name)
         if spec.swapped and A is not None and B is not None:
             A, B = oriented(spec, A, B)
         found.append((A, B, factor, dropout if training else 0.0, part))
     return found
+
+
+def finished(layer: nn.Module, terms: Sequence[Term], own: Any, y: Tensor) -> Tensor:
+    """The output of a layer to which ``adapted_linear`` added the ``B A`` of its terms."""
+    term = terms[0]
+    if term.plain:
+        return y
+    tensors = {role: own[name] for role, name in term.names.items()}
+    return term.variant.finish(term.kind, layer, y, term.change(tensors, term.factor))
 
 
 def oriented(spec: Spec, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

@@ -225,10 +225,10 @@ def _method_refusal(
     variant, start = settings.variant, settings.start
     if variant.more or start.reads:
         method = variant.argument if variant.more else f"init={start.name!r}"
-        if not is_plain(weight) or weight is not module._parameters.get(spec.weight):
-            return f"{method} needs the values of its weight, which is packed or computed."
         if is_distributed(weight) or is_placeholder(weight):
             return f"{method} needs its whole weight, which is sharded. Inject before that."
+        if not is_plain(weight) or weight is not module._parameters.get(spec.weight):
+            return f"{method} needs the values of its weight, which is packed or computed."
     return variant.refusal(kind, module, spec, way == "branch", settings.dropout) or start.refusal(
         kind, module, spec
     )

@@ -1,6 +1,7 @@
 """How the A and B of an adapted layer follow a weight that is sharded after inject."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -32,6 +33,8 @@ def following(
             weight, roles = layer._parameters.get(spec.weight), {n: r for r, n in names.items()}
             if name == spec.weight or name in roles:
                 _require_follows(adapter)
+            if name == spec.weight and adapter.settings.variant.more:
+                _require_whole_rows(adapter, adapter.kind.placements(parameter, spec)[0])
             if name in roles and weight is not None and is_distributed(weight):
                 A, B = adapter.kind.placements(weight, spec)
                 return redistributed(parameter, A if roles[name] in ("A", "A0") else B)
@@ -50,10 +53,10 @@ def _require_follows(adapter: Adapter) -> None:
             path=adapter.path,
             remedy="Leave the layer out of the plan of parallelize_module, or strip.",
         )
-    if adapter.settings.variant.more:
+    if "A" not in adapter.settings.variant.roles:
         raise LoRAInjectError(
-            f"its adapter {adapter.name!r} ({adapter.settings.variant.argument}) needs its whole "
-            "weight.",
+            f"its adapter {adapter.name!r} is a {adapter.settings.variant.name}, which needs its "
+            "whole weight.",
             path=adapter.path,
             remedy="Leave the layer out of the plan of parallelize_module, or strip.",
         )
@@ -62,4 +65,19 @@ def _require_follows(adapter: Adapter) -> None:
             f"it is tied to {adapter.follows}, and parallelize_module would untie their adapter.",
             path=adapter.path,
             remedy="Call parallelize_module first and inject then.",
+        )
+
+
+def _require_whole_rows(adapter: Adapter, of_A: Iterable[Any]) -> None:
+    """Refuse to divide the rows of a weight whose lengths an adapter needs.
+
+    Raises:
+        LoRAInjectError: they are, where A is.
+    """
+    if any(placement.is_shard() for placement in of_A):
+        raise LoRAInjectError(
+            f"its adapter {adapter.name!r} is a {adapter.settings.variant.name}, which needs whole "
+            "rows of its weight.",
+            path=adapter.path,
+            remedy="Shard it by columns (ColwiseParallel), leave it out of the plan, or strip.",
         )

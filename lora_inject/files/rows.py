@@ -1,12 +1,13 @@
 """Trainable rows between a model and a file: files hold the rows, and the model what is added."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lora_inject.core.look import Look
+from lora_inject.core.patterns import Pattern
 from lora_inject.errors import FormatError
 from lora_inject.files.formats.data import RowsData
 from lora_inject.files.stored_pair import StoredPair
@@ -32,6 +33,11 @@ class LaidOutRows(NamedTuple):
     module: nn.Module
     real: str
     delta: Tensor
+
+    @property
+    def pattern(self) -> Pattern:
+        """What selects the module."""
+        return Pattern(self.real, lambda path, _: path == self.real, by_name=True)
 
 
 def laid_out(data: RowsData, module: nn.Module, real: str) -> LaidOutRows:
@@ -142,7 +148,7 @@ def _tables(pairs: Sequence[StoredPair]) -> list[tuple[StoredPair, tuple[int, ..
     ]
 
 
-def values_for(pairs: Sequence[StoredPair], rows: Sequence[LaidOutRows]) -> Mapping[str, Any]:
+def values_for(pairs: Sequence[StoredPair], rows: Sequence[LaidOutRows]) -> dict[str, Tensor]:
     """What the rows of a file add, by loralib's keys of an adapter that is in the model.
 
     Raises:

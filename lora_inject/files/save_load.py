@@ -20,13 +20,14 @@ from lora_inject.errors import ArgumentError, FormatError
 from lora_inject.files.fit_checks import require_fit
 from lora_inject.files.formats import named_format, read_adapter
 from lora_inject.files.formats.data import PairData
-from lora_inject.files.formats.pairs import as_portable
 from lora_inject.files.layout import Layout
+from lora_inject.files.portable import PortableReport
+from lora_inject.files.portable import portable as as_plain_lora
 from lora_inject.files.rows import values_for
 from lora_inject.files.stored import Stored
 from lora_inject.own import Place, own_tensor
 from lora_inject.plan import plan_for
-from lora_inject.settings import check_adapter, check_bias, check_dtype
+from lora_inject.settings import check_adapter, check_bias, check_count, check_dtype
 from lora_inject.sharding import is_distributed, on_first_rank
 from lora_inject.starts import Saved
 from lora_inject.variants import SCALINGS, name_prefix
@@ -39,7 +40,9 @@ def save(
     adapter: str | None = None,
     format: str = "peft",
     portable: bool = False,
-) -> None:
+    r: int | None = None,
+    error: float = 0.0,
+) -> PortableReport | None:
     """Save an adapter: A, B, and the biases and modules that it trained.
 
     The default is a PEFT directory, which PEFT, vLLM and diffusers read. A save that is interrupted
@@ -54,8 +57,14 @@ def save(
         path: a directory for "peft" and "diffusers", a file for the others; made if need be.
         adapter: the adapter's name; None for the only one there is, or the only one in use.
         format: "peft", "loralib" (a .pt file), "kohya" or "diffusers".
-        portable: write one rank and a scaling of 1 for all layers, for readers that know no
-            patterns (vLLM): ranks are padded with zeros and scalings folded into B.
+        portable: write a plain LoRA with one rank and a scaling of 1 for all layers, for readers
+            that know nothing else (vLLM, llama.cpp): ranks are padded with zeros, scalings folded
+            into B, and what is no product of low rank (DoRA) becomes the best one of rank r.
+        r: for ``portable``, the largest rank to write; None writes all of it, where it has a rank.
+        error: how much of the change of a weight may be lost by that, relative to its norm.
+
+    Returns:
+        What was lost, weight by weight, where ``portable``; else None.
 
     Raises:
         ArgumentError: the format or the adapter is not known.
@@ -66,11 +75,19 @@ def save(
     writer = named_format(format, "format")
     file, stored = _path(path), Stored(model, adapter)
     data = stored.data()
-    write = partial(writer.write, as_portable(data) if portable else data, file)
+    report = None
+    if portable:
+        data, report = as_plain_lora(
+            stored, data, None if r is None else check_count(r, "r"), error
+        )
+    elif r is not None or error:
+        raise ArgumentError("r and error are for portable=True.")
+    write = partial(writer.write, data, file)
     if any(is_distributed(tensor) for tensor in stored.tensors().values()):
         on_first_rank(write)
     else:
         write()
+    return report
 
 
 def load(
@@ -124,8 +141,8 @@ def load(
         stored = Stored(model, adapter, look)
         if data.bias:
             stored.check_bias(check_bias(data.bias))
-        rows = values_for(stored.pairs, wanted.rows)
-        stored.fill({**wanted.tensors, **wanted.pairs_by_key, **rows}, wanted.scalings)
+        pairs = wanted.pairs_by_key | values_for(stored.pairs, wanted.rows)
+        stored.fill({**wanted.tensors, **pairs}, wanted.scalings)
         return model
     used = bool(look.used)
     _inject(wanted, adapter, dtype, use=not used)
@@ -144,15 +161,9 @@ def _inject(wanted: Layout, adapter: str, dtype: torch.dtype | str | None, use: 
     wanted.require_tied()
     elsewhere = wanted.elsewhere()
     outside = (Pattern("elsewhere", _within(elsewhere), by_name=True),) if elsewhere else ()
-    targets = _targets(wanted)
     request = Request(
-        settings_by_pattern(targets, {}) if targets else {},
-        rows=rows_by_pattern(
-            {
-                Pattern(rows.data.path, _within({rows.real}), by_name=True): rows.data.ids
-                for rows in wanted.rows
-            }
-        ),
+        settings_by_pattern(_targets(wanted), {}) if wanted.pairs else {},
+        rows=rows_by_pattern({rows.pattern: rows.data.ids for rows in wanted.rows}),
         excluded=outside,
         parts=_parts(wanted),
         dtype=check_dtype(dtype),

@@ -134,7 +134,7 @@ class Stored:
             )
             for held in self.pairs
         }
-        others = [held for held in self._in_order() if not isinstance(held.variant, Rows)]
+        others = [held for held in self.in_order() if not isinstance(held.variant, Rows)]
         prints = {key: fingerprint(weight) for key, weight in weights.items()}
         return AdapterData(
             pairs=tuple(map(self._pair, others)),
@@ -150,10 +150,10 @@ class Stored:
             facts={
                 "refused": self._in_several_places() | refused_rows(self.look, self.pairs, ties)
             },
-            rows=stored_rows(self._in_order()),
+            rows=stored_rows(self.in_order()),
         )
 
-    def _in_order(self) -> list[StoredPair]:
+    def in_order(self) -> list[StoredPair]:
         """The pairs, those of one module in the order of its parameters."""
         first: dict[str, int] = {}
         for i, held in enumerate(self.pairs):

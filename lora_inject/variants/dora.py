@@ -30,6 +30,7 @@ class DoRA(Variant):
     name = "dora"
     more = ("magnitude",)
     additive = False
+    finishes = True
     peft = {"use_dora": True}  # noqa: RUF012 (a constant of the class)
     keys = {"magnitude": "lora_magnitude_vector"}  # noqa: RUF012
 
@@ -111,6 +112,16 @@ class DoRA(Variant):
             product = product - kind.beside_output(layer, bias)
         change = torch.addcmul(delta, f - 1, product + delta)
         return _added(y, change, c)
+
+    def finish(self, kind: LayerKind, layer: nn.Module, y: Tensor, c: Change) -> Tensor:
+        """``m / n`` of all but the bias."""
+        W = cast("Tensor", getattr(layer, c.spec.weight))
+        more, bias = self.ratio(kind, layer, W, c) - 1, kind.bias(layer, c.spec)
+        own = y.narrow(-1, c.spec.start, c.spec.n_out) if c.spec.part else y
+        product = own if bias is None else own - bias
+        if c.spec.part or y.dtype != more.dtype:
+            return _added(y, more * product, c)
+        return torch.addcmul(y, more, product)
 
     def add_to_weight(
         self, kind: LayerKind, layer: nn.Module, W: Tensor, total: Tensor, c: Change

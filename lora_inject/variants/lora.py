@@ -47,6 +47,8 @@ class Variant:
             B0, and subtracted, so that the base is never moved: ``B A - B0 A0`` stands wherever
             this room says ``B A``.
         more: the tensors that a pair has besides A and B.
+        finishes: whether the change is made of the layer's output with ``B A`` added, alone and in
+            use with a weight of 1, by ``finish``.
         additive: whether changes of several adapters may stand beside each other row by row, and be
             computed together with the layer's own product: whether the change is a ``B A``.
         peft: what a PEFT config says of it.
@@ -59,6 +61,7 @@ class Variant:
     name: ClassVar[str] = "lora"  # what ``inject(variant=)`` calls it
     more: ClassVar[tuple[str, ...]] = ()
     additive: ClassVar[bool] = True
+    finishes: ClassVar[bool] = False
     peft: ClassVar[Mapping[str, Any]] = {}
     keys: ClassVar[Mapping[str, str]] = {}
 
@@ -173,6 +176,23 @@ class Variant:
         A0, B0 = kind.to_matrices(layer, tensors["A0"], tensors["B0"])
         return side_by_side([(A, B), (A0, -B0)])
 
+    def full_rank(
+        self, kind: LayerKind, layer: nn.Module, W: Tensor, c: Change
+    ) -> tuple[Tensor, Tensor]:
+        """The change, scaling included, as matrices: A (..., r, in) and B (..., out, r), exactly.
+
+        One of them is the change and the other the identity; r is the smaller side of the weight.
+        """
+        own = c._replace(factor=c.scaling)
+        change = self.add_to_weight(kind, layer, W, torch.zeros_like(W), own)
+        D_OI = kind.to_matrix(layer, change)
+        if c.spec.part:
+            D_OI = D_OI.narrow(-2, c.spec.start, c.spec.n_out)
+        n_out, n_in = D_OI.shape[-2:]
+        eye = torch.eye(min(n_out, n_in), dtype=D_OI.dtype, device=D_OI.device)
+        eye = eye.expand(*D_OI.shape[:-2], -1, -1)
+        return (D_OI, eye) if n_out < n_in else (eye, D_OI)
+
     def add_to_output(
         self, kind: LayerKind, layer: nn.Module, x: Tensor, former: Tensor, y: Tensor, c: Change
     ) -> Tensor:
@@ -187,6 +207,10 @@ class Variant:
             c: the change.
         """
         return add(y, self.delta(kind, layer, x, former, c), c.factor, c.spec)
+
+    def finish(self, kind: LayerKind, layer: nn.Module, y: Tensor, c: Change) -> Tensor:
+        """The output of the layer, of ``(W + s B A) x + b``, where ``finishes`` says so."""
+        return y
 
     def add_to_weight(
         self, kind: LayerKind, layer: nn.Module, W: Tensor, total: Tensor, c: Change

@@ -28,7 +28,7 @@ class Rows(Variant):
     """
 
     ids: tuple[int, ...] = ()
-    name = "rows"
+    name = "set of rows"
     more = ("rows",)
     additive = False
 
@@ -41,6 +41,11 @@ class Rows(Variant):
     def argument(self) -> str:
         """It is asked for by ids."""
         return "rows="
+
+    @property
+    def text(self) -> str:
+        """What differs from plain LoRA, for tables."""
+        return ", rows"
 
     @cached_property
     def index(self) -> Tensor:

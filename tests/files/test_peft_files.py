@@ -435,7 +435,7 @@ def test_names_are_no_expressions(tmp_path):
         ({"config": {"reduction_factor": 16}, "version": "adapters.1.0.1"}, "AdapterHub"),
         ({"peft_type": "PREFIX_TUNING"}, "PREFIX_TUNING of PEFT, and no LoRA.*Use it with PEFT"),
         ({"r": 2}, 'add "peft_type": "LORA"'),
-        ({"peft_type": "LORA", "use_dora": True}, "merge_and_unload"),
+        ({"peft_type": "LORA", "use_qalora": True}, "merge_and_unload"),
         ({"peft_type": "LORA", "trained_with": "a tool"}, "remove trained_with"),
     ],
 )

@@ -140,8 +140,6 @@ def test_what_other_formats_have_no_word_for_is_refused(tmp_path):
     model = trained(several(), TOKENS, variant="dora")
     with pytest.raises(FormatError, match=r"dora.*loralib's format has no magnitude.*\"peft\""):
         save(model, tmp_path / "a.pt", format="loralib")
-    with pytest.raises(FormatError, match=r"one rank for all has no magnitude"):
-        save(model, tmp_path / "a", portable=True)
     mixed = several()
     inject(mixed, {"lin": {"variant": "dora"}, "old": {}}, r=2)
     with pytest.raises(FormatError, match=r"one variant for all layers.*dora.*lora"):
@@ -198,3 +196,72 @@ def test_parts_with_a_start_come_back(tmp_path):
     x = ids()
     torch.testing.assert_close(again(x), model(x), rtol=1e-6, atol=1e-6)
     assert torch.equal(again.layers[0].q_proj.a_lora_A0, model.layers[0].q_proj.a_lora_A0)
+
+
+class Wide(nn.Module):
+    """Layers whose change has more directions than a small rank."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin, self.conv = nn.Linear(24, 20), nn.Conv1d(20, 16, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(torch.tanh(self.lin(x)).mT)
+
+
+def wide(**arguments):
+    torch.manual_seed(0)
+    model = Wide()
+    if arguments:
+        inject(model, ["lin", "conv"], alpha=3, **arguments)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                noise = 0.1 * torch.randn(parameter.shape, generator=generator)
+                if parameter.requires_grad:
+                    parameter.add_(noise * (0.1 if "magnitude" in name else 1))
+    return model
+
+
+@pytest.mark.parametrize("method", [{"variant": "dora"}, {"variant": "dora", "init": "pissa"}])
+def test_portable_files_of_any_variant_are_as_near_as_their_rank_allows(method, tmp_path):
+    model, x = wide(r=4, **method), torch.randn(2, 7, 24)
+    with pytest.raises(FormatError, match=r"lin is a dora.*r=16, error="):
+        save(model, tmp_path / "a", portable=True)
+    with pytest.raises(FormatError, match=r"2 of 2 weights would lose more than 1.00%.*larger r"):
+        save(model, tmp_path / "a", portable=True, r=6, error=0.01)
+    assert not list(tmp_path.iterdir())
+    report = save(model, tmp_path / "a", portable=True, r=6, error=0.9)
+    assert 0.01 < report.worst < 0.9
+    assert [row.r for row in report.weights] == [6, 6]
+    whole = save(model, tmp_path / "b", portable=True, r=24)
+    assert whole.worst < 1e-5
+    theirs = peft_loads(wide(), tmp_path / "b")
+    torch.testing.assert_close(theirs(x), model(x), rtol=1e-4, atol=1e-4)
+    near = peft_loads(wide(), tmp_path / "a")
+    assert 1e-3 < (near(x) - model(x)).abs().max() < 0.5
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["use_dora"] is False
+    assert "lost" in str(report)
+
+
+def test_a_portable_file_of_a_smaller_rank_is_the_best_of_that_rank(tmp_path):
+    model = wide(r=6)
+    report = save(model, tmp_path / "a", portable=True, r=3, error=1.0)
+    A, B = model.lin.lora_A.double(), model.lin.lora_B.double()
+    values = torch.linalg.svdvals(B @ A)
+    best = values[3:].norm() / values.norm()
+    assert report.weights[0].lost == pytest.approx(best.item(), rel=1e-3)
+    with pytest.raises(ValueError, match="r and error are for portable=True"):
+        save(model, tmp_path / "b", r=3)
+
+
+def test_combining_dora_needs_a_rank_and_says_what_it_loses():
+    model, x = wide(r=4, variant="dora", adapter="one"), torch.randn(2, 7, 24)
+    use(model, {"one": 0.5})
+    half = model(x)
+    with pytest.raises(ValueError, match=r"lin: 'one' is a dora.*how=\"svd\" with r="):
+        combine(model, {"one": 0.5}, "two", how="svd")
+    assert combine(model, {"one": 0.5}, "two", how="svd", r=24).worst < 1e-5
+    use(model, "two")
+    torch.testing.assert_close(model(x), half, rtol=1e-4, atol=1e-4)
+    assert combine(model, {"one": 1.0}, "three", how="svd", r=2).worst > 0.05

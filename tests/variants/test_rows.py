@@ -367,7 +367,7 @@ def test_what_sums_row_by_row_or_factor_by_factor_refuses_rows():
     inject(model, (), rows={"emb": IDS}, adapter="one")
     inject(model, (), rows={"emb": [1]}, adapter="two")
     use(model, "one", "two")
-    message = r"emb: 'one' \(rows=\) is not summed row by row.*one adapter at a time"
+    message = r"emb: 'one' is a set of rows, which is not summed.*one adapter at a time"
     with pytest.raises(LoRAInjectError, match=message), per_row(model, ["one", "two"]):
         pass
     with pytest.raises(LoRAInjectError, match=r"emb.*no product of low rank"):
