@@ -13,12 +13,14 @@ from torch import nn
 
 from lora_inject import (
     FormatError,
+    combine,
     inject,
     load,
     load_lora_state_dict,
     lora_state_dict,
     save,
     strip,
+    use,
 )
 from lora_inject.core.state import adapters_of
 
