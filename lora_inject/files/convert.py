@@ -89,13 +89,15 @@ class Inspection:
                 }
                 for pair in self.data.pairs
             ],
+            "rows": {own.path: list(own.ids) for own in self.data.rows},
             "tensors": {name: list(t.shape) for name, t in self.data.tensors.items()},
             "config": self.data.facts.get("config"),
         }
 
     def _tables(self) -> Tables:
         d = self.data
-        tensors = [*(t for p in d.pairs for t in (p.A, p.B)), *d.tensors.values()]
+        pairs = [tensor for pair in d.pairs for tensor in (pair.A, pair.B)]
+        tensors = [*pairs, *(own.rows for own in d.rows), *d.tensors.values()]
         facts = [
             ("format", str(d.facts.get("format"))),
             ("base", d.base_name or "-"),
@@ -120,6 +122,10 @@ class Inspection:
             Section(str(self.path), ("what", "value"), facts),
             Section("Layers", ("layer", "form", ">r", ">alpha", "dtype", ">norm of s B A"), rows),
         ]
+        if d.rows:
+            tables = [(r.path, count(len(r.ids)), f"{r.ids[0]}..{r.ids[-1]}", _dtype(r.rows))
+                      for r in d.rows]  # fmt: skip
+            sections.append(Section("Rows", ("table", ">rows", "ids", "dtype"), tables))
         if d.tensors:
             others = [(name, f"{tuple(t.shape)}", _dtype(t)) for name, t in d.tensors.items()]
             sections.append(Section("Trained in place", ("tensor", "shape", "dtype"), others))

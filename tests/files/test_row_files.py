@@ -22,6 +22,7 @@ from lora_inject import (
     strip,
 )
 from lora_inject.core.state import adapters_of
+from lora_inject.files.convert import convert, inspect
 
 TOKENS = torch.arange(20).reshape(2, 10)
 PREFIX = "base_model.model."
@@ -271,3 +272,16 @@ def test_state_dicts_fill_the_rows_of_tied_places():
     assert torch.equal(other(tokens), expected)
     with pytest.raises(FormatError, match="tied in this model and have different adapters"):
         load_lora_state_dict(other, {**state, "head.lora_rows": torch.zeros(2, 4)})
+
+
+def test_a_directory_tells_of_its_rows(tmp_path):
+    save(adapted(False, ["q_proj"], {"embed_tokens": [7, 3]}), tmp_path / "a")
+    shown = inspect(tmp_path / "a")
+    assert shown.to_dict()["rows"] == {"model.embed_tokens": [3, 7]}
+    assert "3..7" in str(shown)
+    convert(tmp_path / "a", tmp_path / "b", "peft")
+    model = llama(False)
+    load(model, tmp_path / "b")
+    assert model.model.embed_tokens.lora_rows.shape == (2, 8)
+    with pytest.raises(FormatError, match=r"model\.embed_tokens has rows that train"):
+        convert(tmp_path / "a", tmp_path / "c", "peft", portable=True)
