@@ -652,19 +652,19 @@ def test_fsdp2_trains_rows_of_tables_as_one_process_and_saves_the_same_files(tie
     assert_same_files(tmp_path / "sharded", tmp_path / "alone")
 
 
-def tp_rows():
+def tp_tables():
     mesh, model = init_device_mesh("cpu", (2,)), nn.Sequential(nn.Embedding(8, 4))
     inject(model, (), rows={"0": [1]})
     for style in (ColwiseParallel(), RowwiseParallel()):
-        with pytest.raises(LoRAInjectError, match="0: its adapter .* is a set of rows.*whole"):
+        with pytest.raises(LoRAInjectError, match=r"0: its adapter .* is a set of rows.*whole"):
             parallelize_module(model, mesh, {"0": style})
     sharded = parallelize_module(nn.Sequential(nn.Embedding(8, 4)), mesh, {"0": RowwiseParallel()})
-    with pytest.raises(UnsupportedLayerError, match="0: rows= needs its whole weight.*before"):
+    with pytest.raises(UnsupportedLayerError, match=r"0: rows= needs its whole weight.*before"):
         inject(sharded, (), rows={"0": [1]})
 
 
 def test_tables_of_which_rows_train_are_not_divided_by_tensor_parallelism():
-    on_ranks(2, tp_rows)
+    on_ranks(2, tp_tables)
 
 
 def tp_methods(method):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lora_inject.arithmetic.low_rank import product_norm
-from lora_inject.errors import ArgumentError
+from lora_inject.errors import ArgumentError, FormatError
 from lora_inject.files.formats import find_format, named_format, read_adapter
 from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.pairs import as_portable
@@ -46,6 +46,11 @@ def convert(
     """
     writer = named_format(to, "to")
     data = read_adapter(source, format, model, alpha)
+    if data.added:
+        raise FormatError(
+            f"{source}: what it adds to biases of the base (lora_bias) is told by those alone.",
+            remedy="Load it into its model, and save it there.",
+        )
     if data.facts.get("flattened") or not all(pair.weight for pair in data.pairs):
         raise ArgumentError(
             f"{source}: which layers it is for can be told by its model alone.",

@@ -82,6 +82,12 @@ class Layout:
                 unknown.append(name)
             elif not _is_the_bases(name, tensor, value, data):
                 self.tensors[f"{path}.{last}".lstrip(".")] = tensor
+        for name, added in data.added.items():
+            path, _, last = name.rpartition(".")
+            path = bare_key(path, self.modules)
+            if path in self.modules:  # or it is among the unknown already, with its A and B
+                key = f"{path}.{last}".lstrip(".")
+                self.tensors[key] = _with(self.tensors.get(key), added, self.modules[path], key)
         if unknown:
             shown = ", ".join(name[:200] for name in unknown[:3])
             raise FormatError(
@@ -187,6 +193,24 @@ class Layout:
                     remedy="Untie them before loading.",
                 )
         return kept
+
+
+def _with(given: Tensor | None, added: Tensor, module: nn.Module, key: str) -> Tensor:
+    """The value of a bias with what a file adds to it.
+
+    Raises:
+        FormatError: the layer has none.
+    """
+    own = own_tensor(module, key.rpartition(".")[2])
+    if own is None:
+        raise FormatError(
+            "the file adds to its bias (lora_bias), and it has none.",
+            path=key.rpartition(".")[0],
+            remedy="Give it one of zeros before loading: layer.bias = nn.Parameter(torch.zeros("
+            f"{added.shape[0]})).",
+        )
+    value = whole(own.detach()) if given is None else given
+    return value.to(torch.promote_types(value.dtype, added.dtype)) + added.to(value.device)
 
 
 def _where_it_fits(names: Sequence[str], modules: Mapping[str, nn.Module]) -> str:

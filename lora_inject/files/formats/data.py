@@ -196,6 +196,7 @@ class AdapterData:
             None where no model is at hand.
         facts: what a format knows beyond this and a reader may want to show.
         rows: rows of tables that trained.
+        added: what is added to tensors of the base, by their names: a model tells their values.
     """
 
     pairs: tuple[PairData, ...]
@@ -210,9 +211,10 @@ class AdapterData:
     modules: tuple[str, ...] | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     rows: tuple[RowsData, ...] = ()
+    added: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, tensor in self.tensors.items():
+        for name, tensor in (*self.tensors.items(), *self.added.items()):
             if not is_usable(tensor, floating=tensor.is_floating_point()):
                 raise FormatError(f"{name} is no plain tensor: {tensor.dtype}, {tensor.layout}.")
 

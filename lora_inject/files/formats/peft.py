@@ -24,6 +24,7 @@ from lora_inject.files.formats.pairs import (
     whole_layers,
     with_whole_attention,
 )
+from lora_inject.files.formats.peft_bias import added_biases, without_lora_bias
 from lora_inject.files.formats.peft_config import (
     CONFIG,
     METADATA,
@@ -111,6 +112,7 @@ def from_tensors(
             remedy="A save was interrupted, or one was edited: save again.",
         )
     tensors, rows = peft_rows.without_rows(tensors, config, path)
+    tensors, betas = without_lora_bias(tensors)
     tensors, of_variants = without_others(tensors)
     found, others = _pairs(tensors, path)
     scalings = Scalings(config, alpha, path / CONFIG)
@@ -126,6 +128,7 @@ def from_tensors(
     for key, (form, A, B) in found.items():
         pairs += _pair(key, form, A, B, scalings, nested, weights, own.get("parts", {}), path)
     pairs = with_others(pairs, of_variants, config, path)
+    added = added_biases(betas, pairs, config, path)
     dropouts = own.get("dropout", {})
     dropout = float(config.get("lora_dropout") or 0.0)
     if dropout or dropouts:
@@ -137,7 +140,7 @@ def from_tensors(
     return AdapterData(
         pairs=tuple(pairs),
         tensors=others,
-        bias=config.get("bias") or "none",
+        bias="lora_only" if added and config.get("bias") != "all" else config.get("bias") or "none",
         train_also=tuple(own.get("train_also") or config.get("modules_to_save") or ()),
         targets=tuple(own.get("targets") or target_labels(config.get("target_modules"))),
         base=own.get("base", {}),
@@ -150,6 +153,7 @@ def from_tensors(
             **({"train_also": own["train_also"]} if "train_also" in own else {}),
         },
         rows=rows,
+        added=added,
     )
 
 

@@ -29,6 +29,7 @@ _HARMLESS = {
     "runtime_config", "target_modules", "target_parameters", "task_type", "use_dora", "use_rslora",
     "qalora_group_size", "eva_config", "ensure_weight_tying", "merge_weights", "loftq_config",
     "corda_config", "lora_ga_config", "trainable_token_indices", "token_indices", "init_weights",
+    "lora_bias",
 }  # fmt: skip
 # Starting values that leave the base as it is; all others move it, and the file does not say how.
 _HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
