@@ -205,3 +205,17 @@ class Net(nn.Module):
 
 def ids(rows=2, columns=5, vocabulary=11):
     return torch.randint(vocabulary, (rows, columns))
+
+
+def quantize(model, config):
+    """Quantize all Linear layers of a model by torchao."""
+    torchao = pytest.importorskip("torchao.quantization")
+    granularity = pytest.importorskip("torchao.quantization.granularity")
+    configs = {
+        "int8": torchao.Int8WeightOnlyConfig(),
+        # torchao's packed Int4WeightOnlyConfig needs CUDA or mslk; this one runs on any CPU.
+        "int4": torchao.IntxWeightOnlyConfig(
+            weight_dtype=torch.int4, granularity=granularity.PerGroup(8)
+        ),
+    }
+    torchao.quantize_(model, configs[config])

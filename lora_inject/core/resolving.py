@@ -17,7 +17,7 @@ from lora_inject.core.site import Refusal, Site
 from lora_inject.core.state import adapters_of
 from lora_inject.errors import ArgumentError, UnsupportedLayerError
 from lora_inject.kinds import Kind, Spec
-from lora_inject.kinds.base import Way, is_plain
+from lora_inject.kinds.base import Way, is_packed, is_plain
 from lora_inject.kinds.parameter import ParameterKind, layout_of
 from lora_inject.kinds.refusals import general_refusal, weight_refusal
 from lora_inject.kinds.weight_reads import weights_read_below
@@ -112,6 +112,8 @@ class Resolver:
             return specs
         weights = {spec.weight: kind.weight(module, spec.weight) for spec in specs}
         first = next(iter(weights.values()))
+        if is_packed(first):
+            settings = replace(settings, variant=settings.variant.packed())
         return Site(
             paths=target.paths,
             type=target.type,
@@ -227,8 +229,9 @@ def _method_refusal(
         method = variant.argument if variant.more else f"init={start.name!r}"
         if is_distributed(weight) or is_placeholder(weight):
             return f"{method} needs its whole weight, which is sharded. Inject before that."
-        if not is_plain(weight) or weight is not module._parameters.get(spec.weight):
-            return f"{method} needs the values of its weight, which is packed or computed."
+        plain = is_plain(weight) and weight is module._parameters.get(spec.weight)
+        if not plain and (way == "weight" or not is_packed(weight)):
+            return f"{method} needs the values of its weight, which is computed. Exclude it."
     return variant.refusal(kind, module, spec, way == "branch", settings.dropout) or start.refusal(
         kind, module, spec
     )

@@ -38,6 +38,12 @@ def pair_parameters(
                 role: tensor.to(device, variant.dtype(role, site.dtype), copy=True)
                 for role, tensor in given.items()
             }
+            if missing := set(variant.derived) - tensors.keys():
+                W = site.kind.dense(site.module, spec)
+                own = variant.starting(
+                    site.kind, site.module, W, spec, tensors, site.settings.scaling
+                )
+                tensors |= {role: own[role] for role in missing}
         elif device.type == "meta":
             tensors = {
                 role: torch.empty(shape, dtype=variant.dtype(role, site.dtype), device=device)
@@ -89,7 +95,7 @@ def starting_values(
     kind, s, variant = adapter.kind, adapter.settings, adapter.settings.variant
     path = f"{adapter.path}/{spec.prefix}" if spec.prefix else adapter.path
     generator = initial.site_generator(adapter.seed, adapter.name, path, used)
-    W = layer._parameters[spec.weight] if s.start.reads or variant.more else None
+    W = kind.dense(layer, spec) if s.start.reads or variant.more else None
     tensors: dict[str, Tensor] = {}
     if "A" in variant.roles:
         A, B = s.start.values(kind, layer, W, spec, s.scaling, generator)

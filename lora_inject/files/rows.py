@@ -148,6 +148,11 @@ def _tables(pairs: Sequence[StoredPair]) -> list[tuple[StoredPair, tuple[int, ..
     ]
 
 
+def values_of_tables(rows: Sequence[LaidOutRows]) -> dict[tuple[str, str], dict[str, Tensor]]:
+    """What the rows of a file add, by path and prefix of each pair and by role."""
+    return {(own.real, ""): {"rows": own.delta} for own in rows}
+
+
 def values_for(pairs: Sequence[StoredPair], rows: Sequence[LaidOutRows]) -> dict[str, Tensor]:
     """What the rows of a file add, by loralib's keys of an adapter that is in the model.
 

@@ -23,7 +23,7 @@ from lora_inject.files.formats.data import PairData
 from lora_inject.files.layout import Layout
 from lora_inject.files.portable import PortableReport
 from lora_inject.files.portable import portable as as_plain_lora
-from lora_inject.files.rows import values_for
+from lora_inject.files.rows import values_for, values_of_tables
 from lora_inject.files.stored import Stored
 from lora_inject.own import Place, own_tensor
 from lora_inject.plan import plan_for
@@ -200,19 +200,19 @@ def _content(wanted: Layout, use: bool, sites: Sequence[Site]) -> Content:
 
 def _values(wanted: Layout, sites: Mapping[str, Site]) -> dict[tuple[str, str], dict[str, Tensor]]:
     """The tensors by path and prefix of each pair, all that the sites need and no others."""
-    values: dict[tuple[str, str], dict[str, Tensor]] = {}
+    values = values_of_tables(wanted.rows)
     for f in wanted.pairs:
         own = f.pair.tensors
         if (site := sites.get(f.target)) is not None:
             variant = site.settings.variant
             own = {role: t.to(variant.dtype(role, site.dtype)) for role, t in own.items()}
         values[f.target, name_prefix(f.pair.weight, f.pair.part)] = own
-    values |= {(rows.real, ""): {"rows": rows.delta} for rows in wanted.rows}
     shapes = {
         f"{path}.{spec.prefix}lora_{role}": shape
         for path, site in sites.items()
         for spec in site.specs
         for role, shape in site.settings.variant.shapes(spec).items()
+        if role not in site.settings.variant.derived
     }
     given = {
         f"{path}.{prefix}lora_{role}": tensor

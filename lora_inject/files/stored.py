@@ -203,7 +203,7 @@ class Stored:
             rule=rule.name,
             fixed=OTHER[fixed] if turned else fixed,
             variant=variant.name,
-            others={role: own[role] for role in variant.more},
+            others={role: own[role] for role in variant.more if role not in variant.derived},
             start=settings.start.word if variant.offset else "",
             form=kind.form(held.layer),
             weight=spec.weight,
@@ -235,6 +235,9 @@ class Stored:
                 raise FormatError(f"two of the keys mean {name}.", remedy="Nothing was loaded.")
             given[name] = whole(value) if isinstance(value, Tensor) else value
         shared = {key: given.pop(key) for key in tied if key in given}
+        for held in self.pairs:  # what a file leaves out is the base's, and stays
+            for role in held.variant.derived:
+                given.setdefault(held.keys[role], whole(held.tensors[role].detach()))
         ready = dict(given)
         for held in self.pairs:
             values = {role: given.get(key) for role, key in held.keys.items()}

@@ -171,6 +171,15 @@ class Kind(ABC):
         """
         return None
 
+    def dense(self, layer: nn.Module, spec: Spec) -> Tensor | None:
+        """The values of the weight, worked out where they are packed; None where they cannot be."""
+        weight = layer._parameters.get(spec.weight)
+        return weight if weight is not None and is_plain(weight) else None
+
+    def product(self, layer: nn.Module, spec: Spec, rows: Tensor) -> Tensor:
+        """``W`` of rows (N, in) by the layer's own forward, where the weight is packed."""
+        raise NotImplementedError(f"{self.name} layers have no packed weight")
+
     def bias(self, layer: nn.Module, spec: Spec) -> Tensor | None:
         """What the layer adds to ``W x``, in the rows of the pair's part: (out,), or None."""
         bias = layer._parameters.get("bias")
@@ -235,3 +244,10 @@ def is_plain(weight: Tensor) -> bool:
     """Whether a weight is an ordinary floating-point Parameter, to which something can be added."""
     ordinary = type(weight) in (nn.Parameter, Tensor) and isinstance(weight, nn.Parameter)
     return ordinary and weight.is_floating_point() and weight.dtype.itemsize > 1
+
+
+def is_packed(weight: Tensor) -> bool:
+    """Whether only the layer's own forward can read a weight: integers, or a tensor's subclass."""
+    return type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point() or (
+        weight.dtype.itemsize == 1
+    )  # fmt: skip

@@ -1,14 +1,16 @@
 """``nn.Linear`` and its subclasses: whatever their own forward does, the branch is added to it."""
 
+import torch
 from torch import Tensor, nn
 
 from lora_inject.arithmetic.linear import linear_down, linear_up
-from lora_inject.kinds.base import Form, Kind, Way, linear_spec
+from lora_inject.kinds.base import Form, Kind, Way, is_packed, linear_spec
 from lora_inject.own import own_class
 from lora_inject.settings import Settings
 from lora_inject.variants import Spec
 
 _FORWARD = nn.Linear.forward  # torch's own, whatever is put in its place later
+_BLOCK = 256  # rows of the identity that a packed weight is read with at once
 
 
 class LinearKind(Kind):
@@ -65,8 +67,38 @@ class LinearKind(Kind):
 
     def affine_refusal(self, layer: nn.Module) -> str | None:
         """A forward of its own may do anything to ``W x``."""
-        cls = own_class(layer)
-        return None if self.is_product(cls) else f"{cls.__name__} has a forward of its own."
+        cls, weight = own_class(layer), self.weight(layer, "weight")
+        if self.is_product(cls) or is_packed(weight):  # what is packed computes W x + b
+            return None
+        return f"{cls.__name__} has a forward of its own."
+
+    def dense(self, layer: nn.Module, spec: Spec) -> Tensor | None:
+        """A packed weight is what the layer's own forward makes of the identity."""
+        if (plain := super().dense(layer, spec)) is not None:
+            return plain
+        if "weight" in getattr(layer, "parametrizations", ()):
+            return None
+        n_in, _ = self.features(layer)
+        found = []
+        for first in range(0, n_in, _BLOCK):
+            rows = torch.zeros(min(_BLOCK, n_in - first), n_in, device=self._device(layer))
+            rows[:, first : first + _BLOCK].fill_diagonal_(1)
+            found.append(self.product(layer, spec, rows).float())
+        W_IO = torch.cat(found)
+        return W_IO if self.transposes else W_IO.t().contiguous()
+
+    @torch.no_grad()
+    def product(self, layer: nn.Module, spec: Spec, rows: Tensor) -> Tensor:
+        """What the layer computes, less its bias."""
+        weight, bias = self.weight(layer, "weight"), layer._parameters.get("bias")
+        dtype = next((t.dtype for t in (weight, bias) if t is not None and t.is_floating_point()
+                      and t.dtype.itemsize > 1), torch.float32)  # fmt: skip
+        made: Tensor = own_class(layer).forward(layer, rows.to(dtype))
+        made = made.float() if bias is None else made.float() - bias
+        return made.narrow(-1, spec.start, spec.n_out) if spec.part else made
+
+    def _device(self, layer: nn.Module) -> torch.device:
+        return self.weight(layer, "weight").device
 
     def merge_refusal(self, module: nn.Module, base: type[nn.Module], way: Way) -> str | None:
         """A subclass with its own forward may do more to W x than to the branch beside it."""

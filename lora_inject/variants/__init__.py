@@ -5,7 +5,7 @@ A new one is a file of its own and a line in a table here. What files call it st
 """
 
 from lora_inject.variants.change import Change, LayerKind, Spec, name_prefix
-from lora_inject.variants.dora import DoRA
+from lora_inject.variants.dora import DoRA, PackedDoRA
 from lora_inject.variants.lora import Scaling, Variant
 from lora_inject.variants.lora_fa import FIXED, OTHER
 from lora_inject.variants.rows import Rows
@@ -18,8 +18,9 @@ __all__ = [
 
 SCALINGS: dict[str, Scaling] = {scaling.name: scaling for scaling in (Scaling(), RankStabilized())}
 VARIANTS: dict[str, type[Variant]] = {variant.name: variant for variant in (Variant, DoRA)}
-_ALL: tuple[type[Variant], ...] = (*VARIANTS.values(), Rows)  # rows are asked for by ids
+# What a variant becomes on some layers, and what is asked for by ids and not by name.
+_OTHERS: tuple[type[Variant], ...] = (PackedDoRA, Rows)
 # Every tensor that some adapter has.
-ROLES = tuple(dict.fromkeys((
-    *Variant(offset=True).roles, *(role for variant in _ALL for role in variant.more)
-)))  # fmt: skip
+ROLES = tuple(dict.fromkeys(
+    role for variant in (*VARIANTS.values(), *_OTHERS) for role in variant(offset=True).roles
+))  # fmt: skip

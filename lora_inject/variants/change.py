@@ -134,6 +134,12 @@ class LayerKind(Protocol):
     def affine_refusal(self, layer: nn.Module) -> str | None:
         """Why what the layer computes is not known to be ``W x + b``; None where it is."""
 
+    def dense(self, layer: nn.Module, spec: Spec) -> Tensor | None:
+        """The values of the weight, worked out where they are packed; None where they cannot be."""
+
+    def product(self, layer: nn.Module, spec: Spec, rows: Tensor) -> Tensor:
+        """``W`` of rows (N, in) by the layer's own forward, where the weight is packed."""
+
     def bias(self, layer: nn.Module, spec: Spec) -> Tensor | None:
         """What the layer adds to ``W x``: (out,), or None."""
 

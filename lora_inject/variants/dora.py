@@ -11,9 +11,9 @@ Rows are those of output features, whatever the layer: of a convolution all that
 an embedding one feature of every token. Shapes: O out features, I in features, R rank.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ class DoRA(Variant):
     """``diag(m / n) (W + s B A) - W``."""
 
     name = "dora"
-    more = ("magnitude",)
+    more: ClassVar[tuple[str, ...]] = ("magnitude",)
     additive = False
     finishes = True
     peft = {"use_dora": True}  # noqa: RUF012 (a constant of the class)
@@ -62,6 +62,14 @@ class DoRA(Variant):
         change = Change(spec, tensors, scaling, scaling)
         return {"magnitude": self.lengths(kind, layer, W, change)}
 
+    def packed(self) -> Variant:
+        """The lengths of a packed weight are kept: they cannot be had without unpacking all."""
+        return PackedDoRA(self.scaling, self.fixed, self.offset)
+
+    def weight(self, layer: nn.Module, spec: Spec) -> Tensor | None:
+        """The weight as the layer reads it."""
+        return cast("Tensor", getattr(layer, spec.weight))
+
     def low_rank(
         self, kind: LayerKind, layer: nn.Module, tensors: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor] | None:
@@ -69,28 +77,38 @@ class DoRA(Variant):
         return None
 
     @torch.no_grad()
-    def lengths(self, kind: LayerKind, layer: nn.Module, W: Tensor, c: Change) -> Tensor:
+    def lengths(self, kind: LayerKind, layer: nn.Module, W: Tensor | None, c: Change) -> Tensor:
         """The lengths of the rows of ``W + s B A``: (out,), or (E, out)."""
-        pairs = [(c.tensors["A"], c.tensors["B"])]
-        if self.offset:
-            pairs.append((c.tensors["A0"], c.tensors["B0"]))
-        with without_autocast(W.device.type):
-            W_OI = _rows(kind, layer, W, c.spec)
-            wide = torch.promote_types(W.dtype, torch.float32)
-            # A follows W, which is never copied to another dtype.
+        own = c.tensors
+        pairs = [(own["A"], own["B"]), *([(own["A0"], own["B0"])] if self.offset else ())]
+        wide = torch.promote_types(own["A"].dtype, torch.float32)
+        with without_autocast(own["A"].device.type):
+            squares, product = self.rows(kind, layer, W, c)
             factors = [kind.to_matrices(layer, A.to(wide), B.to(wide)) for A, B in pairs]
-            mixed = [((W_OI @ A.to(W.dtype).mT).to(wide) * B).sum(-1) for A, B in factors]
-            own = [[((B @ (A @ C.mT)) * D).sum(-1) for C, D in factors] for A, B in factors]
-            cross, square = mixed[0], own[0][0]
+            mixed = [(product(A).to(wide) * B).sum(-1) for A, B in factors]
+            both = [[((B @ (A @ C.mT)) * D).sum(-1) for C, D in factors] for A, B in factors]
+            cross, square = mixed[0], both[0][0]
             if self.offset:  # in an order in which equal ones cancel exactly
                 cross = mixed[0] - mixed[1]
-                square = (own[0][0] - own[0][1]) + (own[1][1] - own[1][0])
-            squares = torch.linalg.vector_norm(W_OI, dim=-1, dtype=wide).square()
+                square = (both[0][0] - both[0][1]) + (both[1][1] - both[1][0])
             squares = squares + (2 * c.scaling * cross + c.scaling**2 * square)
         lengths = squares.clamp_min(0).sqrt()
         return cast("Tensor", lengths if c.spec.experts else lengths.flatten())
 
-    def ratio(self, kind: LayerKind, layer: nn.Module, W: Tensor, c: Change) -> Tensor:
+    def rows(
+        self, kind: LayerKind, layer: nn.Module, W: Tensor | None, c: Change
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """The squared lengths of the rows of W, and what makes ``W A^T`` of an A."""
+        assert W is not None
+        W_OI = kind.to_matrix(layer, W)
+        if c.spec.part:
+            W_OI = W_OI.narrow(-2, c.spec.start, c.spec.n_out)
+        wide = torch.promote_types(W.dtype, torch.float32)
+        squares = torch.linalg.vector_norm(W_OI, dim=-1, dtype=wide).square()
+        # A follows W, which is never copied to another dtype.
+        return squares, lambda A_RI: W_OI @ A_RI.to(W_OI.dtype).mT
+
+    def ratio(self, kind: LayerKind, layer: nn.Module, W: Tensor | None, c: Change) -> Tensor:
         """``m / n``; a row of zeros stays one."""
         n = self.lengths(kind, layer, W, c)
         return c.tensors["magnitude"] / n.clamp_min(torch.finfo(n.dtype).tiny)
@@ -102,8 +120,7 @@ class DoRA(Variant):
 
         The bias is not scaled, and dropout acts on the input of A alone.
         """
-        W = cast("Tensor", getattr(layer, c.spec.weight))
-        f = kind.beside_output(layer, self.ratio(kind, layer, W, c))
+        f = kind.beside_output(layer, self.ratio(kind, layer, self.weight(layer, c.spec), c))
         own = former.narrow(-1, c.spec.start, c.spec.n_out) if c.spec.part else former
         wide = torch.promote_types(own.dtype, f.dtype)
         delta = self.delta(kind, layer, x, former, c).to(wide) * c.scaling
@@ -115,8 +132,8 @@ class DoRA(Variant):
 
     def finish(self, kind: LayerKind, layer: nn.Module, y: Tensor, c: Change) -> Tensor:
         """``m / n`` of all but the bias."""
-        W = cast("Tensor", getattr(layer, c.spec.weight))
-        more, bias = self.ratio(kind, layer, W, c) - 1, kind.bias(layer, c.spec)
+        ratio = self.ratio(kind, layer, self.weight(layer, c.spec), c)
+        more, bias = ratio - 1, kind.bias(layer, c.spec)
         own = y.narrow(-1, c.spec.start, c.spec.n_out) if c.spec.part else y
         product = own if bias is None else own - bias
         if c.spec.part or y.dtype != more.dtype:
@@ -137,10 +154,45 @@ class DoRA(Variant):
         return total + (update + kind.from_matrix(layer, (f - 1) * V, W.shape)) * c.weight
 
 
-def _rows(kind: LayerKind, layer: nn.Module, W: Tensor, spec: Spec) -> Tensor:
-    """The rows of the weight that a pair is for: (..., out, in)."""
-    W_OI = kind.to_matrix(layer, W)
-    return W_OI.narrow(-2, spec.start, spec.n_out) if spec.part else W_OI
+@dataclass(frozen=True)
+class PackedDoRA(DoRA):
+    """The same over a weight that only the layer's own forward can read."""
+
+    more = ("magnitude", "lengths")
+    derived = ("lengths",)
+    finishes = False
+
+    def shapes(self, spec: Spec) -> dict[str, tuple[int, ...]]:
+        """The lengths of the former rows are (out,)."""
+        return {**super().shapes(spec), "lengths": (spec.n_out,)}
+
+    def dtype(self, role: str, dtype: torch.dtype) -> torch.dtype:
+        """At least float32 for the lengths too."""
+        return super().dtype("magnitude" if role == "lengths" else role, dtype)
+
+    def trains(self, role: str) -> bool:
+        """Lengths are those of the base."""
+        return role != "lengths" and super().trains(role)
+
+    def starting(
+        self, kind: LayerKind, layer: nn.Module, W: Tensor | None, spec: Spec,
+        tensors: Mapping[str, Tensor], scaling: float,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """The lengths of the rows as they are."""
+        assert W is not None
+        lengths = DoRA.rows(self, kind, layer, W, Change(spec, tensors, scaling, scaling))[0].sqrt()
+        return {"magnitude": lengths, "lengths": lengths.clone()}
+
+    def weight(self, layer: nn.Module, spec: Spec) -> Tensor | None:
+        """It is not read."""
+        return None
+
+    def rows(
+        self, kind: LayerKind, layer: nn.Module, W: Tensor | None, c: Change
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """From the lengths that were kept, and by the layer's own forward."""
+        squares = c.tensors["lengths"].square()
+        return squares, lambda A_RI: kind.product(layer, c.spec, A_RI).mT
 
 
 def _added(y: Tensor, change: Tensor, c: Change) -> Tensor:

@@ -49,6 +49,7 @@ class Variant:
         more: the tensors that a pair has besides A and B.
         finishes: whether the change is made of the layer's output with ``B A`` added, alone and in
             use with a weight of 1, by ``finish``.
+        derived: those of ``more`` that follow from the base alone; files do not have them.
         additive: whether changes of several adapters may stand beside each other row by row, and be
             computed together with the layer's own product: whether the change is a ``B A``.
         peft: what a PEFT config says of it.
@@ -60,6 +61,7 @@ class Variant:
     offset: bool = False
     name: ClassVar[str] = "lora"  # what ``inject(variant=)`` calls it
     more: ClassVar[tuple[str, ...]] = ()
+    derived: ClassVar[tuple[str, ...]] = ()
     additive: ClassVar[bool] = True
     finishes: ClassVar[bool] = False
     peft: ClassVar[Mapping[str, Any]] = {}
@@ -97,6 +99,10 @@ class Variant:
     def turned(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A pair's tensors for a tied layer that keeps the weight the other way round."""
         return {OTHER[role]: tensor.transpose(-2, -1) for role, tensor in tensors.items()}
+
+    def packed(self) -> "Variant":
+        """The same for a weight that only the layer's own forward can read."""
+        return self
 
     def shapes(self, spec: Spec) -> dict[str, tuple[int, ...]]:
         """The shapes of a pair's tensors by role."""

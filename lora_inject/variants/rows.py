@@ -83,6 +83,9 @@ class Rows(Variant):
         """What is no table, and ids that are none of its rows."""
         if not kind.has_rows or spec.experts or spec.part:
             return "rows= is for embeddings and output heads (nn.Embedding, nn.Linear), whole ones."
+        W = layer._parameters.get(spec.weight)
+        if type(W) is not nn.Parameter or not W.is_floating_point() or W.dtype.itemsize < 2:
+            return "rows= needs the values of its weight, which is packed. Leave it out of rows=."
         beyond = [str(row) for row in self.ids if row >= spec.n_in]
         if not beyond:
             return None

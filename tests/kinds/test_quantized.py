@@ -3,26 +3,13 @@
 import pytest
 import torch
 from families import llama
-from helpers import changed_parts, randomize_adapters, snapshot, train_steps
+from helpers import changed_parts, quantize, randomize_adapters, snapshot, train_steps
 from torch import nn
 from torch.nn import functional as F
 
 from lora_inject import LoRALayer, UnsupportedLayerError, inject, report, strip
 
 pytestmark = pytest.mark.usefixtures("device")
-
-
-def quantize(model, config):
-    torchao = pytest.importorskip("torchao.quantization")
-    granularity = pytest.importorskip("torchao.quantization.granularity")
-    configs = {
-        "int8": torchao.Int8WeightOnlyConfig(),
-        # torchao's packed Int4WeightOnlyConfig needs CUDA or mslk; this one runs on any CPU.
-        "int4": torchao.IntxWeightOnlyConfig(
-            weight_dtype=torch.int4, granularity=granularity.PerGroup(8)
-        ),
-    }
-    torchao.quantize_(model, configs[config])
 
 
 def quantized_llama(config):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import Net, changed_parts, ids, snapshot
+from helpers import Net, changed_parts, ids, quantize, snapshot, train_steps
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,10 +13,14 @@ from lora_inject import (
     UnsupportedLayerError,
     combine,
     inject,
+    load,
+    load_lora_state_dict,
+    lora_state_dict,
     param_groups,
     per_row,
     plan,
     report,
+    save,
     strip,
     use,
 )
@@ -202,3 +206,51 @@ def test_what_it_cannot_do_is_refused_by_path():
         per_row(model, ["fr", "de"]),
     ):
         model(ids())
+
+
+METHODS = [{"variant": "dora"}, {"init": "pissa"}, {"variant": "dora", "init": "olora"}]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("config", ["int8", "int4"])
+def test_over_a_quantized_base(config, method, tmp_path):
+    def build():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(32, 24), nn.Tanh(), nn.Linear(24, 8, bias=False))
+        quantize(model, config)
+        return model
+
+    model, x = build(), torch.randn(5, 32)
+    expected = model(x)
+    dense = [model[i].weight.dequantize() for i in (0, 2)]
+    inject(model, nn.Linear, r=4, alpha=8, seed=1, **method)
+    assert torch.equal(model(x), expected)
+    first = train_steps(model, x, steps=1)
+    assert train_steps(model, x, steps=10) < first
+    bias = model[0].bias
+
+    plain = nn.Sequential(nn.Linear(32, 24), nn.Tanh(), nn.Linear(24, 8, bias=False))
+    with torch.no_grad():
+        plain[0].weight.copy_(dense[0])
+        plain[2].weight.copy_(dense[1])
+        plain[0].bias.copy_(bias)
+    inject(plain, nn.Linear, r=4, alpha=8, **method)
+    values = {k: v for k, v in lora_state_dict(model).items() if "lengths" not in k}
+    load_lora_state_dict(plain, values)
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)
+
+    save(model, tmp_path / "a")
+    output = model(x)
+    load(model, tmp_path / "a")
+    assert torch.equal(model(x), output)
+    again = build()
+    load(again, tmp_path / "a")
+    assert torch.equal(again(x), output)
+    strip(model)
+    assert torch.equal(model(x), expected)
+
+
+def test_a_weight_that_is_computed_is_refused():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+    with pytest.raises(UnsupportedLayerError, match=r"0: variant='dora'.*computed"):
+        inject(model, "0", variant="dora")

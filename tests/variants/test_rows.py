@@ -328,6 +328,8 @@ def test_what_has_no_rows_or_two_adapters_in_one_is_refused():
             super().__init__()
             self.emb, self.old, self.conv = nn.Embedding(9, 4), Conv1D(4, 4), nn.Conv1d(4, 4, 1)
             self.lin, self.attention = nn.Linear(4, 6), nn.MultiheadAttention(4, 2)
+            self.packed = nn.Linear(4, 9)
+            self.packed.weight = nn.Parameter(torch.ones(9, 4, dtype=torch.int8), False)
 
     def refused(message, targets=(), **arguments):
         model = Many()
@@ -340,6 +342,7 @@ def test_what_has_no_rows_or_two_adapters_in_one_is_refused():
     refused("conv: rows= is for embeddings", rows={"conv": IDS})
     refused("attention: rows= is for embeddings", rows={"attention": [1]})
     refused("lin: rows= is for embeddings", rows={"lin": [1]}, parts={"lin": ("q", None, "v")})
+    refused("packed: rows= needs the values of its weight, which is packed", rows={"packed": IDS})
     refused(r"emb: rows: targets choose it too.*adapter of their own", "emb", rows={"emb": IDS})
     refused("rows: 'embed' matches nothing. Close names: emb", rows={"embed": IDS})
     refused("rows: 'emb' chooses nothing.*excluded", rows={"emb": IDS}, exclude="emb")
