@@ -55,7 +55,9 @@ def inject(*args: Any, **kwargs: Any) -> Report:  # noqa: D417 (those of plan)
             fused ``"experts.gate_up_proj"``.
         r: rank, at least 1.
         alpha: the delta is scaled by alpha / r; None means alpha = r, a scaling of 1.
-        dropout: probability of dropout on the input of the adapter, in [0, 1).
+        dropout: probability of dropout on the input of the adapter, in [0, 1); or a mapping,
+            ``{"input": 0.1, "rank": 0.1, "module": 0.05}``, where "rank" leaves ranks out, and
+            "module" the adapter on a layer, for one call in training.
         scaling: "lora" scales by alpha / r, "rslora" by alpha / sqrt(r) (arXiv 2312.03732).
         variant: "lora", or "dora" (arXiv 2402.09353): the length of each row of the adapted weight
             is trained on its own, ``lora_magnitude``.

@@ -136,7 +136,7 @@ def plan(
     *,
     r: int = 8,
     alpha: float | None = None,
-    dropout: float = 0.0,
+    dropout: float | Mapping[str, float] = 0.0,
     scaling: str = "lora",
     variant: str = "lora",
     init: str | Start = "default",
@@ -165,7 +165,7 @@ def plan(
         targets: the layers to adapt; see ``inject`` for this and all that follow.
         r: rank.
         alpha: the delta is scaled by alpha / r.
-        dropout: dropout on the adapter's input.
+        dropout: dropout on the adapter's input, of ranks, or of the adapter on a layer.
         scaling: "lora" or "rslora".
         variant: "lora" or "dora".
         init: where A and B begin.

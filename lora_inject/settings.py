@@ -4,14 +4,14 @@ import math
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import torch
 
+from lora_inject.arithmetic.thinning import Drops
 from lora_inject.errors import ArgumentError
 from lora_inject.starts import STARTS, Start
-from lora_inject.variants import FIXED, SCALINGS, VARIANTS, Rows, Variant
+from lora_inject.variants import FIXED, SCALINGS, VARIANTS, Variant
 
 BiasMode = Literal["none", "all", "lora_only"]
 How = Literal["auto", "weight"]
@@ -28,6 +28,7 @@ class Settings:
         r: rank.
         alpha: the delta is scaled by alpha / r.
         dropout: probability on the adapter's input.
+        drops: probabilities of leaving out ranks, or the adapter, for one call in training.
         how: "auto", or "weight" to adapt what the layer reads and not what it returns.
         layout: the order of the last two dimensions of a fused weight, if the user says it.
         parts: (name, size) of each part of a fused projection; None for what stays as it is.
@@ -43,6 +44,7 @@ class Settings:
     parts: Parts = ()
     variant: Variant = field(default_factory=Variant)
     start: Start = field(default_factory=Start)
+    drops: Drops = field(default_factory=Drops)
 
     @property
     def scaling(self) -> float:
@@ -89,10 +91,12 @@ def settings(values: Mapping[str, Any], override: Any = None, where: str = "") -
     v = {**values, **own}
     names = {key: f"{key} in {where}" if key in own else key for key in values}
     rank, start = check_count(v["r"], names["r"]), check_start(v["init"], names["init"])
+    dropout, drops = check_dropouts(v["dropout"], names["dropout"])
     return Settings(
         r=rank,
         alpha=float(rank) if v["alpha"] is None else check_alpha(v["alpha"], names["alpha"]),
-        dropout=check_dropout(v["dropout"], names["dropout"]),
+        dropout=dropout,
+        drops=drops,
         how=check_choice(v["how"], names["how"], How),
         layout=None if v["layout"] is None else check_choice(v["layout"], names["layout"], Layout),
         variant=_variant(v, names, start),
@@ -108,27 +112,6 @@ def _variant(values: Mapping[str, Any], names: Mapping[str, str], start: Start) 
         fixed=fixed,
         offset=start.offset,
     )
-
-
-def row_settings(ids: Any, where: str) -> Settings:
-    """The settings of rows of a table that train, by their ids.
-
-    Raises:
-        ArgumentError: they are no ids, or one stands there twice.
-    """
-    try:
-        known = sorted(-1 if isinstance(i, bool) else operator.index(i) for i in ids)
-    except TypeError:
-        known = []
-    twice = next((i for i, j in pairwise(known) if i == j), None)
-    if not known or not 0 <= known[0] <= known[-1] < 2**31 or twice is not None:
-        wrong = f"{ids!r:.200}" if twice is None else f"some with {twice} in it twice"
-        raise ArgumentError(
-            f"{where} must be ids of rows, from 0 on and each once, not {wrong}.",
-            remedy='Such as rows={"embed_tokens": [32000, 32001]}.',
-        )
-    n = len(known)
-    return Settings(r=n, alpha=float(n), dropout=0.0, variant=Rows(ids=tuple(known)))
 
 
 def check_start(start: Any, name: str) -> Start:
@@ -198,6 +181,19 @@ def check_alpha(alpha: Any, name: str) -> float:
             remedy="Leave it out for alpha = r.",
         )
     return float(alpha)
+
+
+def check_dropouts(dropout: Any, name: str) -> tuple[float, Drops]:
+    """The probability on the input, and those of leaving out ranks and whole adapters."""
+    if not isinstance(dropout, Mapping):
+        return check_dropout(dropout, name), Drops()
+    if not dropout.keys() <= {"input", "rank", "module"}:
+        raise ArgumentError(
+            f"{name} must be a number or a mapping with input, rank and module, not {dropout!r}.",
+            remedy='Such as {"input": 0.1, "rank": 0.1, "module": 0.05}.',
+        )
+    each = [check_dropout(dropout.get(key, 0), name) for key in ("input", "rank", "module")]
+    return each[0], Drops(*each[1:])
 
 
 def check_dropout(dropout: Any, name: str) -> float:

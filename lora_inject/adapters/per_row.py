@@ -133,26 +133,34 @@ class _Group:
         dropout = self.dropout if layer.training else 0.0
         if not self.terms[0].plain and dropout:  # A and A0 see the same input
             x, dropout = F.dropout(x, dropout), 0.0
-        delta = self.delta(layer, x, y, ("A", "B"), dropout, require_rows)
+        own = [self._tensors(layer, term) for term in self.terms]
+        delta = self.delta(layer, x, y, own, ("A", "B"), dropout, require_rows)
         if not self.terms[0].plain:  # of one shape, so that they cancel where they are equal
-            delta = delta - self.delta(layer, x, y, ("A0", "B0"), dropout, require_rows)
+            delta = delta - self.delta(layer, x, y, own, ("A0", "B0"), dropout, require_rows)
         return add(y, delta, self.factor, self.spec)
 
+    def _tensors(self, layer: nn.Module, term: Term) -> dict[str, Tensor]:
+        """The tensors of an adapter, without the ranks that are left out in training."""
+        own = {role: getattr(layer, name) for role, name in term.names.items()}
+        return term.drops.folded(own) if term.drops and layer.training else own
+
     def delta(
-        self, layer: nn.Module, x: Tensor, y: Tensor, roles: tuple[str, str], dropout: float,
-        require_rows: Any,
+        self, layer: nn.Module, x: Tensor, y: Tensor, own: list[dict[str, Tensor]],
+        roles: tuple[str, str], dropout: float, require_rows: Any,
     ) -> Tensor:  # fmt: skip
         """What the tensors of these roles make of the rows that are theirs."""
-        A, B = self.stack(layer, roles)
+        A, B = self.stack(layer, own, roles)
         h = self.kind.down(layer, x, y, A, dropout)
         require_rows(h, 2 if self.kind.rank_dim < 0 else A.dim())
         return self.kind.up(layer, x, h * self.mask(h), B)
 
-    def stack(self, layer: nn.Module, roles: tuple[str, str]) -> tuple[Tensor, Tensor]:
+    def stack(
+        self, layer: nn.Module, own: list[dict[str, Tensor]], roles: tuple[str, str]
+    ) -> tuple[Tensor, Tensor]:
         """The tensors of these roles of all adapters."""
-        own: Any = layer._parameters
         changes = [
-            t.change({role: own[t.names[role]] for role in roles}, t.factor) for t in self.terms
+            t.change({role: tensors[role] for role in roles}, t.factor)
+            for t, tensors in zip(self.terms, own, strict=True)
         ]
         pairs = [(c.tensors[roles[0]], c.tensors[roles[1]]) for c in changes]
         matrices = [self.kind.to_matrices(layer, A, B) for A, B in pairs]

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from lora_inject.arithmetic.thinning import Drops
 from lora_inject.kinds.base import Kind, Way
 from lora_inject.settings import Settings
 from lora_inject.variants import Change, Spec, Variant
@@ -55,6 +56,7 @@ class Term(NamedTuple):
         scaling: alpha / r, or what the rule of scaling makes of them.
         variant: what the tensors are to the weight.
         plain: whether the change is ``B A`` alone.
+        drops: what is left out for one call in training; None where nothing is.
         finishes: whether it is made of the output with ``B A`` added: ``Variant.finish``.
     """
 
@@ -70,6 +72,7 @@ class Term(NamedTuple):
     scaling: float
     variant: Variant
     plain: bool
+    drops: Drops | None
     finishes: bool
 
     def change(
@@ -154,6 +157,7 @@ def _terms(
             scaling=settings.scaling,
             variant=variant,
             plain=variant.additive and not variant.offset,
+            drops=settings.drops if any(settings.drops) else None,
             finishes=variant.finishes and not variant.offset and weight == 1.0,
         )
         for spec, names in names_of(specs, adapter, variant)[0]

@@ -64,7 +64,7 @@ class LoRALayer(nn.Module):
             s, weights = a.settings, [spec.part or spec.weight for spec in a.specs]
             on = "" if weights == ["weight"] else f"{'+'.join(weights)}: "
             used = "" if a.name in state.use.weights else ", not in use"
-            own = f"r={s.r}, alpha={s.alpha:g}, dropout={s.dropout:g}{s.variant.text}"
+            own = f"r={s.r}, alpha={s.alpha:g}, dropout={s.dropout:g}{s.drops.text}{s.variant.text}"
             shown.append(f"{on}{a.name}({own}{used})")
         return ", ".join(filter(None, [super().extra_repr(), "lora=" + " ".join(shown)]))
 
@@ -114,6 +114,9 @@ class BranchLayer(LoRALayer):
         for term in state.running:
             factor = self.__dict__[SCALES][term.adapter][1] if compiles else term.factor
             tensors = {role: getattr(self, name) for role, name in term.names.items()}
+            if term.drops and self.training:
+                factor = term.drops.factor(factor, y)
+                tensors = term.drops.thinned(tensors)
             change = term.change(tensors, factor, term.dropout if self.training else 0.0)
             y = term.variant.add_to_output(term.kind, self, x, former, y, change)
         return y
@@ -145,10 +148,13 @@ class WholeLayer(BranchLayer):
 def _branches(own: Any, terms: Sequence[Term], training: bool) -> list[Branch] | None:
     """What ``adapted_linear`` is to add; None where a change is more than a ``B A``."""
     found = []
-    for _, spec, A_name, B_name, factor, dropout, _, part, _, _, _, plain, finishes in terms:
-        if not (plain or (finishes and len(terms) == 1)):
+    for _, spec, A_name, B_name, factor, dropout, _, part, _, _, _, plain, drops, finishes in terms:
+        drops = drops if training else None
+        if not (plain or (finishes and len(terms) == 1 and not drops)):
             return None
         A, B = own.get(A_name), own.get(B_name)
+        if drops and A is not None and B is not None:
+            B = drops.folded({"B": B})["B"]
         if spec.swapped and A is not None and B is not None:
             A, B = oriented(spec, A, B)
         found.append((A, B, factor, dropout if training else 0.0, part))

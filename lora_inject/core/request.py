@@ -1,6 +1,8 @@
 """What a call of ``plan`` or ``inject`` asks for, checked as far as it can be without a model."""
 
+import operator
 from collections.abc import Mapping, Sized
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +13,7 @@ from lora_inject.core.patterns import Pattern, parse
 from lora_inject.errors import ArgumentError
 from lora_inject.kinds import find_kind
 from lora_inject.settings import BiasMode, Parts, Settings
+from lora_inject.variants import Rows
 
 ALL_LINEAR = "all-linear"
 _DEFAULTS = {
@@ -82,9 +85,30 @@ def rows_by_pattern(rows: Any) -> dict[Pattern, Settings]:
             remedy='Such as rows={"embed_tokens": [32000, 32001]}.',
         )
     return {
-        pattern: check.row_settings(pattern.settings, f"rows[{pattern.label!r}]")
+        pattern: row_settings(pattern.settings, f"rows[{pattern.label!r}]")
         for pattern in parse(rows, "rows", with_settings=True)
     }
+
+
+def row_settings(ids: Any, where: str) -> Settings:
+    """The settings of rows of a table that train, by their ids.
+
+    Raises:
+        ArgumentError: they are no ids, or one stands there twice.
+    """
+    try:
+        known = sorted(-1 if isinstance(i, bool) else operator.index(i) for i in ids)
+    except TypeError:
+        known = []
+    twice = next((i for i, j in pairwise(known) if i == j), None)
+    if not known or not 0 <= known[0] <= known[-1] < 2**31 or twice is not None:
+        wrong = f"{ids!r:.200}" if twice is None else f"some with {twice} in it twice"
+        raise ArgumentError(
+            f"{where} must be ids of rows, from 0 on and each once, not {wrong}.",
+            remedy='Such as rows={"embed_tokens": [32000, 32001]}.',
+        )
+    n = len(known)
+    return Settings(r=n, alpha=float(n), dropout=0.0, variant=Rows(ids=tuple(known)))
 
 
 def optional_patterns(given: Any, argument: str) -> tuple[Pattern, ...]:

@@ -211,6 +211,11 @@ def _specs(
             f"it is adapted in its weight, where there is no input for dropout={settings.dropout:g}"
             " to act on. Give it dropout 0 by a pattern of its own, or exclude it."
         )
+    if way == "weight" and any(settings.drops):
+        return Refusal(
+            "it is adapted in its weight, where there is no call to leave ranks or all of it out "
+            "of. Give it no rank or module dropout by a pattern of its own, or exclude it."
+        )
     for spec in specs:
         weight = kind.weight(module, spec.weight)
         if wrong := weight_refusal(module, weight, spec, way) or _method_refusal(

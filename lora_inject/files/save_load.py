@@ -247,14 +247,14 @@ def _targets(wanted: Layout) -> dict[Pattern, dict[str, Any]]:
         r, rule = pair.own_rank, SCALINGS[pair.rule]
         alpha = rule.alpha(pair.scaling, r) if pair.start else pair.known_alpha
         layout = pair.layout if pair.form == "experts" and pair.A.dim() == 3 else None
-        key = (r, alpha, pair.dropout, layout, pair.rule, pair.fixed or None, pair.variant)
+        key = (r, alpha, pair.dropouts, layout, pair.rule, pair.fixed or None, pair.variant)
         groups.setdefault((*key, pair.start), set()).add(f.target)
     return {
         Pattern(label, _within(paths), by_name=True): {
-            "r": r, "alpha": alpha, "dropout": dropout, "layout": layout, "scaling": rule,
+            "r": r, "alpha": alpha, "dropout": dict(dropouts), "layout": layout, "scaling": rule,
             "fixed": fixed, "variant": variant, "init": Saved(start) if start else "default",
         }
-        for (r, alpha, dropout, layout, rule, fixed, variant, start), paths in groups.items()
+        for (r, alpha, dropouts, layout, rule, fixed, variant, start), paths in groups.items()
     }  # fmt: skip
 
 

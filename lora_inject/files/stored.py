@@ -210,6 +210,7 @@ class Stored:
             part=spec.part,
             span=(spec.start, cast(Any, kind).features(held.layer)[1]) if spec.part else (0, 0),
             dropout=settings.dropout,
+            drops=settings.drops,
             layout=layout,
             in_attention=isinstance(above, nn.MultiheadAttention) and above.out_proj is held.layer,
         )

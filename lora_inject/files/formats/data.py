@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_inject.arithmetic.thinning import Drops
 from lora_inject.errors import FormatError
 from lora_inject.kinds.base import Form
 from lora_inject.variants import SCALINGS, name_prefix
@@ -45,6 +46,7 @@ class PairData:
         part: the name of the part of a fused projection, or "".
         span: first output feature of the part and how many all parts have, (0, 0) without one.
         dropout: dropout of the adapter's input in training.
+        drops: what of the adapter is left out in training.
         layout: "in_out" for a weight whose last two dimensions stand so, where that is known.
         in_attention: whether it is the ``out_proj`` of an ``nn.MultiheadAttention``.
         rule: how alpha and the rank become the factor of ``B A``: a name of ``variants.SCALINGS``.
@@ -71,6 +73,7 @@ class PairData:
     variant: str = "lora"
     others: Mapping[str, Tensor] = field(default_factory=dict)
     start: str = ""
+    drops: Drops = field(default_factory=Drops)
 
     def __post_init__(self) -> None:
         if not (self.A.numel() and self.B.numel()):
@@ -90,6 +93,11 @@ class PairData:
     def rank(self) -> int:
         """The rank r, of each group and each expert."""
         return int(self.B.shape[2 if self.B.dim() == 3 and self.form == "experts" else 1])
+
+    @property
+    def dropouts(self) -> tuple[tuple[str, float], ...]:
+        """All dropouts, by the names that ``inject(dropout=)`` has for them."""
+        return ("input", self.dropout), ("rank", self.drops.rank), ("module", self.drops.module)
 
     def require_plain(self, what: str) -> None:
         """Refuse a variant of which A and B alone would be kept.

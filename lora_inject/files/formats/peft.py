@@ -8,7 +8,6 @@ file, which PEFT ignores.
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from lora_inject.files.formats.peft_config import (
 )
 from lora_inject.files.formats.peft_nested import nested_parameters, unwrapped
 from lora_inject.files.formats.peft_variants import (
+    as_told,
     keys_of_others,
     with_others,
     without_others,
@@ -129,14 +129,7 @@ def from_tensors(
         pairs += _pair(key, form, A, B, scalings, nested, weights, own.get("parts", {}), path)
     pairs = with_others(pairs, of_variants, config, path)
     added = added_biases(betas, pairs, config, path)
-    dropouts = own.get("dropout", {})
-    dropout = float(config.get("lora_dropout") or 0.0)
-    if dropout or dropouts:
-        pairs = [replace(p, dropout=dropouts.get(p.path, dropout)) for p in pairs]
-    if fixed := own.get("fixed", {}):
-        pairs = [replace(p, fixed=fixed.get(p.path, "")) for p in pairs]
-    if starts := own.get("start", {}):
-        pairs = [replace(p, start=starts.get(p.path, "")) for p in pairs]
+    pairs = as_told(pairs, own, float(config.get("lora_dropout") or 0.0))
     return AdapterData(
         pairs=tuple(pairs),
         tensors=others,

@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
@@ -95,13 +96,16 @@ def own_metadata(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     if METADATA not in metadata:
         return {}
     own = parse_json(metadata[METADATA], f"the metadata of {path / TENSORS}")
-    dropouts = own.get("dropout", {})
+    dropouts, drops = own.get("dropout", {}), own.get("drops", {})
     wrong = [key for key in ("targets", "train_also", "padding") if not _is_names(own.get(key, []))]
-    maps = ("base", "parts", "dropout", "fixed")
+    maps = ("base", "parts", "dropout", "fixed", "drops")
     wrong += [key for key in maps if not isinstance(own.get(key, {}), dict)]
     if not wrong and not set(own.get("fixed", {}).values()) <= set(FIXED):
         wrong.append("fixed")
-    if wrong or not all(isinstance(p, int | float) and 0 <= p < 1 for p in dropouts.values()):
+    if not wrong and not all(isinstance(d, list) and len(d) == 2 for d in drops.values()):
+        wrong.append("drops")
+    numbers = [] if wrong else [*dropouts.values(), *chain.from_iterable(drops.values())]
+    if wrong or not all(isinstance(p, int | float) and 0 <= p < 1 for p in numbers):
         raise FormatError(f"{path / TENSORS}: its metadata cannot be read: {wrong or dropouts}.")
     return own
 
@@ -276,15 +280,14 @@ def to_metadata(
     dropouts = {p.path: p.dropout for p in data.pairs if p.dropout != config["lora_dropout"]}
     fixed = {p.path: p.fixed for p in data.pairs if p.fixed}
     starts = {p.path: p.start for p in pairs if p.start}  # but for what was padded
+    drops = {p.path: [*p.drops] for p in data.pairs if any(p.drops)}
+    more = {"parts": parts, "dropout": dropouts, "fixed": fixed, "start": starts, "drops": drops}
     return {
         "config": config_digest(config),
         "targets": list(data.targets),
         "train_also": list(data.train_also),
         "base": dict(data.base),
-        **({"parts": parts} if parts else {}),
-        **({"dropout": dropouts} if dropouts else {}),
-        **({"fixed": fixed} if fixed else {}),
-        **({"start": starts} if starts else {}),
+        **{key: value for key, value in more.items() if value},
     }
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
+from lora_inject.core.request import row_settings
 from lora_inject.errors import ArgumentError, FormatError
 from lora_inject.files.formats.data import AdapterData, RowsData
-from lora_inject.settings import row_settings
 
 ALONE = "TRAINABLE_TOKENS"
 WRAPPER = "token_adapter"  # what PEFT puts around such a layer beside LoRA

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lora_inject.arithmetic.thinning import Drops
 from lora_inject.errors import FormatError
 from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.pairs import config_rank
@@ -59,6 +60,22 @@ def with_others(
     if left:
         raise FormatError(f"{where}: {next(iter(left))} has no A and B.")
     return found
+
+
+def as_told(pairs: list[PairData], own: Mapping[str, Any], dropout: float) -> list[PairData]:
+    """The pairs with what our metadata says of them; ``dropout`` where it says none."""
+    dropouts, fixed, starts, drops = (
+        own.get(k, {}) for k in ("dropout", "fixed", "start", "drops")
+    )
+    if not (dropout or dropouts or fixed or starts or drops):
+        return pairs
+    return [
+        replace(
+            p, dropout=dropouts.get(p.path, dropout), fixed=fixed.get(p.path, ""),
+            start=starts.get(p.path, ""), drops=Drops(*drops.get(p.path, ())),
+        )
+        for p in pairs
+    ]  # fmt: skip
 
 
 def keys_of_others(pairs: Iterable[PairData], prefix: str) -> dict[str, Tensor]:
