@@ -72,8 +72,8 @@ def _require_product(path: str, layer: nn.Module, adapter: Adapter) -> None:
     if not variant.additive or variant.offset:
         start = ", whose start is subtracted" if variant.offset else ""
         raise UnsupportedLayerError(
-            f"{adapter.name!r} is a {variant.name}{start}, and no B A alone, which A and B could be "
-            "scaled for.",
+            f"{adapter.name!r} is a {variant.name}{start}, and no B A alone, which A and B could "
+            "be scaled for.",
             path=path,
             remedy="Limit its gradients instead (torch.nn.utils.clip_grad_norm_).",
         )
