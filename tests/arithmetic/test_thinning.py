@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from lora_inject import FormatError, inject, load, merge, per_row, plan, save, strip, unmerge
 from lora_inject.core.state import adapters_of
 
+pytestmark = pytest.mark.usefixtures("device")
 LAYERS = {
     "Linear": (lambda: nn.Linear(6, 5), lambda: torch.randn(4, 6)),
     "large Linear": (lambda: nn.Linear(256, 128), lambda: torch.randn(256, 256)),

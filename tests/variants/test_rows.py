@@ -29,7 +29,11 @@ from lora_inject import (
 )
 
 IDS = [7, 3]  # not in order, and both among the tokens below
-TOKENS = torch.tensor([[1, 7, 3, 0], [7, 7, 8, 2]])
+pytestmark = pytest.mark.usefixtures("device")
+
+
+def tokens():
+    return torch.tensor([[1, 7, 3, 0], [7, 7, 8, 2]])
 
 
 class Words(nn.Module):
@@ -87,11 +91,11 @@ def made(name, dtype=torch.float32, **more):
 
 
 def moved(model, scale=0.5):
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator("cpu").manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                noise = torch.randn(parameter.shape, generator=generator)
+                noise = torch.randn(parameter.shape, generator=generator, device="cpu")
                 parameter.add_(scale * noise.to(parameter))
     return model
 
@@ -110,7 +114,7 @@ def written_out(model, base, weights=None):
     twin = copy.deepcopy(base)
     if twin.head.weight is twin.emb.weight:
         twin.head.weight = nn.Parameter(twin.emb.weight.detach().clone())
-    return torch.func.functional_call(twin, tables, (TOKENS,))
+    return torch.func.functional_call(twin, tables, (tokens(),))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -119,9 +123,9 @@ def test_fresh_rows_change_no_bit(name, dtype):
     torch.manual_seed(0)
     build, rows, _ = MODELS[name]
     model = build().to(dtype)
-    expected = copy.deepcopy(model).requires_grad_(False)(TOKENS)
+    expected = copy.deepcopy(model).requires_grad_(False)(tokens())
     inject(model, (), rows=rows)
-    assert torch.equal(model(TOKENS), expected)
+    assert torch.equal(model(tokens()), expected)
 
 
 @every_model
@@ -129,9 +133,9 @@ def test_values_and_gradients_are_those_of_the_formula(name):
     model, base = made(name, torch.float64)
     moved(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    output, expected = model(TOKENS), written_out(model, base)
+    output, expected = model(tokens()), written_out(model, base)
     torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
-    assert not torch.equal(output, base(TOKENS))
+    assert not torch.equal(output, base(tokens()))
     direction = torch.randn(output.shape, dtype=torch.float64)
     ours = torch.autograd.grad((output * direction).sum(), parameters)
     theirs = torch.autograd.grad((expected * direction).sum(), parameters)
@@ -145,22 +149,22 @@ def test_trained_copied_disabled_and_stripped(name):
     torch.manual_seed(0)
     build, rows, _ = MODELS[name]
     model = build()
-    before, expected = snapshot(model), model(TOKENS)
+    before, expected = snapshot(model), model(tokens())
     inject(model, (), rows=rows)
     optimizer = torch.optim.AdamW(param_groups(model, lr=0.1))
     for _ in range(2):
         optimizer.zero_grad()
-        model(TOKENS).pow(2).sum().backward()
+        model(tokens()).pow(2).sum().backward()
         optimizer.step()
-    trained = model(TOKENS)
+    trained = model(tokens())
     assert not torch.equal(trained, expected)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(twin(TOKENS), trained)
+        assert torch.equal(twin(tokens()), trained)
     with disabled(model):
-        assert torch.equal(model(TOKENS), expected)
+        assert torch.equal(model(tokens()), expected)
     strip(model)
     assert changed_parts(before, snapshot(model)) == []
-    assert torch.equal(model(TOKENS), expected)
+    assert torch.equal(model(tokens()), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -168,7 +172,7 @@ def test_trained_copied_disabled_and_stripped(name):
 def test_merged_rows_are_summed_and_rounded_once(name, dtype):
     model, base = made(name, dtype)
     moved(model)
-    expected = model(TOKENS)
+    expected = model(tokens())
     tables = {
         path: (
             module.weight.detach().float().clone(),
@@ -182,9 +186,9 @@ def test_merged_rows_are_summed_and_rounded_once(name, dtype):
     for path, (table, ids, rows) in tables.items():
         merged = model.get_submodule(path).weight
         assert torch.equal(merged, table.index_add(0, ids, rows).to(dtype))
-    torch.testing.assert_close(model(TOKENS), expected, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(model(tokens()), expected, rtol=2e-2, atol=2e-2)
     unmerge(model)
-    assert torch.equal(model(TOKENS), expected)
+    assert torch.equal(model(tokens()), expected)
     strip(model, merge=True)
     untouched = [i for i in range(9) if i not in (3, 5, 7, 8)]
     assert torch.equal(model.emb.weight[untouched], base.emb.weight[untouched])
@@ -199,7 +203,7 @@ def test_two_in_use_with_weights_add_up_in_any_order(name):
     outputs = []
     for weights in ({"one": 0.7, "two": -0.4}, {"two": -0.4, "one": 0.7}):
         use(model, weights)
-        outputs.append(model(TOKENS))
+        outputs.append(model(tokens()))
     expected = written_out(model, base, weights)
     torch.testing.assert_close(outputs[0], expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(outputs[1], expected, rtol=1e-12, atol=1e-12)
@@ -208,15 +212,15 @@ def test_two_in_use_with_weights_add_up_in_any_order(name):
 def test_beside_lora_on_other_layers_and_on_the_same_by_two_adapters():
     torch.manual_seed(0)
     model = untied()
-    expected = copy.deepcopy(model).requires_grad_(False)(TOKENS)
+    expected = copy.deepcopy(model).requires_grad_(False)(tokens())
     made = inject(model, "mid", r=2, rows={"emb": IDS}, dropout=0.5, layers=None, seed=0)
     assert made.split == {"lora_A": 8, "lora_B": 8, "bias": 0, "train_also": 0, "other": 0,
                           "lora_rows": 8}  # fmt: skip
     inject(model, "emb", r=2, adapter="low")
     use(model, "default", "low")
-    assert torch.equal(model.eval()(TOKENS), expected)
+    assert torch.equal(model.eval()(tokens()), expected)
     moved(model)
-    assert not torch.equal(model(TOKENS), expected)
+    assert not torch.equal(model(tokens()), expected)
 
 
 def test_blocks_do_not_concern_rows_and_the_plan_shows_them():
@@ -243,9 +247,9 @@ def test_nothing_of_the_size_of_the_table_is_made():
     model = nn.Sequential(nn.Embedding(1000, 16), nn.Linear(16, 1000, bias=False))
     model[1].weight = model[0].weight
     inject(model, (), rows={"0": [5, 999]})
-    tokens = torch.tensor([[5, 1, 999]])
+    few = torch.tensor([[5, 1, 999]])
     with Sizes() as sizes:
-        model(tokens).sum().backward()
+        model(few).sum().backward()
     assert sizes.largest == 3 * 1000  # the output of the head
     assert model[0].lora_rows.grad.shape == (2, 16)
 
@@ -257,7 +261,7 @@ def test_gradients_follow_the_options_of_the_embedding():
         full = copy.deepcopy(model)
         inject(model, (), rows={"emb": IDS})
         for one in (model, full):
-            one(TOKENS).pow(2).sum().backward()
+            one(tokens()).pow(2).sum().backward()
         wanted = full.emb.weight.grad
         wanted = (wanted.to_dense() if wanted.is_sparse else wanted)[sorted(IDS)]
         torch.testing.assert_close(model.emb.lora_rows.grad, wanted)
@@ -268,34 +272,34 @@ def test_ids_of_any_shape_and_dtype():
     inject(emb, (), rows={nn.Embedding: IDS})
     model = moved(nn.Sequential(emb))
     table = emb.weight.detach().index_add(0, torch.tensor(sorted(IDS)), emb.lora_rows.detach())
-    for ids in (torch.tensor(7), torch.tensor([], dtype=torch.long), TOKENS.mT, TOKENS.int()):
+    for ids in (torch.tensor(7), torch.tensor([], dtype=torch.long), tokens().mT, tokens().int()):
         assert torch.equal(model(ids), F.embedding(ids, table))
 
 
 def test_compiled_in_one_graph_and_exported():
     model, _ = made("tied")
     moved(model)
-    expected = model(TOKENS)
+    expected = model(tokens())
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(TOKENS), expected)
-    exported = torch.export.export(model, (TOKENS,)).module()
-    torch.testing.assert_close(exported(TOKENS), expected)
+    torch.testing.assert_close(compiled(tokens()), expected)
+    exported = torch.export.export(model, (tokens(),)).module()
+    torch.testing.assert_close(exported(tokens()), expected)
 
 
-def test_under_autocast_and_from_meta():
+def test_under_autocast_and_from_meta(device):
     model, base = made("tied")
     moved(model)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert model(TOKENS).dtype is torch.bfloat16
-        torch.testing.assert_close(model(TOKENS), written_out(model, base), rtol=5e-2, atol=5e-2)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert model(tokens()).dtype is torch.bfloat16
+        torch.testing.assert_close(model(tokens()), written_out(model, base), rtol=5e-2, atol=5e-2)
     with torch.device("meta"):
         twin = Words()
     inject(twin, (), rows={"emb": IDS})
-    twin.to_empty(device="cpu")
+    twin.to_empty(device=device)
     twin.load_state_dict(base.state_dict(), strict=False)
     twin.head.weight = twin.emb.weight
     reset_lora_parameters(twin)
-    assert torch.equal(twin(TOKENS), base(TOKENS))
+    assert torch.equal(twin(tokens()), base(tokens()))
     assert twin.head.lora_rows is twin.emb.lora_rows
 
 

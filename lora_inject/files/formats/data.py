@@ -242,6 +242,5 @@ class AdapterData:
         if self.rows:
             raise FormatError(
                 f"{self.rows[0].path} has rows that train, for which {what} has no word.",
-                remedy='Save it as "peft", or merge it (strip(model, merge=True)) and save the '
-                "model.",
+                remedy='Save it as "peft"; or, where it is not tied, merge it, and save the model.',
             )
