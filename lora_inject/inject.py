@@ -46,10 +46,10 @@ def inject(*args: Any, **kwargs: Any) -> Report:  # noqa: D417 (those of plan)
     Args:
         model: any ``nn.Module``, on any device, the meta device included.
         targets: which layers. ``"q_proj"`` and ``"self_attn.q_proj"`` match whole name components
-            from the right; with ``*``, ``?`` or ``[`` a glob over the whole path; ``"re:..."`` a
-            regular expression that matches the whole path; a module class; a callable
-            ``(path, module) -> bool``; ``"all-linear"``, every Linear-like layer but the output
-            head; a list of these; or a mapping of these to settings,
+            from the right; with ``*``, ``?`` or ``[`` a glob over the whole path; ``"re:..."``, or
+            what ``re.compile`` returns, a regular expression that matches the whole path; a module
+            class; a callable ``(path, module) -> bool``; ``"all-linear"``, every Linear-like layer
+            but the output head; a list of these; or a mapping of these to settings,
             ``{"q_proj": {"r": 8, "alpha": 16, "fixed": "A"}}``. The first pattern that selects a
             layer decides. A string also selects a parameter that no layer calls, such as the
             fused ``"experts.gate_up_proj"``.

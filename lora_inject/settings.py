@@ -4,6 +4,7 @@ import math
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -152,10 +153,11 @@ def _check_part_list(value: Any, pattern: Any) -> Parts:
     for item in value:
         name, size = item if isinstance(item, tuple) and len(item) == 2 else (item, None)
         named = isinstance(name, str) and name.isidentifier()
-        sized = size is None or (isinstance(size, int) and not isinstance(size, bool) and size > 0)
+        number = None if size is None else _integer(size)
+        sized = size is None or (number is not None and number > 0)
         if not (name is None or named) or not sized:
             raise problem
-        parts.append((name, size))
+        parts.append((name, number))
     names = [name for name, _ in parts if name is not None]
     if not names or len(set(names)) < len(names):
         raise problem
@@ -164,11 +166,8 @@ def _check_part_list(value: Any, pattern: Any) -> Parts:
 
 def check_count(r: Any, name: str) -> int:
     """A rank is an integer of at least 1."""
-    try:
-        rank = operator.index(r)
-    except TypeError:
-        rank = 0
-    if isinstance(r, bool) or not 1 <= rank < 2**31:
+    rank = _integer(r)
+    if rank is None or not 1 <= rank < 2**31:
         raise ArgumentError(f"{name} must be an integer from 1 to {2**31 - 1:,}, not {r!r}.")
     return rank
 
@@ -224,9 +223,10 @@ def check_seed(seed: Any) -> int | None:
     """A seed is an integer of 0 up to 2**63 - 1, or None."""
     if seed is None:
         return None
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+    number = _integer(seed)
+    if number is None or not 0 <= number < 2**63:
         raise ArgumentError(f"seed must be an integer in [0, 2**63), not {seed!r}.")
-    return seed
+    return number
 
 
 def check_adapter(name: Any) -> str:
@@ -269,14 +269,24 @@ def check_layers(layers: Any) -> tuple[int, ...] | None:
     if layers is None:
         return None
     wanted = layers if isinstance(layers, Iterable) else [layers]
-    indices = tuple(wanted)
-    if not indices or any(isinstance(i, bool) or not isinstance(i, int) for i in indices):
+    indices = [_integer(index) for index in wanted]
+    known = tuple(index for index in indices if index is not None)
+    if not known or len(known) < len(indices):
         raise ArgumentError(
             f"layers must be an integer or several (a list, a range), not {layers!r}."
         )
-    return indices
+    return known
 
 
 def _is_number(value: Any) -> bool:
-    small = isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+    """Whether it is a real number, of Python or of a library such as numpy."""
+    small = isinstance(value, Real) and (not isinstance(value, Integral) or abs(int(value)) < 2**63)
     return small and not isinstance(value, bool)
+
+
+def _integer(value: Any) -> int | None:
+    """An integer of Python or of a library such as numpy; None of anything else."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None

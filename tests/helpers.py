@@ -62,7 +62,7 @@ def plain(module):
 
 
 def hook_dicts(module):
-    return [v for k, v in vars(module).items() if k.endswith("_hooks")]
+    return [v for k, v in vars(module).items() if k.endswith("_hooks") and isinstance(v, dict)]
 
 
 def changed_parts(before, after):

@@ -393,9 +393,9 @@ def test_fsdp2_trains_layers_that_are_adapted_in_their_weight():
 # FSDP1
 
 
-def fsdp1_equals_one_process(dtype):
+def fsdp1_equals_one_process(dtype, how="auto"):
     alone = Net(dtype=dtype)
-    inject(alone, ["q_proj", "v_proj"], r=3, dtype="base")
+    inject(alone, ["q_proj", "v_proj"], r=3, dtype="base", how=how)
     randomize_adapters(alone)
     bare = copy.deepcopy(alone)
     model = FullyShardedDataParallel(bare, use_orig_params=True, device_id=torch.device("cpu"))
@@ -426,6 +426,7 @@ def fsdp1_mixed_dtypes():
 
 def test_fsdp1_with_use_orig_params_takes_the_step_of_one_process():
     on_ranks(2, fsdp1_equals_one_process, torch.float64)
+    on_ranks(2, fsdp1_equals_one_process, torch.float64, "weight")
     on_ranks(2, fsdp1_mixed_dtypes)
 
 

@@ -18,8 +18,9 @@ from lora_inject.errors import ArgumentError, UnsupportedLayerError
 from lora_inject.own import own_tensor
 from lora_inject.plan import plan_for
 from lora_inject.printing import Section, Tables
-from lora_inject.settings import check_adapter, check_dtype, check_layers
+from lora_inject.settings import check_adapter, check_dtype, check_layers, check_word
 from lora_inject.sharding import is_partial
+from lora_inject.variants import Spec
 
 OVERSAMPLING, ITERATIONS = 10, 4  # of the randomized decomposition: within 1 % of the exact one
 
@@ -77,6 +78,7 @@ def extract(
     targets: Any = ALL_LINEAR,
     r: int = 8,
     *,
+    variant: str = "lora",
     exclude: Any = (),
     layers: Any = None,
     dtype: torch.dtype | str | None = None,
@@ -101,6 +103,7 @@ def extract(
         tuned: the fine-tuned model, of the same layers; it is not changed.
         targets: the layers to extract, as in ``inject``.
         r: the rank.
+        variant: "lora", or "dora", whose magnitude holds the lengths of the rows exactly.
         exclude: layers to leave out.
         layers: block indices to keep.
         dtype: of A and B, as in ``inject``.
@@ -123,7 +126,7 @@ def extract(
                 remedy="Call use(model) or strip(model) first.",
             )
     request = Request(
-        settings_by_pattern(targets, {"r": r}),
+        settings_by_pattern(targets, {"r": r, "variant": check_word(variant, "variant", _HOW)}),
         excluded=optional_patterns(exclude, "exclude"),
         layers=check_layers(layers),
         dtype=check_dtype(dtype),
@@ -150,9 +153,10 @@ def _difference(
     for site, weights in zip(sites, tuned_weights, strict=True):
         for spec in site.specs:
             W = site.kind.weight(site.module, spec.weight)
-            A, B, lost = _extracted(site, W, weights[spec.weight], r)
+            how = _HOW[site.settings.variant.name]
+            own, lost = _extracted(site, spec, W, weights[spec.weight], how)
             held.add(id(W))
-            values[site.path, spec.prefix] = {"A": A, "B": B}
+            values[site.path, spec.prefix] = own
             found.append(
                 ExtractedWeight(f"{_module_path(site)}.{spec.weight}".lstrip("."), r, lost)
             )
@@ -202,29 +206,73 @@ def _module_path(site: Site) -> str:
 
 
 @torch.no_grad()
-def _extracted(site: Site, W: Tensor, tuned: Tensor, r: int) -> tuple[Tensor, Tensor, float]:
-    dtype = torch.promote_types(W.dtype, torch.float32)
-    difference = site.kind.to_matrix(site.module, tuned.to(W.device, dtype) - W.to(dtype))
-    rank = min(r, *difference.shape[-2:])
-    q = min(rank + OVERSAMPLING, *difference.shape[-2:])
-    if not difference.isfinite().all():
+def _extracted(
+    site: Site, spec: Spec, W: Tensor, tuned: Tensor, how: "_Extracting"
+) -> tuple[dict[str, Tensor], float]:
+    """The tensors by role, and the share of the difference that they do not hold."""
+    dtype, r = torch.promote_types(W.dtype, torch.float32), site.settings.r
+    W_OI = site.kind.to_matrix(site.module, W.to(dtype))
+    T_OI = site.kind.to_matrix(site.module, tuned.to(W.device, dtype))
+    rank = min(r, *W_OI.shape[-2:])
+    if not (T_OI - W_OI).isfinite().all():
         raise ArgumentError("the difference of the models is not finite.", path=site.path)
+    pair = _factors(how.wanted(W_OI, T_OI) - W_OI, rank, site)
+    A, B = (tensor.to(site.dtype) for tensor in pair)
+    change, own = how.made(W_OI, T_OI, B.to(dtype) @ A.to(dtype))
+    norm = (T_OI - W_OI).norm().item()
+    lost = (T_OI - W_OI - change).norm().item() / norm if norm else 0.0
+    A = nn.functional.pad(A, (0, 0, 0, r - rank))
+    B = nn.functional.pad(B, (0, r - rank))
+    A, B = site.kind.from_matrices(site.module, A, B)
+    shapes = site.settings.variant.shapes(spec)
+    return {"A": A, "B": B, **{role: t.reshape(shapes[role]) for role, t in own.items()}}, lost
+
+
+def _factors(difference_OI: Tensor, rank: int, site: Site) -> tuple[Tensor, Tensor]:
+    """A and B of which the product is near a matrix."""
+    q = min(rank + OVERSAMPLING, *difference_OI.shape[-2:])
     try:
-        U, S, V = dominant(difference, q, ITERATIONS)
+        U, S, V = dominant(difference_OI, q, ITERATIONS)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        S = difference.new_full((1,), float("nan"))  # which GPUs return where CPUs raise
+        S = difference_OI.new_full((1,), float("nan"))  # which GPUs return where CPUs raise
     if not S.isfinite().all():
         problem = "the difference of the models is too large to decompose."
         raise ArgumentError(problem, path=site.path)
-    root = S[..., :rank].sqrt()
-    B = U[..., :rank] * root.unsqueeze(-2)
-    A = (V[..., :rank] * root.unsqueeze(-2)).transpose(-2, -1)
-    A, B = A.to(site.dtype), B.to(site.dtype)
-    norm = difference.norm().item()
-    lost = (difference - B.to(dtype) @ A.to(dtype)).norm().item() / norm if norm else 0.0
-    A = nn.functional.pad(A, (0, 0, 0, r - rank))
-    B = nn.functional.pad(B, (0, r - rank))
-    return *site.kind.from_matrices(site.module, A, B), lost
+    root = S[..., :rank].sqrt().unsqueeze(-2)
+    return (V[..., :rank] * root).transpose(-2, -1), U[..., :rank] * root
+
+
+class _Extracting:
+    """How the weight of a fine-tuned model becomes an adapter: here ``B A``, its difference."""
+
+    def wanted(self, W_OI: Tensor, T_OI: Tensor) -> Tensor:
+        """What ``W + B A`` is to be near to."""
+        return T_OI
+
+    def made(self, W_OI: Tensor, T_OI: Tensor, BA_OI: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The change of W, and the tensors besides A and B."""
+        return BA_OI, {}
+
+
+class _ExtractingDoRA(_Extracting):
+    """``B A`` turns the rows of W as they were turned, and the magnitude has their lengths."""
+
+    def wanted(self, W_OI: Tensor, T_OI: Tensor) -> Tensor:
+        """The rows of T, as long as those of W."""
+        lengths = T_OI.norm(dim=-1, keepdim=True)
+        turned = T_OI * (W_OI.norm(dim=-1, keepdim=True) / lengths)
+        return torch.where(lengths > 0, turned, W_OI)
+
+    def made(self, W_OI: Tensor, T_OI: Tensor, BA_OI: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The lengths that bring ``W + B A`` nearest to T."""
+        V_OI = W_OI + BA_OI
+        n_O = V_OI.norm(dim=-1)
+        n_O = n_O.clamp_min(torch.finfo(n_O.dtype).tiny)
+        m_O = (V_OI * T_OI).sum(-1) / n_O
+        return V_OI * (m_O / n_O).unsqueeze(-1) - W_OI, {"magnitude": m_O}
+
+
+_HOW = {"lora": _Extracting(), "dora": _ExtractingDoRA()}
 
 
 def _others(

@@ -6,10 +6,11 @@ from typing import Any
 from torch import nn
 
 from lora_inject.core.commit import commit
+from lora_inject.core.company import use_of
 from lora_inject.core.look import Look
 from lora_inject.core.removal import remove_adapters
 from lora_inject.core.state import State
-from lora_inject.core.state_parts import Trained, Use
+from lora_inject.core.state_parts import Trained
 from lora_inject.errors import ArgumentError
 from lora_inject.settings import check_names, check_weights
 
@@ -56,7 +57,7 @@ def use(model: nn.Module, *adapters: Any, train: Any = None) -> nn.Module:
     look.require_known(trains, "train")
     look.require_awake()
     look.require_switchable()
-    chosen = Use(weights, trains)
+    chosen = use_of(look, weights, trains)
     states = {
         module: State(state.before, state.reach, chosen, state.adapters, state.trained)
         for module, state in look.own.items()

@@ -64,10 +64,13 @@ def may_run_whole(x_NI: Tensor, W_OI: Tensor | None, branches: Iterable[Branch])
     Not for tensor subclasses (quantized, DTensor), nor where operations are traced, batched or
     watched. Nor for inputs that ``F.linear`` does not flatten itself: flattened, their products
     would round in another way. None stands for a tensor that is not a parameter of the layer now:
-    one that is parametrized, pruned or sharded.
+    one that is parametrized, pruned or sharded. Nor for adapters without values beside an x with.
     """
+    meta = x_NI.is_meta
     for A_RI, B_OR, _, _, _ in branches:
         if type(A_RI) not in _PLAIN or type(B_OR) not in _PLAIN:
+            return False
+        if A_RI.is_meta is not meta or B_OR.is_meta is not meta:
             return False
     return (
         type(x_NI) in _PLAIN

@@ -44,12 +44,12 @@ def _hook_edits(
     kept = [item for item in hooks.items() if item[0] not in ours]
     marks = [item for item in marked.items() if item[0] not in ours]
     if on:
-        key = _new_key()
+        key = new_key()
         kept = [(key, hook), *kept] if first else [*kept, (key, hook)]
         marks = marks if first else [*marks, (key, True)]
     return [*items_edits(hooks, kept), *items_edits(marked, marks)]
 
 
-def _new_key() -> int:
-    """One that torch gives to no other hook."""
+def new_key() -> int:
+    """The key of a hook, one that torch gives to no other hook."""
     return RemovableHandle(OrderedDict()).id

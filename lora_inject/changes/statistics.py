@@ -5,23 +5,27 @@ mode. What is needed to let them move again is kept on the module itself.
 """
 
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
-from lora_inject.changes.edits import MISSING, Edit, attribute_edit
+from lora_inject.changes.edits import MISSING, Edit, attribute_edit, filling, tensor_edit
 from lora_inject.changes.hooks import after_hook_edits, pre_hook_edits
+from lora_inject.compat.torch_private import calls_on_stack
 
 _HELD = "_lora_inject_held"
 
 
 def has_statistics(module: nn.Module) -> bool:
-    """Whether the module owns buffers that its forward moves in training mode."""
+    """Whether the module owns buffers that its forward moves in training mode.
+
+    A scripted module calls those inside of it where no hook is: theirs are its own.
+    """
     buffers = module._buffers
-    return bool(len(buffers)) and any(
-        b is not None and _is_statistic(name) for name, b in buffers.items()
-    )
+    own = len(buffers) and any(b is not None and _is_statistic(n) for n, b in buffers.items())
+    return bool(own) or (isinstance(module, torch.jit.ScriptModule) and bool(_inside(module)))
 
 
 def is_held(module: nn.Module) -> bool:
@@ -34,7 +38,8 @@ def holding_edits(module: nn.Module, held: bool) -> list[Edit]:
 
     torch's BatchNorm has a switch: without ``track_running_stats`` it normalises by the batch in
     training mode and moves nothing, and uses the statistics in eval mode all the same. Any other
-    module gets two hooks that lend it copies for each forward pass in training mode.
+    module gets two hooks that lend it copies for each forward pass in training mode, or put the
+    values back that a scripted one has moved.
     """
     if held == is_held(module):
         return []
@@ -57,15 +62,33 @@ def _is_statistic(name: str) -> bool:
 
 
 def _has_switch(module: nn.Module) -> bool:
-    own_forward = type(module).forward not in (_BatchNorm.forward, SyncBatchNorm.forward)
-    return isinstance(module, _BatchNorm) and not own_forward
+    known = (_BatchNorm.forward, SyncBatchNorm.forward)
+    return isinstance(module, _BatchNorm) and type(module).forward in known
+
+
+def _inside(module: nn.Module) -> list[Tensor]:
+    """The statistics of a module and of those inside of it."""
+    return [b for path, b in module.named_buffers() if _is_statistic(path.rpartition(".")[2])]
+
+
+class _Lent(NamedTuple):
+    """What is put back after a forward pass: the buffers themselves, or values of theirs."""
+
+    own: dict[str, Tensor]
+    noted: list[tuple[Tensor, Tensor]]
+
+    def put_back(self, module: nn.Module) -> None:
+        """Let the buffers stand again, with their values."""
+        module._buffers.update(self.own)
+        for tensor, value in self.noted:
+            tensor.data.copy_(value)  # uncounted: a backward pass saves it and does not need it
 
 
 class _Hidden(threading.local):
-    """The statistics of modules whose forward runs now, also where they call themselves."""
+    """What puts statistics back, of modules whose forward runs, also where they call themselves."""
 
     def __init__(self) -> None:
-        self.of: dict[nn.Module, list[dict[str, Tensor]]] = {}
+        self.of: dict[nn.Module, list[_Lent]] = {}
 
 
 _hidden = _Hidden()
@@ -73,19 +96,48 @@ _hidden = _Hidden()
 
 def _lend(module: nn.Module, args: Any) -> None:
     """Hide the statistics of a module while it trains, behind copies."""
-    buffers = module._buffers.items()
-    own = {n: b for n, b in buffers if b is not None and _is_statistic(n) and module.training}
-    _hidden.of.setdefault(module, []).append(own)
-    module._buffers.update({name: b.clone() for name, b in own.items()})
+    if module in _hidden.of:
+        _put_back_left(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        # It has its buffers to itself; whether it trains is said by each one inside.
+        lent = _Lent({}, [(tensor, tensor.clone()) for tensor in _inside(module)])
+    else:
+        buffers = module._buffers.items()
+        own = {n: b for n, b in buffers if b is not None and _is_statistic(n) and module.training}
+        lent = _Lent(own, [])
+        module._buffers.update({name: b.clone() for name, b in own.items()})
+    _hidden.of.setdefault(module, []).append(lent)
 
 
 def _put_back(module: nn.Module, args: Any, output: Any) -> None:
     stack = _hidden.of[module]
-    module._buffers.update(stack.pop())
+    stack.pop().put_back(module)
     if not stack:
         del _hidden.of[module]
 
 
+def _put_back_left(module: nn.Module) -> None:
+    """Put back what calls left hidden that were interrupted: torch calls no hooks after that."""
+    stack, others = _hidden.of[module], calls_on_stack(module) - 1
+    if len(stack) > others:
+        stack[others].put_back(module)
+        del stack[others:]
+
+
+def _forget_left(module: nn.Module, _: None, stack: list[_Lent] | None) -> None:
+    if stack is None:
+        _hidden.of.pop(module, None)
+    else:
+        _hidden.of[module] = stack
+
+
 def _hook_edits(module: nn.Module, on: bool) -> list[Edit]:
     before = pre_hook_edits(module, _lend, on, first=True)
-    return [*before, *after_hook_edits(module, _put_back, on)]
+    edits = [*before, *after_hook_edits(module, _put_back, on)]
+    left = None if on else _hidden.of.get(module)
+    if left:
+        own = module._buffers
+        edits += [tensor_edit(module, name, own[name], t) for name, t in left[0].own.items()]
+        edits += [filling(tensor, value) for tensor, value in left[0].noted]
+        edits.append((_forget_left, module, None, left, None))
+    return edits

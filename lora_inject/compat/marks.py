@@ -5,7 +5,10 @@ is said of one without the mark: nothing then works differently but with the lib
 is, and the tests with that library say so.
 """
 
+import json
 from functools import partial
+from inspect import signature
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -23,12 +26,24 @@ WRAPPERS = {
 WRAPPED_PREFIXES = ("base_model.model.", "_orig_mod.", "_fsdp_wrapped_module.", "module.")
 WRAPPED_INFIXES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
+# Whose Linear classes compute W x + b, however their weight is stored or rounded on the way.
+_LINEAR_LIBRARIES = (
+    "bitsandbytes.", "torchao.float8.", "torchao.quantization.", "torchao.prototype.quant",
+    "torch.ao.", "optimum.quanto.", "transformers.integrations.", "diffusers.quantizers.",
+)  # fmt: skip
+
 _CHECKPOINTING = "gradient_checkpointing"
 
 
 def has_accelerate_hook(module: nn.Module) -> bool:
     """Whether accelerate has hooked the module: it moves its tensors around a forward pass."""
     return "_hf_hook" in module.__dict__
+
+
+def is_known_linear(cls: type[nn.Module]) -> bool:
+    """Whether the forward of a Linear class is that of a library of quantized layers."""
+    owner = next((base for base in cls.__mro__ if "forward" in vars(base)), cls)
+    return owner.__module__.startswith(_LINEAR_LIBRARIES)
 
 
 def kept_forwards(module: nn.Module) -> dict[str, MethodType]:
@@ -40,6 +55,20 @@ def kept_forwards(module: nn.Module) -> dict[str, MethodType]:
         for name, method in kept.items()
         if method is not None and getattr(method, "__func__", None) is own
     }
+
+
+def forward_below(module: nn.Module) -> Any:
+    """The function that a forward set on the instance leads to, through wrappers that say so.
+
+    Not through what ``torch.compile`` made of one, which may hold the code of then.
+    """
+    found = module.__dict__.get("forward")
+    while not hasattr(found, "_torchdynamo_orig_callable"):
+        inner = getattr(found, "__wrapped__", getattr(found, "func", None))
+        if inner is None:
+            break
+        found = inner
+    return getattr(found, "__func__", found)
 
 
 def is_fully_sharded(module: nn.Module) -> bool:
@@ -64,6 +93,55 @@ def may_be_reentrant(module: nn.Module) -> bool:
     function = getattr(module, "_gradient_checkpointing_func", None)
     known = function.keywords if isinstance(function, partial) else {}
     return bool(known.get("use_reentrant", True))
+
+
+def rows_of_checkpoint(module: nn.Module) -> int | None:
+    """How many tokens the checkpoint has that a model of transformers was loaded from.
+
+    None where that is not on this machine as a directory, or does not say.
+    """
+    config = getattr(module, "config", None)
+    folder = getattr(config, "_name_or_path", None)
+    try:
+        known = json.loads((Path(folder) / "config.json").read_text("utf-8")) if folder else {}
+        rows = known.get("vocab_size", known.get("text_config", {}).get("vocab_size"))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+    return rows if isinstance(rows, int) else None
+
+
+def resizable_embeddings(model: nn.Module) -> dict[nn.Module, Tensor]:
+    """The modules with a row for each token, and their weights, of a model that can resize them."""
+    if not callable(getattr(model, "resize_token_embeddings", None)):
+        return {}
+    found = {}
+    for ask in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            module = getattr(model, ask)()
+        except (NotImplementedError, AttributeError, TypeError):  # models without tokens
+            continue
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.Module) and isinstance(weight, Tensor) and weight.dim():
+            found[module] = weight
+    return found
+
+
+def reads_token_ids(module: nn.Module) -> bool | None:
+    """Whether a model of transformers reads token ids, by itself or among others; None of another.
+
+    A model with a decoder for them has another name for its ids, and its batch is that of what the
+    encoder reads.
+    """
+    main = _attribute(module, "main_input_name")
+    if not isinstance(main, str):
+        return None
+    kinds = _attribute(module, "input_modalities")
+    if kinds is None:
+        return main == "input_ids"
+    text = "text" in ([kinds] if isinstance(kinds, str) else kinds)
+    return text and (
+        main == "input_ids" or "input_ids" in signature(type(module).forward).parameters
+    )
 
 
 def _attribute(module: nn.Module, name: str) -> Any:

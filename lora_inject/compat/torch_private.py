@@ -5,13 +5,17 @@ way that is always right. (Names that a kind of layer is made of, such as ``_fla
 ``nn.LSTM``, stand with that kind.)
 """
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+from torch.nn.utils import parametrize
+from torch.utils import checkpoint
 
 
 def _named(path: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,6 +39,8 @@ _is_functorch_active = _named("_C._are_functorch_transforms_active", _yes)
 _count_dispatch_modes = _named("_C._len_torch_dispatch_stack", _yes)
 _is_tracing = _named("_C._is_tracing", _yes)
 _is_legacy_batched = _named("_C._functorch.is_legacy_batchedtensor", _yes)
+# Without this: no call of a module is seen on the stack.
+_call_of_module = getattr(getattr(nn.Module, "_call_impl", None), "__code__", None)
 # Without this: every device is asked whether it has autocast on.
 is_autocast_anywhere = _named("_C._is_any_autocast_enabled", _yes)
 # Without this: tensors inside of torch.func count as ordinary ones, of which capacity says that it
@@ -42,6 +48,9 @@ is_autocast_anywhere = _named("_C._is_any_autocast_enabled", _yes)
 is_functorch_wrapped = _named("_C._functorch.is_functorch_wrapped_tensor", _no)
 # Without this: an output is a view of the product, which allows a little less to be done with it.
 unsafe_view = _named("ops.aten._unsafe_view.default", Tensor.view)
+# Without these: every forward asks whether it runs in a checkpointed part.
+_hooks_of_saved_tensors = _named("_C._autograd._top_saved_tensors_default_hooks", _yes)
+_number_of_backward_pass = _named("_C._current_graph_task_id", lambda: 0)
 
 
 def _map_containers(function: Callable[[Any], Any], tree: Any) -> Any:
@@ -78,6 +87,26 @@ def is_transformed() -> bool:
     )
 
 
+def wants_parameter(reader: FrameType) -> bool:
+    """Whether it is one of torch's functions that reads a weight for the sake of the Parameter.
+
+    Pruning, weight_norm and FSDP1 put what they make of it in its place before each forward pass.
+    """
+    module, name = reader.f_globals.get("__name__"), reader.f_code.co_name
+    return module in _TAKING or (name == "get_parameter" and module == "torch.nn.modules.module")
+
+
+def replaces_weights(reader: FrameType) -> bool:
+    """Whether it is a function that makes something else of the weight that it reads, for good."""
+    module = str(reader.f_globals.get("__name__"))
+    return module in _REPLACING or module.startswith("torchao.")
+
+
+_TAKING = {"torch.nn.utils.prune", "torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm",
+           "torch.distributed.fsdp._flat_param"}  # fmt: skip
+_REPLACING = {"torch.nn.utils.parametrize", "torch.nn.utils.fusion"}
+
+
 def is_batched(value: Tensor) -> bool:
     """Whether operations on this are batched, by ``torch.func.vmap`` or ``is_grads_batched``."""
     return bool(_is_functorch_active() or _is_legacy_batched(value))
@@ -108,3 +137,68 @@ def offset_of_shard(shape: Any, mesh: Any, placements: Any) -> tuple[int, ...] |
     except ImportError:
         return None
     return tuple(compute_local_shape_and_global_offset(shape, mesh, placements)[1])
+
+
+def may_be_checkpointed() -> bool:
+    """Whether what runs now with gradients may be part of a checkpoint: fast, and mostly not."""
+    return _hooks_of_saved_tensors(True) is not None or _number_of_backward_pass() != -1
+
+
+def calls_on_stack(module: nn.Module) -> int:
+    """How many calls of a module with hooks run now."""
+    calls, frame = 0, sys._getframe(1)
+    while (above := frame.f_back) is not None:
+        calls += above.f_code is _call_of_module and above.f_locals.get("self") is module
+        frame = above
+    return calls
+
+
+def is_removing_parametrizations() -> bool:
+    """Whether the caller's caller is torch's ``remove_parametrizations``, or what it asks first."""
+    caller = sys._getframe(2)
+    codes = {caller.f_code, caller.f_back.f_code if caller.f_back else None}
+    return parametrize.remove_parametrizations.__code__ in codes
+
+
+class CheckpointedPart:
+    """A call of ``torch.utils.checkpoint.checkpoint`` that runs now.
+
+    Args:
+        owner: what keeps the function that will be called to run it again.
+        name: of the attribute under which it does.
+        runs_again: whether this is such a call, in a backward pass.
+    """
+
+    def __init__(self, owner: Any, name: str, runs_again: bool) -> None:
+        self._owner, self._name, self.runs_again = owner, name, runs_again
+
+    @property
+    def function(self) -> Any:
+        """The function that is called to run it again."""
+        return getattr(self._owner, self._name)
+
+    @function.setter
+    def function(self, value: Any) -> None:
+        setattr(self._owner, self._name, value)
+
+
+def checkpointed_parts() -> Iterator[CheckpointedPart]:
+    """The calls of torch's checkpoint, in both forms, that are on the stack, the inmost first.
+
+    They are known by the local variables of torch's functions; where torch has other ones, there
+    are none.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename == checkpoint.__file__:
+            own = frame.f_locals
+            if hasattr(own.get("ctx"), "run_function"):
+                again = frame.f_code.co_name == "backward"
+                yield CheckpointedPart(own["ctx"], "run_function", again)
+            else:
+                generator = getattr(own.get("gen"), "gi_frame", None)
+                begun = generator.f_locals.get("new_frame") if generator else None
+                part = own.get("frame") if begun is None else begun
+                if hasattr(part, "recompute_fn"):
+                    yield CheckpointedPart(part, "recompute_fn", begun is None)
+        frame = frame.f_back

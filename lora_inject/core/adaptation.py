@@ -13,6 +13,7 @@ from lora_inject.changes.edits import Edit, value_edit
 from lora_inject.changes.statistics import is_held
 from lora_inject.core.adapter import Adapter
 from lora_inject.core.arranging import Fresh, stand_in
+from lora_inject.core.company import company, joined, writes_to
 from lora_inject.core.look import Look
 from lora_inject.core.site import Site
 from lora_inject.core.starting import pair_parameters
@@ -37,6 +38,8 @@ class Content(NamedTuple):
         values: tensors by role, by path and prefix of each pair; None for starting values.
         tensors: values of what trains in place; what is not there keeps the base's.
         use: whether the adapter joins those in use and trains; else it waits for ``use``.
+        beside: the adapters that were in use while it trained.
+        said: what its file says besides, as JSON.
     """
 
     bias: BiasMode = "none"
@@ -45,6 +48,8 @@ class Content(NamedTuple):
     values: Mapping[tuple[str, str], Mapping[str, Tensor]] | None = None
     tensors: Mapping[Place, Tensor] = {}
     use: bool = True
+    beside: frozenset[str] = frozenset()
+    said: str = ""
 
 
 class Adaptation:
@@ -75,7 +80,8 @@ def adaptation(
         content: what else the adapter is.
     """
     seed = initial.draw_seed() if seed is None else seed
-    made = Adaptation(reached(look, Injection(secrets.randbits(63), name, content.bias)))
+    injection = Injection(secrets.randbits(63), name, content.bias, content.said)
+    made = Adaptation(reached(look, injection))
     leaders: dict[str, list[dict[str, nn.Parameter]]] = {}
     adapters: dict[nn.Module, tuple[Adapter, ...]] = {}
     generator = torch.Generator(device="cpu")
@@ -98,7 +104,7 @@ def adaptation(
         own_in_place(look, made, name, content.in_place, content.use)
         _fill(made, name, content.tensors)
     train_in_full(look, made.states, name, content.train_also.values())
-    _put_on_layers(made.states, name, adapters, content.use)
+    _put_on_layers(look, made, name, adapters, content)
     return made
 
 
@@ -238,19 +244,26 @@ def _fill(made: Adaptation, name: str, tensors: Mapping[Place, Tensor]) -> None:
 
 
 def _put_on_layers(
-    states: dict[nn.Module, State],
+    look: Look,
+    made: Adaptation,
     name: str,
     adapters: Mapping[nn.Module, tuple[Adapter, ...]],
-    use: bool,
+    content: Content,
 ) -> None:
     """Put an adapter on its layers, and let it run and train wherever it has something."""
     uses: dict[int, Use] = {}
-    for module, state in states.items():
-        own = adapters.get(module, ())
-        now = state.use
-        if use and (own or (state.own and name in state.on_it)):
+    beside = {**company(look), **({name: content.beside} if content.beside else {})}
+    writes = sum(
+        writes_to(t for (key, _), t in made.fresh[module].items() if t is not None and key in names)
+        for module, own in adapters.items()
+        for names in [own[-1].parameters]
+    )
+    for module, state in made.states.items():
+        own, now = adapters.get(module, ()), state.use
+        if own or (state.own and name in state.on_it):
             if id(now) not in uses:
-                uses[id(now)] = Use({name: 1.0, **now.weights}, now.trains | {name})
+                known = now._replace(beside=beside)
+                uses[id(now)] = joined(look, known, name, writes) if content.use else known
             now = uses[id(now)]
         if own or now is not state.use:
-            states[module] = state.change(adapters=(*state.adapters, *own), use=now)
+            made.states[module] = state.change(adapters=(*state.adapters, *own), use=now)

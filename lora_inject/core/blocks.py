@@ -20,12 +20,17 @@ from lora_inject.settings import BASE
 
 
 @contextmanager
-def block(look: Look, rows: Callable[[nn.Module, State], Any] | None = None) -> Iterator[nn.Module]:
+def block(
+    look: Look,
+    rows: Callable[[nn.Module, State], Any] | None = None,
+    around: Callable[[bool], list[Edit]] = lambda on: [],
+) -> Iterator[nn.Module]:
     """Show the base model, or what computes rows, for the length of a block.
 
     Args:
         look: the model.
         rows: makes of an adapted module what computes its rows; None for the base model.
+        around: what else is put on for the length of the block, and taken off.
 
     Yields:
         The model.
@@ -35,19 +40,24 @@ def block(look: Look, rows: Callable[[nn.Module, State], Any] | None = None) -> 
     """
     token = object()
     try:
-        _enter(look, token, rows)
+        _enter(look, token, rows, around(True))
         yield look.model
     finally:
-        surely(lambda: _leave(look, token))
+        surely(lambda: _leave(look, token, around(False)))
 
 
-def _enter(look: Look, token: object, rows: Callable[[nn.Module, State], Any] | None) -> None:
+def _enter(
+    look: Look,
+    token: object,
+    rows: Callable[[nn.Module, State], Any] | None,
+    around: list[Edit],
+) -> None:
     look.require_restorable(
         (module, trained)
         for module, trained in look.trained
         if look.states[module].inside(trained) != BASE
     )
-    states, values = dict[nn.Module, State](), list[Edit]()
+    states, values = dict[nn.Module, State](), [*around]
     for module, state in look.own.items():
         computes = None if rows is None else rows(module, state)
         new = state.change(blocks=(*state.blocks, Block(token, computes)))
@@ -63,14 +73,14 @@ def _enter(look: Look, token: object, rows: Callable[[nn.Module, State], Any] | 
     commit(look, states, values=values)
 
 
-def _leave(look: Look, token: object) -> None:
+def _leave(look: Look, token: object, around: list[Edit]) -> None:
     look = look.again()
     formers = look.loaded_formers(
         (module, trained)
         for module, trained in look.trained
         if [block.token for block in look.states[module].blocks] == [token]
     )
-    states, values = dict[nn.Module, State](), list[Edit]()
+    states, values = dict[nn.Module, State](), [*around]
     for module, state in look.states.items():
         left = tuple(b for b in state.blocks if b.token is not token) if state.blocks else ()
         if len(left) == len(state.blocks):

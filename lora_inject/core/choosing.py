@@ -15,10 +15,12 @@ from lora_inject.core.request import ALL_LINEAR
 from lora_inject.core.site import Refusal, Site
 from lora_inject.errors import (
     AlreadyAdaptedError,
+    ArgumentError,
     LoRAInjectError,
     NoMatchError,
     UnsupportedLayerError,
 )
+from lora_inject.kinds.parameter import layout_of
 from lora_inject.printing import plural
 
 
@@ -92,8 +94,8 @@ def choose(
             elif found is not None:
                 key = (target.module, target.parameter)
                 chosen.setdefault(key, (target, pattern, found))
-        if pattern.label == ALL_LINEAR:
-            _note_matrices(matcher, limits, skips)
+        if pattern.label == ALL_LINEAR or (pattern.wide and any(map(matcher.is_layer, targets))):
+            _note_matrices(matcher, pattern, limits, skips)
     _raise_refused(refused)
     winners = {key: winner for key, (_, winner, _) in chosen.items()}
     for pattern, targets in selected.items():
@@ -111,15 +113,34 @@ def choose(
     return [*sites.values()], [skip for skip in skips.values() if skip.path not in sites]
 
 
-def _note_matrices(matcher: Matcher, limits: Limits, skips: dict[str, Skip]) -> None:
-    """Say of fused weights, which are Linear in all but form, that all-linear leaves them."""
-    for target in matcher.matrices:
-        fused = target.tensor.dim() == 3
-        experts = hasattr(target.module, "num_experts")
-        if fused and experts and target.module not in limits.excluded:
-            reason = "a fused weight and no layer: name it to adapt it"
-            skip = Skip(target.path, target.type, ALL_LINEAR, reason, wanted=True)
-            skips.setdefault(target.path, skip)
+def _note_matrices(
+    matcher: Matcher, pattern: Pattern, limits: Limits, skips: dict[str, Skip]
+) -> None:
+    """Say of matrices that belong to no layer of a known kind that a pattern leaves them.
+
+    ``"all-linear"`` leaves all of them, a glob or an expression those that it would select too.
+    """
+    every = pattern.label == ALL_LINEAR
+    for target in matcher.factors:
+        module = target.module
+        if not every and not any(pattern.names(path) for path in target.paths):
+            continue
+        if module in limits.excluded or module in limits.in_full or module in matcher.heads:
+            continue
+        if limits.layers is not None and not _lies_in(target, limits.layers, matcher.model):
+            continue
+        what = "a matrix" if target.tensor.dim() == 2 else "a fused weight"
+        layout = "" if layout_of(module, target.tensor) else ", with layout="
+        reason = f"{what} and no layer: name it to adapt it{layout}"
+        skip = Skip(target.path, target.type, pattern.label, reason, wanted=True)
+        skips.setdefault(target.path, skip)
+
+
+def _lies_in(target: Target, layers: tuple[int, ...], model: nn.Module) -> bool:
+    try:
+        return bool(in_blocks([target.place], layers, model))
+    except ArgumentError:
+        return False
 
 
 def _outside(
@@ -194,12 +215,12 @@ def _nothing_chosen(
         told = "; ".join(f"{plural(n, 'layer')}: {reason}" for reason, n in reasons.items())
         return NoMatchError(f"{argument}: {pattern.label!r} chooses nothing. It selects {told}.")
     types = ", ".join(dict.fromkeys(target.type for target in targets))
-    children = matcher.adaptable_below(targets)
-    remedy = (
-        f"Layers inside that can be: {listed(children, 6)}."
-        if children
-        else f"Names that can be adapted: {listed(matcher.adaptable_names())}."
-    )
+    children, matrices = matcher.adaptable_below(targets), matcher.matrices_below(targets)
+    remedy = f"Names that can be adapted: {listed(matcher.adaptable_names())}."
+    if children:
+        remedy = f"Layers inside that can be: {listed(children, 6)}."
+    elif matrices:
+        remedy = f"Name its matrices instead, such as {listed(matrices, 6)}."
     return NoMatchError(
         f"{argument}: {pattern.label!r} selects {plural(len(targets), 'module')} of type {types}, "
         "which cannot be adapted.",

@@ -8,13 +8,15 @@ merged, no adapter in use) has its own class, and costs what it cost before.
 import inspect
 import threading
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lora_inject.changes.edits import Edit, attribute_edit, put_class
-from lora_inject.compat.marks import kept_forwards
+from lora_inject.compat.marks import forward_below, kept_forwards
 from lora_inject.core.adapter import Adapter
 from lora_inject.core.layer import BranchLayer, LoRALayer, WeightLayer, WholeLayer
 from lora_inject.core.state import State, state_of
@@ -40,47 +42,112 @@ def _make(base: type[nn.Module], key: Any, adapters: tuple[Adapter, ...]) -> typ
     """Make the class that the key stands for, unless another thread just has."""
     kind, way = adapters[0].kind, adapters[0].way
     name = f"LoRA{base.__name__}"
-    body: dict[str, Any] = {"__module__": __name__, "__qualname__": name}
+    # Of its module, since torch.fx takes layers for leaves by that.
+    body: dict[str, Any] = {"__module__": base.__module__, "__qualname__": name}
     for adapter in adapters if way == "weight" else ():
         body |= adapter.kind.members(tuple(spec.weight for spec in adapter.specs))
-    body["_lora_rebuild"] = staticmethod(_rebuild)
+    body["_lora_rebuild"], body["_lora_base"] = staticmethod(_rebuild), base
     body["_lora_transposed"] = kind.transposes
-    body["_lora_input"] = _first_argument(base if kind.below is None else kind.below)
-    made: type[LoRALayer] = _made_on(base, key, name, lambda: _bases(base, kind, way), body)
+    at = kind.branches_at(base) or base
+    body["_lora_input"], body["_lora_product"] = _input(at), (at, at.forward)
+    made: type[LoRALayer] = _made_on(base, key, lambda: _derived(base, name, body, kind, way))
     return made
 
 
-def _made_on(
-    base: type[nn.Module],
-    key: Any,
-    name: str,
-    bases: Callable[[], tuple[type, ...]],
-    body: dict[str, Any],
-) -> Any:
+def _made_on(base: type[nn.Module], key: Any, make: Callable[[], type]) -> Any:
     """The class that stands on another one under a key; it is made where there is none."""
     with _making:
         if _MADE not in vars(base):
             type.__setattr__(base, _MADE, {})  # whatever its own class says of attributes
         made = vars(base)[_MADE]
         if key not in made:
-            made[key] = types.new_class(name, bases(), exec_body=lambda space: space.update(body))
+            made[key] = make()
         return made[key]
 
 
-def _first_argument(base: type[nn.Module]) -> str:
-    """The name of the first argument of forward, which the adapter reads too."""
-    return next(iter(list(inspect.signature(base.forward).parameters)[1:]), "input")
+def _input(base: type[nn.Module]) -> tuple[int, str]:
+    """Where the input stands among the arguments of forward, which the adapter reads too.
+
+    That is the first one, where none has the name that torch or transformers give to it.
+    """
+    names = list(inspect.signature(base.forward).parameters)[1:] or ["input"]
+    known = (name for name in ("input", "x", "hidden_states") if name in names)
+    name = next(known, names[0])
+    return names.index(name), name
 
 
-def _bases(base: type[nn.Module], kind: Kind, way: Way) -> tuple[type, ...]:
-    """The base classes in the order in which their forward methods call each other."""
-    if way == "weight":
-        return (WeightLayer, base)
-    if kind.below is None or kind.below is base:
-        return (WholeLayer if kind.is_product(base) else BranchLayer, base)
-    # base.forward calls super().forward, which finds the branch in front of kind.below.
-    below = kind.below
-    return (base, _made_on(below, "below", "BranchBelow", lambda: (BranchLayer, below), {}))
+def _derived(base: type[nn.Module], name: str, body: dict[str, Any], kind: Kind, way: Way) -> type:
+    """A class of ours and of a module's own, in the order in which their forwards call each other.
+
+    It can take the place of the module's own: Python allows that where both have their layout from
+    one class, and a class has its layout from the first of its bases.
+    """
+    below = kind.branches_at(base) if way == "branch" else None
+    below = None if below is base else below
+    layer: type = WeightLayer
+    if way == "branch":
+        layer = WholeLayer if kind.is_product(below or base) else BranchLayer
+    if not _has_usual_layout(base) or (below is not None and _is_told_of_subclasses(base)):
+        at = 0 if below is None else base.__mro__.index(below)
+        ours = layer.__mro__[: layer.__mro__.index(nn.Module)]
+        return _ordered(base, name, body, (*base.__mro__[:at], *ours, *base.__mro__[at:]))
+    bases: tuple[type, ...] = (layer, base)
+    if below is not None:
+        # base.forward calls super().forward, which finds the branch in front of the class below it.
+        bases = (base, _made_on(below, "below", lambda: _new("BranchBelow", (layer, below), {})))
+    return _new(name, bases, body)
+
+
+def _new(name: str, bases: tuple[type, ...], body: dict[str, Any], **options: Any) -> type:
+    return types.new_class(name, bases, options, lambda space: space.update(body))
+
+
+def _has_usual_layout(base: Any) -> bool:
+    """Whether a class has its layout from ``nn.Module``, and not from an ABC that stands first."""
+    while base not in (nn.Module, object):
+        base = base.__base__
+    return base is nn.Module
+
+
+def _is_told_of_subclasses(base: type) -> bool:
+    return any("__init_subclass__" in vars(cls) for cls in base.__mro__ if cls is not object)
+
+
+class _Quiet:
+    """Keeps from a class that one of ours is derived from it: it may ask for arguments then."""
+
+    __slots__ = ()
+
+    def __init_subclass__(cls) -> None:
+        pass
+
+
+def _ordered(
+    base: type[nn.Module], name: str, body: dict[str, Any], order: tuple[type, ...]
+) -> type:
+    """A class with the layout of a module's class, whose methods are looked for in this order."""
+    mro = {"mro": lambda cls: [cls, _Quiet, *order]}
+    return _new(name, (base, LoRALayer), body, metaclass=_new("Ordered", (type(base),), mro))
+
+
+_refusals: weakref.WeakKeyDictionary[type, str | None] = weakref.WeakKeyDictionary()
+
+
+def class_refusal(base: type[nn.Module]) -> str | None:
+    """Why no class can be derived from a module's class, with the remedy; else None."""
+    if type(base) is type:
+        return None
+    if base not in _refusals:
+        try:
+            if _has_usual_layout(base):
+                _new("Tried", (LoRALayer, base), {})
+            else:
+                _ordered(base, "Tried", {}, (LoRALayer, *base.__mro__))
+            _refusals[base] = None
+        except Exception as error:
+            reason = f"no class can be derived from {base.__name__} ({error}). Exclude it."
+            _refusals[base] = reason
+    return _refusals[base]
 
 
 def _rebuild(
@@ -114,6 +181,21 @@ def class_for(state: State) -> type[nn.Module]:
     if state.running or state.rows:
         return lora_class(state.before.cls, state.adapters)
     return state.before.cls
+
+
+def follows(module: nn.Module, state: State) -> bool:
+    """Whether a forward that was set on the instance does what its class does, whichever it is.
+
+    Methods that a tool has kept of our classes ask for the class when they are called.
+    """
+    return forward_below(module) is lora_class(state.before.cls, state.adapters).forward
+
+
+def is_bare(module: nn.Module, state: State) -> bool:
+    """Whether what was a parametrized layer is none any more, since its norm was removed."""
+    before = state.before.cls
+    known = before.__name__ == f"Parametrized{type(module).__name__}"
+    return known and before.__bases__ == (type(module),) and not is_parametrized(module)
 
 
 def is_intact(module: nn.Module) -> bool:

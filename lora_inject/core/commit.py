@@ -32,7 +32,9 @@ from lora_inject.core.module_edits import (
     lent_edits,
     statistics_edits,
 )
+from lora_inject.core.recomputing import note_commit, note_parts
 from lora_inject.core.state import State, owned
+from lora_inject.core.travelling import travelling_edits
 from lora_inject.own import STATE
 
 
@@ -52,7 +54,7 @@ def commit(
         states: the new states; None for a module as it was before us.
         fresh: tensors that did not exist, by module, then by their name (of what trains in place,
             that of the place) and their owner.
-        values: edits of the values of tensors.
+        values: edits of the values of tensors, and of hooks.
         flags: which ``requires_grad`` are set.
         then: called when all is done; what it raises takes everything back.
 
@@ -61,7 +63,10 @@ def commit(
     """
     with torch.inference_mode(False):  # tensors made in it could never train
         edits = edits_of(look, states, fresh or {}, values, flags)
-    return run(edits, then)
+    note_parts()
+    done = run(edits, then)
+    note_commit(look, states, lambda former: edits_of(look.again(), former, {}, (), "switched"))
+    return done
 
 
 def edits_of(
@@ -188,3 +193,4 @@ def _add_still_edits(
     if old.reach is not state.reach or state.reach.in_full:
         edits += statistics_edits(module, old, state)
         edits += lent_edits(module, old, state)
+        edits += travelling_edits(module, old, state)

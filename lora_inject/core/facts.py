@@ -99,6 +99,10 @@ class Facts:
         found = {i.id: i for reach in reaches.values() for i in reach.injections}
         return tuple(found.values())
 
+    def said(self, adapter: str) -> str:
+        """What the file of an adapter said besides, as JSON; "" where there was nothing."""
+        return next((i.said for i in self.injections if i.adapter == adapter and i.said), "")
+
     @cached_property
     def roots(self) -> frozenset[int]:
         """The ids of the injections that were called on the model or inside of it."""

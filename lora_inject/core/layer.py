@@ -11,11 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.arithmetic.linear import Branch, adapted_linear, may_run_whole
+from lora_inject.compat.torch_private import is_removing_parametrizations
 from lora_inject.core.adapter import Adapter, Term
+from lora_inject.core.recomputing import note_run
 from lora_inject.core.sharded import following, is_of_fsdp
 from lora_inject.core.state import State
+from lora_inject.core.tools import (
+    keeping_values,
+    refuse_removal,
+    refuse_script,
+    require_values,
+    shallow_copy,
+)
 from lora_inject.errors import LoRAInjectError
 from lora_inject.kinds.base import Kind
+from lora_inject.kinds.shown import bare, shown
 from lora_inject.own import STATE
 from lora_inject.sharding import is_distributed
 from lora_inject.variants import Change, Spec, Variant
@@ -49,6 +59,27 @@ class LoRALayer(nn.Module):
     """
 
     _lora_rebuild: ClassVar[Any]
+    _lora_base: ClassVar[type[nn.Module]]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """With arguments, as in ``type(layer)(8, 8)``, a new layer of the layer's own class."""
+        return cls._lora_base(*args, **kwargs) if args or kwargs else super().__new__(cls)
+
+    __copy__ = shallow_copy
+    __prepare_scriptable__ = refuse_script  # which torch.jit.script calls first
+
+    @property
+    def parametrizations(self) -> Any:
+        """Those of the layer, while nothing is removing them."""
+        going = not torch.compiler.is_compiling() and is_removing_parametrizations()
+        if going and "_lora_base" in vars(type(self)):  # and not in a class on top of ours
+            refuse_removal(self)
+        if "parametrizations" not in self._modules:
+            raise AttributeError("the layer has no parametrizations")
+        return self._modules["parametrizations"]
+
+    def __init_subclass__(cls) -> None:
+        """Says nothing to the module's own class, which may ask for arguments."""
 
     @property
     def lora_adapters(self) -> tuple[Adapter, ...]:
@@ -75,7 +106,7 @@ class LoRALayer(nn.Module):
         super().register_parameter(name, param)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(keeping_values(self, fn), recurse)  # type: ignore[no-untyped-call]
         # On the device where the adapters are now.
         with torch.inference_mode(False):
             known, state = self.__dict__[SCALES], self.__dict__[STATE]
@@ -94,10 +125,12 @@ class LoRALayer(nn.Module):
 class BranchLayer(LoRALayer):
     """An adapted layer whose own forward runs, and whose adapters add to what it returns."""
 
-    _lora_input: ClassVar[str]
+    _lora_input: ClassVar[tuple[int, str]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The layer's own forward, plus what each adapter adds for its first argument."""
+        """The layer's own forward, plus what each adapter adds for its input."""
+        if not isinstance(self, LoRALayer):  # a tool has kept this method from before
+            return type(self).forward(self, *args, **kwargs)
         y: Tensor = super().forward(*args, **kwargs)
         if not isinstance(y, Tensor):
             raise LoRAInjectError(
@@ -105,18 +138,22 @@ class BranchLayer(LoRALayer):
                 path=self.lora_adapters[0].path,
                 remedy='strip, and inject with how="weight".',
             )
-        x: Tensor = args[0] if args else kwargs[self._lora_input]
+        at, name = self._lora_input
+        x: Tensor = args[at] if len(args) > at else kwargs[name]
         state: State = self.__dict__[STATE]
+        compiles = torch.compiler.is_compiling()
+        if not compiles:
+            note_run(self)
         if state.rows is not None:
             return cast(Tensor, state.rows.add(self, x, y))
         # A compiler makes a constant of a number, and compiles again when it changes.
-        compiles, former = torch.compiler.is_compiling(), y
+        former = y
         for term in state.running:
             factor = self.__dict__[SCALES][term.adapter][1] if compiles else term.factor
             tensors = {role: getattr(self, name) for role, name in term.names.items()}
+            require_values(self, x, tensors.values())
             if term.drops and self.training:
-                factor = term.drops.factor(factor, y)
-                tensors = term.drops.thinned(tensors)
+                factor, tensors = term.drops.factor(factor, y), term.drops.thinned(tensors)
             change = term.change(tensors, factor, term.dropout if self.training else 0.0)
             y = term.variant.add_to_output(term.kind, self, x, former, y, change)
         return y
@@ -129,16 +166,21 @@ class WholeLayer(BranchLayer):
     """
 
     _lora_transposed: ClassVar[bool]
+    _lora_product: ClassVar[tuple[type[nn.Module], Any]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """``W x + b``, plus what each adapter adds."""
-        x: Tensor = args[0] if args else kwargs[self._lora_input]
+        if not isinstance(self, LoRALayer):  # a tool has kept this method from before
+            return type(self).forward(self, *args, **kwargs)
+        x: Tensor = args[0] if args else kwargs[self._lora_input[1]]
         state: State = self.__dict__[STATE]
         own: Any = self._parameters  # a weight that is not here is computed when it is read
-        if state.running and "bias" in own:
+        cls, known = self._lora_product
+        if state.running and "bias" in own and cls.forward is known:  # nobody has patched it since
             W, training = own.get("weight"), self.training
             branches = _branches(own, state.running, training)
             if branches is not None and may_run_whole(x, W, branches):
+                note_run(self)
                 W_OI = W.t() if self._lora_transposed else W
                 y = adapted_linear(x, W_OI, own["bias"], branches)
                 return finished(self, state.running, own, y)
@@ -167,6 +209,7 @@ def finished(layer: nn.Module, terms: Sequence[Term], own: Any, y: Tensor) -> Te
     if term.plain:
         return y
     tensors = {role: own[name] for role, name in term.names.items()}
+    require_values(layer, y, tensors.values())
     return term.variant.finish(term.kind, layer, y, term.change(tensors, term.factor))
 
 
@@ -184,6 +227,8 @@ class WeightLayer(LoRALayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward."""
+        if not isinstance(self, LoRALayer):  # a tool has kept this method from before
+            return type(self).forward(self, *args, **kwargs)
         if torch.compiler.is_compiling():  # the compiler computes equal things once by itself
             return super().forward(*args, **kwargs)
         former = _computed.of.get(self)
@@ -202,16 +247,22 @@ class WeightLayer(LoRALayer):
         key = (name, torch.is_grad_enabled())
         if computed is not None and key in computed:
             return computed[key]
+        if not torch.compiler.is_compiling():
+            note_run(self)
         state: State = self.__dict__[STATE]
         scales = self.__dict__[SCALES] if torch.compiler.is_compiling() else None
         kind, changes = changes_of(self, state.running, name, scales)
-        W = self._parameters[name]
+        W = bare(self, name)
         own = [W, *(tensor for _, change in changes for tensor in change.tensors.values())]
         if any(t is not None and is_distributed(t) for t in own) and is_of_fsdp(self):
             return W  # FSDP looks for its shards; what a forward reads is gathered
-        value = kind.effective(self, W, changes) if kind and W is not None else W
-        if computed is not None:
-            computed[key] = value
+        value: Any = W
+        if kind and W is not None:
+            require_values(self, W, own[1:])
+            value = kind.effective(self, W, changes)
+        if computed is None:
+            return shown(value, W) if isinstance(W, Tensor) and value is not W else value
+        computed[key] = value
         return value
 
 
@@ -227,7 +278,8 @@ def changes_of(
     for term in terms:
         if term.spec.weight == weight:
             kind = term.kind
-            tensors = {role: module.get_parameter(name) for role, name in term.names.items()}
+            # Parameters, or what stands in their place for a while (``torch.func``).
+            tensors = {role: getattr(module, name) for role, name in term.names.items()}
             factor = term.factor if scales is None else scales[term.adapter][1]
             changes.append((term.variant, term.change(tensors, factor)))
     return kind, changes

@@ -8,11 +8,14 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from lora_inject.compat.marks import has_accelerate_hook, is_fully_sharded, kept_forwards
-from lora_inject.core.class_swap import is_intact
 from lora_inject.core.facts import Facts
 from lora_inject.core.layer import LoRALayer
-from lora_inject.core.state import State
+from lora_inject.core.layer_checks import (
+    require_intact,
+    require_parameters,
+    require_restorable,
+    require_switchable,
+)
 from lora_inject.core.state_parts import Trained
 from lora_inject.errors import ArgumentError, LoRAInjectError
 from lora_inject.own import own_tensor
@@ -171,24 +174,20 @@ class Look(Facts):
             LoRAInjectError: a class, a forward or the adapters' parameters were changed.
         """
         for path, layer in self.layers.items():
-            _require_parameters(self, layer, self.states[layer])
-            _require_intact(path, layer, self.states[layer])
+            require_parameters(path, layer, self.states[layer])
+            require_intact(path, layer, self.states[layer])
 
     def require_switchable(self) -> None:
-        """Refuse layers that cannot run an adapter: their class was replaced while none was in use.
+        """Refuse layers that cannot run an adapter after what was done while none was in use.
 
         Raises:
-            LoRAInjectError: there is one.
+            LoRAInjectError: a class was replaced, a forward that would bypass the adapter was kept,
+                or the adapter was rounded to 8 bits.
         """
         for module, state in self.own.items():
-            _require_parameters(self, module, state)
-            if state.adapters and not isinstance(module, LoRALayer) and not is_intact(module):
-                raise LoRAInjectError(
-                    f"its class became {type(module).__name__} while none of its adapters was in "
-                    "use.",
-                    path=self.index.path(module),
-                    remedy="Put the adapters in use before that (fully_shard, parametrize).",
-                )
+            require_parameters(self.index.path(module), module, state)
+            if state.adapters and not isinstance(module, LoRALayer):
+                require_switchable(self.index.path(module), module, state)
 
     def require_restorable(self, places: Iterable[tuple[nn.Module, Trained]]) -> None:
         """Refuse to move what stands in these places where their former value cannot come back.
@@ -198,7 +197,7 @@ class Look(Facts):
                 sharded now, or is tied to one outside of the model.
         """
         for module, trained in places:
-            _require_restorable(module, trained)
+            require_restorable(module, trained)
             self.require_inside(module, trained)
 
     def require_inside(self, module: nn.Module, trained: Trained) -> None:
@@ -214,75 +213,3 @@ class Look(Facts):
                 path=self.index.path(module),
                 remedy="Call this on the whole model.",
             )
-
-
-def _require_parameters(look: Look, layer: nn.Module, state: State) -> None:
-    own = layer._parameters
-    for adapter in state.adapters:
-        for name in adapter.parameters:
-            if name not in own:
-                raise LoRAInjectError(
-                    f"its {name} is no parameter of it any more: something has pruned, normed or "
-                    "parametrized it since.",
-                    path=look.index.path(layer),
-                    remedy="Undo that first.",
-                )
-
-
-def _require_intact(path: str, layer: nn.Module, state: State) -> None:
-    if is_fully_sharded(layer):
-        raise LoRAInjectError(
-            "FSDP shards and gathers its adapter and would go on doing so.",
-            path=path,
-            remedy="Save the adapter on all ranks, and load it into a model that is not sharded.",
-        )
-    if has_accelerate_hook(layer) and any(
-        layer.get_parameter(name).is_meta for a in state.adapters for name in a.parameters
-    ):
-        raise LoRAInjectError(
-            "accelerate has offloaded its adapter, and its hook would look for it.",
-            path=path,
-            remedy="Call accelerate.hooks.remove_hook_from_submodules(model) first.",
-        )
-    if "forward" in layer.__dict__ and not (
-        has_accelerate_hook(layer) or "forward" in kept_forwards(layer)
-    ):
-        raise LoRAInjectError(
-            "a forward was set on this very instance after inject, and it would go on adding.",
-            path=path,
-            remedy="Remove it first (del layer.forward).",
-        )
-    if not is_intact(layer):
-        raise LoRAInjectError(
-            f"its class is now {type(layer).__name__}, put there after inject.",
-            path=path,
-            remedy="Undo that first, or strip before it is done.",
-        )
-
-
-def _require_restorable(module: nn.Module, trained: Trained) -> None:
-    tensor, former = own_tensor(module, trained.name), trained.former
-    what = f"the former value of {trained.text(module)}"
-    if trained.is_parameter and tensor is None:
-        raise LoRAInjectError(
-            f"{what} has no place any more: it is no parameter of its module now.",
-            remedy="Undo what replaced it (a parametrization, say) first.",
-        )
-    if former is not None and former.is_meta and tensor is not None and not tensor.is_meta:
-        raise LoRAInjectError(
-            f"{what} is not known: the model was on the meta device when inject was called.",
-            remedy="Load the base weights, call reset_lora_parameters, then train.",
-        )
-    if is_fully_sharded(module):
-        raise LoRAInjectError(
-            f"{what} cannot be put back: FSDP manages the parameter now.",
-            remedy="Save the adapter on all ranks, and load it into a model without FSDP.",
-        )
-    if not trained.is_parameter or tensor is None or former is None:
-        return
-    if tensor.shape != former.shape:
-        raise LoRAInjectError(
-            f"{what} has the shape {tuple(former.shape)}, and the parameter now "
-            f"{tuple(tensor.shape)}.",
-            remedy="Undo the resizing first.",
-        )

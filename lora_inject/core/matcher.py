@@ -12,7 +12,8 @@ from lora_inject.core.patterns import NamedModule, Pattern, close_names
 from lora_inject.errors import NoMatchError
 from lora_inject.kinds import Kind, find_kind
 from lora_inject.kinds.bias import is_bias
-from lora_inject.sharding import whole_shape
+from lora_inject.kinds.products import is_factor
+from lora_inject.sharding import whole_numel, whole_shape
 
 
 class Target(NamedTuple):
@@ -73,6 +74,10 @@ class Matcher:
         """Whether a target is a layer with a kind, or a parameter."""
         return target.parameter is not None or self.kind(target.place.module) is not None
 
+    def is_layer(self, target: Target) -> bool:
+        """Whether a target is a layer with a kind."""
+        return target.parameter is None and self.is_able(target)
+
     @cached_property
     def heads(self) -> dict[nn.Module, str]:
         """The output heads, looked for when somebody asks."""
@@ -89,6 +94,12 @@ class Matcher:
             if parameter is not None and len(whole_shape(parameter)) > 1
             if self.kind(place.module) is None and not is_bias(place.module, name)
         ]
+
+    @cached_property
+    def factors(self) -> list[Target]:
+        """Those of them that their module multiplies by, as a Linear does, the largest first."""
+        own = [t for t in self.matrices if is_factor(t.module, t.parameter or "", t.tensor)]
+        return sorted(own, key=lambda target: -whole_numel(target.tensor))
 
     def modules_of(self, argument: str, pattern: Pattern) -> list[NamedModule]:
         """The modules that a pattern of ``exclude`` or ``train_also`` selects.
@@ -181,6 +192,11 @@ class Matcher:
         """Paths of layers with a kind inside these modules."""
         inside = {m for target in targets for m in self.look.index.below(target.module)}
         return [p.path for p in self.places if p.module in inside and self.kind(p.module)]
+
+    def matrices_below(self, targets: Iterable[Target]) -> list[str]:
+        """Paths of parameters inside these modules that can be adapted by them."""
+        inside = {m for target in targets for m in self.look.index.below(target.module)}
+        return [t.path for t in self.matrices if t.module in inside and t.tensor.dim() < 4]
 
 
 def listed(names: Sequence[str], most: int = 20) -> str:

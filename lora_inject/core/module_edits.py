@@ -11,6 +11,7 @@ from lora_inject.changes.statistics import has_statistics, holding_edits
 from lora_inject.core.class_swap import add_class_edits
 from lora_inject.core.layer import SCALES, Scales, scales_of
 from lora_inject.core.state import State
+from lora_inject.core.travelling import travelling_edits
 from lora_inject.own import STATE
 
 
@@ -22,6 +23,7 @@ def edge_edits(
     add_class_and_scales(edits, module, old, state, own)
     edits += statistics_edits(module, old, state)
     edits += lent_edits(module, old, state)
+    edits += travelling_edits(module, old, state)
     if (old is None) != (state is None) and is_checkpointed(module):
         edits += recompute_edits(module, state is not None)
     if old is not None and state is None and module.training is not old.before.training:

@@ -6,6 +6,7 @@ several paths, and a pattern selects it by any of them.
 
 import difflib
 import fnmatch
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -107,6 +108,8 @@ def parse(
 def _pattern(item: Any, argument: str, value: Any, keywords: Mapping[str, Predicate]) -> Pattern:
     if isinstance(item, Pattern):
         return replace(item, settings=value)
+    if isinstance(item, re.Pattern):
+        item = _as_text(item)
     if isinstance(item, str):
         if item in keywords:
             return Pattern(item, keywords[item], settings=value)
@@ -123,6 +126,15 @@ def _pattern(item: Any, argument: str, value: Any, keywords: Mapping[str, Predic
         f"{argument} holds {item!r}, which is not a pattern.",
         remedy='Use a name, a glob, "re:...", a module class or a callable (path, module) -> bool.',
     )
+
+
+def _as_text(compiled: "re.Pattern[Any]") -> Any:
+    """A compiled expression as it is written here, its flags inside of it."""
+    letters = {re.I: "i", re.M: "m", re.S: "s", re.X: "x", re.A: "a"}
+    flags = "".join(letter for flag, letter in letters.items() if compiled.flags & flag)
+    flags = f"(?{flags})" if flags else ""
+    # Of bytes, which match no path, it is no pattern.
+    return f"re:{flags}{compiled.pattern}" if isinstance(compiled.pattern, str) else compiled
 
 
 def _is_wide(text: str) -> bool:

@@ -11,7 +11,7 @@ from lora_inject.core.commit import commit
 from lora_inject.core.look import Look
 from lora_inject.core.marks import mark_of, places_of
 from lora_inject.core.state import State
-from lora_inject.core.state_parts import Reach, Trained, Use
+from lora_inject.core.state_parts import Reach, Trained
 from lora_inject.errors import warn
 from lora_inject.own import own_tensor
 from lora_inject.settings import BASE
@@ -96,7 +96,7 @@ class _Removal:
                 in_full=tuple(n for n in reach.in_full if n not in names),
                 tops=tuple(n for n in reach.tops if n not in names),
             ),
-            Use(weights, state.use.trains - names),
+            state.use._replace(weights=weights, trains=state.use.trains - names),
             adapters=tuple(a for a in state.adapters if a.name not in names),
             trained=tuple(t for t in trained if t is not None),
         )

@@ -36,6 +36,8 @@ class Request(NamedTuple):
         seed: the seed of the starting values; None draws one.
         adapter: the adapter's name.
         bias: the bias mode.
+        dropout_can_go: whether layers that are adapted in their weight, where dropout has nothing
+            to act on, do without it, and are not refused.
     """
 
     settings: Mapping[Pattern, Settings]
@@ -48,6 +50,7 @@ class Request(NamedTuple):
     seed: int | None = None
     adapter: str = "default"
     bias: BiasMode = "none"
+    dropout_can_go: bool = False
 
 
 def settings_by_pattern(targets: Any, values: Mapping[str, Any]) -> dict[Pattern, Settings]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lora_inject.core.adapter import names_of
 from lora_inject.core.choosing import Limits
+from lora_inject.core.class_swap import class_refusal
 from lora_inject.core.matcher import Matcher, Target
 from lora_inject.core.patterns import NamedModule, Pattern
 from lora_inject.core.request import Request
@@ -18,6 +19,7 @@ from lora_inject.core.state import adapters_of
 from lora_inject.errors import ArgumentError, UnsupportedLayerError
 from lora_inject.kinds import Kind, Spec
 from lora_inject.kinds.base import Way, is_packed, is_plain
+from lora_inject.kinds.bytecode import Read, is_meant
 from lora_inject.kinds.parameter import ParameterKind, layout_of
 from lora_inject.kinds.refusals import general_refusal, weight_refusal
 from lora_inject.kinds.weight_reads import weights_read_below
@@ -86,27 +88,29 @@ class Resolver:
         return "weight" if self._is_read(target) else "branch"
 
     @cached_property
-    def _readers(self) -> dict[str, frozenset[str]]:
-        """By the path of a module: the paths below it of the weights that its methods read."""
+    def _readers(self) -> dict[str, frozenset[Read]]:
+        """By the path of a module: of what inside of it its methods read the weights."""
         index = self.matcher.look.index
-        classes = {own_class(module): module for module in index.modules}
-        reads = {cls: read for cls, m in classes.items() if (read := weights_read_below(m))}
+        classes = {own_class(module) for module in index.modules}
+        reads = {cls: read for cls in classes if (read := weights_read_below(cls))}
         paths = index.by_path.items() if reads else ()
         return {p: reads[own_class(m)] for p, m in paths if own_class(m) in reads}
 
     def _is_read(self, target: Target) -> bool:
         """Whether a module above the target reads its weight."""
         for path in target.paths if self._readers else ():
-            components = [*path.split("."), "weight"]
-            for depth in range(len(components) - 1):
-                read = self._readers.get(".".join(components[:depth]))
-                if read and ".".join(components[depth:]) in read:
+            components = tuple(path.split("."))
+            for depth in range(len(components)):
+                reads = self._readers.get(".".join(components[:depth]), ())
+                if any(is_meant(read, components[depth:]) for read in reads):
                     return True
         return False
 
     def _site(self, target: Target, kind: Kind, settings: Settings, label: str) -> Site | Refusal:
         """The site of a target of which kind and settings are known."""
         module, way = target.module, self._way(target, kind, settings)
+        if way == "weight" and self.request.dropout_can_go:
+            settings = replace(settings, dropout=0.0)
         specs = _specs(module, kind, way, settings, self.request.adapter)
         if isinstance(specs, Refusal):
             return specs
@@ -114,6 +118,8 @@ class Resolver:
         first = next(iter(weights.values()))
         if is_packed(first):
             settings = replace(settings, variant=settings.variant.packed())
+        dtype = _adapter_dtype(first, self.request.dtype, target.path)
+        _require_finite(settings, first.dtype, target.path)
         return Site(
             paths=target.paths,
             type=target.type,
@@ -122,7 +128,7 @@ class Resolver:
             way=way,
             specs=specs,
             settings=settings,
-            dtype=_adapter_dtype(first, self.request.dtype, target.path),
+            dtype=dtype,
             pattern=label,
             base_elements=_base_elements(weights, specs),
         )
@@ -183,7 +189,7 @@ def _specs(
     module: nn.Module, kind: Kind, way: Way, settings: Settings, adapter: str
 ) -> tuple[Spec, ...] | Refusal:
     """The pairs that a module gets, or why it can have none."""
-    if reason := kind.refusal(module, way):
+    if reason := class_refusal(own_class(module)) or kind.refusal(module, way):
         return Refusal(reason)
     others = adapters_of(module)
     for other in others:
@@ -258,6 +264,17 @@ def _base_elements(weights: Mapping[str, Tensor], specs: Sequence[Spec]) -> int:
         else:
             elements += math.prod(next((s.n_in, s.n_out) for s in specs if s.weight == name))
     return elements
+
+
+def _require_finite(settings: Settings, dtype: torch.dtype, path: str) -> None:
+    """Refuse a scaling that is infinite in the dtype of the base, in which the layer computes."""
+    computes = dtype.is_floating_point and dtype.itemsize > 1
+    if computes and settings.scaling > torch.finfo(dtype).max:
+        raise ArgumentError(
+            f"alpha: a scaling of {settings.scaling:g} overflows {dtype}.",
+            path=path,
+            remedy="Use a smaller alpha.",
+        )
 
 
 def _adapter_dtype(weight: Tensor, dtype: torch.dtype | str | None, path: str) -> torch.dtype:

@@ -17,11 +17,13 @@ class Injection:
         id: what tells it from all others, in copies too.
         adapter: the adapter's name.
         bias: the adapter's bias mode.
+        said: what its file said besides and saving says again, as JSON; "" where there was none.
     """
 
     id: int
     adapter: str
     bias: BiasMode
+    said: str = ""
 
 
 class Before(NamedTuple):
@@ -71,10 +73,15 @@ class Use(NamedTuple):
     Attributes:
         weights: the adapters in use, with the weights that they count with.
         trains: the adapters that train, in use or not.
+        beside: by adapter, the others that were in use while it trained, up to this use of them.
+        writes: where several are in use, how often each of those that train had been written to
+            when they came together.
     """
 
     weights: Mapping[str, float]
     trains: frozenset[str]
+    beside: Mapping[str, frozenset[str]] = {}
+    writes: Mapping[str, int] = {}
 
 
 @dataclass(frozen=True, eq=False)

@@ -53,8 +53,8 @@ def convert(
         )
     if data.facts.get("flattened") or not all(pair.weight for pair in data.pairs):
         raise ArgumentError(
-            f"{source}: which layers it is for can be told by its model alone.",
-            remedy="Give it: --model CONFIG.",
+            f"{source}: which layers or parts it is for can be told by its model alone.",
+            remedy="Give it: --model CONFIG." if model is None else "Load it there, and save it.",
         )
     if to != "loralib":
         for pair in data.pairs:
@@ -94,7 +94,7 @@ class Inspection:
                 }
                 for pair in self.data.pairs
             ],
-            "rows": {own.path: list(own.ids) for own in self.data.rows},
+            "rows": {own.path: list(own.ids) for own in self.data.tables},
             "tensors": {name: list(t.shape) for name, t in self.data.tensors.items()},
             "config": self.data.facts.get("config"),
         }
@@ -102,7 +102,7 @@ class Inspection:
     def _tables(self) -> Tables:
         d = self.data
         pairs = [tensor for pair in d.pairs for tensor in (pair.A, pair.B)]
-        tensors = [*pairs, *(own.rows for own in d.rows), *d.tensors.values()]
+        tensors = [*pairs, *(own.rows for own in d.tables), *d.tensors.values()]
         facts = [
             ("format", str(d.facts.get("format"))),
             ("base", d.base_name or "-"),
@@ -127,9 +127,9 @@ class Inspection:
             Section(str(self.path), ("what", "value"), facts),
             Section("Layers", ("layer", "form", ">r", ">alpha", "dtype", ">norm of s B A"), rows),
         ]
-        if d.rows:
+        if d.tables:
             tables = [(r.path, count(len(r.ids)), f"{r.ids[0]}..{r.ids[-1]}", _dtype(r.rows))
-                      for r in d.rows]  # fmt: skip
+                      for r in d.tables]  # fmt: skip
             sections.append(Section("Rows", ("table", ">rows", "ids", "dtype"), tables))
         if d.tensors:
             others = [(name, f"{tuple(t.shape)}", _dtype(t)) for name, t in d.tensors.items()]

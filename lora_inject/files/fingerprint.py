@@ -34,17 +34,39 @@ def fingerprint(weight: Tensor) -> dict[str, Any] | None:
     }
 
 
+def fingerprints(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """Those of all weights that can be read, by name."""
+    found = {key: fingerprint(weight) for key, weight in weights.items()}
+    return {key: value for key, value in found.items() if value is not None}
+
+
 @functools.cache
 def _places(elements: int) -> Tensor:
     """Where the samples are taken, spread over the whole weight."""
     return torch.linspace(0, elements - 1, SAMPLES, dtype=torch.float64, device="cpu").long()
 
 
+def how_it_differs(saved: Mapping[str, Any], weight: Tensor) -> str:
+    """In what a weight is not the one of a fingerprint that differs: "rows", "rounding" or ""."""
+    now, shape = fingerprint(weight), list(saved.get("shape", []))
+    if now is None:
+        return ""
+    if shape != now["shape"]:
+        return "rows" if shape[1:] == now["shape"][1:] and shape else ""
+    old, new = (
+        torch.tensor(side.get("values", []), dtype=torch.float64, device="cpu")
+        for side in (saved, now)
+    )
+    # One place of bfloat16, the coarsest that weights are cast to.
+    close = old.shape == new.shape and torch.allclose(old, new, 2.0**-7, 0.0, equal_nan=True)
+    return "rounding" if close else ""
+
+
 def differs(saved: Mapping[str, Any], weight: Tensor) -> bool:
     """Whether a weight is not the one of which a fingerprint was taken.
 
-    Bases of several dtypes are compared in the coarser one, to which the finer is rounded: a model
-    that is loaded in bfloat16 is the same base.
+    Both are compared in the coarsest precision that either has seen, to which the finer is rounded:
+    a model that is loaded in bfloat16 is the same base, and so is one that was cast back since.
     """
     now = fingerprint(weight)
     if now is None:
@@ -53,15 +75,26 @@ def differs(saved: Mapping[str, Any], weight: Tensor) -> bool:
         return False
     if list(saved.get("shape", [])) != now["shape"]:
         return True
-    coarser = [getattr(torch, str(side.get("dtype")), None) for side in (saved, now)]
     values = [
         torch.tensor(side.get("values", []), dtype=torch.float64, device="cpu")
         for side in (saved, now)
     ]
-    if not all(isinstance(dtype, torch.dtype) for dtype in coarser):
+    stored: list[Any] = [getattr(torch, str(side.get("dtype")), None) for side in (saved, now)]
+    if not all(isinstance(dtype, torch.dtype) for dtype in stored):
         return True
-    for dtype in coarser:
+    seen = {*stored, *(_precision(*side) for side in zip(values, stored, strict=True))}
+    for dtype in sorted(seen, key=lambda dtype: -dtype.itemsize):
         values = [value.to(dtype).double() for value in values]
-    # Of two 16-bit types neither holds the other, and rounding twice may differ by one place.
-    rtol = 2.0**-7 if {"float16", "bfloat16"} == {saved.get("dtype"), now["dtype"]} else 0.0
-    return not torch.allclose(values[0], values[1], rtol=rtol, atol=0.0, equal_nan=True)
+    # Of two 16-bit types neither holds the other: rounding twice may differ by one place, and of
+    # small numbers float16 holds fewer.
+    apart = seen >= {torch.float16, torch.bfloat16}
+    rtol, atol = (2.0**-7, 2.0**-24) if apart else (0.0, 0.0)
+    return not torch.allclose(values[0], values[1], rtol=rtol, atol=atol, equal_nan=True)
+
+
+def _precision(values: Tensor, stored: torch.dtype) -> torch.dtype:
+    """The coarsest dtype that holds these values: what was cast to it and back has them still."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(values.to(dtype).double().nan_to_num(), values.nan_to_num()):
+            return dtype
+    return stored

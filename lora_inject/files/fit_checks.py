@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_inject.errors import FormatError
-from lora_inject.files.formats.data import is_usable
+from lora_inject.files.formats.data import is_plain, is_usable
 
 
 def require_fit(
@@ -53,13 +53,33 @@ def raise_problems(what: str, problems: Mapping[str, Iterable[str]]) -> None:
 
 def is_for(value: Any, place: Tensor | None) -> bool:
     """Whether a value is a tensor with numbers of the kind that a place wants, A and B floating."""
-    floating = place is None or place.is_floating_point()
-    return isinstance(value, Tensor) and is_usable(value, floating)
+    if not isinstance(value, Tensor):
+        return False
+    if place is not None and (value.is_complex() or place.is_complex()):
+        return value.is_complex() and place.is_complex() and is_plain(value)
+    return is_usable(value, floating=place is None or place.is_floating_point())
+
+
+def require_usable(values: Mapping[str, Any], places: Mapping[str, Tensor]) -> None:
+    """Refuse values that are not tensors of the kind that their places want.
+
+    Raises:
+        FormatError: there are such, by name.
+    """
+    wrong = [key for key, value in values.items() if not is_for(value, places.get(key))]
+    arrays = [key for key in wrong if type(values[key]).__name__ == "ndarray"]
+    raise_problems(
+        "some values cannot be used",
+        {
+            "numpy arrays, of which torch.from_numpy makes tensors": arrays,
+            "no plain tensors": [key for key in wrong if key not in arrays],
+        },
+    )
 
 
 def not_finite(tensors: Mapping[Any, Tensor]) -> list[Any]:
     """The keys of those that hold NaN or infinity."""
-    floating = {key: t for key, t in tensors.items() if t.is_floating_point()}
+    floating = {k: t for k, t in tensors.items() if t.is_floating_point() or t.is_complex()}
     if not floating:
         return []
     # One norm of each, all in one call; only where it is not finite every element is looked at.

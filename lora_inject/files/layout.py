@@ -1,8 +1,8 @@
 """A file's adapter laid out over a model: which module each pair is for, and as that needs it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +11,26 @@ from lora_inject.arithmetic.low_rank import same_product
 from lora_inject.core.look import Look
 from lora_inject.core.paths import bare_key, bare_modules
 from lora_inject.errors import FormatError
-from lora_inject.files.fingerprint import differs
+from lora_inject.files.added import sums
+from lora_inject.files.fingerprint import differs, how_it_differs
 from lora_inject.files.formats.data import AdapterData, PairData
-from lora_inject.files.rows import LaidOutRows, laid_out, reads_ids, without_tied_rows
+from lora_inject.files.formats.one_place import Given, is_repeated, is_repeated_pair
+from lora_inject.files.rows import reads_ids, tables_over
+from lora_inject.files.token_rows import warn_of_other_rows
+from lora_inject.files.turning import in_parts, turned
+from lora_inject.files.vocabulary import require_rows
 from lora_inject.kinds import find_kind
-from lora_inject.kinds.parameter import layout_of
 from lora_inject.own import Place, own_tensor
 from lora_inject.sharding import whole
-from lora_inject.variants import OTHER
+
+# What to do about a base in which all weights differ in the same way.
+_OTHER_BASE = {
+    "": "Load the right base model, or say other_base=True.",
+    "rounding": "They differ by rounding alone, as a cast to 16 bits and back leaves it: say "
+    "other_base=True where that is meant.",
+    "rows": "They differ in the number of rows alone: give the base as many tokens or outputs as "
+    "it had then (resize_token_embeddings), or say other_base=True.",
+}
 
 
 class LaidOutPair(NamedTuple):
@@ -42,52 +54,70 @@ class LaidOutPair(NamedTuple):
         return f"{self.real}.{self.pair.weight}".lstrip(".")
 
 
+class LaidOutTensor(NamedTuple):
+    """A tensor of the file that is none of a pair's, with its place in the model.
+
+    Attributes:
+        path: the module's path in the bare model.
+        module: the module.
+        name: what the module calls it.
+        value: its value in the file.
+        given: what the file calls it.
+    """
+
+    path: str
+    module: nn.Module
+    name: str
+    value: Tensor
+    given: str
+
+    @property
+    def key(self) -> str:
+        """Its name in the bare model."""
+        return f"{self.path}.{self.name}".lstrip(".")
+
+
 class Layout:
     """A file's adapter laid out over a model; made without changing the model.
+
+    Args:
+        look: the model.
+        data: what the file holds.
+        adapter: the name to load it under.
 
     Raises:
         FormatError: a module of the file is not in the model.
     """
 
-    def __init__(self, look: Look, data: AdapterData) -> None:
+    def __init__(self, look: Look, data: AdapterData, adapter: str) -> None:
         self.look, self.data = look, data
         self.modules = bare_modules(look.index.by_path)
         real = {module: paths[0] for module, paths in look.index.paths.items()}
         self.all_pairs: list[LaidOutPair] = []
-        unknown = []
+        unknown, given = [], Given()
         for pair in data.pairs:
             path = bare_key(pair.path, self.modules)
             module = self.modules.get(path)
             if module is None:
                 unknown.append(pair.path)
-            else:
+            elif not is_repeated_pair(given, (module, pair.weight, pair.part), pair.name, pair):
                 pair = pair if path == pair.path else replace(pair, path=path)
-                self.all_pairs.append(LaidOutPair(_turned(pair, module), module, real[module]))
-        rows: list[LaidOutRows] = []
-        for own in data.rows:
-            path = bare_key(own.path, self.modules)
-            module = self.modules.get(path)
-            if module is None:
-                unknown.append(own.path)
-            else:
-                rows.append(laid_out(replace(own, path=path), module, real[module]))
-        self.rows = without_tied_rows(rows)
-        self.tensors: dict[str, Tensor] = {}
+                state = look.states.get(module)
+                own = [a for a in state.adapters if a.name == adapter] if state else []
+                self.all_pairs += [
+                    LaidOutPair(turned(part, module), module, real[module])
+                    for part in in_parts(pair, module, own)
+                ]
+        others: list[LaidOutTensor] = []
         for name, tensor in data.tensors.items():
             owner, _, last = name.rpartition(".")
             path = bare_key(owner, self.modules)
             module = self.modules.get(path)
-            value = None if module is None else own_tensor(module, last)
-            if value is None:
+            if module is None or own_tensor(module, last) is None:
                 unknown.append(name)
-            elif not _is_the_bases(name, tensor, value, data):
-                self.tensors[f"{path}.{last}".lstrip(".")] = tensor
-        for name, added in data.added.items():
-            path, _, last = name.rpartition(".")
-            path = bare_key(path, self.modules)
-            if path in self.modules:  # or it is among the unknown already, with its A and B
-                key = f"{path}.{last}".lstrip(".")
-                self.tensors[key] = _with(self.tensors.get(key), added, self.modules[path], key)
+            elif not is_repeated(given, (module, last), name, tensor):
+                others.append(LaidOutTensor(path, module, last, tensor, name))
+        self.tables = tables_over(data.tables, self.modules, real, unknown)
         if unknown:
             shown = ", ".join(name[:200] for name in unknown[:3])
             raise FormatError(
@@ -95,6 +125,15 @@ class Layout:
                 f"{type(look.model).__name__}: {shown}{', ...' if unknown[3:] else ''}.",
                 remedy=f"Nothing was loaded. {_where_it_fits(unknown, self.modules)}",
             )
+        require_rows(
+            look.model,
+            [(fitted.pair.path, fitted.module, fitted.pair) for fitted in self.all_pairs],
+            [(other.path, other.module, other.value) for other in others],
+        )
+        self.others = [other for other in others if not self._is_the_bases(other, adapter)]
+        values = {other.key: other.value for other in self.others}
+        more = {t[-1]: LaidOutTensor(*t) for t in sums(data.added, self.modules, values)}
+        self.others = [other for other in self.others if other.key not in more] + [*more.values()]
         order = {module: i for i, module in enumerate(real)}
         self.all_pairs.sort(key=lambda fitted: order[fitted.module])  # files sort by name
         self.pairs = self._without_tied()
@@ -109,6 +148,16 @@ class Layout:
         }
 
     @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The other tensors by their names in the bare model."""
+        return {other.key: other.value for other in self.others}
+
+    @property
+    def places(self) -> dict[Place, Tensor]:
+        """The other tensors by module and name."""
+        return {(other.module, other.name): other.value for other in self.others}
+
+    @property
     def scalings(self) -> dict[str, float]:
         """The scaling that each pair was made for, where the file says it."""
         return {f.pair.key: f.pair.scaling for f in self.all_pairs if f.pair.alpha is not None}
@@ -118,60 +167,89 @@ class Layout:
 
         But for rows of an embedding, which are those of a tied head too.
         """
-        named = {f.module for f in self.all_pairs} | {f.module for f in self.rows}
+        named = {f.module for f in self.all_pairs} | {f.module for f in self.tables}
         ids = {id(f.module._parameters.get(f.pair.weight)) for f in self.all_pairs} - {id(None)}
-        ids |= {id(f.module._parameters["weight"]) for f in self.rows if not reads_ids(f.module)}
+        ids |= {id(f.module._parameters["weight"]) for f in self.tables if not reads_ids(f.module)}
         return {
             path
             for path, module in self.look.index.by_path.items()
             if module not in named and ids & {id(p) for p in module._parameters.values()}
         }
 
-    def require_tied(self) -> None:
-        """Refuse values for some places of a tied tensor alone, or different ones.
+    def require_tied(self, training: Container[Place]) -> None:
+        """Refuse values for a tied tensor that are not those of all its places.
+
+        Where it does not train, as embeddings that a file brings along, the value of one place is
+        that of the others.
 
         Raises:
-            FormatError: there are such.
+            FormatError: there are such, by path.
         """
-        given = self.places()
-        for tied in self.look.tensor_places.values() if given else ():
-            values = [given[place] for place in tied if place in given]
-            if values and (len(values) < len(tied) or not all(
-                torch.equal(values[0], value) for value in values[1:]
-            )):  # fmt: skip
+        given = {(other.module, other.name): other for other in self.others}
+        for places in self.look.tensor_places.values() if given else ():
+            there = [given[place] for place in places if place in given]
+            same = all(torch.equal(there[0].value, other.value) for other in there[1:])
+            one_for_all = len(there) == len(places) or not any(p in training for p in places)
+            if there and not (same and one_for_all):
+                names = [f"{self.look.index.path(m)}.{n}" for m, n in places]
+                said = " and ".join(other.key for other in there)
                 raise FormatError(
-                    f"{tied[0][1]} is tied in this model, and the file has values of its own for "
-                    f"one of its {len(tied)} places.",
-                    remedy="Untie it before loading.",
+                    f"{names[0]} is tied in this model to {', '.join(names[1:])}, and the file has "
+                    f"values of its own for {said}{'' if same else ', which differ'}.",
+                    remedy="Untie them before loading (transformers: tie_word_embeddings=False).",
                 )
 
-    def places(self) -> dict[Place, Tensor]:
-        """The other tensors by owner and name."""
-        split = {key: key.rpartition(".") for key in self.tensors}
-        return {(self.modules[o], n): self.tensors[key] for key, (o, _, n) in split.items()}
-
     def check_base(self) -> None:
-        """Refuse a model that is not the base of the adapter.
+        """Refuse a model that is not the base of the adapter, and warn of other rows for tokens.
 
         Raises:
             FormatError: adapted weights differ, by path.
         """
-        wrong = []
-        for key, saved in self.data.base.items():
-            owner, _, name = key.rpartition(".")
-            module = self.modules.get(bare_key(owner, self.modules))
-            kind = None if module is None else find_kind(module)
-            weight = None
-            if module is not None:
-                weight = kind.weight(module, name) if kind else own_tensor(module, name)
-            if isinstance(saved, Mapping) and weight is not None and differs(saved, weight):
-                wrong.append(key)
-        if wrong:
+        if wrong := self._differing(self.data.base):
+            hows, names = {how for _, how in wrong.values()}, list(wrong)
             raise FormatError(
                 f"{len(wrong):,} of {len(self.data.base):,} adapted weights are not those that the "
-                f"adapter was made for: {', '.join(wrong[:3])}{', ...' if wrong[3:] else ''}.",
-                remedy="Load the right base model, or say other_base=True.",
+                f"adapter was made for: {', '.join(names[:3])}{', ...' if names[3:] else ''}.",
+                remedy=_OTHER_BASE[hows.pop() if len(hows) == 1 else ""],
             )
+        warn_of_other_rows(self.data.rows, self._differing(self.data.rows))
+
+    def _differing(self, prints: Mapping[str, Any]) -> dict[str, tuple[Tensor, str]]:
+        """The weights that are not those of which fingerprints were taken, and how, by name."""
+        found = {}
+        for key, saved in prints.items():
+            owner, _, name = key.rpartition(".")
+            if (module := self.modules.get(bare_key(owner, self.modules))) is None:
+                continue
+            kind = find_kind(module)
+            weight = kind.weight(module, name) if kind else own_tensor(module, name)
+            if weight is not None and isinstance(saved, Mapping) and differs(saved, weight):
+                found[key] = weight, how_it_differs(saved, weight)
+        return found
+
+    def _is_the_bases(self, other: LaidOutTensor, adapter: str) -> bool:
+        """Whether a tensor of the file only repeats the base, as PEFT saves adapted embeddings.
+
+        Raises:
+            FormatError: it is the weight of an adapted layer, and another one.
+        """
+        owner, state = other.given.rpartition(".")[0], self.look.states.get(other.module)
+        trained = None if state is None else state.find(other.name)
+        if trained is not None and adapter in trained.owners:
+            return False
+        value = own_tensor(other.module, other.name) if trained is None else trained.former
+        tops = self.data.train_also
+        inside = any(f"{owner}.".startswith(f"{top}.") or owner.endswith(top) for top in tops)
+        same = value is not None and _is_equal(other.value, whole(value.detach()))
+        if same and not inside and "bias" not in other.name:  # bias_ih_l0 of a layer too
+            return True
+        if not same and other.given in self.data.facts.get("base_weights", ()):
+            raise FormatError(
+                f"the file holds the weight of the adapted layer {owner}, and it is not that of "
+                "this model.",
+                remedy="Load the base that it was trained on.",
+            )
+        return False
 
     def _without_tied(self) -> list[LaidOutPair]:
         """One pair of those that a tied weight has in files, where they agree.
@@ -195,24 +273,6 @@ class Layout:
         return kept
 
 
-def _with(given: Tensor | None, added: Tensor, module: nn.Module, key: str) -> Tensor:
-    """The value of a bias with what a file adds to it.
-
-    Raises:
-        FormatError: the layer has none.
-    """
-    own = own_tensor(module, key.rpartition(".")[2])
-    if own is None:
-        raise FormatError(
-            "the file adds to its bias (lora_bias), and it has none.",
-            path=key.rpartition(".")[0],
-            remedy="Give it one of zeros before loading: layer.bias = nn.Parameter(torch.zeros("
-            f"{added.shape[0]})).",
-        )
-    value = whole(own.detach()) if given is None else given
-    return value.to(torch.promote_types(value.dtype, added.dtype)) + added.to(value.device)
-
-
 def _where_it_fits(names: Sequence[str], modules: Mapping[str, nn.Module]) -> str:
     """What to do about names that are not in a model: they may be of a part, or of a whole."""
 
@@ -234,59 +294,13 @@ def _where_it_fits(names: Sequence[str], modules: Mapping[str, nn.Module]) -> st
     return "Is it for another model?"
 
 
-def _is_the_bases(name: str, tensor: Tensor, value: Tensor, data: AdapterData) -> bool:
-    """Whether a tensor of the file only repeats the base, as PEFT saves adapted embeddings.
-
-    Raises:
-        FormatError: it is the weight of an adapted layer, and another one.
-    """
-    owner = name.rpartition(".")[0]
-    inside = any(
-        f"{owner}.".startswith(f"{top}.") or owner.endswith(top) for top in data.train_also
+def _is_equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two values are one, in the coarser of their dtypes."""
+    return (
+        one.shape == other.shape
+        and one.is_complex() == other.is_complex()
+        and (torch.equal(one.to(other), other) or torch.equal(other.to(one), one))
     )
-    value = whole(value.detach())
-    same = tensor.shape == value.shape and torch.equal(tensor.to(value), value)
-    if same and not inside and "bias" not in name.rpartition(".")[2]:  # bias_ih_l0 of a layer too
-        return True
-    if not same and name in data.facts.get("base_weights", ()):
-        raise FormatError(
-            f"the file holds the weight of the adapted layer {owner}, and it is not that of this "
-            "model.",
-            remedy="Load the right base, resized as it was.",
-        )
-    return False
-
-
-def _turned(pair: PairData, module: nn.Module) -> PairData:
-    """The pair as the weight that it is for stands in the module."""
-    if pair.alpha is not None and pair.alpha < 0:
-        pair = replace(pair, alpha=-pair.alpha, B=-pair.B)
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups > 1:
-        return _of_groups(pair, module.groups, module.in_channels)
-    W = module._parameters.get(pair.weight)
-    own = layout_of(module, W) if W is not None and pair.form == "experts" else None
-    if own is not None and pair.layout and own != pair.layout:
-        A, B = pair.B.transpose(-2, -1), pair.A.transpose(-2, -1)
-        return replace(pair, A=A, B=B, layout=own, fixed=OTHER[pair.fixed])
-    return pair
-
-
-def _of_groups(pair: PairData, groups: int, channels: int) -> PairData:
-    """A pair of a grouped convolution, whose A may be for all channels, as PEFT has it.
-
-    Raises:
-        FormatError: A mixes channels of several groups, which no grouped weight can do.
-    """
-    if pair.A.dim() < 3 or pair.A.shape[1] != channels or pair.A.shape[0] % groups:
-        return pair
-    blocks = pair.A.reshape(groups, -1, groups, channels // groups, *pair.A.shape[2:])
-    own = torch.stack([blocks[g, :, g] for g in range(groups)])
-    if own.count_nonzero() != blocks.count_nonzero():
-        raise FormatError(
-            "its adapter mixes channels of several groups, which a grouped convolution cannot.",
-            path=pair.path,
-        )
-    return replace(pair, A=own.flatten(0, 1))
 
 
 def _same_update(one: PairData, other: PairData) -> bool:

@@ -1,12 +1,14 @@
 """Trainable rows between a model and a file: files hold the rows, and the model what is added."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lora_inject.core.look import Look
+from lora_inject.core.paths import bare_key
 from lora_inject.core.patterns import Pattern
 from lora_inject.errors import FormatError
 from lora_inject.files.formats.data import RowsData
@@ -38,6 +40,34 @@ class LaidOutRows(NamedTuple):
     def pattern(self) -> Pattern:
         """What selects the module."""
         return Pattern(self.real, lambda path, _: path == self.real, by_name=True)
+
+
+def tables_over(
+    tables: Sequence[RowsData],
+    modules: Mapping[str, nn.Module],
+    real: Mapping[nn.Module, str],
+    unknown: list[str],
+) -> list[LaidOutRows]:
+    """The tables of a file over a model, one of those that are tied.
+
+    Args:
+        tables: those of the file.
+        modules: those of the model by path.
+        real: their paths in the model as it is.
+        unknown: gets the paths of those that are not there.
+
+    Raises:
+        FormatError: the rows do not fit.
+    """
+    found = []
+    for own in tables:
+        path = bare_key(own.path, modules)
+        if path in modules:
+            module = modules[path]
+            found.append(laid_out(replace(own, path=path), module, real[module]))
+        else:
+            unknown.append(own.path)
+    return without_tied_rows(found)
 
 
 def laid_out(data: RowsData, module: nn.Module, real: str) -> LaidOutRows:

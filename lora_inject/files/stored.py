@@ -5,26 +5,35 @@ adapter can be left out. Paths are those of the bare model: what wrappers put in
 """
 
 import functools
+import json
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
-from lora_inject.arithmetic.low_rank import same_product, side_by_side
+from lora_inject.arithmetic.low_rank import side_by_side
 from lora_inject.changes.edits import filling, run
 from lora_inject.compat.marks import is_fully_sharded
+from lora_inject.core.company import company
 from lora_inject.core.look import Look
 from lora_inject.core.paths import bare, bare_key, bare_modules, first_paths
 from lora_inject.core.state_parts import Trained
+from lora_inject.core.travelling import Settings, described
 from lora_inject.errors import ArgumentError, FormatError, LoRAInjectError
-from lora_inject.files.fingerprint import fingerprint
-from lora_inject.files.fit_checks import is_for, not_finite, raise_problems, require_fit
+from lora_inject.files.fingerprint import fingerprints
+from lora_inject.files.fit_checks import (
+    is_for,
+    not_finite,
+    raise_problems,
+    require_fit,
+    require_usable,
+)
 from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.pairs import told_layout
 from lora_inject.files.rows import refused_rows, stored_rows
-from lora_inject.files.stored_pair import StoredPair
+from lora_inject.files.stored_pair import StoredPair, is_same
+from lora_inject.files.token_rows import token_tables
 from lora_inject.files.which_adapter import adapter_name
 from lora_inject.kinds.parameter import ParameterKind
 from lora_inject.settings import BiasMode
@@ -111,13 +120,18 @@ class Stored:
         return tensors
 
     def tied(self) -> dict[str, Tensor]:
-        """The pairs of places that share the pair of another, as they stand there."""
+        """The pairs of places that share the pair of another: the same tensors once more."""
         found: dict[str, Tensor] = {}
         for held in self.pairs:
             if held.adapter.follows:
-                own = held.oriented(held.tensors)
+                own = held.tensors
                 found |= {key: own[role] for role, key in held.keys.items()}
         return found
+
+    def settings(self) -> Settings:
+        """What the meaning of its tensors depends on, by the key of each A."""
+        pairs = ((next(iter(held.keys.values())), held) for held in self.pairs)
+        return {key: described(held.adapter, held.pair) for key, held in pairs}
 
     def data(self) -> AdapterData:
         """The adapter apart from the model."""
@@ -135,23 +149,34 @@ class Stored:
             for held in self.pairs
         }
         others = [held for held in self.in_order() if not isinstance(held.variant, Rows)]
-        prints = {key: fingerprint(weight) for key, weight in weights.items()}
+        rows = token_tables(self.look, self.paths, {*trained, *weights})
         return AdapterData(
             pairs=tuple(map(self._pair, others)),
             tensors={key: whole(t.detach()) for key, t in trained.items()},
             bias=self.bias,
             train_also=tuple(self.paths[module] for module in tops),
             targets=tuple(dict.fromkeys(held.adapter.pattern for held in others)),
-            base={key: value for key, value in prints.items() if value is not None},
+            base=fingerprints(weights),
+            rows=fingerprints(rows),
             base_name=name if isinstance(name, str) else "",
             model_class=kind,
             task="CAUSAL_LM" if kind.endswith(("ForCausalLM", "LMHeadModel")) else "",
             modules=tuple(path for path in self.paths.values() if path),
+            beside=tuple(sorted(company(self.look).get(self.name, ()))),
             facts={
                 "refused": self._in_several_places() | refused_rows(self.look, self.pairs, ties)
             },
-            rows=stored_rows(self.in_order()),
+            tables=stored_rows(self.in_order()),
+            said=json.loads(self.look.said(self.name) or "{}"),
+            dtype="base" if self._follows_base() else "",
         )
+
+    def _follows_base(self) -> bool:
+        """Whether A and B have the 16 bits of their weights, as no default of inject has it."""
+        weights = [h.adapter.kind.weight(h.layer, h.spec.weight) for h in self.pairs]
+        pairs = zip(self.pairs, weights, strict=True)
+        firsts = [(next(iter(held.tensors.values())), weight) for held, weight in pairs]
+        return all(w.dtype is first.dtype and w.dtype.itemsize == 2 for first, w in firsts)
 
     def in_order(self) -> list[StoredPair]:
         """The pairs, those of one module in the order of its parameters."""
@@ -170,7 +195,7 @@ class Stored:
         """What other libraries would take apart: shared layers, and tied tensors that train."""
         paths = Counter(self.modules.values())
         shared = {held.path for held in self.pairs if paths[held.layer] > 1}
-        tied = {key for key, (_, place) in self.trained.items() if place.places > 1}
+        tied = {key for key, (_, t) in self.trained.items() if t.places > 1 and t.owners[self.name]}
         why = "stands at several paths of the model, of which it would adapt one alone"
         return dict.fromkeys(shared, why) | dict.fromkeys(
             tied, "is tied to another, from which it would be untied"
@@ -228,12 +253,15 @@ class Stored:
         own, tied = self.tensors(), self.tied()
         known = own.keys() | tied.keys()
         given: dict[str, Tensor] = {}
+        names: dict[str, str] = {}
         for key, value in state.items():
             # A prefix that is the name of a real module here is none of a wrapper's.
             real = any(key.startswith(f"{path}.") for path in self.real_prefixes)
             name = key if real else bare_key(key, known)
-            if name in given:
-                raise FormatError(f"two of the keys mean {name}.", remedy="Nothing was loaded.")
+            if (first := names.setdefault(name, key)) != key:
+                raise FormatError(
+                    f"two of the keys mean {name}: {first} and {key}.", remedy="Nothing was loaded."
+                )
             given[name] = whole(value) if isinstance(value, Tensor) else value
         shared = {key: given.pop(key) for key in tied if key in given}
         for held in self.pairs:  # what a file leaves out is the base's, and stays
@@ -247,8 +275,7 @@ class Stored:
                 scaling = scalings.get(held.key, held.adapter.settings.scaling)
                 fitted = held.fitted(usable, scaling)
                 ready |= {key: fitted[role] for role, key in held.keys.items()}
-        wrong = [key for key, value in ready.items() if not is_for(value, own.get(key))]
-        raise_problems("some values cannot be used", {"no plain tensors": wrong})
+        require_usable(ready, own)
         shapes = {key: tuple(tensor.shape) for key, tensor in own.items()}
         require_fit("the values do not fit the adapter", shapes, ready)
         cast = {key: ready[key].to(dtype=tensor.dtype) for key, tensor in own.items()}
@@ -272,16 +299,14 @@ class Stored:
                 continue
             one, *_ = held.tensors.values()
             leader = next(h for h in self.pairs if not h.adapter.follows
-                          and any(one is tensor for tensor in h.tensors.values()))  # fmt: skip
-            theirs = held.oriented({role: own[key] for role, key in leader.keys.items()})
+                          and any(one is each for each in h.tensors.values()))  # fmt: skip
+            theirs = {role: own[key] for role, key in leader.keys.items()}
             mine = {role: shared[key] for role, key in held.keys.items()}
             scaling = held.adapter.settings.scaling
-            factor = scalings.get(held.key, scaling) / scaling
-            rest, same = held.variant.roles, True
-            if "A" in rest:
-                same = same_product((theirs["A"], theirs["B"]), (mine["A"], mine["B"] * factor))
-                rest = rest[2:]
-            if not (same and all(torch.allclose(theirs[r], mine[r].to(theirs[r])) for r in rest)):
+            if "B" in mine:
+                mine["B"] = mine["B"] * (scalings.get(held.key, scaling) / scaling)
+            # As the layer wants them, or the very tensors that it shares.
+            if not any(is_same(each, mine) for each in (held.oriented(theirs), theirs)):
                 raise FormatError(
                     f"{held.path} and {leader.path} are tied in this model and have different "
                     "adapters here.",

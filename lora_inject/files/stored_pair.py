@@ -3,9 +3,11 @@
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_inject.arithmetic.low_rank import same_product
 from lora_inject.core.adapter import Adapter, Pair
 from lora_inject.kinds import Kind
 from lora_inject.variants import Spec, Variant
@@ -82,3 +84,13 @@ class StoredPair(NamedTuple):
         if A_m.numel() != self.tensors["A"].numel():
             return A, B
         return kind.from_matrices(self.layer, A_m, B_m)
+
+
+def is_same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Whether the tensors of two pairs, by role, are one update."""
+    product = "A" not in one or same_product((one["A"], one["B"]), (other["A"], other["B"]))
+    rest = [role for role in one if role not in ("A", "B")]
+    return product and all(
+        one[role].shape == other[role].shape
+        and torch.allclose(one[role], other[role].to(one[role])) for role in rest
+    )  # fmt: skip

@@ -11,8 +11,8 @@ class AdapterCheckpoint(Callback):
     """Lets Lightning write and resume checkpoints that hold adapter tensors alone.
 
     What ``ModelCheckpoint`` and ``save_checkpoint`` write has in its ``state_dict`` what trains and
-    nothing else. Resuming needs the same base model with the same adapters injected, and every
-    tensor of the checkpoint must have its place.
+    nothing else. Resuming needs the same base model with the same adapters injected, of the same
+    settings, and every tensor of the checkpoint must have its place.
 
     Example:
         >>> trainer = Trainer(callbacks=[AdapterCheckpoint()])  # doctest: +SKIP
@@ -20,27 +20,36 @@ class AdapterCheckpoint(Callback):
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let Lightning load what does not name the base model; refuses one without adapters."""
+        """Let Lightning load what does not name the base model, which may not be made yet."""
         self._strict = pl_module._strict_loading
-        trained_tensors(pl_module)
         pl_module.strict_loading = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a model without adapters, once ``setup`` and ``configure_model`` have made it."""
+        trained_tensors(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let Lightning load as before."""
-        pl_module._strict_loading = self._strict
+        self._put_back(pl_module)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """The same where training ends with an exception."""
-        pl_module._strict_loading = self._strict
+        """The same where training ends with an exception, even before ``setup``."""
+        self._put_back(pl_module)
+
+    def _put_back(self, pl_module: LightningModule) -> None:
+        if hasattr(self, "_strict"):
+            pl_module._strict_loading = self._strict
+            del self._strict
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Leave the base model out."""
-        own = trained_tensors(pl_module)
-        checkpoint["state_dict"] = {key: checkpoint["state_dict"][key] for key in own}
+        own, state_dict = trained_tensors(pl_module), checkpoint["state_dict"]
+        for key in [key for key in state_dict if key not in own]:
+            del state_dict[key]  # of what says the adapters' settings too, in its metadata
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

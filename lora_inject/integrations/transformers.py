@@ -11,19 +11,22 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lora_inject.core.lend import lend, take_back
 from lora_inject.core.look import Look
+from lora_inject.core.travelling import ENTRY, as_entry, settings_below
 from lora_inject.errors import LoRAInjectError
-from lora_inject.files.save_load import save
+from lora_inject.files.save_load import write
+from lora_inject.files.stored import Stored
 from lora_inject.integrations.trained import require_trained, trained_tensors
 
 
 class AdapterCheckpoint(TrainerCallback):
     """Lets the ``Trainer`` write and resume checkpoints that hold adapter tensors alone.
 
-    ``model.safetensors`` in a checkpoint then has what trains and nothing else, and ``Trainer``
-    resumes from it by itself; its warning about missing keys names those of the base model. Beside
-    it lies the adapter as a PEFT directory, for ``load`` and other libraries. For this the model
-    has a ``save_pretrained`` of its own while it trains, which ``Trainer`` alone notices, and a
-    ``load_state_dict`` that refuses other adapters; ``strip`` takes both off.
+    ``model.safetensors`` in a checkpoint then has what trains and the adapters' settings, which
+    must be the model's, and ``Trainer`` resumes from it by itself; its warning about missing keys
+    names those of the base model. Beside it lies the adapter as a PEFT directory, for ``load`` and
+    other libraries. For this the model has a ``save_pretrained`` of its own while it trains, which
+    ``Trainer`` alone notices, and a ``load_state_dict`` that refuses other adapters; ``strip``
+    takes both off.
 
     Example:
         >>> trainer = Trainer(model, arguments, callbacks=[AdapterCheckpoint()])  # doctest: +SKIP
@@ -74,7 +77,7 @@ def _load(
     """What ``load_state_dict`` does, but a checkpoint without the base model has to fit."""
     base = model.state_dict().keys() - trained_tensors(model).keys()
     if not strict and not base & state_dict.keys():
-        require_trained(model, state_dict)
+        require_trained(model, {key: t for key, t in state_dict.items() if key != ENTRY})
     return type(model).load_state_dict(model, state_dict, strict, assign)
 
 
@@ -95,7 +98,10 @@ def _write(
         return
     model.config.save_pretrained(directory)
     tensors = {key: given[key].contiguous() for key in own}
+    tensors[ENTRY] = as_entry(settings_below(model))  # Trainer reads nothing but tensors
     save_file(tensors, Path(directory) / "model.safetensors", metadata={"format": "pt"})
     names = set(Look(model).known) if peft else set()
     for name in names:
-        save(model, Path(directory) / name if len(names) > 1 else directory, adapter=name)
+        file = Path(directory) / name if len(names) > 1 else Path(directory)
+        stored = Stored(model, name)
+        write(stored, stored.data(), file)  # whatever else trains is in model.safetensors

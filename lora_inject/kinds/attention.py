@@ -43,7 +43,7 @@ class MultiheadAttentionKind(Kind):
     def refusal(self, module: nn.Module, way: Way) -> str | None:
         """A subclass with a forward of its own may not read these weights."""
         if overrides_forward(module, nn.MultiheadAttention) and not calls_super(
-            module, nn.MultiheadAttention
+            own_class(module), nn.MultiheadAttention
         ):
             return (
                 f"{own_class(module).__name__} has a forward that does not call that of "

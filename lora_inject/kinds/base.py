@@ -3,13 +3,14 @@
 import math
 from abc import ABC, abstractmethod
 from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_inject.arithmetic import starting_values as initial
+from lora_inject.kinds.shown import effective_property
 from lora_inject.own import own_class
 from lora_inject.settings import Settings
 from lora_inject.sharding import placements_of_pair, replicated, whole_shape
@@ -35,6 +36,8 @@ class Kind(ABC):
         transposes: whether the weight is (in, out), so that its update is B A transposed.
         zero: which of A and B starts at zero.
         rank_dim: the dimension of h that counts the rank; the first one counts the rows of a batch.
+        stacks: whether ``down`` and ``up`` are products with the matrices A and B, of the last
+            dimension of x, so that many pairs may be stacked.
         has_rows: whether the weight is a table with a row for each id, of which some may train
             alone.
         below: a class whose forward the branch is added to directly, so that a subclass that
@@ -48,6 +51,7 @@ class Kind(ABC):
     transposes: bool = False
     zero: ClassVar[str] = "B"
     rank_dim: ClassVar[int] = -1
+    stacks: ClassVar[bool] = False
     has_rows: ClassVar[bool] = False
     below: ClassVar[type[nn.Module] | None] = None
 
@@ -105,6 +109,10 @@ class Kind(ABC):
             A tensor of the shape of the layer's output, or of its part.
         """
         raise NotImplementedError(f"{self.name} layers are adapted in their weight")
+
+    def branches_at(self, base: type[nn.Module]) -> type[nn.Module] | None:
+        """Branch: ``below`` for layers of this class."""
+        return self.below
 
     def add_rows(
         self, layer: nn.Module, x: Tensor, y: Tensor, index: Tensor, rows: Tensor
@@ -191,7 +199,7 @@ class Kind(ABC):
 
     def members(self, weights: tuple[str, ...]) -> dict[str, Any]:
         """Weight: what the adapted class gets in order to show effective weights."""
-        return {name: _effective_property(name) for name in weights}
+        return {name: effective_property(name) for name in weights}
 
     def initial(self, spec: Spec, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Starting values, float32 on the CPU: A kaiming-uniform, B zero (LoRA section 4.1)."""
@@ -236,14 +244,11 @@ def overrides_forward(module: nn.Module, known: type[nn.Module]) -> bool:
     return getattr(own_class(module), "forward", None) is not known.forward
 
 
-def _effective_property(name: str) -> property:
-    return property(lambda layer: layer._lora_effective(name))
-
-
-def is_plain(weight: Tensor) -> bool:
+def is_plain(weight: Tensor | None) -> TypeGuard[nn.Parameter]:
     """Whether a weight is an ordinary floating-point Parameter, to which something can be added."""
-    ordinary = type(weight) in (nn.Parameter, Tensor) and isinstance(weight, nn.Parameter)
-    return ordinary and weight.is_floating_point() and weight.dtype.itemsize > 1
+    if type(weight) not in (nn.Parameter, Tensor) or not isinstance(weight, nn.Parameter):
+        return False
+    return weight.is_floating_point() and weight.dtype.itemsize > 1
 
 
 def is_packed(weight: Tensor) -> bool:

@@ -27,6 +27,10 @@ class Conv1DKind(LinearKind):
         known = sys.modules.get("transformers.pytorch_utils")
         return known is not None and base.forward is known.Conv1D.forward
 
+    def has_own_forward(self, module: nn.Module) -> bool:
+        """A class of this name from elsewhere, or one derived from it."""
+        return not self.is_product(own_class(module))
+
     def features(self, module: nn.Module) -> tuple[int, int]:
         """The weight's shape as it is."""
         n_in, n_out = whole_shape(self.weight(module, "weight"))

@@ -8,6 +8,7 @@ group's adapter has rank r, and the update of the weight is exact for every geom
 """
 
 import math
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,8 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lora_inject.arithmetic import starting_values as initial
-from lora_inject.kinds.base import Form, Kind, Way
+from lora_inject.kinds.base import Form, Kind, Way, is_plain, overrides_forward
+from lora_inject.kinds.trials import writes, writing_refusal
 from lora_inject.own import own_class
 from lora_inject.settings import Settings
 from lora_inject.variants import Spec
@@ -47,18 +49,21 @@ class ConvKind(Kind):
 
     def refusal(self, module: nn.Module, way: Way) -> str | None:
         """A forward that writes to its weight would write to the sum, which is gone afterwards."""
+        if way == "branch" or not overrides_forward(module, self._torchs(module)):
+            return None
         code = getattr(own_class(module).forward, "__code__", None)
-        if way == "weight" and code is not None and {"weight", "data"} <= set(code.co_names):
-            return f"the forward of {own_class(module).__name__} writes to its weight. Exclude it."
-        return None
+        told = code is not None and {"weight", "data"} <= set(code.co_names)
+        return writes(module) if told else writing_refusal(module, partial(_image, module))
+
+    def _torchs(self, module: nn.Module) -> type[nn.Module]:
+        return next(known for known in self.known if isinstance(module, known))
 
     def specs(self, module: nn.Module, settings: Settings) -> tuple[Spec, ...]:
         """One pair."""
         assert isinstance(module, _ConvNd)
-        kernel, ones = module.kernel_size, (1,) * len(module.kernel_size)
-        n_in, n_out, r = module.in_channels, module.out_channels, settings.r
-        A_shape = (r * module.groups, n_in // module.groups, *kernel)
-        return (Spec("weight", n_in, n_out, A_shape, (n_out, r, *ones)),)
+        n_in, n_out, kernel = _sizes(module)
+        A_shape = (settings.r * module.groups, n_in // module.groups, *kernel)
+        return (Spec("weight", n_in, n_out, A_shape, (n_out, settings.r, *_ones(kernel))),)
 
     def form(self, layer: nn.Module) -> Form:
         """PEFT forgets dilation and padding modes."""
@@ -87,15 +92,14 @@ class ConvKind(Kind):
     def from_matrices(self, layer: nn.Module, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """The kernel again, and B 1x1."""
         assert isinstance(layer, _ConvNd)
-        kernel, ones = layer.kernel_size, (1,) * len(layer.kernel_size)
-        per_group = layer.in_channels // layer.groups
-        shape = (layer.groups * A.shape[-2], per_group, *kernel)
-        return A.reshape(shape), B.reshape(layer.out_channels, A.shape[-2], *ones)
+        n_in, n_out, kernel = _sizes(layer)
+        shape = (layer.groups * A.shape[-2], n_in // layer.groups, *kernel)
+        return A.reshape(shape), B.reshape(n_out, A.shape[-2], *_ones(kernel))
 
     def to_matrix(self, layer: nn.Module, W: Tensor) -> Tensor:
         """One matrix for each group."""
         assert isinstance(layer, _ConvNd)
-        return W.reshape(layer.groups, layer.out_channels // layer.groups, -1)
+        return W.reshape(layer.groups, _sizes(layer)[1] // layer.groups, -1)
 
     def from_matrix(self, layer: nn.Module, matrix: Tensor, shape: torch.Size) -> Tensor:
         """The kernel again."""
@@ -104,7 +108,7 @@ class ConvKind(Kind):
     def beside_output(self, layer: nn.Module, vector: Tensor) -> Tensor:
         """Channels stand before the dimensions of the kernel."""
         assert isinstance(layer, _ConvNd)
-        return vector.reshape(-1, *(1,) * len(layer.kernel_size))
+        return vector.reshape(-1, *_ones(layer.kernel_size))
 
 
 class ConvTransposeKind(ConvKind):
@@ -116,9 +120,8 @@ class ConvTransposeKind(ConvKind):
     def specs(self, module: nn.Module, settings: Settings) -> tuple[Spec, ...]:
         """One pair."""
         assert isinstance(module, _ConvTransposeNd)
-        kernel, ones = module.kernel_size, (1,) * len(module.kernel_size)
-        n_in, n_out, r = module.in_channels, module.out_channels, settings.r
-        return (Spec("weight", n_in, n_out, (n_in, r, *kernel), (n_out, r, *ones)),)
+        (n_in, n_out, kernel), r = _sizes(module), settings.r
+        return (Spec("weight", n_in, n_out, (n_in, r, *kernel), (n_out, r, *_ones(kernel))),)
 
     def form(self, layer: nn.Module) -> Form:
         """No other library has them."""
@@ -158,24 +161,47 @@ class ConvTransposeKind(ConvKind):
     def from_matrices(self, layer: nn.Module, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """The kernel again, and B 1x1."""
         assert isinstance(layer, _ConvNd)
-        g, r, kernel = layer.groups, A.shape[-2], layer.kernel_size
+        (_, n_out, kernel), g, r = _sizes(layer), layer.groups, A.shape[-2]
         A_gIrk = A.reshape(g, r, -1, math.prod(kernel)).transpose(1, 2)
-        ones = (1,) * len(kernel)
-        return A_gIrk.reshape(-1, r, *kernel), B.reshape(layer.out_channels, r, *ones)
+        return A_gIrk.reshape(-1, r, *kernel), B.reshape(n_out, r, *_ones(kernel))
 
     def to_matrix(self, layer: nn.Module, W: Tensor) -> Tensor:
         """One matrix for each group, its channels the other way round."""
         assert isinstance(layer, _ConvNd)
-        n_out, size = layer.out_channels // layer.groups, math.prod(layer.kernel_size)
+        n_out, size = _sizes(layer)[1] // layer.groups, math.prod(layer.kernel_size)
         W_gIOk = W.reshape(layer.groups, -1, n_out, size)
         return W_gIOk.transpose(1, 2).reshape(layer.groups, n_out, -1)
 
     def from_matrix(self, layer: nn.Module, matrix: Tensor, shape: torch.Size) -> Tensor:
         """The kernel again."""
         assert isinstance(layer, _ConvNd)
-        n_out, size = layer.out_channels // layer.groups, math.prod(layer.kernel_size)
+        n_out, size = _sizes(layer)[1] // layer.groups, math.prod(layer.kernel_size)
         W_gOIk = matrix.reshape(layer.groups, n_out, -1, size)
         return W_gOIk.transpose(1, 2).reshape(shape)
+
+
+def _sizes(layer: _ConvNd) -> tuple[int, int, tuple[int, ...]]:
+    """Channels in and out and the kernel, from the weight, which may have been cut since."""
+    n_in, n_out, kernel = layer.in_channels, layer.out_channels, tuple(layer.kernel_size)
+    weight = layer._parameters.get("weight")
+    if is_plain(weight) and weight.dim() == 2 + len(kernel):
+        first, second, *kernel_of_weight = weight.shape
+        second *= layer.groups
+        turned = isinstance(layer, _ConvTransposeNd)
+        n_in, n_out = (first, second) if turned else (second, first)
+        kernel = tuple(kernel_of_weight)
+    return n_in, n_out, kernel
+
+
+def _ones(kernel: tuple[int, ...]) -> tuple[int, ...]:
+    return (1,) * len(kernel)
+
+
+def _image(layer: Any, weight: Tensor) -> Tensor:
+    """Something that a convolution can read: as large as its kernel and its padding want it."""
+    reach = zip(layer.kernel_size, layer.dilation, strict=True)
+    sizes = [(kernel - 1) * dilation + 8 for kernel, dilation in reach]
+    return torch.randn(1, _sizes(layer)[0], *sizes, device=weight.device).to(weight.dtype)
 
 
 def _convolves_as(cls: type[nn.Module], known: type[nn.Module]) -> bool:

@@ -12,7 +12,8 @@ from lora_inject.arithmetic.embedding import (
     looked_up,
 )
 from lora_inject.arithmetic.linear import linear_up
-from lora_inject.kinds.base import Form, Kind, Way, linear_spec, overrides_forward
+from lora_inject.kinds.base import Form, Kind, Way, is_plain, linear_spec, overrides_forward
+from lora_inject.kinds.trials import writing_refusal
 from lora_inject.kinds.weight_reads import calls_super, reads_own_weight
 from lora_inject.own import own_class
 from lora_inject.settings import Settings
@@ -40,7 +41,11 @@ class EmbeddingKind(Kind):
     def specs(self, module: nn.Module, settings: Settings) -> tuple[Spec, ...]:
         """One pair."""
         assert isinstance(module, nn.Embedding)
-        return (linear_spec("weight", module.num_embeddings, module.embedding_dim, settings.r),)
+        rows, width = module.num_embeddings, module.embedding_dim
+        weight = module._parameters.get("weight")
+        if weight is not None and is_plain(weight) and weight.dim() == 2:
+            rows, width = weight.shape  # which may have been cut since
+        return (linear_spec("weight", rows, width, settings.r),)
 
     def refusal(self, module: nn.Module, way: Way) -> str | None:
         """``max_norm`` writes to the weight; a forward that bypasses its parent's needs how=."""
@@ -53,14 +58,15 @@ class EmbeddingKind(Kind):
         if way == "weight" and module.sparse:
             return "sparse=True has no gradient through a computed weight. Adapt it as it is."
         if way == "branch" and overrides_forward(module, nn.Embedding):
-            bypasses = reads_own_weight(module, nn.Embedding)
-            if bypasses or not calls_super(module, nn.Embedding):
+            cls = own_class(module)
+            if reads_own_weight(cls, nn.Embedding) or not calls_super(cls, nn.Embedding):
                 return (
-                    f"{own_class(module).__name__} has a forward that does not always call that of "
+                    f"{cls.__name__} has a forward that does not always call that of "
                     'nn.Embedding, where the adapter is added. Use how="weight", which computes '
                     "the whole table."
                 )
-        return None
+        own_forward = way == "weight" and overrides_forward(module, nn.Embedding)
+        return writing_refusal(module, _ids) if own_forward else None
 
     def initial(self, spec: Spec, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """A zero, B normal, as in loralib: an id that training never saw keeps a delta of zero."""
@@ -93,3 +99,7 @@ class EmbeddingKind(Kind):
         assert isinstance(layer, nn.Embedding)
         delta = looked_up(x, index, rows, layer.padding_idx).to(y.dtype)
         return y + (divide_gradient_by_frequency(delta, x) if layer.scale_grad_by_freq else delta)
+
+
+def _ids(weight: Tensor) -> Tensor:
+    return torch.arange(min(2, len(weight)), device=weight.device)

@@ -1,10 +1,25 @@
-"""``nn.Linear`` and its subclasses: whatever their own forward does, the branch is added to it."""
+"""``nn.Linear`` and its subclasses.
+
+A forward of their own is tried out: where ``W + D`` gives ``y + D x`` an adapter stands beside it,
+where it does something else with its weight the adapter acts in the weight.
+"""
 
 import torch
 from torch import Tensor, nn
 
 from lora_inject.arithmetic.linear import linear_down, linear_up
-from lora_inject.kinds.base import Form, Kind, Way, is_packed, linear_spec
+from lora_inject.compat.marks import is_known_linear
+from lora_inject.kinds.base import (
+    Form,
+    Kind,
+    Way,
+    is_packed,
+    is_plain,
+    linear_spec,
+    overrides_forward,
+)
+from lora_inject.kinds.trials import Trial, try_linear, writes
+from lora_inject.kinds.weight_reads import calls_super, reads_own_weight
 from lora_inject.own import own_class
 from lora_inject.settings import Settings
 from lora_inject.variants import Spec
@@ -18,12 +33,50 @@ class LinearKind(Kind):
 
     name = "Linear"
     linear_like = True
+    stacks = True
     has_parts = True
     has_rows = True
 
     def matches(self, module: nn.Module) -> bool:
         """Instances of ``nn.Linear``, quantized subclasses with a forward of their own included."""
         return isinstance(module, nn.Linear)
+
+    def way(self, module: nn.Module) -> Way:
+        """Beside the forward, but for one that does more to its weight than to multiply by it."""
+        if not self.has_own_forward(module):
+            return "branch"
+        trial = self._trial(module)
+        return "branch" if trial is None or trial.adds or trial.problem else "weight"
+
+    def refusal(self, module: nn.Module, way: Way) -> str | None:
+        """A forward of its own must map (.., in) to (.., out), and leave its weight alone."""
+        trial = self._trial(module) if self.has_own_forward(module) else None
+        if trial is None:
+            return None
+        if way == "branch" and trial.problem:
+            return (
+                f"{own_class(module).__name__} has a forward of its own, beside which no adapter "
+                f'can stand: {trial.problem}. Exclude it, or use how="weight".'
+            )
+        return writes(module) if way == "weight" and trial.writes else None
+
+    def has_own_forward(self, module: nn.Module) -> bool:
+        """Whether the class has a forward of which nothing is known."""
+        return overrides_forward(module, nn.Linear)
+
+    def _trial(self, module: nn.Module) -> Trial | None:
+        """What a forward of its own was seen to do; None where that is known, or has no weight."""
+        cls = own_class(module)
+        if is_known_linear(cls) or not is_plain(module._parameters.get("weight")):
+            return None
+        trial = try_linear(module, *self.features(module), transposed=self.transposes)
+        # Then the branch stands below it, and whatever it does is done to both.
+        below = trial.problem is None and self.branches_at(cls) is not None
+        return trial._replace(adds=True) if below else trial
+
+    def branches_at(self, base: type[nn.Module]) -> type[nn.Module] | None:
+        """``nn.Linear``, below a forward that has the product made by ``super().forward``."""
+        return nn.Linear if _is_above_linear(base) else None
 
     def is_product(self, base: type[nn.Module]) -> bool:
         """Classes that leave ``nn.Linear.forward`` as it is."""
@@ -34,8 +87,12 @@ class LinearKind(Kind):
         return "linear"
 
     def features(self, module: nn.Module) -> tuple[int, int]:
-        """From the attributes: the weight of a quantized layer is packed and has another shape."""
+        """From the weight, which may have been cut; a quantized one is packed: from attributes."""
         assert isinstance(module, nn.Linear)
+        weight = module._parameters.get("weight")
+        if is_plain(weight) and weight.dim() == 2:
+            n_out, n_in = weight.shape
+            return n_in, n_out
         return module.in_features, module.out_features
 
     def specs(self, module: nn.Module, settings: Settings) -> tuple[Spec, ...]:
@@ -66,9 +123,10 @@ class LinearKind(Kind):
         return y.index_add(-1, index, linear_down(x, rows, 0.0).to(y.dtype))
 
     def affine_refusal(self, layer: nn.Module) -> str | None:
-        """A forward of its own may do anything to ``W x``."""
+        """A forward of its own may do anything to ``W x``, but for where the branch is below it."""
         cls, weight = own_class(layer), self.weight(layer, "weight")
-        if self.is_product(cls) or is_packed(weight):  # what is packed computes W x + b
+        below = self.is_product(cls) or self.branches_at(cls) is not None
+        if below or is_packed(weight):  # what is packed computes W x + b
             return None
         return f"{cls.__name__} has a forward of its own."
 
@@ -101,8 +159,15 @@ class LinearKind(Kind):
         return self.weight(layer, "weight").device
 
     def merge_refusal(self, module: nn.Module, base: type[nn.Module], way: Way) -> str | None:
-        """A subclass with its own forward may do more to W x than to the branch beside it."""
-        own = isinstance(module, nn.Linear) and not self.is_product(base)
-        if own and way == "branch":
+        """A forward of its own that was not tried may do more to W x than to the branch."""
+        own = not self.is_product(base) and self.has_own_forward(module)
+        trial = self._trial(module) if own and way == "branch" else None
+        if own and way == "branch" and (trial is None or not trial.adds):
             return f"{base.__name__} has a forward of its own, to which merging may do otherwise."
         return None
+
+
+def _is_above_linear(base: type[nn.Module]) -> bool:
+    """Whether a Linear class has a forward of its own that always calls ``super().forward``."""
+    own = issubclass(base, nn.Linear) and base.forward is not nn.Linear.forward
+    return own and calls_super(base, nn.Linear) and not reads_own_weight(base, nn.Linear)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lora_inject.arithmetic import starting_values as initial
 from lora_inject.compat.torch_private import tree_map
 from lora_inject.kinds.base import Form, Kind, Way
+from lora_inject.kinds.shown import WRITING, shown
 from lora_inject.settings import Settings
 from lora_inject.variants import Change, Spec, Variant
 
@@ -98,7 +99,7 @@ class ExpertWeights:
 
     def __getattr__(self, name: str) -> Any:
         known = ("shape", "dtype", "device", "ndim", "dim", "size", "is_cuda", "is_cpu", "numel")
-        return getattr(self._W if name in known else self._tensor(), name)
+        return getattr(self._W if name in known or name in WRITING else self._tensor(), name)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -107,7 +108,8 @@ class ExpertWeights:
 
     def _tensor(self) -> Tensor:
         if self._all is None:
-            self._all = Kind.effective(self._kind, self._layer, self._W, self._changes)
+            value = Kind.effective(self._kind, self._layer, self._W, self._changes)
+            self._all = shown(value, self._W)
         return self._all
 
 

@@ -3,6 +3,7 @@
 Found by what they have: the features of a Linear, and integer tensors where its weight would be.
 """
 
+import torch
 from torch import Tensor, nn
 
 from lora_inject.kinds.base import Way
@@ -30,6 +31,10 @@ class QuantizedLinearKind(LinearKind):
         assert names is not None
         return getattr(module, names[0]), getattr(module, names[1])
 
+    def has_own_forward(self, module: nn.Module) -> bool:
+        """It has, which nothing but itself can run."""
+        return False
+
     def refusal(self, module: nn.Module, way: Way) -> str | None:
         """There is no weight to add to."""
         return 'its weight is packed. Adapt it without how="weight".' if way == "weight" else None
@@ -51,8 +56,14 @@ class QuantizedLinearKind(LinearKind):
         return None
 
     def _packed(self, module: nn.Module) -> Tensor | None:
-        owned = [*module._parameters.items(), *module._buffers.items()]
-        for name, tensor in owned:
-            if tensor is not None and "weight" in name and not tensor.is_floating_point():
-                return tensor
-        return None
+        """The integers in place of a weight; a mask beside a weight is none."""
+        found = None
+        for owned in (module._parameters, module._buffers):
+            for name, tensor in owned.items() if len(owned) else ():
+                if tensor is None or "weight" not in name:
+                    continue
+                if tensor.is_floating_point() and tensor.dim() > 1 and "scale" not in name:
+                    return None
+                if not tensor.is_floating_point() and tensor.dtype != torch.bool and found is None:
+                    found = tensor
+        return found

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_inject.kinds.base import Kind, Way, out_in_spec
+from lora_inject.kinds.shown import bare, effective
 from lora_inject.own import own_class
 from lora_inject.settings import Settings
 from lora_inject.variants import Spec
@@ -79,7 +80,7 @@ _KNOWN = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
 
 def _read_flat(layer: Any) -> list[Tensor | None]:
     return [
-        layer._lora_effective(name) if name in layer._parameters else getattr(layer, name, None)
+        effective(layer, name) if bare(layer, name) is not None else getattr(layer, name, None)
         for name in layer._flat_weights_names
     ]
 

@@ -4,99 +4,82 @@ A module whose parent reads its weight without calling it would carry a silent a
 ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` do that, WavLM, Mamba and many others.
 """
 
-import dis
-import inspect
-from collections.abc import Iterator
-from types import CodeType
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from lora_inject.own import own_class
+from lora_inject.kinds.bytecode import Read, function_of, may_read, names_in, weights_read
 
-# What tells something about a weight without using its values.
-_FACTS = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_grad", "is_meta",
-          "is_cuda", "is_quantized", "element_size", "_is_hf_initialized"}  # fmt: skip
-# Methods that run outside of the forward pass.
-_OUTSIDE = ("__init__", "reset_parameters", "_reset_parameters", "init_weights", "_init_weights",
-            "extra_repr", "__repr__", "tie_weights", "_tie_weights", "__setstate__")  # fmt: skip
+# How the names of methods begin that run when a model is made, changed or stored: what these read
+# is no part of a forward pass, unless a forward comes to them by their names.
+_OUTSIDE = ("init", "reset", "extra_repr", "repr", "tie", "setstate", "getstate", "fuse", "unfuse",
+            "load", "save", "resize", "quantize", "convert", "from_", "post_init")  # fmt: skip
 
 
-def weights_read_below(module: nn.Module) -> frozenset[str]:
-    """The paths of the weights of modules inside of this one that its own methods read."""
-    cls = own_class(module)
+class _Method(NamedTuple):
+    name: str
+    mentions: frozenset[str]
+    reads: frozenset[Read]
+
+
+def weights_read_below(cls: type[nn.Module]) -> frozenset[Read]:
+    """What of the modules inside of it a class reads the weights of, by paths from itself."""
     if cls not in _known_below:
-        read = [_reads(above) for above in _classes_above(module, nn.Module)]
-        _known_below[cls] = frozenset(path for paths in read for path in paths if "." in path)
+        above = [c for c in cls.__mro__ if c not in (nn.Module, object)]
+        _known_below[cls] = frozenset(filter(None, _reads(above)))
     return _known_below[cls]
 
 
-def reads_own_weight(module: nn.Module, base: type[nn.Module]) -> bool:
-    """Whether a method between the module's class and the base reads ``self.weight``."""
-    return any("weight" in _reads(cls) for cls in _classes_above(module, base))
+def reads_own_weight(cls: type[nn.Module], base: type[nn.Module]) -> bool:
+    """Whether a method between a class and the base reads ``self.weight``."""
+    return any(not read for read in _reads(_classes_above(cls, base)))
 
 
-def calls_super(module: nn.Module, base: type[nn.Module]) -> bool:
-    """Whether every forward between the module's class and the base calls ``super().forward``."""
-    own = [vars(cls)["forward"] for cls in _classes_above(module, base) if "forward" in vars(cls)]
+def calls_super(cls: type[nn.Module], base: type[nn.Module]) -> bool:
+    """Whether every forward between a class and the base calls ``super().forward``."""
+    own = [vars(c)["forward"] for c in _classes_above(cls, base) if "forward" in vars(c)]
     codes = [getattr(forward, "__code__", None) for forward in own]
     return all(c is not None and {"super", "forward"} <= set(c.co_names) for c in codes)
 
 
-def _classes_above(module: nn.Module, base: type[nn.Module]) -> tuple[type, ...]:
-    order = own_class(module).__mro__
+def _classes_above(cls: type[nn.Module], base: type[nn.Module]) -> tuple[type, ...]:
+    order = cls.__mro__
     return order[: order.index(base)]
 
 
 # Weak: what is known of a class keeps it no longer than others do.
-_known: WeakKeyDictionary[type, frozenset[str]] = WeakKeyDictionary()
-_known_below: WeakKeyDictionary[type, frozenset[str]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[type, list[_Method]] = WeakKeyDictionary()
+_known_below: WeakKeyDictionary[type, frozenset[Read]] = WeakKeyDictionary()
 
 
-def _reads(cls: type) -> frozenset[str]:
-    """Attribute paths that end in a weight and that the class's methods read: "q_proj.weight"."""
+def _reads(classes: Iterable[type]) -> set[Read]:
+    """What the methods of these classes read in a forward pass."""
+    methods = [method for cls in classes for method in _methods(cls)]
+    setup = [m for m in methods if m.reads and m.name.strip("_").startswith(_OUTSIDE)]
+    reached = _reached(methods) if setup else set()
+    return {r for m in methods if m not in setup or m.name in reached for r in m.reads}
+
+
+def _reached(methods: Sequence[_Method]) -> set[str]:
+    """The names that a forward mentions, and those that the methods of these names do."""
+    reached, former = {"forward"}, set[str]()
+    while reached != former:
+        former = set(reached)
+        reached |= {name for m in methods if m.name in former for name in m.mentions}
+    return reached
+
+
+def _methods(cls: type) -> list[_Method]:
+    """The methods and properties that a class itself defines."""
     if cls not in _known:
-        members = [(name, m) for name, m in vars(cls).items() if callable(m)]
-        codes = [
-            getattr(inspect.unwrap(member), "__code__", None)
-            for name, member in members
-            if name not in _OUTSIDE
-        ]
-        _known[cls] = frozenset(
-            path for code in codes if isinstance(code, CodeType) for path in _weights_read(code)
-        )
+        _known[cls] = []
+        for name, member in vars(cls).items():
+            function = function_of(member)
+            if function is not None:
+                mentions = names_in(function.__code__)
+                may = may_read(function, cls, mentions)
+                reads = weights_read(function, cls) if may else frozenset()
+                _known[cls].append(_Method(name, mentions, reads))
     return _known[cls]
-
-
-def _weights_read(code: CodeType) -> Iterator[str]:
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _weights_read(constant)
-    if "weight" not in code.co_names:
-        return
-    steps = [s for s in dis.get_instructions(code) if s.opname not in ("EXTENDED_ARG", "CACHE")]
-    for i, step in enumerate(steps):
-        # isinstance(self.wo.weight, ...) asks for the type alone.
-        asked = i > 0 and steps[i - 1].argval == "isinstance"
-        if asked or not _loads_self(step):
-            continue
-        chain = []
-        for later in steps[i + 1 :]:
-            if later.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
-                break
-            chain.append(str(later.argval))
-        if "weight" in chain:
-            end = chain.index("weight") + 1
-            if not (chain[end:] and chain[end] in _FACTS):
-                yield ".".join(chain[:end])
-
-
-def _loads_self(step: dis.Instruction) -> bool:
-    """LOAD_FAST self, whatever this Python calls it; some load two names at once.
-
-    In a comprehension or an inner function it is a LOAD_DEREF.
-    """
-    value = step.argval
-    last = value[-1] if isinstance(value, tuple) and value else value
-    loads = "LOAD_FAST" in step.opname or "LOAD_DEREF" in step.opname
-    return loads and last == "self"

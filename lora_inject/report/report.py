@@ -66,6 +66,14 @@ class Report:
         """Trainable parameters in percent of all; 0 for a model without parameters."""
         return 100 * self.trainable / self.total if self.total else 0.0
 
+    @property
+    def line(self) -> str:
+        """All of it in one line, for logs."""
+        return (
+            f"{self.model}: {count(self.trainable)} of {count(self.total)} parameters train "
+            f"({self.percent:.4f} %)"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts, for JSON."""
         m = self.memory
@@ -90,13 +98,9 @@ class Report:
         }
 
     def _tables(self) -> Tables:
-        headline = (
-            f"{self.model}: {count(self.trainable)} of {count(self.total)} parameters train "
-            f"({self.percent:.4f} %)"
-        )
         parts = [(name, count(n)) for name, n in self.split.items() if n]
         trains = Section(
-            headline, ("trains", ">parameters"), [*parts, ("frozen", count(self.frozen))]
+            self.line, ("trains", ">parameters"), [*parts, ("frozen", count(self.frozen))]
         )
         chosen = patterns_section(self.patterns)
         memory = memory_section(self.memory)
@@ -120,6 +124,8 @@ def report(model: nn.Module, optimizer: str = "adamw") -> Report:
         >>> _ = inject(model, nn.Linear, r=2)
         >>> report(model).trainable, report(model, optimizer="sgd").memory.trainable.total
         (32, 256)
+        >>> report(model).line
+        'Sequential: 32 of 104 parameters train (30.7692 %)'
 
     Args:
         model: any ``nn.Module``; it may be on the meta device.

@@ -27,10 +27,12 @@ class PiSSA(Start):
     Attributes:
         oversample: how many more directions than the rank it follows; None for as many again.
         power: its power iterations.
+        exact: whether to compute all singular values; None does so below 2,048 rows or columns.
     """
 
     oversample: int | None = None
     power: int = 2
+    exact: bool | None = None
     name = "pissa"
     reads = True
     offset = True
@@ -54,7 +56,7 @@ class PiSSA(Start):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """U, S and V of the r singular values to start from."""
         q = min(r + (r if self.oversample is None else self.oversample), *W_OI.shape[-2:])
-        if min(W_OI.shape[-2:]) > _EXACT:
+        if not (min(W_OI.shape[-2:]) <= _EXACT if self.exact is None else self.exact):
             U_OQ, S_Q, V_IQ = dominant(W_OI, q, self.power, generator)
             return U_OQ[..., :r], S_Q[..., :r], V_IQ[..., :r]
         U_OQ, S_Q, Vh_QI = torch.linalg.svd(W_OI, full_matrices=False)

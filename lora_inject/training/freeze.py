@@ -16,7 +16,6 @@ from lora_inject.core.look import Look
 from lora_inject.core.matcher import Matcher
 from lora_inject.core.request import optional_patterns
 from lora_inject.core.state import State
-from lora_inject.core.state_parts import Use
 from lora_inject.errors import ArgumentError, UnsupportedLayerError
 from lora_inject.own import Place, own_tensor
 from lora_inject.report.report import Report, report_of
@@ -88,9 +87,20 @@ def freeze(model: nn.Module, bias: BiasMode = "none", train_also: Any = ()) -> R
         if state.own:
             had = look.own[module].on_it if module in look.own else set()
             new = {name: 1.0 for name in used if name in state.on_it - had}
-            use = Use({**state.use.weights, **new}, frozenset(used))
+            use = state.use._replace(weights={**state.use.weights, **new}, trains=frozenset(used))
             made.states[module] = state.change(use=use)
     return commit(look, made.states, fresh=made.fresh, flags="all", then=shown)  # type: ignore[no-any-return]
+
+
+def freeze_adapter(model: nn.Module, name: str) -> None:
+    """Let an adapter train no more; it stays in use where it is, and all else stays as it is."""
+    look = Look(model)
+    states = {
+        module: state.change(use=state.use._replace(trains=state.use.trains - {name}))
+        for module, state in look.own.items()
+        if name in state.use.trains
+    }
+    commit(look, states, flags="owned")
 
 
 def _is_one_in_use(look: Look) -> bool:

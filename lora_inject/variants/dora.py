@@ -93,7 +93,7 @@ class DoRA(Variant):
                 square = (both[0][0] - both[0][1]) + (both[1][1] - both[1][0])
             squares = squares + (2 * c.scaling * cross + c.scaling**2 * square)
         lengths = squares.clamp_min(0).sqrt()
-        return cast("Tensor", lengths if c.spec.experts else lengths.flatten())
+        return lengths if c.spec.experts else lengths.flatten()
 
     def rows(
         self, kind: LayerKind, layer: nn.Module, W: Tensor | None, c: Change

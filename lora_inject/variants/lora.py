@@ -88,6 +88,11 @@ class Variant:
         )
         return "".join(f", {word}" for word in words if word)
 
+    @property
+    def meaning(self) -> str:
+        """All that the meaning of its tensors depends on besides the rank and alpha."""
+        return self.text
+
     def trains(self, role: str) -> bool:
         """Whether the tensor of this role trains when the adapter does."""
         return role != self.fixed and role not in ("A0", "B0")

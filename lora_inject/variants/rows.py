@@ -47,6 +47,11 @@ class Rows(Variant):
         """What differs from plain LoRA, for tables."""
         return ", rows"
 
+    @property
+    def meaning(self) -> str:
+        """With the ids."""
+        return f", rows {', '.join(map(str, self.ids))}"
+
     @cached_property
     def index(self) -> Tensor:
         """The ids as a tensor on the CPU."""

@@ -115,3 +115,33 @@ def test_extract_sees_adapters_and_ties():
         extract(base, tuned, "0", r=2)
     half, other = (nn.Sequential(nn.Linear(32, 32)).bfloat16() for _ in range(2))
     assert extract(half, other, "0", r=32, dtype="base").worst > 1e-4  # bfloat16 loses as much
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_dora_holds_the_lengths_of_rows_exactly_and_loses_less(kind):
+    torch.manual_seed(0)
+    base = Nested(LAYERS[kind]()).double()
+    targets = ["b.up", "b.down"] if kind == "experts" else "a.b"
+    tuned = copy.deepcopy(base)
+    inject(tuned, targets, r=1, alpha=2, variant="dora")
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_" in name:
+                noise = 0.3 * torch.randn_like(parameter)
+                parameter.mul_(1 + noise) if "magnitude" in name else parameter.add_(noise)
+    strip(tuned, merge=True)
+    before, plain = snapshot(base), copy.deepcopy(base)
+    result = extract(base, tuned, targets, r=2, variant="dora")
+    with merged(base):
+        far = sum((a - b).norm() for a, b in zip(
+            tuned.parameters(), _base_parameters(base), strict=True))  # fmt: skip
+    start = sum((a - b).norm() for a, b in zip(tuned.parameters(), plain.parameters(), strict=True))
+    assert far < start
+    assert result.worst <= extract(plain, tuned, targets, r=2).worst + 1e-9
+    strip(base)
+    assert changed_parts(before, snapshot(base)) == []
+    rows = nn.Sequential(nn.Linear(6, 5))
+    longer = copy.deepcopy(rows)
+    with torch.no_grad():
+        longer[0].weight.mul_(torch.tensor([[1.0], [2.0], [0.5], [3.0], [1.5]]))
+    assert extract(rows, longer, "0", r=1, variant="dora").worst < 1e-6

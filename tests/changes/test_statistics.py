@@ -6,7 +6,7 @@ from helpers import Faults, changed_parts, snapshot, train_steps
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from lora_inject import freeze, inject, strip
+from lora_inject import freeze, inject, plan, strip
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -150,3 +150,53 @@ def test_freeze_alone_holds_once_and_lets_go():
     model["own"](torch.randn(3, 4))
     assert model["bn"].num_batches_tracked == 1
     assert model["own"].moving_mean.any()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("made", ["scripted", "traced", "inside a scripted one"])
+def test_statistics_of_scripted_parts_stand_still(made):
+    stem = nn.Sequential(nn.Conv1d(1, 4, 3), nn.BatchNorm1d(4), nn.BatchNorm1d(4))
+    x = torch.randn(2, 1, 9, requires_grad=True)
+    if made == "inside a scripted one":
+        stem = nn.Sequential(stem, nn.Identity())
+    stem = torch.jit.trace(stem, (x,)) if made == "traced" else torch.jit.script(stem)
+    model = nn.ModuleDict({"vad": stem, "asr": nn.Linear(4, 4)}).train()
+    plan(model, "asr", r=2)
+    before = {key: value.clone() for key, value in stem.state_dict().items()}
+    inject(model, "asr", r=2)
+    for _ in range(2):
+        stem(x).sum().backward()
+    assert all(torch.equal(stem.state_dict()[key], value) for key, value in before.items())
+    assert x.grad is not None
+    strip(model)
+    stem(x)
+    moved = [k for k, value in before.items() if not torch.equal(stem.state_dict()[k], value)]
+    assert any("running_mean" in key for key in moved)
+
+
+class Interrupted(Custom):
+    """One that is interrupted after it has moved its statistics; it calls itself before, too."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        if x.shape[0] == 1:
+            raise KeyboardInterrupt
+        return y if x.shape[0] == 2 else y + self(x[:2]).mean()
+
+
+@pytest.mark.parametrize("then", [strip, lambda model: model(torch.randn(5, 4))])
+def test_what_is_interrupted_moves_nothing_either(then):
+    model = nn.Sequential(nn.Linear(4, 4), Interrupted()).train()
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    inject(model, "0", r=2)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            model(torch.randn(1, 4))
+    then(model)
+    for now, (own, value) in zip(model.buffers(), buffers, strict=True):
+        assert now is own
+        assert torch.equal(own, value)
+    model(torch.randn(5, 4))
+    moved = [not torch.equal(own, value) for own, value in buffers]
+    assert moved == [then is strip] * 2

@@ -1,9 +1,12 @@
 """Which of the places are kept: blocks by number, and heads that all-linear leaves."""
 
 import pytest
+import torch
+from helpers import randomize_adapters
 from torch import nn
+from torch.nn import functional as F
 
-from lora_inject import ArgumentError, UnsupportedLayerError, inject, plan
+from lora_inject import ArgumentError, NoMatchError, UnsupportedLayerError, inject, plan
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -61,3 +64,90 @@ def test_what_is_tied_to_a_layer_that_trains_in_full_is_not_adapted():
     for target in ("emb", "head"):
         with pytest.raises(UnsupportedLayerError, match=r"emb: .*trains it in full"):
             plan(model, target, r=1, adapter="b")
+
+
+class OtherLinear(nn.Module):
+    """As libraries for graphs have one."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x):
+        return F.linear(x, self.weight)
+
+
+class HomeMade(nn.Module):
+    """Matrices by names of their own, and parameters that are no matrices of a product."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_proj_weight = nn.Parameter(torch.randn(24, 8))
+        self.W = nn.Parameter(torch.randn(8, 8))
+        self.K = nn.Parameter(torch.randn(8, 8))
+        self.positions = nn.Parameter(torch.randn(5, 8))
+        self.fc, self.table = nn.Linear(8, 8), nn.EmbeddingBag(5, 8)
+
+    def forward(self, x):
+        x = x + self.positions
+        x = torch.einsum("...i,oi->...o", x, self.K)
+        return self.fc(x @ self.W)
+
+
+MATRICES = ["lin.weight", "own.K", "own.W", "own.in_proj_weight", "pair.weight"]
+
+
+def odd_model():
+    return nn.ModuleDict({"lin": OtherLinear(), "own": HomeMade(), "pair": nn.Bilinear(8, 8, 8)})
+
+
+def test_all_linear_names_every_matrix_that_it_leaves():
+    shown = plan(odd_model(), r=2)
+    assert [site.path for site in shown.sites] == ["own.fc"]
+    assert sorted(skip.path for skip in shown.skipped) == MATRICES
+    notes = " ".join(inject(odd_model(), r=2).notes)
+    assert "pair.weight" in notes
+    assert "name it to adapt it" in notes
+
+
+def test_what_is_named_so_can_be_adapted_by_its_name():
+    model = odd_model()
+    targets = {path: {"layout": "out_in"} if path == "pair.weight" else {} for path in MATRICES}
+    assert len(plan(model, targets, r=2).sites) == len(MATRICES)
+    inject(model, targets, r=2)
+    x = torch.randn(5, 8)
+    randomize_adapters(model)
+    for y in (model["lin"](x), model["own"](x), model["pair"](x, x)):
+        y.sum().backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "lin.lora" in n)
+
+
+def test_what_is_excluded_or_trains_in_full_or_lies_elsewhere_is_not_named():
+    model = nn.ModuleList([odd_model(), odd_model()])
+    shown = plan(model, r=2, exclude="0.own", train_also="0.pair")
+    assert {skip.path for skip in shown.skipped if skip.wanted} == {
+        "0.lin.weight", *(f"1.{path}" for path in MATRICES)
+    }  # fmt: skip
+    shown = plan(model, r=2, layers=-1)
+    assert {s.path for s in shown.skipped if s.wanted} == {f"1.{path}" for path in MATRICES}
+
+
+def test_a_layer_of_no_known_kind_points_to_its_matrices():
+    with pytest.raises(NoMatchError, match=r"Name its matrices instead, such as lin\.weight"):
+        inject(odd_model(), "lin", r=2)
+
+
+def test_a_glob_that_selects_layers_names_the_matrices_that_it_leaves():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.num_experts = 2
+            self.gate_up_proj = nn.Parameter(torch.randn(2, 8, 8))
+
+    model = nn.ModuleDict({"experts": Experts(), "shared": nn.ModuleDict()})
+    model["shared"]["up_proj"] = nn.Linear(8, 8)
+    shown = plan(model, "*up_proj", r=2)
+    assert [site.path for site in shown.sites] == ["shared.up_proj"]
+    assert [skip.path for skip in shown.skipped] == ["experts.gate_up_proj"]
+    assert any("experts.gate_up_proj" in n for n in inject(model, "*up_proj", r=2).notes)
+    assert not plan(odd_model(), "*fc", r=2).skipped

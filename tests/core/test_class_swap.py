@@ -1,6 +1,9 @@
 """The classes that are made for adapted layers: one for a base, and none longer than it."""
 
+import abc
+import copy
 import gc
+import pickle
 import sys
 import threading
 import warnings
@@ -8,15 +11,18 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import ClassVar, Generic, TypeVar
 
 import pytest
-from helpers import changed_parts, snapshot
+import torch
+from helpers import changed_parts, randomize_adapters, snapshot
 from torch import nn
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
 
 from lora_inject import (
     LoRAInjectError,
+    UnsupportedLayerError,
     disabled,
     inject,
     merge,
@@ -109,3 +115,130 @@ def test_warnings_name_the_line_of_the_caller():
         strip(model)
         strip(model)
     assert [Path(w.filename) for w in caught] == [Path(__file__)] * 3
+
+
+class Abstract(abc.ABC):  # noqa: B024
+    """Of these a class has its layout, where they stand first."""
+
+
+class Slotted:
+    __slots__ = ()
+
+
+class Registering:
+    """Asks for an argument, and lists its subclasses."""
+
+    known: ClassVar[list] = []
+
+    def __init_subclass__(cls, *, label, **others):
+        super().__init_subclass__(**others)
+        Registering.known.append((cls, label))
+
+
+class OfAbstract(Abstract, nn.Linear):
+    pass
+
+
+class OfGeneric(Generic[TypeVar("T")], nn.Linear):
+    pass
+
+
+class OfSlotted(Slotted, nn.Linear):
+    pass
+
+
+class WithSlots(nn.Linear):
+    __slots__ = ("more",)
+
+
+class Registered(nn.Linear, Registering, label="one"):
+    pass
+
+
+class RegisteredFirst(Registering, nn.Linear, label="two"):
+    pass
+
+
+class ConvOfAbstract(Abstract, nn.Conv1d):
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out, 1)
+
+    def forward(self, x):
+        return super().forward(x.unsqueeze(-1)).squeeze(-1)
+
+
+class EmbeddingOfAbstract(Abstract, nn.Embedding):
+    """Its adapter stands below its forward."""
+
+    def forward(self, ids):
+        return 3 * super().forward(ids)
+
+
+class ScaledOfAbstract(Abstract, nn.Linear):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+class ScaledAndRegistered(nn.Linear, Registering, label="three"):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+class AttentionOfAbstract(Abstract, nn.MultiheadAttention):
+    def __init__(self, n, heads):
+        super().__init__(n, 2)
+
+
+ODD = [
+    OfAbstract, OfGeneric, OfSlotted, WithSlots, Registered, RegisteredFirst, ConvOfAbstract,
+    EmbeddingOfAbstract, ScaledOfAbstract, ScaledAndRegistered, AttentionOfAbstract,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["auto", "weight"])
+@pytest.mark.parametrize("cls", ODD)
+def test_classes_of_any_layout_are_adapted_and_come_back(cls, how):
+    model = nn.Sequential(cls(4, 4))
+    known = len(Registering.known)
+    x = torch.tensor([0, 3]) if issubclass(cls, nn.Embedding) else torch.randn(3, 4)
+
+    def call(model):
+        return model[0](x, x, x)[0] if cls is AttentionOfAbstract else model(x)
+
+    before, base = snapshot(model), call(model)
+    inject(model, "0", r=2, how=how)
+    assert torch.equal(call(model), base)
+    assert isinstance(model[0], cls)
+    randomize_adapters(model)
+    adapted = call(model)
+    assert not torch.equal(adapted, base)
+    if cls is not AttentionOfAbstract:
+        other = strip(copy.deepcopy(model))
+        with torch.no_grad():
+            BA = (model[0].lora_B.flatten(1) @ model[0].lora_A.flatten(1)).detach()
+            W = other[0].weight
+            W += BA.T if issubclass(cls, nn.Embedding) else BA.view(W.shape)
+        torch.testing.assert_close(call(other), adapted)
+    assert torch.equal(call(copy.deepcopy(model)), adapted)
+    assert torch.equal(call(pickle.loads(pickle.dumps(model))), adapted)
+    strip(model)
+    assert changed_parts(before, snapshot(model)) == []
+    assert len(Registering.known) == known
+
+
+def test_a_class_of_which_none_can_be_derived_is_refused_before():
+    class Sealing(type):
+        def __new__(mcs, name, bases, body, **options):
+            if any(isinstance(base, mcs) for base in bases):
+                raise TypeError("it is sealed")
+            return super().__new__(mcs, name, bases, body, **options)
+
+    class Sealed(nn.Linear, metaclass=Sealing):
+        pass
+
+    model = nn.Sequential(nn.Linear(4, 4), Sealed(4, 4))
+    before = snapshot(model)
+    with pytest.raises(UnsupportedLayerError, match=r"^1: .*Sealed \(it is sealed\)"):
+        plan(model, nn.Linear, r=2)
+    assert [skip.path for skip in plan(model, r=2).skipped] == ["1"]
+    assert changed_parts(before, snapshot(model)) == []

@@ -92,7 +92,7 @@ def test_a_subclass_with_a_forward_of_its_own_is_called():
     inject(model, "0", r=R)
     randomize_adapters(model)
     layer, x = model[0], torch.randn(5, I, dtype=torch.float64)
-    expected = 2 * F.linear(x, layer.weight, layer.bias) + x @ layer.lora_A.t() @ layer.lora_B.t()
+    expected = 2 * (F.linear(x, layer.weight, layer.bias) + x @ layer.lora_A.t() @ layer.lora_B.t())
     torch.testing.assert_close(model(x), expected)
 
 

@@ -1,6 +1,7 @@
 """The target grammar: what each form selects, and what it says when it selects nothing."""
 
 import fnmatch
+import re
 import time
 
 import pytest
@@ -253,3 +254,14 @@ def test_braces_name_exactly_the_numbers(numbers):
         first, _, last = part.partition("..")
         read |= set(range(int(first), int(last or first) + 1))
     assert read == numbers
+
+
+def test_a_compiled_expression_is_one():
+    assert paths(Net(), re.compile(r"layers\.0\.q_proj")) == paths(Net(), r"re:layers\.0\.q_proj")
+    assert paths(Net(), re.compile(r"LAYERS\.0\.Q_PROJ  # all", re.I | re.X)) == ["layers.0.q_proj"]
+    assert paths(Net(), nn.Linear, exclude=re.compile(r"layers\..*")) == ["head"]
+    assert plan(Net(), {re.compile(r".*q_proj"): {"r": 3}}).sites[0].settings.r == 3
+    with pytest.raises(NoMatchError, match=r"re:q_proj"):
+        plan(Net(), re.compile("q_proj"))  # the whole path, as always
+    with pytest.raises(ArgumentError, match="not a pattern"):
+        plan(Net(), re.compile(b"q_proj"))

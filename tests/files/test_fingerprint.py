@@ -67,3 +67,60 @@ def test_bases_that_are_the_same_and_that_are_not(tmp_path):
     merge(model)
     with pytest.raises(LoRAInjectError, match="merged now"):
         load(model, tmp_path)
+
+
+@pytest.mark.parametrize("seen", [torch.bfloat16, torch.float16])
+def test_a_base_that_was_cast_and_cast_back_is_the_same_base(seen, tmp_path):
+    """Training scripts cast the base down, train, and cast all up again before saving."""
+    model = bare().to(seen)
+    inject(model, "q_proj", r=2)
+    save(model.float(), tmp_path / "cast")
+    kept = bare()
+    inject(kept, "q_proj", r=2)
+    save(kept, tmp_path / "kept")
+    for folder in (tmp_path / "cast", tmp_path / "kept"):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            load(bare().to(dtype), folder)
+        load(bare().to(seen).float(), folder)
+        other = bare()
+        with torch.no_grad():
+            other.layers[0].q_proj.weight.mul_(1.05)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            with pytest.raises(FormatError, match="not those that the adapter was made for"):
+                load(copy.deepcopy(other).to(dtype), folder)
+
+
+def test_small_weights_are_the_same_in_both_16_bit_types(tmp_path):
+    small = bare()
+    with torch.no_grad():
+        small.layers[0].q_proj.weight.mul_(1e-5)  # float16 holds few digits of these
+    model = copy.deepcopy(small).half()
+    inject(model, "layers.0.q_proj", r=2)
+    save(model, tmp_path)
+    load(small.to(torch.bfloat16), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "remedy"),
+    [
+        (lambda w: w * (1 + 2.0**-9), "differ by rounding alone"),
+        (lambda w: w.to(torch.bfloat16).float() * (1 + 2.0**-10), "differ by rounding alone"),
+        (lambda w: torch.cat([w, w[:1]]), r"rows alone: .*resize_token_embeddings"),
+        (lambda w: w * 1.1, "Load the right base model"),
+        (lambda w: torch.cat([w, w[:, :1]], 1), "Load the right base model"),
+    ],
+)
+def test_what_to_do_about_another_base_depends_on_how_it_differs(change, remedy, tmp_path):
+    layer = nn.Linear(8, 8, bias=False)
+    model = nn.ModuleDict({"q": layer})
+    inject(model, "q", r=2)
+    save(model, tmp_path)
+    strip(model)
+    new = change(layer.weight.detach())
+    other = nn.ModuleDict({"q": nn.Linear(*new.T.shape, bias=False)})
+    with torch.no_grad():
+        other["q"].weight.copy_(new)
+    with pytest.raises(FormatError, match=f"1 of 1 adapted weights .*{remedy}"):
+        load(other, tmp_path)
+    mixed = fingerprint.how_it_differs({"shape": [8], "dtype": "float32"}, layer.weight)
+    assert mixed == ""

@@ -183,7 +183,8 @@ def test_the_config_decides_and_says_when_it_cannot(tmp_path):
     from lora_inject.files.formats.storage import read_tensors, write_tensors
 
     for changes, message in (
-        ({"use_dora": True}, "use_dora=True is not supported"),
+        ({"use_dora": True}, "nothing besides A and B, and its config asks for .*magnitude"),
+        ({"use_qalora": True}, "use_qalora=True is not supported"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
         ({"something_new": 3}, "something_new=3 is not supported"),
         ({"peft_type": "IA3"}, "it is IA3 of PEFT"),

@@ -375,3 +375,91 @@ def test_an_averaged_model_writes_the_keys_of_the_model(tmp_path):
     assert first[1] == second[1]
     assert list(first[0]) == list(second[0])
     assert all(torch.equal(tensor, second[0][key]) for key, tensor in first[0].items())
+
+
+class Spectral(nn.Module):
+    """A spectral convolution of a neural operator: its weight is complex."""
+
+    def __init__(self, dtype=torch.cfloat):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4, 3, dtype=dtype))
+
+    def forward(self, x):
+        weight = self.weight.to(torch.cfloat)
+        return torch.fft.irfft(torch.einsum("bim,iom->bom", torch.fft.rfft(x)[..., :3], weight), 8)
+
+
+def operator(dtype=torch.cfloat, **options):
+    torch.manual_seed(0)
+    model = nn.Sequential(Spectral(dtype), nn.Linear(8, 8))
+    if options:
+        inject(model, nn.Linear, r=2, seed=0, **options)
+    return model
+
+
+@pytest.mark.parametrize("format", ["peft", "loralib", "diffusers"])
+def test_complex_tensors_that_were_trained_are_saved(format, tmp_path):
+    model, x = operator(train_also=["0"]), torch.randn(2, 4, 8)
+    model(x).square().mean().backward()
+    torch.optim.SGD(lora_parameters(model), 0.1).step()
+    y, file = model(x), tmp_path / ("a.pt" if format == "loralib" else "a")
+    save(model, file, format=format)
+    new, twin, third = operator(), operator(train_also=["0"]), operator(train_also=["0"])
+    load(new, file, alpha=2)
+    load(twin, file, alpha=2)
+    load_lora_state_dict(third, lora_state_dict(model))
+    assert all(torch.equal(other(x), y) for other in (new, twin, third))
+    assert torch.equal(strip(new)[0].weight, operator()[0].weight)
+
+
+def test_complex_values_fill_complex_places_alone(tmp_path):
+    model, real = operator(train_also=["0"]), operator(torch.float32, train_also=["0"])
+    state = lora_state_dict(model)
+    with pytest.raises(FormatError, match=r"no plain tensors \(0.weight"):
+        load_lora_state_dict(real, state)
+    with pytest.raises(FormatError, match=r"1 not finite \(0.weight\)"):
+        load_lora_state_dict(model, {**state, "0.weight": state["0.weight"] * float("nan")})
+    save(model, tmp_path)
+    with pytest.raises(FormatError, match=r"complex64 in the file and torch.float32 in"):
+        load(operator(torch.float32), tmp_path, other_base=True)
+
+
+@pytest.mark.parametrize("way", ["new", "filled", "state"])
+def test_adapters_that_are_loaded_in_inference_mode_can_train(way, tmp_path):
+    """An evaluation swaps adapters in, and training goes on with them."""
+    model, x = trained("all", train_also="head"), ids()
+    save(model, tmp_path)
+    other = bare()
+    if way != "new":
+        inject(other, ["q_proj", "v_proj"], r=2, alpha=3, bias="all", train_also="head")
+    with torch.inference_mode():
+        if way == "state":
+            load_lora_state_dict(other, {k: v.clone() for k, v in lora_state_dict(model).items()})
+        else:
+            load(other, tmp_path)
+    assert torch.equal(other(x), model(x))
+    train_steps(other, x, steps=2)
+    assert not torch.equal(other(x), model(x))
+    strip(other)
+    assert torch.equal(other(x), bare()(x))
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_an_adapter_that_is_loaded_to_be_used_alone_does_not_train(filled, tmp_path):
+    model, x = trained("all", train_also="head"), ids()
+    save(model, tmp_path)
+    other = bare()
+    if filled:
+        inject(other, ["q_proj", "v_proj"], r=2, alpha=3, bias="all", train_also="head")
+        other(x).sum().backward()
+    load(other, tmp_path, trainable=False)
+    assert torch.equal(other(x), model(x))
+    assert not other(x).requires_grad
+    assert all(p.grad is None for p in other.parameters())
+    inject(other, "o_proj", r=2, adapter="top")
+    names = {name for name, p in other.named_parameters() if p.requires_grad}
+    assert {name.rpartition(".")[2] for name in names} == {"lora_A_top", "lora_B_top"}
+    use(other, "default")
+    assert len(lora_parameters(other)) == len(lora_parameters(model))
+    strip(other)
+    assert torch.equal(other(x), bare()(x))

@@ -1,9 +1,12 @@
 """State dicts: what they hold, their keys, and what does not fit."""
 
+import copy
+import io
+
 import pytest
 import torch
-from helpers import changed_parts, ids, snapshot
-from stored_models import bare, trained
+from helpers import changed_parts, ids, randomize_adapters, snapshot
+from stored_models import Tied, bare, trained
 from torch import nn
 
 from lora_inject import (
@@ -144,19 +147,75 @@ def test_odd_values_in_a_state_dict(value):
     state = {**lora_state_dict(model), "layers.0.q_proj.lora_A": value}
     with pytest.raises(FormatError, match=r"layers\.0\.q_proj\.lora_A"):
         load_lora_state_dict(model, state)
+    arrays = {key: value.cpu().numpy() for key, value in lora_state_dict(trained()).items()}
+    with pytest.raises(FormatError, match=r"8 numpy arrays, of which torch\.from_numpy makes"):
+        load_lora_state_dict(model, arrays)
     for odd in (5, [("a", 1)], {1: torch.ones(1)}):
         with pytest.raises(ArgumentError, match="state must be a mapping"):
             load_lora_state_dict(model, odd)
+
+
+def test_numpy_arrays_are_told_from_other_values(tmp_path):
+    model = trained()
+    arrays = {key: tensor.numpy() for key, tensor in lora_state_dict(model).items()}
+    with pytest.raises(FormatError, match=r"8 numpy arrays, of which torch\.from_numpy makes .*A"):
+        load_lora_state_dict(model, arrays)
+    torch.save(arrays, tmp_path / "a.pt")
+    with pytest.raises(FormatError, match=r"Of numpy arrays torch\.from_numpy makes tensors"):
+        load(model, tmp_path / "a.pt", alpha=3)
 
 
 def test_two_keys_that_mean_one_and_names_of_real_modules():
     model = trained()
     state = lora_state_dict(model)
     key = next(iter(state))
-    with pytest.raises(FormatError, match="two of the keys mean"):
+    with pytest.raises(FormatError, match=rf"two of the keys mean {key}: {key} and module\.{key}"):
         load_lora_state_dict(model, {**state, f"module.{key}": state[key]})
     real = nn.ModuleDict({"q": nn.Linear(2, 2), "module": nn.ModuleDict({"q": nn.Linear(2, 2)})})
     inject(real, lambda path, _: path == "q", r=1)
     own = {f"module.{key}": value for key, value in lora_state_dict(real).items()}
     with pytest.raises(FormatError, match="2 missing"):
         load_lora_state_dict(real, own)
+
+
+def through_a_file(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, through_a_file])
+@pytest.mark.parametrize("other", [{"alpha": 16}, {"r": 4}, {"r": 3, "scaling": "rslora"}])
+def test_a_state_keeps_its_update_under_another_scaling_and_rank(way, other):
+    """A rank that is padded halves the update where alpha stays: the scaling goes into B."""
+    model, x = trained(), ids()
+    twin = bare()
+    inject(twin, ["q_proj", "v_proj"], **{"r": 2, "alpha": 3, **other})
+    load_lora_state_dict(twin, way(lora_state_dict(model)))
+    torch.testing.assert_close(twin(x), model(x))
+    load_lora_state_dict(twin, dict(lora_state_dict(model)))  # tensors alone, taken as they are
+    assert not torch.allclose(twin(x), model(x), rtol=1e-3)
+
+
+@pytest.mark.parametrize("place", ["emb", "head"])
+def test_one_name_means_one_tensor_of_a_tied_pair(place):
+    torch.manual_seed(0)
+    base, tokens = Tied(), torch.arange(9)
+    model = copy.deepcopy(base)
+    inject(model, place, r=2, alpha=3)
+    randomize_adapters(model)
+    state, all_of_it = lora_state_dict(model), model.state_dict()
+    assert {key for key in all_of_it if "lora_" in key} == set(state)
+    assert all(state[key].data_ptr() == all_of_it[key].data_ptr() for key in state)
+    twin, plain, untied = copy.deepcopy(base), copy.deepcopy(base), copy.deepcopy(base)
+    inject(twin, place, r=2, alpha=3)
+    twin.load_state_dict(state, strict=False)
+    inject(plain, place, r=2, alpha=3)
+    load_lora_state_dict(plain, dict(state))
+    assert torch.equal(twin(tokens), model(tokens))
+    assert torch.equal(plain(tokens), model(tokens))
+    untied.head.weight = nn.Parameter(untied.head.weight.detach().clone())
+    inject(untied, ["emb", "head"], r=2, alpha=3)
+    load_lora_state_dict(untied, state)
+    torch.testing.assert_close(untied(tokens), model(tokens))

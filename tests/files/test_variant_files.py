@@ -267,3 +267,36 @@ def test_combining_dora_needs_a_rank_and_says_what_it_loses():
     use(model, "two")
     torch.testing.assert_close(model(x), half, rtol=1e-4, atol=1e-4)
     assert combine(model, {"one": 1.0}, "three", how="svd", r=2).worst > 0.05
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_directories_whose_base_peft_has_moved_load_over_the_base_as_it_is(start, rslora, tmp_path):
+    base, x = wide(), torch.randn(2, 7, 24)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["lin"], init_lora_weights=start, use_rslora=rslora,
+        modules_to_save=["conv"],
+    )  # fmt: skip
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path / "a")
+    model = wide()
+    load(model, tmp_path / "a")
+    torch.testing.assert_close(model(x), theirs(x), rtol=1e-4, atol=1e-5)
+    output = model(x)
+    save(model, tmp_path / "b")  # from here on nothing has to be made again
+    again = wide()
+    load(again, tmp_path / "b")
+    assert torch.equal(again(x), output)
+    strip(model)
+    assert torch.equal(model(x), base(x))
+    with pytest.raises(FormatError, match=r"for lin that cannot be made again.*float32"):
+        load(wide().bfloat16(), tmp_path / "a", other_base=True)
+    file = tmp_path / "a" / "adapter_config.json"
+    said = {**json.loads(file.read_text()), "init_lora_weights": f"{start}_niter_4"}
+    file.write_text(json.dumps(said))
+    with pytest.raises(FormatError, match=r"_niter_4' moves the weights of the base"):
+        load(wide(), tmp_path / "a")

@@ -12,7 +12,7 @@ import transformers as tf
 from families import llama
 from helpers import CHECKPOINTING, Net, changed_parts, randomize_adapters, raw, snapshot
 from lightning.pytorch.callbacks import ModelCheckpoint
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -32,6 +32,7 @@ from lora_inject import (
     use,
 )
 from lora_inject.core.state import state_of
+from lora_inject.core.travelling import ENTRY, as_entry, settings_below
 from lora_inject.integrations.trained import trained_tensors
 
 # Of workers, folders and hardware, and of its own use of torch.
@@ -53,7 +54,7 @@ class Tokens(Dataset):
 def adapted(**settings):
     torch.manual_seed(0)
     model = llama()
-    inject(model, TARGETS, r=2, seed=1, **settings)
+    inject(model, TARGETS, **{"r": 2, "seed": 1, **settings})
     return model
 
 
@@ -102,7 +103,7 @@ def test_trainer_writes_adapters_alone_and_resumes_bit_for_bit(tmp_path, setting
 
     checkpoint = tmp_path / "a" / "checkpoint-3"
     saved = load_file(checkpoint / "model.safetensors")
-    assert set(saved) == trained_keys(model)
+    assert set(saved) == {*trained_keys(model), ENTRY}
     tensors = [file.name for file in checkpoint.iterdir() if file.suffix == ".safetensors"]
     assert sorted(tensors) == ["adapter_model.safetensors", "model.safetensors"]
 
@@ -164,6 +165,8 @@ def test_trainer_loads_the_best_adapter_at_the_end(tmp_path):
     )  # fmt: skip
     run.train()
     best = load_file(tmp_path / f"checkpoint-{run.state.best_global_step}" / "model.safetensors")
+    settings = best.pop(ENTRY)
+    assert torch.equal(settings, as_entry(settings_below(model)))
     assert {k: raw(v) for k, v in best.items()} == {
         k: raw(v) for k, v in model.state_dict().items() if k in best
     }
@@ -194,6 +197,44 @@ def test_trainer_does_not_resume_other_adapters(tmp_path, other):
     with pytest.raises(FormatError, match="the checkpoint does not fit the model"):
         trainer(model, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert values(model) == before
+
+
+@LIGHTNING_WARNS
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"alpha": 16}, "alpha=16"),
+        ({"scaling": "rslora"}, "rslora"),
+        ({"fixed": "A"}, "A fixed"),
+    ],
+)
+def test_no_trainer_resumes_adapters_of_other_settings(tmp_path, other, named):
+    """Every tensor fits, and would compute something else."""
+    trainer(adapted(), tmp_path / "t").train()
+    fit(Module(adapted()), tmp_path, steps=4)
+    model = adapted(**other)
+    before = values(model)
+    with pytest.raises(
+        FormatError, match=f"4 of the pairs .* r=2, alpha=2, .*here it is r=2.*{named}"
+    ):
+        trainer(model, tmp_path / "t").train(
+            resume_from_checkpoint=str(tmp_path / "t" / "checkpoint-3")
+        )
+    assert values(model) == before
+    with pytest.raises(FormatError, match=named):
+        fit(Module(model), tmp_path, checkpoint=tmp_path / "step=4.ckpt")
+    assert values(model) == before
+
+
+def test_a_checkpoint_of_before_settings_travelled_resumes(tmp_path):
+    model, again = adapted(), adapted()
+    trainer(model, tmp_path).train()
+    file = tmp_path / "checkpoint-3" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors[ENTRY]
+    save_file(tensors, file, {"format": "pt"})
+    trainer(again, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert values(again) == values(model)
 
 
 def test_a_checkpoint_holds_whatever_trains(tmp_path):
@@ -269,6 +310,50 @@ def test_accelerate_trains_and_resumes_bit_for_bit(tmp_path):
     assert values(again) == values(model)
     assert base_values(model) == base
     strip(model)
+
+
+def with_a_call(models, folder, resume=False):
+    """The same by ``checkpoint_adapters``, with another model beside the adapted ones."""
+    from lora_inject.integrations.accelerate import checkpoint_adapters
+
+    accelerator = accelerate.Accelerator(cpu=True)
+    checkpoint_adapters(accelerator)
+    parameters = [p for model in models for p in model.parameters() if p.requires_grad]
+    *models, optimizer = accelerator.prepare(*models, torch.optim.AdamW(parameters, lr=0.02))
+    if resume:
+        accelerator.load_state(folder)
+    for step in range(3 if resume else 0, 6):
+        ids = Tokens()[step]["input_ids"][None]
+        logits = models[0](input_ids=ids).logits + models[2](input_ids=ids).logits
+        accelerator.backward(models[1](logits).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 2 and not resume:
+            accelerator.save_state(folder)
+
+
+def three(**settings):
+    torch.manual_seed(5)
+    return [adapted(dropout=0.3, **settings).train(), nn.Linear(64, 2), adapted(bias="all").train()]
+
+
+def test_accelerate_writes_adapters_alone_with_one_call(tmp_path):
+    models, again = three(), three()
+    with_a_call(models, tmp_path)
+    files = {file.name: set(load_file(file)) for file in tmp_path.glob("*.safetensors")}
+    assert files == {
+        "adapters.safetensors": {*trained_keys(models[0]), ENTRY},
+        "adapters_2.safetensors": {*trained_keys(models[2]), ENTRY},
+        "model.safetensors": {"weight", "bias"},
+    }
+    with_a_call(again, tmp_path, resume=True)
+    assert [values(model) for model in again] == [values(model) for model in models]
+    for other, said in (({"alpha": 16}, "other settings"), ({"r": 3}, "does not fit")):
+        different = three(**{"r": 2, **other})
+        before = values(different[0])
+        with pytest.raises(FormatError, match=said):
+            with_a_call(different, tmp_path, resume=True)
+        assert values(different[0]) == before
 
 
 def outputs(model):
@@ -397,6 +482,47 @@ def test_lightning_refuses_checkpoints_of_other_adapters_and_models_without(tmp_
         fit(Module(other), tmp_path, checkpoint=tmp_path / "step=4.ckpt")
     with pytest.raises(LoRAInjectError, match="no adapters"):
         fit(Module(llama()), tmp_path)
+
+
+class Late(Module):
+    """Makes its model where Lightning wants it made, which is after the callbacks' setup."""
+
+    def __init__(self, where):
+        lightning.LightningModule.__init__(self)
+        self.where, self.model = where, None
+
+    def setup(self, stage):
+        if self.where == "setup":
+            self.model = adapted()
+
+    def configure_model(self):
+        if self.where == "configure_model" and self.model is None:
+            self.model = adapted()
+
+
+@LIGHTNING_WARNS
+@pytest.mark.parametrize("where", ["setup", "configure_model"])
+def test_lightning_may_make_the_model_late(tmp_path, where):
+    late, again, early = Late(where), Late(where), Module(adapted())
+    fit(late, tmp_path)
+    fit(early, tmp_path / "early")
+    assert values(late) == values(early)
+    checkpoint = torch.load(tmp_path / "step=4.ckpt", weights_only=True)
+    assert set(checkpoint["state_dict"]) == trained_keys(late)
+    fit(again, tmp_path / "again", checkpoint=tmp_path / "step=4.ckpt")
+    assert values(again) == values(late)
+
+
+@LIGHTNING_WARNS
+def test_an_error_before_lightnings_setup_is_its_own(tmp_path):
+    class Unprepared(Module):
+        def prepare_data(self):
+            raise OSError("no disk")
+
+    module = Unprepared(adapted())
+    with pytest.raises(OSError, match="no disk"):
+        fit(module, tmp_path)
+    assert module.strict_loading
 
 
 @pytest.mark.usefixtures("device")

@@ -9,6 +9,7 @@ from every_kind import KINDS, base_output, make
 from families import FAMILIES
 from helpers import Net, changed_parts, ids, randomize_adapters, snapshot, train_steps
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from transformers.pytorch_utils import Conv1D
 
@@ -153,8 +154,13 @@ REFUSED = {
 
 
 class Squared(nn.Linear):
+    """A forward of its own, which is that of a Linear until it is told to square."""
+
+    squares = False
+
     def forward(self, x):
-        return super().forward(x) ** 2
+        y = F.linear(x, self.weight, self.bias)
+        return y**2 if self.squares else y
 
 
 def unmergeable(name):
@@ -174,6 +180,7 @@ def unmergeable(name):
     elif name == "meta":
         model["bad"].to("meta")
     inject(model, ["good", "bad"], r=1)
+    model["bad"].squares = True
     with torch.no_grad():
         model["good"].lora_B.normal_()
         if name == "not finite":

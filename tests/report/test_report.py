@@ -195,3 +195,12 @@ def test_what_came_into_the_model_since_is_told():
     (note,) = report(model).notes
     assert note.startswith("3 parameters that came into the model since inject train too")
     assert not freeze(model, bias="all").notes
+
+
+def test_one_line_for_logs(gpt2_small):
+    _, shown = gpt2_small
+    line = "GPT2LMHeadModel: 147,456 of 124,587,264 parameters train (0.1184 %)"
+    assert shown.line == line
+    assert str(shown).startswith(line)
+    frozen = nn.Linear(2, 2).requires_grad_(False)
+    assert report(frozen).line == "Linear: 0 of 6 parameters train (0.0000 %)"

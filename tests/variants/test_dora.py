@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import Net, changed_parts, ids, quantize, snapshot, train_steps
+from helpers import Net, changed_parts, quantize, snapshot, train_steps
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -183,6 +183,11 @@ def test_a_dead_row_stays_the_base():
 
 class Own(nn.Linear):
     def forward(self, x):
+        return F.linear(x, self.weight, self.bias) + x
+
+
+class Twice(nn.Linear):
+    def forward(self, x):
         return 2 * super().forward(x)
 
 
@@ -196,16 +201,18 @@ def test_what_it_cannot_do_is_refused_by_path():
     x = torch.randn(3, 4)
     assert torch.equal(model(x), strip(copy.deepcopy(model))(x))
 
+    twice = nn.Sequential(Twice(4, 5))
+    inject(twice, "0", r=2, variant="dora")  # below the forward that doubles it
+    with torch.no_grad():
+        twice[0].lora_magnitude.mul_(3)
+        expected = 2 * (3 * F.linear(x, twice[0].weight) + twice[0].bias)
+        torch.testing.assert_close(twice(x), expected)
+
     model = Net()
     inject(model, "q_proj", r=2, variant="dora", adapter="fr")
     inject(model, "q_proj", r=2, adapter="de")
     with pytest.raises(UnsupportedLayerError, match=r"q_proj: 'fr' is a dora.*combine|use"):
         combine(model, {"fr": 1.0, "de": 1.0}, "both", how="cat")
-    with (
-        pytest.raises(UnsupportedLayerError, match=r"q_proj: 'fr' is a dora"),
-        per_row(model, ["fr", "de"]),
-    ):
-        model(ids())
 
 
 METHODS = [{"variant": "dora"}, {"init": "pissa"}, {"variant": "dora", "init": "olora"}]
@@ -254,3 +261,32 @@ def test_a_weight_that_is_computed_is_refused():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
     with pytest.raises(UnsupportedLayerError, match=r"0: variant='dora'.*computed"):
         inject(model, "0", variant="dora")
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Conv1d, nn.Embedding])
+def test_rows_have_a_dora_each(kind):
+    torch.manual_seed(0)
+    layer = {nn.Linear: lambda: nn.Linear(4, 6), nn.Conv1d: lambda: nn.Conv1d(4, 6, 3),
+             nn.Embedding: lambda: nn.Embedding(9, 6)}[kind]()  # fmt: skip
+    x = torch.randint(0, 9, (4, 5)) if kind is nn.Embedding else torch.randn(4, 4, 4)
+    model = nn.Sequential(layer)
+    base = model(x)
+    for name, method in {"fr": {"variant": "dora"}, "de": {}, "it": {"init": "pissa"}}.items():
+        inject(model, "0", r=2, adapter=name, **method)
+        use(model, name)
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                if parameter.requires_grad:
+                    parameter.mul_(1.2).add_(0.1)
+    rows = ["fr", None, "it", "de"]
+    expected = []
+    for i, name in enumerate(rows):
+        use(model, *([name] if name else []))
+        expected.append(model(x)[i])
+    use(model, "fr", "de", "it")
+    with per_row(model, rows):
+        output = model(x)
+        output.sum().backward()
+    torch.testing.assert_close(output, torch.stack(expected), rtol=1e-4, atol=1e-5)
+    assert torch.equal(output[1], base[1])
+    assert layer.lora_magnitude_fr.grad.any()

@@ -17,6 +17,7 @@ from lora_inject import (
     combine,
     disabled,
     inject,
+    load_lora_state_dict,
     lora_state_dict,
     merge,
     param_groups,
@@ -369,13 +370,32 @@ def test_tied_places_have_the_same_rows_or_are_refused():
     assert not hasattr(model.head, "lora_rows")
 
 
-def test_what_sums_row_by_row_or_factor_by_factor_refuses_rows():
+def test_each_row_of_a_batch_may_have_rows_of_its_own():
+    model = untied()
+    inject(model, (), rows={"emb": IDS, "head": [3]}, adapter="one")
+    inject(model, (), rows={"emb": [1], "head": [4, 8]}, adapter="two")
+    use(model, "one", "two", train=("one", "two"))
+    moved(model)
+    expected = []
+    for name, row in zip(("two", "one"), tokens(), strict=True):
+        use(model, name)
+        expected.append(model(row.unsqueeze(0)))
+    with per_row(model, ["two", "one"]):
+        torch.testing.assert_close(model(tokens()), torch.cat(expected))
+
+
+def test_what_combines_factor_by_factor_refuses_rows():
     model = untied()
     inject(model, (), rows={"emb": IDS}, adapter="one")
     inject(model, (), rows={"emb": [1]}, adapter="two")
     use(model, "one", "two")
-    message = r"emb: 'one' is a set of rows, which is not summed.*one adapter at a time"
-    with pytest.raises(LoRAInjectError, match=message), per_row(model, ["one", "two"]):
-        pass
     with pytest.raises(LoRAInjectError, match=r"emb.*no product of low rank"):
         combine(model, {"one": 1.0, "two": 1.0}, "sum")
+
+
+def test_other_ids_are_other_settings_of_a_state_dict():
+    one, other = untied(), untied()
+    inject(one, (), rows={"emb": [1, 2]})
+    inject(other, (), rows={"emb": [1, 3]})
+    with pytest.raises(ValueError, match="rows 1, 2"):
+        load_lora_state_dict(other, lora_state_dict(one))

@@ -1,13 +1,15 @@
 """File formats of adapters: one file each, with a reader and a writer over ``AdapterData``."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_inject.errors import ArgumentError, FormatError
 from lora_inject.files.formats import diffusers, kohya, loralib, peft
 from lora_inject.files.formats.data import AdapterData
+from lora_inject.files.formats.state import AdapterState
 from lora_inject.settings import check_alpha
 
 FORMATS: dict[str, Any] = {
@@ -16,6 +18,7 @@ FORMATS: dict[str, Any] = {
     "kohya": kohya,
     "diffusers": diffusers,
 }
+_BY_CONTENT = (peft, loralib, diffusers, kohya)  # kohya's: any other safetensors file
 
 
 def named_format(name: Any, argument: str) -> Any:
@@ -40,9 +43,43 @@ def read_adapter(
     """
     alpha = None if alpha is None else check_alpha(alpha, "alpha")
     data: AdapterData = find_format(path, format).read(path, model, alpha)
-    if not (data.pairs or data.rows):
+    if not (data.pairs or data.tables):
         raise FormatError(f"{path} holds no A and B.")
     return data
+
+
+def read_state(
+    tensors: Mapping[str, Tensor],
+    format: str | None,
+    config: Mapping[str, Any] | None,
+    model: nn.Module,
+    alpha: float | None,
+) -> AdapterData:
+    """What tensors by a format's keys say, which come without a file.
+
+    Raises:
+        ArgumentError: their format is not said, or is one that is read from files alone.
+        FormatError: they cannot be read, or hold no A and B.
+    """
+    own = tensors if isinstance(tensors, AdapterState) else None
+    name = format or (own.format if own else None)
+    if name is None or not hasattr(named_format(name, "format"), "from_state"):
+        raise ArgumentError(
+            f"format must be one of {in_memory()} for tensors without a file, not {name!r}.",
+            remedy="load_lora_state_dict takes what lora_state_dict returns without a format.",
+        )
+    if own is None or config is not None:
+        own = AdapterState(tensors, name, config or {}, {})
+    alpha = None if alpha is None else check_alpha(alpha, "alpha")
+    data: AdapterData = named_format(name, "format").from_state(own, model, alpha)
+    if not data.pairs:
+        raise FormatError("the state dict holds no A and B.")
+    return data
+
+
+def in_memory() -> list[str]:
+    """The formats that a state dict can have without a file."""
+    return [name for name, format in FORMATS.items() if hasattr(format, "to_state")]
 
 
 def find_format(path: Path, name: str | None = None) -> Any:
@@ -60,7 +97,7 @@ def find_format(path: Path, name: str | None = None) -> Any:
         there = False
     if not there:
         raise FormatError(f"there is no file or directory {str(path)[:200]}.")
-    for format in FORMATS.values():
+    for format in _BY_CONTENT:
         if format.looks_like(path):
             return format
     raise FormatError(

@@ -23,11 +23,14 @@ from lora_inject.kinds.base import Form
 from lora_inject.variants import SCALINGS, name_prefix
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is an ordinary tensor with values."""
+    return tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
+
+
 def is_usable(tensor: Tensor, floating: bool) -> bool:
-    """Whether it is an ordinary tensor with values, of 16 bits or more where they are floating."""
-    if tensor.layout != torch.strided or tensor.is_meta:
-        return False
-    if tensor.is_complex() or tensor.is_quantized:
+    """Whether it has real values, of 16 bits or more where they are floating."""
+    if not is_plain(tensor) or tensor.is_complex():
         return False
     return not floating or (tensor.is_floating_point() and tensor.dtype.itemsize > 1)
 
@@ -197,13 +200,17 @@ class AdapterData:
         train_also: paths of the modules that trained in full.
         targets: what chose the layers, for people; a reader of files may not know it.
         base: the fingerprint of the base model, empty where there is none.
+        rows: that of layers with a row for each token, which it does not adapt.
         base_name: where the base model came from, or "".
         model_class: the class of the base model, or "".
         task: PEFT's word for what the base model does, or "".
         modules: the paths of all modules of the model, for writers that name layers by pattern;
             None where no model is at hand.
+        beside: the adapters that were in use while it trained.
         facts: what a format knows beyond this and a reader may want to show.
-        rows: rows of tables that trained.
+        said: what a PEFT config says of other things than the tensors, which is written again.
+        dtype: "base" where A and B follow the 16 bits of the base; "" where nothing says so.
+        tables: tables of which some rows trained.
         added: what is added to tensors of the base, by their names: a model tells their values.
     """
 
@@ -213,24 +220,31 @@ class AdapterData:
     train_also: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
     base: Mapping[str, Any] = field(default_factory=dict)
+    rows: Mapping[str, Any] = field(default_factory=dict)
     base_name: str = ""
     model_class: str = ""
     task: str = ""
     modules: tuple[str, ...] | None = None
+    beside: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
-    rows: tuple[RowsData, ...] = ()
+    said: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str = ""
+    tables: tuple[RowsData, ...] = ()
     added: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, tensor in (*self.tensors.items(), *self.added.items()):
-            if not is_usable(tensor, floating=tensor.is_floating_point()):
+            usable = is_plain(tensor) if tensor.is_complex() else is_usable(
+                tensor, floating=tensor.is_floating_point()
+            )  # fmt: skip
+            if not usable:
                 raise FormatError(f"{name} is no plain tensor: {tensor.dtype}, {tensor.layout}.")
 
     @property
     def elements(self) -> int:
         """How many numbers the adapter holds."""
         pairs = sum(p.A.numel() + p.B.numel() for p in self.pairs)
-        pairs += sum(own.rows.numel() for own in self.rows)
+        pairs += sum(own.rows.numel() for own in self.tables)
         return pairs + sum(math.prod(t.shape) for t in self.tensors.values())
 
     def require_no_rows(self, what: str) -> None:
@@ -239,8 +253,8 @@ class AdapterData:
         Raises:
             FormatError: there are such.
         """
-        if self.rows:
+        if self.tables:
             raise FormatError(
-                f"{self.rows[0].path} has rows that train, for which {what} has no word.",
+                f"{self.tables[0].path} has rows that train, for which {what} has no word.",
                 remedy='Save it as "peft"; or, where it is not tied, merge it, and save the model.',
             )

@@ -6,6 +6,7 @@ nothing, as ``save_lora_adapter`` has it; PEFT's config stands in the metadata o
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from lora_inject.errors import FormatError
 from lora_inject.files.formats import peft
 from lora_inject.files.formats.data import AdapterData
 from lora_inject.files.formats.peft_config import METADATA as OWN_METADATA
+from lora_inject.files.formats.peft_keys import PREFIX, pair_key
+from lora_inject.files.formats.state import IN_MEMORY, AdapterState
 from lora_inject.files.formats.storage import (
     parse_json,
     read_tensors,
     replaced_together,
+    tensor_names,
     write_tensors,
 )
 
@@ -31,7 +35,9 @@ _ALL_COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 
 
 def looks_like(path: Path) -> bool:
-    """Whether it is a directory as diffusers writes it."""
+    """Whether it is a directory as diffusers writes it, or a file with such keys."""
+    if path.is_file() and path.suffix == ".safetensors":
+        return any(pair_key(key) and not key.startswith(PREFIX) for key in tensor_names(path))
     return path.is_dir() and (path / TENSORS).exists()
 
 
@@ -52,6 +58,27 @@ def read(path: Path, model: nn.Module | None = None, alpha: float | None = None)
         key.removeprefix(component): t for key, t in tensors.items() if key.startswith(component)
     }
     config = _config(metadata, component, path)
+    return _from_tensors(config, own, metadata, path, model, alpha)
+
+
+def from_state(state: AdapterState, model: nn.Module | None, alpha: float | None) -> AdapterData:
+    """The same without a file.
+
+    Raises:
+        FormatError: as ``read``.
+    """
+    return _from_tensors(state.config, dict(state), state.metadata, IN_MEMORY, model, alpha)
+
+
+def _from_tensors(
+    config: Mapping[str, Any],
+    own: dict[str, Tensor],
+    metadata: Mapping[str, str],
+    path: Path,
+    model: nn.Module | None,
+    alpha: float | None,
+) -> AdapterData:
+    """What the tensors of one component say, by keys without its prefix."""
     alphas = {key: own.pop(key) for key in list(own) if key.endswith(".alpha")}
     if not config:
         ranks = {_owner(key): t.shape[1] for key, t in own.items() if ".lora_B" in key}
@@ -73,12 +100,23 @@ def write(data: AdapterData, path: Path) -> None:
     data.require_no_rows("diffusers' format")
     component = next((c for part, c in COMPONENTS.items() if part in data.model_class), "")
     prefix = f"{component}." if component else ""
-    config, tensors, own = peft.to_tensors(data)
-    keys = {f"{prefix}{key.removeprefix(peft.PREFIX)}": value for key, value in tensors.items()}
-    shown = {f"{prefix}{key}": value for key, value in config.items()}
-    metadata = {"format": "pt", METADATA: json.dumps(shown, sort_keys=True), OWN_METADATA: own}
+    state = to_state(data)
+    keys = {f"{prefix}{key}": value for key, value in state.items()}
+    shown = {f"{prefix}{key}": value for key, value in state.config.items()}
+    metadata = {"format": "pt", METADATA: json.dumps(shown, sort_keys=True), **state.metadata}
     with replaced_together(path / TENSORS) as (file,):
         write_tensors(keys, file, metadata)
+
+
+def to_state(data: AdapterData) -> AdapterState:
+    """The same without a file, by the keys of the model, without its name in a pipeline.
+
+    Raises:
+        FormatError: the adapter holds what PEFT cannot read.
+    """
+    config, tensors, own = peft.to_tensors(data)
+    keys = {key.removeprefix(PREFIX): value for key, value in tensors.items()}
+    return AdapterState(keys, "diffusers", config, {OWN_METADATA: own})
 
 
 def _owner(key: str) -> str:

@@ -5,6 +5,7 @@
 names are looked up among those of its modules, never taken to pieces.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,7 +15,9 @@ from lora_inject.core.index import Index
 from lora_inject.core.paths import bare_modules
 from lora_inject.errors import FormatError
 from lora_inject.files.formats.data import AdapterData, PairData
+from lora_inject.files.formats.one_place import Given, is_repeated_pair
 from lora_inject.files.formats.pairs import whole_layers
+from lora_inject.files.formats.state import IN_MEMORY, AdapterState
 from lora_inject.files.formats.storage import read_tensors, replaced_together, write_tensors
 from lora_inject.kinds.base import Form
 
@@ -51,7 +54,25 @@ def read(path: Path, model: nn.Module | None = None, alpha: float | None = None)
         FormatError: the file is not there or not whole, or a name is not, or not uniquely, one of
             the model's.
     """
-    tensors, metadata = read_tensors(path)
+    return _from_tensors(*read_tensors(path), path, model, alpha)
+
+
+def from_state(state: AdapterState, model: nn.Module | None, alpha: float | None) -> AdapterData:
+    """The same without a file.
+
+    Raises:
+        FormatError: as ``read``.
+    """
+    return _from_tensors(state, state.metadata, IN_MEMORY, model, alpha)
+
+
+def _from_tensors(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    path: Path,
+    model: nn.Module | None,
+    alpha: float | None,
+) -> AdapterData:
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, suffix = key.partition(".")
@@ -59,17 +80,19 @@ def read(path: Path, model: nn.Module | None = None, alpha: float | None = None)
             raise FormatError(f"{path}: the tensor {key} is of no kind that is supported.")
         layers.setdefault(name, {})[_SUFFIXES[suffix]] = tensor
     names = {name: [name] for name in layers} if model is None else _names(model)
-    pairs, unknown = [], []
+    pairs, unknown, given = [], [], Given()
     for name, own in layers.items():
         found = names.get(name, [])
         if len(found) > 1:
             raise FormatError(f"{path}: {name} can be {found[0]} or {found[1]} of this model.")
         if not {"A", "B"} <= own.keys():
             raise FormatError(f"{path}: {name} has only one of lora_down and lora_up.")
-        if found:
-            pairs.append(_pair(found[0], own, alpha))
-        else:
+        if not found:
             unknown.append(name)
+            continue
+        pair = _pair(found[0], own, alpha)
+        if not is_repeated_pair(given, pair.path, name, pair):
+            pairs.append(pair)
     if unknown:
         raise FormatError(
             f"{path}: {len(unknown):,} names are no modules of this {type(model).__name__}: "
@@ -85,6 +108,17 @@ def write(data: AdapterData, path: Path) -> None:
     Raises:
         FormatError: the adapter holds what the format has no word for, two modules have one
             flattened name, or the file cannot be written.
+    """
+    state = to_state(data)
+    with replaced_together(path) as (file,):
+        write_tensors(state, file, state.metadata)
+
+
+def to_state(data: AdapterData) -> AdapterState:
+    """The same without a file.
+
+    Raises:
+        FormatError: as ``write``.
     """
     if data.tensors:
         raise FormatError(
@@ -113,8 +147,7 @@ def write(data: AdapterData, path: Path) -> None:
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(max(ranks)) if len(ranks) == 1 else "Dynamic",
     }
-    with replaced_together(path) as (file,):
-        write_tensors(tensors, file, metadata)
+    return AdapterState(tensors, "kohya", {}, metadata)
 
 
 def _names(model: nn.Module) -> dict[str, list[str]]:

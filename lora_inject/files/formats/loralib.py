@@ -1,10 +1,12 @@
 """loralib's checkpoints: a dict of ``<path>.lora_A`` and ``<path>.lora_B`` by ``torch.save``.
 
 They say no alpha: in loralib it is part of the code. They tell an embedding from a Linear layer as
-little; with a model at hand that is looked up in it.
+little; with a model at hand that is looked up in it. Nor do they say which parts of a fused
+projection are adapted: that is looked up in the adapter that the model has.
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +16,8 @@ from lora_inject.core.index import Index
 from lora_inject.core.paths import bare_modules
 from lora_inject.errors import FormatError
 from lora_inject.files.formats.data import AdapterData, PairData
+from lora_inject.files.formats.merged_linear import is_merged, merged
+from lora_inject.files.formats.pairs import by_layer
 from lora_inject.files.formats.storage import read_pickled, replaced_together
 from lora_inject.kinds.base import Form
 
@@ -55,7 +59,8 @@ def read(path: Path, model: nn.Module | None = None, alpha: float | None = None)
         form = "conv" if A.dim() > 2 and not prefix else form
         if prefix and module is not None and prefix in module._parameters:
             form = "experts"
-        pairs.append(PairData(owner, A, B, alpha, form, weight=prefix or "weight"))
+        weight = prefix or ("" if form == "linear" and is_merged(A, B) else "weight")
+        pairs.append(PairData(owner, A, B, alpha, form, weight=weight))
     return AdapterData(tuple(pairs), tensors, bias="", facts={"format": "loralib"})
 
 
@@ -63,16 +68,17 @@ def write(data: AdapterData, path: Path) -> None:
     """Write a checkpoint.
 
     Raises:
-        FormatError: the file cannot be written.
+        FormatError: parts are not those of a ``MergedLinear``, or the file cannot be written.
     """
     data.require_no_rows("loralib's format")
-    for pair in data.pairs:
-        pair.require_plain("loralib's format")
-    state = {
-        f"{pair.key}lora_{letter}": tensor.detach().cpu().contiguous().clone()
-        for pair in data.pairs
-        for letter, tensor in (("A", pair.A), ("B", pair.B))
-    }
-    state |= {name: tensor.detach().cpu().clone() for name, tensor in data.tensors.items()}
+    tensors: dict[str, Tensor] = {}
+    for own in by_layer(data.pairs):
+        for pair in own:
+            pair.require_plain("loralib's format")
+        A, B = merged(own) if own[0].part else (own[0].A, own[0].B)
+        key = replace(own[0], part="").key
+        tensors |= {f"{key}lora_A": A, f"{key}lora_B": B}
+    tensors |= data.tensors
+    state = {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}
     with replaced_together(path) as (file,):
         torch.save(state, file)

@@ -25,7 +25,7 @@ def as_portable(data: AdapterData) -> AdapterData:
     data.require_no_rows("a file for readers of no patterns")
     pairs = whole_layers(data.pairs)
     r = max(config_rank(pair) for pair in pairs)
-    return replace(data, pairs=tuple(_padded(pair, r) for pair in pairs))
+    return replace(data, pairs=tuple(_padded(pair, r) for pair in pairs), dtype="")
 
 
 def _padded(pair: PairData, r: int) -> PairData:
@@ -52,6 +52,15 @@ def _padded(pair: PairData, r: int) -> PairData:
 
 def whole_layers(pairs: Iterable[PairData]) -> list[PairData]:
     """Parts of one layer as one pair: their ranks side by side, each with its rows of B."""
+    return [_joined(own) if own[0].part else own[0] for own in by_layer(pairs)]
+
+
+def by_layer(pairs: Iterable[PairData]) -> list[list[PairData]]:
+    """The pairs of each weight: one, or those of its parts.
+
+    Raises:
+        FormatError: a weight is adapted both ways.
+    """
     groups: dict[tuple[str, str], list[PairData]] = {}
     for pair in pairs:
         groups.setdefault((pair.path, pair.weight), []).append(pair)
@@ -60,7 +69,7 @@ def whole_layers(pairs: Iterable[PairData]) -> list[PairData]:
             raise FormatError(
                 f"{own[0].name} is adapted as a whole and in parts, which other formats cannot say."
             )
-    return [_joined(own) if own[0].part else own[0] for own in groups.values()]
+    return list(groups.values())
 
 
 def _joined(parts: list[PairData]) -> PairData:

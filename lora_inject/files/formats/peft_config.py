@@ -1,25 +1,22 @@
-"""PEFT's ``adapter_config.json``: what it says of ranks and scalings, and what we write into it."""
+"""PEFT's ``adapter_config.json`` as it is read: what it says, and what of that is refused."""
 
 import hashlib
 import json
 import math
-import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
-from lora_inject.core.patterns import REGEX_SECONDS
 from lora_inject.errors import FormatError
-from lora_inject.files.formats.data import AdapterData, PairData
-from lora_inject.files.formats.pairs import config_rank
 from lora_inject.files.formats.peft_rows import ALONE
+from lora_inject.files.formats.peft_targets import is_match
 from lora_inject.files.formats.storage import parse_json
 from lora_inject.settings import BiasMode
-from lora_inject.variants import FIXED, SCALINGS, Scaling
+from lora_inject.variants import FIXED
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"  # of adapters from before PEFT 0.7
 METADATA = "lora_inject"
 # Keys of the config that change nothing about what the tensors mean.
 _HARMLESS = {
@@ -29,11 +26,19 @@ _HARMLESS = {
     "modules_to_save", "peft_type", "peft_version", "r", "rank_pattern", "revision",
     "runtime_config", "target_modules", "target_parameters", "task_type", "use_dora", "use_rslora",
     "qalora_group_size", "eva_config", "ensure_weight_tying", "merge_weights", "loftq_config",
-    "corda_config", "lora_ga_config", "trainable_token_indices", "token_indices", "init_weights",
-    "lora_bias",
+    "corda_config", "lora_ga_config", "enable_lora", "trainable_token_indices", "token_indices",
+    "init_weights", "lora_bias",
 }  # fmt: skip
+# Of these, what is said of other things than the tensors and the target modules, and written again.
+_BESIDES = (
+    "task_type", "auto_mapping", "base_model_name_or_path", "revision", "megatron_config",
+    "megatron_core", "ensure_weight_tying",
+)  # fmt: skip
 # Starting values that leave the base as it is; all others move it, and the file does not say how.
 _HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+# Starting values that move it, and that can be made again from the base.
+REMADE_STARTS = ("pissa", "olora")
+_FIXED_BY_START = {"mica": "B"}  # of these one factor keeps its start, and the base stays
 
 
 def check_config(config: Mapping[str, Any], path: Path) -> None:
@@ -52,21 +57,63 @@ def check_config(config: Mapping[str, Any], path: Path) -> None:
                 remedy="Let PEFT merge it (merge_and_unload); or, where it says nothing of the "
                 f"tensors, remove {key} from the file.",
             )
-    start = config.get("init_lora_weights", True)
-    if start not in _HARMLESS_STARTS:
+    start = _start(config)
+    known = (*_HARMLESS_STARTS, *REMADE_STARTS)
+    if start not in known and not fixed_by_start(config):
         raise FormatError(
             f"{path}: init_lora_weights={start!r} moves the weights of the base.",
             remedy="Let PEFT convert it: save_pretrained(path_initial_model_for_weight_conversion="
             "...).",
         )
+    _check_values(config, path)
+
+
+def _check_values(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse values of another type than their keys have."""
     for key in ("modules_to_save", "target_parameters"):
         if not (config.get(key) is None or _is_names(config[key])):
             raise FormatError(f"{path}: {key} must be a list of names, not {config[key]!r}.")
+    enabled = config.get("enable_lora")
+    flags = isinstance(enabled, list) and all(isinstance(flag, bool) for flag in enabled)
+    if enabled and not (flags and any(enabled)):
+        raise FormatError(f"{path}: enable_lora must be a list of true and false, not {enabled!r}.")
+    for key in ("use_rslora", "use_dora"):
+        if not (config.get(key) is None or isinstance(config[key], bool)):
+            raise FormatError(f"{path}: {key} must be true or false, not {config[key]!r}.")
     dropout, bias = config.get("lora_dropout") or 0.0, config.get("bias") or "none"
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise FormatError(f"{path}: lora_dropout must be a number in [0, 1), not {dropout!r}.")
     if bias not in get_args(BiasMode):
         raise FormatError(f"{path}: bias must be one of {get_args(BiasMode)}, not {bias!r}.")
+
+
+def with_numbers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with numbers where some tools write them as strings."""
+    plain = {key: _as_number(config[key]) for key in ("r", "lora_alpha", "lora_dropout")
+             if key in config}  # fmt: skip
+    for key in ("rank_pattern", "alpha_pattern"):
+        if isinstance(config.get(key), dict):
+            plain[key] = {name: _as_number(value) for name, value in config[key].items()}
+    return {**config, **plain}
+
+
+def _as_number(value: Any) -> Any:
+    try:
+        number = float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+    return int(number) if isinstance(value, str) and number.is_integer() else number
+
+
+def _start(config: Mapping[str, Any]) -> Any:
+    start = config.get("init_lora_weights", True)
+    return start.lower() if isinstance(start, str) else start
+
+
+def fixed_by_start(config: Mapping[str, Any]) -> str:
+    """The factor that does not train by the start that a config names; "" where both do."""
+    start = _start(config)
+    return _FIXED_BY_START[start] if isinstance(start, str) and start in _FIXED_BY_START else ""
 
 
 def _what_it_is(config: Mapping[str, Any]) -> tuple[str, str]:
@@ -83,6 +130,11 @@ def _what_it_is(config: Mapping[str, Any]) -> tuple[str, str]:
     )
 
 
+def said_besides(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config says that this library does not use, and that saving is to say again."""
+    return {key: config[key] for key in _BESIDES if config.get(key)}
+
+
 def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
@@ -97,8 +149,10 @@ def own_metadata(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
         return {}
     own = parse_json(metadata[METADATA], f"the metadata of {path / TENSORS}")
     dropouts, drops = own.get("dropout", {}), own.get("drops", {})
-    wrong = [key for key in ("targets", "train_also", "padding") if not _is_names(own.get(key, []))]
-    maps = ("base", "parts", "dropout", "fixed", "drops")
+    lists = ("targets", "train_also", "padding", "names", "beside")
+    wrong = [key for key in lists if not _is_names(own.get(key, []))]
+    wrong += ["dtype"] if own.get("dtype", "") not in ("", "base") else []
+    maps = ("base", "rows", "parts", "dropout", "fixed", "drops")
     wrong += [key for key in maps if not isinstance(own.get(key, {}), dict)]
     if not wrong and not set(own.get("fixed", {}).values()) <= set(FIXED):
         wrong.append("fixed")
@@ -108,13 +162,6 @@ def own_metadata(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     if wrong or not all(isinstance(p, int | float) and 0 <= p < 1 for p in numbers):
         raise FormatError(f"{path / TENSORS}: its metadata cannot be read: {wrong or dropouts}.")
     return own
-
-
-def target_labels(target_modules: Any) -> tuple[str, ...]:
-    """``target_modules`` for people; which layers there are is told by the tensors."""
-    if isinstance(target_modules, str):
-        return (target_modules,)
-    return tuple(map(str, target_modules)) if isinstance(target_modules, list) else ()
 
 
 class Scalings:
@@ -153,142 +200,10 @@ class Scalings:
         return float(alpha)
 
     def _find(self, patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-        import regex  # which takes long to import, and few calls need it
-
         for pattern, value in patterns.items():
-            try:
-                if regex.match(rf"(.*\.)?({pattern})$", path, timeout=REGEX_SECONDS):
-                    return value
-            except (regex.error, TimeoutError, RecursionError) as error:
-                raise FormatError(
-                    f"{self.path}: the pattern {pattern[:80]!r} cannot be used: {error}."
-                ) from error
+            if is_match(rf"(.*\.)?({pattern})", path, self.path):
+                return value
         return default
-
-
-def to_config(data: AdapterData, pairs: list[PairData]) -> dict[str, Any]:
-    """The config for an adapter; ``pairs`` as they are written."""
-    modules = [p for p in pairs if p.form != "experts" and not p.in_attention]
-    parameters = [p for p in pairs if p.form == "experts"]
-    ranks = {_target(p): config_rank(p) for p in pairs if not p.in_attention}
-    rules = {pair.rule for pair in pairs}
-    rule = SCALINGS[rules.pop() if len(rules) == 1 else "lora"]
-    alphas = {_target(p): _number(_alpha(p, rule)) for p in pairs if not p.in_attention}
-    r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    dropouts = {p.dropout for p in pairs}
-    transposed = [p.layout == "in_out" for p in modules if p.form == "linear"]
-    return {
-        "peft_type": "LORA",
-        "task_type": data.task or None,
-        "base_model_name_or_path": data.base_name or None,
-        "r": r,
-        "lora_alpha": alpha,
-        "lora_dropout": 0.0 if parameters else max(dropouts),
-        "bias": data.bias or _guessed_bias(data),
-        "target_modules": target_names([p.path for p in modules], data.modules),
-        "target_parameters": [_target(p) for p in parameters] or None,
-        "modules_to_save": _modules_to_save(data) or None,
-        "rank_pattern": _pattern({k: v for k, v in ranks.items() if v != r}, ranks),
-        "alpha_pattern": _pattern({k: v for k, v in alphas.items() if v != alpha}, alphas),
-        "fan_in_fan_out": bool(transposed) and all(transposed),
-        "use_rslora": False,
-        "use_dora": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-        **rule.peft,
-    }
-
-
-def _alpha(pair: PairData, rule: Scaling) -> float:
-    """The alpha of a pair by the rule of the whole config, for what PEFT calls its rank."""
-    r = config_rank(pair)
-    same = pair.rule == rule.name and r == pair.rank
-    return pair.known_alpha if same else rule.alpha(pair.scaling, r)
-
-
-def _guessed_bias(data: AdapterData) -> str:
-    """The bias mode of tensors of which a file says nothing else.
-
-    Raises:
-        FormatError: they are not the biases of adapted layers.
-    """
-    layers = {f"{pair.path}.bias" for pair in data.pairs}
-    if not data.tensors.keys() <= layers:
-        raise FormatError("what was trained besides A and B cannot be told without a model.")
-    return "lora_only" if data.tensors else "none"
-
-
-def _modules_to_save(data: AdapterData) -> list[str]:
-    """The modules that trained in full, without those inside of others.
-
-    Raises:
-        FormatError: PEFT, which goes by the ends of names, would save another module too.
-    """
-    tops = [p for p in data.train_also if not any(p.startswith(f"{q}.") for q in data.train_also)]
-    for path in data.modules or ():
-        if path not in tops and path.endswith(tuple(tops)):
-            raise FormatError(f"PEFT would take {path} for one of {tops}, which trained in full.")
-    return tops
-
-
-def _target(pair: PairData) -> str:
-    return f"{pair.path}.{pair.weight}" if pair.form == "experts" else pair.path
-
-
-def _number(value: float) -> float | int:
-    """An alpha as people write it: PEFT's is an integer where it can be one."""
-    near = round(value)
-    return near if near == value else value
-
-
-def target_names(paths: list[str], modules: Iterable[str] | None) -> list[str] | str:
-    """``target_modules`` that select these modules and no others, by PEFT's rule of suffixes."""
-    wanted, known = set(paths), set(paths if modules is None else modules)
-
-    def selected(names: Iterable[str]) -> set[str]:
-        ends = tuple(f".{name}" for name in names)
-        return {path for path in known if path in names or path.endswith(ends)}
-
-    short = sorted({path.rpartition(".")[2] for path in paths})
-    if modules is not None and short and selected(short) == wanted:
-        return short
-    if selected(paths) == wanted:
-        return sorted(paths)
-    return "|".join(map(re.escape, sorted(paths)))
-
-
-def _pattern(values: Mapping[str, Any], of_all: Mapping[str, Any]) -> dict[str, Any]:
-    """``rank_pattern`` or ``alpha_pattern``: by a layer's last name where that is unambiguous."""
-    result: dict[str, Any] = {}
-    for path, value in values.items():
-        last = path.rpartition(".")[2]
-        same = all(of_all[other] == value for other in of_all if other.rpartition(".")[2] == last)
-        result[last if same and last.isidentifier() else f"^{re.escape(path)}"] = value
-    return result
-
-
-def to_metadata(
-    data: AdapterData, pairs: Iterable[PairData], config: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What PEFT has no word for, for the metadata of the tensors' file."""
-    parts: dict[str, Any] = {}
-    for pair in data.pairs:
-        if pair.part:
-            own = parts.setdefault(pair.path, {"total": pair.span[1], "parts": []})
-            alpha = pair.scaling * pair.rank
-            own["parts"].append([pair.part, pair.span[0], pair.B.shape[0], pair.rank, alpha])
-    dropouts = {p.path: p.dropout for p in data.pairs if p.dropout != config["lora_dropout"]}
-    fixed = {p.path: p.fixed for p in data.pairs if p.fixed}
-    starts = {p.path: p.start for p in pairs if p.start}  # but for what was padded
-    drops = {p.path: [*p.drops] for p in data.pairs if any(p.drops)}
-    more = {"parts": parts, "dropout": dropouts, "fixed": fixed, "start": starts, "drops": drops}
-    return {
-        "config": config_digest(config),
-        "targets": list(data.targets),
-        "train_also": list(data.train_also),
-        "base": dict(data.base),
-        **{key: value for key, value in more.items() if value},
-    }
 
 
 def config_digest(config: Mapping[str, Any]) -> str:

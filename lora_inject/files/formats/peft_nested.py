@@ -5,12 +5,9 @@ from typing import Any
 
 from torch import nn
 
-from lora_inject.core.index import Index
-from lora_inject.core.paths import bare_modules
-
 
 def nested_parameters(
-    config: Mapping[str, Any], found: Iterable[str], model: nn.Module | None
+    config: Mapping[str, Any], found: Iterable[str], modules: Mapping[str, nn.Module] | None
 ) -> dict[str, tuple[nn.Module, str, str]]:
     """(module, its path, parameter) of each fused parameter, by the path in the file.
 
@@ -18,9 +15,9 @@ def nested_parameters(
     that the last one is the outermost.
     """
     wanted, paths = tuple(config.get("target_parameters") or ()), list(found)
-    if not wanted or model is None:
+    if not wanted or modules is None:
         return {}
-    modules, result = bare_modules(Index(model).by_path), {}
+    result = {}
     for path in {unwrapped(name) for name in paths}:
         module = modules.get(path)
         if module is None:

@@ -62,7 +62,7 @@ def _ids_of(path: str, config: Mapping[str, Any], where: object) -> list[int]:
 def keys_of(data: AdapterData, prefix: str) -> dict[str, Tensor]:
     """The rows by PEFT's keys."""
     wrapper = f"{WRAPPER}." if data.pairs else ""
-    return {f"{prefix}{own.path}.{wrapper}{_NAME}": own.rows for own in data.rows}
+    return {f"{prefix}{own.path}.{wrapper}{_NAME}": own.rows for own in data.tables}
 
 
 def words_of(data: AdapterData) -> dict[str, Any]:
@@ -71,11 +71,11 @@ def words_of(data: AdapterData) -> dict[str, Any]:
     Raises:
         FormatError: PEFT, which goes by the ends of names, would take another module too.
     """
-    paths = [own.path for own in data.rows]
+    paths = [own.path for own in data.tables]
     for path in data.modules or ():
         if path not in paths and path.endswith(tuple(paths)):
             raise FormatError(f"PEFT would take {path} for one of {paths}, of which rows train.")
-    return {"trainable_token_indices": {r.path: [*r.ids] for r in data.rows}} if paths else {}
+    return {"trainable_token_indices": {r.path: [*r.ids] for r in data.tables}} if paths else {}
 
 
 def config_alone(data: AdapterData) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def config_alone(data: AdapterData) -> dict[str, Any]:
     Raises:
         FormatError: it holds what PEFT has no word for there.
     """
-    lists = dict.fromkeys(own.ids for own in data.rows)
+    lists = dict.fromkeys(own.ids for own in data.tables)
     if len(lists) > 1:
         raise FormatError(
             "without LoRA beside them PEFT has one list of ids for all layers, and here are "
@@ -102,7 +102,7 @@ def config_alone(data: AdapterData) -> dict[str, Any]:
         "peft_type": ALONE,
         "task_type": data.task or None,
         "base_model_name_or_path": data.base_name or None,
-        "target_modules": [own.path for own in data.rows if not own.follows],
+        "target_modules": [own.path for own in data.tables if not own.follows],
         "token_indices": [*next(iter(lists))],
         "init_weights": True,
         "inference_mode": True,
@@ -112,5 +112,5 @@ def config_alone(data: AdapterData) -> dict[str, Any]:
 def in_wrapper(name: str, data: AdapterData) -> str:
     """The key of a base tensor of a layer that has rows, which PEFT keeps inside of its wrapper."""
     owner, _, tensor = name.rpartition(".")
-    inside = any(own.path == owner for own in data.rows)
+    inside = any(own.path == owner for own in data.tables)
     return f"{owner}.{WRAPPER}.base_layer.{tensor}" if inside else name

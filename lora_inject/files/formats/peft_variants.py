@@ -5,29 +5,40 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from lora_inject.arithmetic.thinning import Drops
 from lora_inject.errors import FormatError
 from lora_inject.files.formats.data import AdapterData, PairData
+from lora_inject.files.formats.one_place import Given, is_repeated
 from lora_inject.files.formats.pairs import config_rank
-from lora_inject.variants import VARIANTS, Variant
+from lora_inject.kinds import find_kind
+from lora_inject.kinds.base import is_plain
+from lora_inject.settings import Settings
+from lora_inject.starts import OLoRA, PiSSA, Start
+from lora_inject.variants import SCALINGS, VARIANTS, Variant
 
 _ROLES = {key: role for variant in VARIANTS.values() for role, key in variant.keys.items()}
 # In files of several ages a module stands around the tensor, with the adapter's name or without.
 _KEY = rf"(?:base_model\.model\.)?(.+)\.({'|'.join(_ROLES)})(?:(?:\.default)?\.weight)?"
+_REMADE: Mapping[str, Start] = {"pissa": PiSSA(exact=True), "olora": OLoRA()}
 Others = dict[str, dict[str, Tensor]]  # by the path in the file and by role
 
 
 def without_others(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Others]:
-    """The tensors of a file without those of variants, and these."""
+    """The tensors of a file without those of variants, and these.
+
+    Raises:
+        FormatError: one of them is there twice, with two values.
+    """
     rest: dict[str, Tensor] = {}
     others: Others = {}
+    given = Given()
     for key, tensor in tensors.items():
         match = re.fullmatch(_KEY, key)
         if match is None:
             rest[key] = tensor
-        else:
+        elif not is_repeated(given, match.groups(), key, tensor):
             others.setdefault(match[1], {})[_ROLES[match[2]]] = tensor
     return rest, others
 
@@ -52,7 +63,8 @@ def with_others(
         if own.keys() != set(variant.more):
             raise FormatError(
                 f"{where}: {pair.name} has {sorted(own) or 'nothing'} besides A and B, and its "
-                f"config asks for {sorted(variant.more) or 'nothing'}."
+                f"config asks for {sorted(variant.more) or 'nothing'}.",
+                remedy="Save it whole with PEFT (save_pretrained), tensors and config together.",
             )
         if own:
             _require_same_rows(pair)
@@ -62,20 +74,42 @@ def with_others(
     return found
 
 
-def as_told(pairs: list[PairData], own: Mapping[str, Any], dropout: float) -> list[PairData]:
-    """The pairs with what our metadata says of them; ``dropout`` where it says none."""
-    dropouts, fixed, starts, drops = (
-        own.get(k, {}) for k in ("dropout", "fixed", "start", "drops")
-    )
-    if not (dropout or dropouts or fixed or starts or drops):
-        return pairs
-    return [
-        replace(
-            p, dropout=dropouts.get(p.path, dropout), fixed=fixed.get(p.path, ""),
-            start=starts.get(p.path, ""), drops=Drops(*drops.get(p.path, ())),
-        )
-        for p in pairs
-    ]  # fmt: skip
+@torch.no_grad()
+def with_moved_base(
+    pairs: Iterable[PairData],
+    config: Mapping[str, Any],
+    modules: Mapping[str, nn.Module],
+    where: object,
+) -> list[PairData]:
+    """Pairs of a directory whose base PEFT has moved, with their start, which it took from there.
+
+    PEFT computes ``W - s B0 A0 + s B A``, with B0 A0 from W; here W stays, and the rank is twice.
+
+    Raises:
+        FormatError: the start cannot be made again.
+    """
+    word, found = config.get("init_lora_weights"), []
+    for pair in pairs:
+        layer = modules.get(pair.path)
+        kind = None if layer is None else find_kind(layer)
+        weight = None if layer is None else layer._parameters.get(pair.weight)
+        if (
+            layer is None or kind is None or weight is None or pair.form != "linear"
+            or weight.dtype != torch.float32 or not is_plain(weight) or pair.others
+        ):  # fmt: skip
+            raise FormatError(
+                f"{where}: init_lora_weights={word!r} has moved the weights of the base, and for "
+                f"{pair.name} that cannot be made again without its float32 weights.",
+                remedy="Load it into the base in float32; or let PEFT convert it: "
+                "save_pretrained(path_initial_model_for_weight_conversion=...).",
+            )
+        (spec,) = kind.specs(layer, Settings(pair.rank, 1.0, 0.0))
+        start = _REMADE[str(word)]
+        A0, B0 = start.values(kind, layer, weight, spec, pair.scaling, torch.Generator())
+        A, B = torch.cat([pair.A.to(A0), A0]), torch.cat([pair.B.to(B0), -B0], 1)
+        alpha = SCALINGS[pair.rule].alpha(pair.scaling, 2 * pair.rank)
+        found.append(replace(pair, A=A, B=B, alpha=alpha, start=start.name))
+    return found
 
 
 def keys_of_others(pairs: Iterable[PairData], prefix: str) -> dict[str, Tensor]:

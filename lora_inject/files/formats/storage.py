@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_inject.errors import FormatError
+from lora_inject.errors import FormatError, warn
 
 MOST_TENSORS = 200_000  # far above any adapter; a header of millions is an attack
 
@@ -27,19 +27,48 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         FormatError: there is no such file, or it is no safetensors file that is whole.
     """
+    with _opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return _with_usable_dtypes(tensors, path), dict(file.metadata() or {})
+
+
+def tensor_names(path: Path) -> list[str]:
+    """The names of the tensors of a safetensors file.
+
+    Raises:
+        FormatError: there is no such file, or it is no safetensors file that is whole.
+    """
+    with _opened(path) as file:
+        return list(file.keys())
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, with its errors as ours."""
     import safetensors
 
     require_file(path)
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-            names = list(file.keys())
-            if len(names) > MOST_TENSORS:
-                raise FormatError(f"{path} holds {len(names):,} tensors, which is no adapter.")
-            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
+            if (count := len(file.keys())) > MOST_TENSORS:
+                raise FormatError(f"{path} holds {count:,} tensors, which is no adapter.")
+            yield file
     except (safetensors.SafetensorError, OSError, ValueError, RuntimeError) as error:
         if isinstance(error, FormatError):
             raise
         raise FormatError(f"{path} is no whole safetensors file: {error}.") from error
+
+
+def _with_usable_dtypes(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors with those of 8 bits, which nothing is computed in, in 16."""
+    small = {n: t for n, t in tensors.items() if str(t.dtype).startswith("torch.float8")}
+    if small:
+        dtypes = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in small.values()}))
+        warn(
+            f"{path}: {len(small):,} tensors are of {dtypes}, and are read as bfloat16, which "
+            "holds their values exactly."
+        )
+    return tensors | {name: tensor.to(torch.bfloat16) for name, tensor in small.items()}
 
 
 def read_pickled(path: Path) -> dict[str, Tensor]:
@@ -53,15 +82,16 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle's errors are of any type
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        arrays = " Of numpy arrays torch.from_numpy makes tensors." if "numpy" in str(error) else ""
         raise FormatError(
             f"{path} is no file of tensors alone: {reason}",
-            remedy="It was not unpickled: doing so could run code.",
+            remedy=f"It was not unpickled: doing so could run code.{arrays}",
         ) from error
     if not isinstance(state, Mapping) or not all(
         isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
     ):
         raise FormatError(f"{path} does not hold a dict of tensors.")
-    return dict(state)
+    return _with_usable_dtypes(dict(state), path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -72,7 +102,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     require_file(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # Windows puts a byte order mark in front
     except (ValueError, OSError) as error:
         raise FormatError(f"{path} is no JSON file: {error}.") from error
     return parse_json(text, str(path))

@@ -1,0 +1,221 @@
+"""Weights that something reads without calling their layer, however its code comes to them."""
+
+import pytest
+import torch
+from helpers import randomize_adapters
+from torch import nn
+from torch.nn import functional as F
+
+from lora_inject import inject, plan
+
+pytestmark = pytest.mark.usefixtures("device")
+N = 4
+
+
+def product(x, layer):
+    return x @ layer.weight.T
+
+
+def called(x, layer):
+    return layer(x)
+
+
+class Block(nn.Module):
+    """Three layers to be read, and others that are only called."""
+
+    def __init__(self):
+        super().__init__()
+        self.p, self.q, self.fc = (nn.Linear(N, N) for _ in range(3))
+        self.ps = nn.ModuleList(nn.Linear(N, N) for _ in range(2))
+        self.d = nn.ModuleDict({"a": nn.Linear(N, N)})
+        self.inner = nn.ModuleDict({"p": nn.Linear(N, N)})
+
+
+class Plainly(Block):
+    def forward(self, x):
+        return F.linear(self.fc(x), self.p.weight)
+
+
+class ByLocal(Block):
+    def forward(self, x):
+        p = self.p
+        return F.linear(self.fc(x), p.weight, p.bias)
+
+
+class ByPair(Block):
+    def forward(self, x):
+        p, q = self.p, self.q
+        return F.linear(F.linear(self.fc(x), p.weight), q.weight)
+
+
+class ByIndex(Block):
+    def forward(self, x):
+        return F.linear(self.fc(x), self.ps[0].weight)
+
+
+class ByLoop(Block):
+    def forward(self, x):
+        for _number, p in enumerate(self.ps):
+            x = F.linear(x, p.weight)
+        return self.fc(x)
+
+
+class ByComprehension(Block):
+    def forward(self, x):
+        return self.fc(x) + sum([F.linear(x, p.weight) for p in self.ps])
+
+
+class ByItem(Block):
+    def forward(self, x):
+        return F.linear(self.fc(x), self.d["a"].weight)
+
+
+class ByItems(Block):
+    def forward(self, x):
+        for _name, p in self.d.items():
+            x = F.linear(x, p.weight)
+        return self.fc(x)
+
+
+class ByHelper(Block):
+    def forward(self, x):
+        return product(self.fc(x), self.p)
+
+
+class ByMethod(Block):
+    def product(self, layer, x):
+        return F.linear(x, layer.weight)
+
+    def forward(self, x):
+        return self.product(self.p, self.fc(x))
+
+
+class ByStaticMethod(Block):
+    @staticmethod
+    def product(x, layer):
+        return F.linear(x, layer.weight)
+
+    def forward(self, x):
+        return self.product(self.fc(x), self.p)
+
+
+class ByProperty(Block):
+    @property
+    def weight(self):
+        return self.p.weight
+
+    def forward(self, x):
+        return F.linear(self.fc(x), self.weight)
+
+
+class ByDecorated(Block):
+    @torch.no_grad()
+    def product(self, x):
+        return F.linear(x, self.p.weight)
+
+    def forward(self, x):
+        return self.product(self.fc(x))
+
+
+class Mixin:
+    def product(self, x):
+        return F.linear(x, self.p.weight)
+
+
+class ByMixin(nn.Module, Mixin):
+    def __init__(self):
+        _fill(self)
+
+    def forward(self, x):
+        return self.product(self.fc(x))
+
+
+def _fill(module):
+    nn.Module.__init__(module)
+    for name, child in Block().named_children():
+        setattr(module, name, child)
+
+
+class ByAnotherName(Block):
+    def forward(this, x):  # noqa: N805
+        return F.linear(this.fc(x), this.p.weight)
+
+
+class ByLambda(Block):
+    def forward(self, x):
+        run = lambda h: F.linear(h, self.p.weight)  # noqa: E731
+        return run(self.fc(x))
+
+
+class Deep(Block):
+    def forward(self, x):
+        return F.linear(self.fc(x), self.inner.p.weight)
+
+
+class InSetup(Block):
+    """What is called setup, and is part of the forward all the same."""
+
+    def load_product(self, x):
+        return F.linear(x, self.p.weight)
+
+    def forward(self, x):
+        return self.load_product(self.fc(x))
+
+
+READ = {
+    Plainly: ["p"], ByLocal: ["p"], ByPair: ["p", "q"], ByIndex: ["ps.0", "ps.1"],
+    ByLoop: ["ps.0", "ps.1"], ByComprehension: ["ps.0", "ps.1"], ByItem: ["d.a"],
+    ByItems: ["d.a"], ByHelper: ["p"], ByMethod: ["p"], ByStaticMethod: ["p"], ByProperty: ["p"],
+    ByDecorated: ["p"], ByMixin: ["p"], ByAnotherName: ["p"], ByLambda: ["p"], Deep: ["inner.p"],
+    InSetup: ["p"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", READ)
+def test_what_is_read_is_adapted_in_its_weight_and_nothing_else(cls):
+    model = nn.Sequential(cls())
+    ways = {site.path.removeprefix("0."): site.way for site in plan(model, r=2).sites}
+    assert [path for path, way in ways.items() if way == "weight"] == READ[cls]
+    inject(model, r=2)
+    randomize_adapters(model)
+    x = torch.randn(3, N)
+    if cls is not ByDecorated:
+        model(x).sum().backward()
+        read = [model.get_submodule(f"0.{path}") for path in READ[cls]]
+        assert any(layer.lora_A.grad is not None for layer in read)
+
+
+class Called(Block):
+    """Calls everything, in every form, and asks for facts alone."""
+
+    def forward(self, x):
+        for p in self.ps:
+            x = p(x).to(p.weight.dtype)
+        for p in self.d.values():
+            x = p(x)
+        p, number = self.p, self.q.weight.shape[0]
+        x = called(p(x), self.inner["p"]) * number
+        return self.fc(x) if isinstance(self.fc.weight, nn.Parameter) else x
+
+    def _init_weights(self, module):
+        nn.init.normal_(module.weight)
+        self.p.weight.data.zero_()
+
+    def reset_parameters(self):
+        for p in self.ps:
+            p.weight.data.zero_()
+
+    def fuse_projections(self):
+        self.p.weight.data = torch.cat([self.p.weight, self.q.weight])[:N]
+
+
+def test_facts_and_setup_are_no_part_of_the_forward():
+    sites = plan(nn.Sequential(Called()), r=2).sites
+    assert [(site.path, site.way) for site in sites if site.way != "branch"] == []
+
+
+def test_the_attention_of_a_unet_stands_beside_its_forward():
+    attention = pytest.importorskip("diffusers.models.attention_processor").Attention
+    model = nn.Sequential(attention(8, heads=2, dim_head=4))
+    assert {s.way for s in plan(model, ["to_q", "to_k", "to_v"], r=2).sites} == {"branch"}
+    inject(model, ["to_q", "to_k", "to_v"], r=2, dropout=0.1)
