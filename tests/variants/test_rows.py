@@ -397,5 +397,7 @@ def test_other_ids_are_other_settings_of_a_state_dict():
     one, other = untied(), untied()
     inject(one, (), rows={"emb": [1, 2]})
     inject(other, (), rows={"emb": [1, 3]})
-    with pytest.raises(ValueError, match="rows 1, 2"):
+    with pytest.raises(ValueError, match=r"lora_rows is for rows 1, 2, and here for rows 1, 3"):
         load_lora_state_dict(other, lora_state_dict(one))
+    with pytest.raises(ValueError, match=r"other settings.*lora_rows"):
+        other.load_state_dict(one.state_dict())
