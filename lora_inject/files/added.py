@@ -7,14 +7,15 @@ from torch import Tensor, nn
 
 from lora_inject.core.paths import bare_key
 from lora_inject.errors import FormatError
+from lora_inject.files.laid_out import LaidOutTensor
 from lora_inject.own import own_tensor
 from lora_inject.sharding import whole
 
 
 def sums(
     added: Mapping[str, Tensor], modules: Mapping[str, nn.Module], given: Mapping[str, Tensor]
-) -> Iterator[tuple[str, nn.Module, str, Tensor, str]]:
-    """Path, module, name, value and key of each tensor with what is added to it.
+) -> Iterator[LaidOutTensor]:
+    """Each tensor with what is added to it.
 
     Args:
         added: what is added, by the names in the file.
@@ -28,7 +29,8 @@ def sums(
         owner, _, last = name.rpartition(".")
         path = bare_key(owner, modules)
         key = f"{path}.{last}".lstrip(".")
-        yield path, modules[path], last, _with(given.get(key), delta, modules[path], key), key
+        value = _with(given.get(key), delta, modules[path], key)
+        yield LaidOutTensor(path, modules[path], last, value, name)
 
 
 def _with(given: Tensor | None, added: Tensor, module: nn.Module, key: str) -> Tensor:

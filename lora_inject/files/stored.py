@@ -32,7 +32,7 @@ from lora_inject.files.fit_checks import (
 from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.pairs import told_layout
 from lora_inject.files.rows import refused_rows, stored_rows
-from lora_inject.files.stored_pair import StoredPair, is_same
+from lora_inject.files.stored_pair import StoredPair, require_agreement
 from lora_inject.files.token_rows import token_tables
 from lora_inject.files.which_adapter import adapter_name
 from lora_inject.kinds.parameter import ParameterKind
@@ -283,32 +283,6 @@ class Stored:
             f"the values do not fit {next(iter(own.values())).dtype}",
             {"too large": not_finite(cast)},
         )
-        self._require_agreement(cast, shared, scalings)
+        require_agreement(self.pairs, cast, shared, scalings)
         # In place: an optimizer's flat views and captured graphs hold the storage.
         run([filling(tensor, cast[key]) for key, tensor in own.items()])
-
-    def _require_agreement(
-        self,
-        own: Mapping[str, Tensor],
-        shared: Mapping[str, Tensor],
-        scalings: Mapping[str, float],
-    ) -> None:
-        """Refuse values of a tied place that are not those of the place whose pair it shares."""
-        for held in self.pairs:
-            if not (held.adapter.follows and all(key in shared for key in held.keys.values())):
-                continue
-            one, *_ = held.tensors.values()
-            leader = next(h for h in self.pairs if not h.adapter.follows
-                          and any(one is each for each in h.tensors.values()))  # fmt: skip
-            theirs = {role: own[key] for role, key in leader.keys.items()}
-            mine = {role: shared[key] for role, key in held.keys.items()}
-            scaling = held.adapter.settings.scaling
-            if "B" in mine:
-                mine["B"] = mine["B"] * (scalings.get(held.key, scaling) / scaling)
-            # As the layer wants them, or the very tensors that it shares.
-            if not any(is_same(each, mine) for each in (held.oriented(theirs), theirs)):
-                raise FormatError(
-                    f"{held.path} and {leader.path} are tied in this model and have different "
-                    "adapters here.",
-                    remedy="Nothing was loaded.",
-                )

@@ -1,6 +1,6 @@
 """One pair of an adapter where it stands in a model."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from lora_inject.arithmetic.low_rank import same_product
 from lora_inject.core.adapter import Adapter, Pair
+from lora_inject.errors import FormatError
 from lora_inject.kinds import Kind
 from lora_inject.variants import Spec, Variant
 
@@ -94,3 +95,30 @@ def is_same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
         one[role].shape == other[role].shape
         and torch.allclose(one[role], other[role].to(one[role])) for role in rest
     )  # fmt: skip
+
+
+def require_agreement(
+    pairs: Sequence[StoredPair],
+    own: Mapping[str, Tensor],
+    shared: Mapping[str, Tensor],
+    scalings: Mapping[str, float],
+) -> None:
+    """Refuse values of a tied place that are not those of the place whose pair it shares."""
+    for held in pairs:
+        if not (held.adapter.follows and all(key in shared for key in held.keys.values())):
+            continue
+        one, *_ = held.tensors.values()
+        leader = next(h for h in pairs if not h.adapter.follows
+                      and any(one is each for each in h.tensors.values()))  # fmt: skip
+        theirs = {role: own[key] for role, key in leader.keys.items()}
+        mine = {role: shared[key] for role, key in held.keys.items()}
+        scaling = held.adapter.settings.scaling
+        if "B" in mine:
+            mine["B"] = mine["B"] * (scalings.get(held.key, scaling) / scaling)
+        # As the layer wants them, or the very tensors that it shares.
+        if not any(is_same(each, mine) for each in (held.oriented(theirs), theirs)):
+            raise FormatError(
+                f"{held.path} and {leader.path} are tied in this model and have different "
+                "adapters here.",
+                remedy="Nothing was loaded.",
+            )
