@@ -55,7 +55,9 @@ def inject(*args: Any, **kwargs: Any) -> Report:  # noqa: D417 (those of plan)
             fused ``"experts.gate_up_proj"``.
         r: rank, at least 1.
         alpha: the delta is scaled by alpha / r; None means alpha = r, a scaling of 1.
-        dropout: probability of dropout on the input of the adapter, in [0, 1).
+        dropout: probability of dropout on the input of the adapter, in [0, 1); or a mapping,
+            ``{"input": 0.1, "rank": 0.1, "module": 0.05}``, where "rank" leaves ranks out, and
+            "module" the adapter on a layer, for one call in training.
         scaling: "lora" scales by alpha / r, "rslora" by alpha / sqrt(r) (arXiv 2312.03732).
         variant: "lora", or "dora" (arXiv 2402.09353): the length of each row of the adapted weight
             is trained on its own, ``lora_magnitude``; "dora_columns": of each column. Or no
@@ -93,6 +95,11 @@ def inject(*args: Any, **kwargs: Any) -> Report:  # noqa: D417 (those of plan)
         parts: adapters for the parts of fused projections, ``{"c_attn": ("q", None, "v")}``: equal
             parts of the output, of which the named ones get an A and a B each (``q_lora_A``). Parts
             that are not equal have sizes: ``{"qkv_proj": (("q", 64), (None, 32), ("v", 32))}``.
+        rows: rows of embeddings and output heads that train besides, by their ids, such as those
+            of new tokens: ``{"embed_tokens": [32000, 32001]}``. What is added to each is a row of
+            ``lora_rows`` (n, width), in ascending order of the ids, which starts at zero; rank,
+            alpha, dropout, ``layers`` and the like do not concern it. A tied head has the same
+            rows. With ``targets=()`` nothing else is adapted.
 
     Returns:
         The report of what trains now.

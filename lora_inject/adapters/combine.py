@@ -254,11 +254,11 @@ def _combine_pair(
             )
         wide = {role: t.to(torch.promote_types(t.dtype, torch.float32)) for role, t in own.items()}
         pair = term.variant.low_rank(term.kind, layer, wide)
-        if pair is None and (rule.how != "svd" or rule.r is None):
+        if pair is None and not (rule.how == "svd" and rule.r and "rows" not in term.names):
             raise UnsupportedLayerError(
                 f"{term.adapter!r} is a {term.variant.name}, which is no product of low rank.",
                 path=path,
-                remedy='Use several at once with weights, use(model, {...}), or how="svd" with r=.',
+                remedy='Use several at once, use(model, {...}), or for DoRA how="svd" with r=.',
             )
         if pair is None:
             W = whole(term.kind.weight(layer, term.spec.weight))

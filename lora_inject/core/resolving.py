@@ -207,7 +207,7 @@ def _specs(
     if settings.parts and (way == "weight" or not kind.has_parts):
         return Refusal("parts= is for Linear layers in a branch. Leave it out for this one.")
     try:
-        specs = kind.specs(module, settings)
+        specs = tuple(settings.variant.spec(kind, spec) for spec in kind.specs(module, settings))
     except ArgumentError as error:
         return Refusal(str(error))
     if not specs:
@@ -221,6 +221,11 @@ def _specs(
         return Refusal(
             f"it is adapted in its weight, where there is no input for dropout={settings.dropout:g}"
             " to act on. Give it dropout 0 by a pattern of its own, or exclude it."
+        )
+    if way == "weight" and any(settings.drops):
+        return Refusal(
+            "it is adapted in its weight, where there is no call to leave ranks or all of it out "
+            "of. Give it no rank or module dropout by a pattern of its own, or exclude it."
         )
     for spec in specs:
         weight = kind.weight(module, spec.weight)
@@ -242,7 +247,7 @@ def _method_refusal(
             "of. Leave out init= and fixed=."
         )
     if variant.more or start.reads:
-        method = f"variant={variant.name!r}" if variant.more else f"init={start.name!r}"
+        method = variant.argument if variant.more else f"init={start.name!r}"
         if is_distributed(weight) or is_placeholder(weight):
             return f"{method} needs its whole weight, which is sharded. Inject before that."
         plain = is_plain(weight) and weight is module._parameters.get(spec.weight)

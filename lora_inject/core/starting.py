@@ -100,12 +100,15 @@ def starting_values(
         own = variant.begin(spec, generator)
         return {role: t.to(device, variant.dtype(role, dtype)) for role, t in own.items()}
     W = kind.dense(layer, spec) if s.start.reads or variant.more else None
-    A, B = s.start.values(kind, layer, W, spec, s.scaling, generator)
-    if not (A.device == B.device == device and A.dtype is B.dtype is dtype):
-        A, B = A.to(device, dtype), B.to(device, dtype)
-    tensors = {"A": A, "B": B}
+    tensors: dict[str, Tensor] = {}
+    if "A" in variant.roles:
+        A, B = s.start.values(kind, layer, W, spec, s.scaling, generator)
+        if not (A.device == B.device == device and A.dtype is B.dtype is dtype):
+            A, B = A.to(device, dtype), B.to(device, dtype)
+        tensors = {"A": A, "B": B}
     if variant.offset:
         tensors |= {"A0": A.clone(), "B0": B.clone()}
     if variant.more:
-        tensors |= variant.starting(kind, layer, W, spec, tensors, s.scaling)
+        more = variant.starting(kind, layer, W, spec, tensors, s.scaling)
+        tensors |= {role: tensor.to(variant.dtype(role, dtype)) for role, tensor in more.items()}
     return tensors

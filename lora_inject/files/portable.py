@@ -71,6 +71,7 @@ def portable(
     Raises:
         FormatError: a change is of no low rank and none was given, or more of it would be lost.
     """
+    data.require_no_rows("a plain LoRA")
     pairs, shown = [], []
     for held, pair in zip(stored.in_order(), data.pairs, strict=True):
         lost = 0.0

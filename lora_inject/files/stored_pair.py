@@ -1,6 +1,6 @@
 """One pair of an adapter where it stands in a model."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 from lora_inject.arithmetic.low_rank import same_product
 from lora_inject.core.adapter import Adapter, Pair
+from lora_inject.errors import FormatError
 from lora_inject.files.formats.data import PairData
 from lora_inject.kinds import Kind
-from lora_inject.variants import OTHER, Spec, Variant
+from lora_inject.variants import Spec, Variant
 
 
 class StoredPair(NamedTuple):
@@ -51,7 +52,7 @@ class StoredPair(NamedTuple):
         """Tensors as the layer's kind wants them: those of a tied layer may stand the other way."""
         if not self.spec.swapped:
             return {**tensors}
-        turned = {OTHER[role]: tensor.transpose(-2, -1) for role, tensor in tensors.items()}
+        turned = self.variant.turned(tensors)
         return {role: turned[role] for role in tensors}
 
     @property
@@ -74,7 +75,8 @@ class StoredPair(NamedTuple):
 
     def _products(self) -> Iterator[tuple[str, str]]:
         """The roles of the factors that are multiplied."""
-        yield "A", "B"
+        if "A" in self.variant.roles:
+            yield "A", "B"
         if self.variant.offset:
             yield "A0", "B0"
 
@@ -103,6 +105,7 @@ def is_same(one: Mapping[str, Tensor], other: Mapping[str, Tensor], product: boo
         other: those of the other.
         product: whether A and B are known by their product.
     """
+    product = product and "A" in one
     if product and not same_product((one["A"], one["B"]), (other["A"], other["B"])):
         return False
     rest = [role for role in one if not product or role not in ("A", "B")]
@@ -123,3 +126,31 @@ def is_same_update(one: PairData, other: PairData) -> bool:
     A, B = other.A, other.B * factor
     turned = B.transpose(-2, -1), A.transpose(-2, -1)
     return any(same_product((one.A, one.B), pair) for pair in ((A, B), turned))
+
+
+def require_agreement(
+    pairs: Sequence[StoredPair],
+    own: Mapping[str, Tensor],
+    shared: Mapping[str, Tensor],
+    scalings: Mapping[str, float],
+) -> None:
+    """Refuse values of a tied place that are not those of the place whose pair it shares."""
+    for held in pairs:
+        if not (held.adapter.follows and all(key in shared for key in held.keys.values())):
+            continue
+        one, *_ = held.tensors.values()
+        leader = next(h for h in pairs if not h.adapter.follows
+                      and any(one is each for each in h.tensors.values()))  # fmt: skip
+        theirs = {role: own[key] for role, key in leader.keys.items()}
+        mine = {role: shared[key] for role, key in held.keys.items()}
+        scaling = held.adapter.settings.scaling
+        if "B" in mine:
+            mine["B"] = mine["B"] * (scalings.get(held.key, scaling) / scaling)
+        product = not held.variant.own_shapes
+        # As the layer wants them, or the very tensors that it shares.
+        if not any(is_same(each, mine, product) for each in (held.oriented(theirs), theirs)):
+            raise FormatError(
+                f"{held.path} and {leader.path} are tied in this model and have different "
+                "adapters here.",
+                remedy="Nothing was loaded.",
+            )

@@ -38,6 +38,8 @@ class Kind(ABC):
         rank_dim: the dimension of h that counts the rank; the first one counts the rows of a batch.
         stacks: whether ``down`` and ``up`` are products with the matrices A and B, of the last
             dimension of x, so that many pairs may be stacked.
+        has_rows: whether the weight is a table with a row for each id, of which some may train
+            alone.
         below: a class whose forward the branch is added to directly, so that a subclass that
             scales or shifts what ``super().forward`` returns does the same to the adapter. None
             adds it to what the layer as a whole returns.
@@ -50,6 +52,7 @@ class Kind(ABC):
     zero: ClassVar[str] = "B"
     rank_dim: ClassVar[int] = -1
     stacks: ClassVar[bool] = False
+    has_rows: ClassVar[bool] = False
     below: ClassVar[type[nn.Module] | None] = None
 
     @abstractmethod
@@ -110,6 +113,20 @@ class Kind(ABC):
     def branches_at(self, base: type[nn.Module]) -> type[nn.Module] | None:
         """Branch: ``below`` for layers of this class."""
         return self.below
+
+    def add_rows(
+        self, layer: nn.Module, x: Tensor, y: Tensor, index: Tensor, rows: Tensor
+    ) -> Tensor:
+        """Branch: an output y with what rows, added to those of the weight, make of the input x.
+
+        Args:
+            layer: the adapted layer, for its options.
+            x: the layer's first input.
+            y: what the layer returned.
+            index: the ids of the rows (n,), ascending.
+            rows: what is added to them (n, width).
+        """
+        raise NotImplementedError(f"{self.name} layers have no rows of ids")
 
     def is_product(self, base: type[nn.Module]) -> bool:
         """Branch: whether the class's own forward is ``W x + b`` of its weight and bias, exactly.

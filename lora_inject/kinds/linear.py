@@ -37,6 +37,7 @@ class LinearKind(Kind):
     linear_like = True
     stacks = True
     has_parts = True
+    has_rows = True
 
     def matches(self, module: nn.Module) -> bool:
         """Instances of ``nn.Linear``, quantized subclasses with a forward of their own included."""
@@ -128,6 +129,12 @@ class LinearKind(Kind):
     def output_rows(self, layer: nn.Module, y: Tensor) -> Tensor:
         """One for each token."""
         return y.reshape(-1, y.shape[-1])
+
+    def add_rows(
+        self, layer: nn.Module, x: Tensor, y: Tensor, index: Tensor, rows: Tensor
+    ) -> Tensor:
+        """Of an output head: what comes out for these ids."""
+        return y.index_add(-1, index, linear_down(x, rows, 0.0).to(y.dtype))
 
     def affine_refusal(self, layer: nn.Module) -> str | None:
         """A forward of its own may do anything to ``W x``, but for where the branch is below it."""

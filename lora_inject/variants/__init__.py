@@ -11,22 +11,22 @@ from lora_inject.variants.loha import LoHa
 from lora_inject.variants.lokr import LoKr
 from lora_inject.variants.lora import Scaling, Variant
 from lora_inject.variants.lora_fa import FIXED, OTHER
+from lora_inject.variants.rows import Rows
 from lora_inject.variants.rslora import RankStabilized
 from lora_inject.variants.tucker import Tucker
 
 __all__ = [
     "FIXED", "OTHER", "ROLES", "SCALINGS", "VARIANTS", "Change", "ColumnDoRA", "DoRA", "LayerKind",
-    "LoHa", "LoKr", "Scaling", "Spec", "Tucker", "Variant", "name_prefix",
+    "LoHa", "LoKr", "Rows", "Scaling", "Spec", "Tucker", "Variant", "name_prefix",
 ]  # fmt: skip
 
 SCALINGS: dict[str, Scaling] = {scaling.name: scaling for scaling in (Scaling(), RankStabilized())}
 VARIANTS: dict[str, type[Variant]] = {
     variant.name: variant for variant in (Variant, DoRA, ColumnDoRA, LoHa, LoKr, Tucker)
 }
-_OF_LAYERS: tuple[type[Variant], ...] = (PackedDoRA,)  # which a variant becomes on some layers
+# What a variant becomes on some layers, and what is asked for by ids and not by name.
+_OTHERS: tuple[type[Variant], ...] = (PackedDoRA, Rows)
 # Every tensor that some adapter has.
-ROLES = tuple(
-    dict.fromkeys(
-        role for variant in (*VARIANTS.values(), *_OF_LAYERS) for role in variant(offset=True).roles
-    )
-)
+ROLES = tuple(dict.fromkeys(
+    role for variant in (*VARIANTS.values(), *_OTHERS) for role in variant(offset=True).roles
+))  # fmt: skip

@@ -96,6 +96,19 @@ class LayerKind(Protocol):
     def zero(self) -> str:
         """Which of A and B usually starts at zero."""
 
+    @property
+    def transposes(self) -> bool:
+        """Whether the weight is (in, out)."""
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether the weight is a table with a row for each id."""
+
+    def add_rows(
+        self, layer: nn.Module, x: Tensor, y: Tensor, index: Tensor, rows: Tensor
+    ) -> Tensor:
+        """An output y with what rows, added to those of the table, make of the input x."""
+
     def down(self, layer: nn.Module, x: Tensor, y: Tensor, A: Tensor, dropout: float) -> Tensor:
         """``h = A dropout(x)``."""
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from lora_inject.arithmetic.low_rank import side_by_side
 from lora_inject.variants.change import Change, LayerKind, Spec
+from lora_inject.variants.lora_fa import OTHER
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,11 @@ class Variant:
         return ("A", "B", *(("A0", "B0") if self.offset else ()), *self.more)
 
     @property
+    def argument(self) -> str:
+        """The argument of ``inject`` that asks for it."""
+        return f"variant={self.name!r}"
+
+    @property
     def text(self) -> str:
         """What differs from plain LoRA, for tables."""
         words = (
@@ -87,9 +93,22 @@ class Variant:
         )
         return "".join(f", {word}" for word in words if word)
 
+    @property
+    def meaning(self) -> str:
+        """All that the meaning of its tensors depends on besides the rank and alpha."""
+        return self.text
+
     def trains(self, role: str) -> bool:
         """Whether the tensor of this role trains when the adapter does."""
         return role != self.fixed and role not in ("A0", "B0")
+
+    def spec(self, kind: LayerKind, spec: Spec) -> Spec:
+        """The spec that the variant makes of the one that a kind of layer has for a pair."""
+        return spec
+
+    def turned(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A pair's tensors for a tied layer that keeps the weight the other way round."""
+        return {OTHER[role]: tensor.transpose(-2, -1) for role, tensor in tensors.items()}
 
     def packed(self) -> "Variant":
         """The same for a weight that only the layer's own forward can read."""

@@ -44,7 +44,7 @@ def read_adapter(
     """
     alpha = None if alpha is None else check_alpha(alpha, "alpha")
     data: AdapterData = find_format(path, format).read(path, index, alpha)
-    if not data.pairs:
+    if not (data.pairs or data.tables):
         raise FormatError(f"{path} holds no A and B.")
     return data
 

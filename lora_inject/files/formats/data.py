@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_inject.arithmetic.thinning import Drops
 from lora_inject.errors import FormatError
 from lora_inject.kinds.base import Form
 from lora_inject.variants import SCALINGS, VARIANTS, name_prefix
@@ -48,6 +49,7 @@ class PairData:
         part: the name of the part of a fused projection, or "".
         span: first output feature of the part and how many all parts have, (0, 0) without one.
         dropout: dropout of the adapter's input in training.
+        drops: what of the adapter is left out in training.
         layout: "in_out" for a weight whose last two dimensions stand so, where that is known.
         in_attention: whether it is the ``out_proj`` of an ``nn.MultiheadAttention``.
         rule: how alpha and the rank become the factor of ``B A``: a name of ``variants.SCALINGS``.
@@ -78,6 +80,7 @@ class PairData:
     start: str = ""
     r: int = 0
     kernel: tuple[int, ...] = ()
+    drops: Drops = field(default_factory=Drops)
 
     def __post_init__(self) -> None:
         if not all(tensor.numel() for tensor in (self.A, self.B, *self.others.values())):
@@ -103,6 +106,11 @@ class PairData:
     def has_own_shapes(self) -> bool:
         """Whether A and B are what its variant makes of them, and not those of a ``B A``."""
         return VARIANTS[self.variant].own_shapes
+
+    @property
+    def dropouts(self) -> tuple[tuple[str, float], ...]:
+        """All dropouts, by the names that ``inject(dropout=)`` has for them."""
+        return ("input", self.dropout), ("rank", self.drops.rank), ("module", self.drops.module)
 
     def require_plain(self, what: str) -> None:
         """Refuse a variant of which A and B alone would be kept.
@@ -171,6 +179,27 @@ class PairData:
 
 
 @dataclass(frozen=True)
+class RowsData:
+    """Rows of a table, those of an embedding or an output head, that trained alone.
+
+    Attributes:
+        path: the module's path in the model that it is for.
+        ids: which rows, in ascending order.
+        rows: their values (n, width), the base's and what was added to it.
+        follows: whether it is tied to an embedding whose rows are here too.
+    """
+
+    path: str
+    ids: tuple[int, ...]
+    rows: Tensor
+    follows: bool = False
+
+    def __post_init__(self) -> None:
+        if not is_usable(self.rows, floating=True):
+            raise FormatError(f"the rows of {self.path} are no plain tensor: {self.rows.dtype}.")
+
+
+@dataclass(frozen=True)
 class AdapterData:
     """One adapter: its pairs, and whatever else it trained.
 
@@ -191,6 +220,8 @@ class AdapterData:
         facts: what a format knows beyond this and a reader may want to show.
         said: what a PEFT config says of other things than the tensors, which is written again.
         dtype: "base" where A and B follow the 16 bits of the base; "" where nothing says so.
+        tables: tables of which some rows trained.
+        added: what is added to tensors of the base, by their names: a model tells their values.
     """
 
     pairs: tuple[PairData, ...]
@@ -208,9 +239,11 @@ class AdapterData:
     facts: Mapping[str, Any] = field(default_factory=dict)
     said: Mapping[str, Any] = field(default_factory=dict)
     dtype: str = ""
+    tables: tuple[RowsData, ...] = ()
+    added: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, tensor in self.tensors.items():
+        for name, tensor in (*self.tensors.items(), *self.added.items()):
             usable = is_plain(tensor) if tensor.is_complex() else is_usable(
                 tensor, floating=tensor.is_floating_point()
             )  # fmt: skip
@@ -221,4 +254,17 @@ class AdapterData:
     def elements(self) -> int:
         """How many numbers the adapter holds."""
         pairs = sum(t.numel() for p in self.pairs for t in (p.A, p.B, *p.others.values()))
+        pairs += sum(own.rows.numel() for own in self.tables)
         return pairs + sum(math.prod(t.shape) for t in self.tensors.values())
+
+    def require_no_rows(self, what: str) -> None:
+        """Refuse rows that would be left out.
+
+        Raises:
+            FormatError: there are such.
+        """
+        if self.tables:
+            raise FormatError(
+                f"{self.tables[0].path} has rows that train, for which {what} has no word.",
+                remedy='Save it as "peft"; or, where it is not tied, merge it, and save the model.',
+            )

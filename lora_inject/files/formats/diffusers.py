@@ -100,6 +100,7 @@ def write(data: AdapterData, path: Path) -> None:
     for pair in data.pairs:
         if pair.has_own_shapes:
             pair.require_plain("diffusers' format")
+    data.require_no_rows("diffusers' format")
     component = next((c for part, c in COMPONENTS.items() if part in data.model_class), "")
     prefix = f"{component}." if component else ""
     state = to_state(data)

@@ -129,6 +129,7 @@ def to_state(data: AdapterData) -> AdapterState:
             f"kohya's format holds A and B alone, and {next(iter(data.tensors))} was trained too.",
             remedy='Save it as "peft".',
         )
+    data.require_no_rows("kohya's format")
     prefix = next(value for part, value in PREFIXES.items() if part in data.model_class)
     tensors: dict[str, Tensor] = {}
     for pair in whole_layers(data.pairs):

@@ -70,6 +70,7 @@ def write(data: AdapterData, path: Path) -> None:
     Raises:
         FormatError: parts are not those of a ``MergedLinear``, or the file cannot be written.
     """
+    data.require_no_rows("loralib's format")
     tensors: dict[str, Tensor] = {}
     for own in by_layer(data.pairs):
         for pair in own:

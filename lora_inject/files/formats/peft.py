@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from lora_inject.core.index import Index
 from lora_inject.core.paths import bare_modules
 from lora_inject.errors import FormatError
-from lora_inject.files.formats import peft_lycoris
+from lora_inject.files.formats import peft_lycoris, peft_rows
 from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.pairs import over_all_channels, whole_layers, with_whole_attention
+from lora_inject.files.formats.peft_bias import added_biases, without_lora_bias
 from lora_inject.files.formats.peft_config import (
     CONFIG,
     METADATA,
@@ -108,6 +109,8 @@ def from_tensors(
         )
     modules = None if index is None else bare_modules(index.by_path)
     names = Names({*own.get("names", ()), *_names(modules or {})})
+    tensors, tables = peft_rows.without_rows(tensors, config, path)
+    tensors, betas = without_lora_bias(tensors)
     tensors, of_variants = without_others(tensors)
     found, others = sorted_out(tensors, names, path)
     stacked = [key for key in found if key.startswith(PREFIX) or 2 * PREFIX in key]
@@ -118,12 +121,13 @@ def from_tensors(
         found.pop(key, None)
     pairs = [pair for key, halves in found.items() for pair in reader.pairs(key, *halves)]
     pairs = with_others(pairs, of_variants, config, path)
+    added = added_biases(betas, pairs, config, path)
     if config.get("init_lora_weights") in REMADE_STARTS:
         pairs = with_moved_base(pairs, config, modules or {}, path)
     return AdapterData(
         pairs=tuple(pairs),
         tensors=others,
-        bias=config.get("bias") or "none",
+        bias="lora_only" if added and config.get("bias") != "all" else config.get("bias") or "none",
         train_also=tuple(own.get("train_also") or config.get("modules_to_save") or ()),
         targets=tuple(own.get("targets") or target_labels(config.get("target_modules"))),
         base=own.get("base", {}),
@@ -139,6 +143,8 @@ def from_tensors(
         },
         said=said_besides(config),
         dtype=own.get("dtype", ""),
+        tables=tables,
+        added=added,
     )
 
 
@@ -202,9 +208,13 @@ def to_tensors(data: AdapterData) -> tuple[dict[str, Any], dict[str, Tensor], st
         if not known or not pair.path:
             raise FormatError(f"{pair.name or 'the model itself'} is nothing that PEFT can adapt.")
     whole = with_whole_attention(whole_layers(data.pairs))
-    tensors = _tensors(whole) | keys_of_others(whole, PREFIX)
-    config = {**to_config(data, whole), **words}
-    tensors |= {base_key(name, whole): tensor for name, tensor in data.tensors.items()}
+    tensors = _tensors(whole) | keys_of_others(whole, PREFIX) | peft_rows.keys_of(data, PREFIX)
+    if whole:
+        config = {**to_config(data, whole), **words, **peft_rows.words_of(data)}
+    else:
+        config = peft_rows.config_alone(data)
+    inside = {peft_rows.in_wrapper(name, data): tensor for name, tensor in data.tensors.items()}
+    tensors |= {base_key(name, whole): tensor for name, tensor in inside.items()}
     own = {(pair.path, pair.weight) for pair in data.pairs}
     padding = [p.path.removesuffix(".out_proj") + OUT_PROJ if p.in_attention else p.path
                for p in whole if (p.path, p.weight) not in own]  # fmt: skip

@@ -113,6 +113,7 @@ def to_metadata(
     dropouts = {p.path: p.dropout for p in data.pairs if p.dropout != config["lora_dropout"]}
     fixed = {p.path: p.fixed for p in data.pairs if p.fixed}
     starts = {p.path: p.start for p in pairs if p.start}  # but for what was padded
+    drops = {p.path: [*p.drops] for p in data.pairs if any(p.drops)}
     plain = Names(())
     names = [p.path for p in data.pairs if plain.tensor(f"{p.path}.") != f"{p.path}."]
     names += [name for name in data.tensors if plain.tensor(name) != name]
@@ -127,6 +128,7 @@ def to_metadata(
         **({"rows": dict(data.rows)} if data.rows else {}),
         **({"beside": list(data.beside)} if data.beside else {}),
         **({"start": starts} if starts else {}),
+        **({"drops": drops} if drops else {}),
         **({"names": names} if names else {}),
         **({"dtype": data.dtype} if data.dtype else {}),
     }
