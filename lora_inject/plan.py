@@ -1,6 +1,6 @@
 """What an injection would do: targets and kinds put together and checked, nothing changed."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from lora_inject.core.followers import with_followers
 from lora_inject.core.in_place import in_place
 from lora_inject.core.look import Look
 from lora_inject.core.matcher import Matcher
-from lora_inject.core.patterns import Pattern
+from lora_inject.core.parts import parts_by_module, require_parts_used
 from lora_inject.core.request import (
     ALL_LINEAR,
     Request,
@@ -37,17 +37,17 @@ from lora_inject.core.request import (
 from lora_inject.core.resolving import Resolver
 from lora_inject.core.site import Site
 from lora_inject.core.tables import choose_tables
-from lora_inject.errors import NoMatchError, warn
-from lora_inject.printing import Tables, plural
+from lora_inject.errors import warn
+from lora_inject.printing import Shown, Tables, plural
 from lora_inject.report.plan_tables import sites_section, skipped_section, train_also_section
 from lora_inject.report.report import Report, report_of
-from lora_inject.settings import BiasMode, Parts
+from lora_inject.settings import BiasMode
 from lora_inject.starts import Function, Start
 from lora_inject.variants import Variant
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Shown):
     """What ``inject`` would do to a model; ``print`` shows it as a table, ``apply`` does it.
 
     Attributes:
@@ -123,12 +123,6 @@ class Plan:
         if self.skipped:
             sections.append(skipped_section(self.skipped))
         return Tables(sections)
-
-    def __str__(self) -> str:
-        return self._tables().text()
-
-    def _repr_html_(self) -> str:
-        return self._tables().html()
 
 
 def plan(
@@ -243,13 +237,13 @@ def plan_for(
         layers=request.layers,
     )
     parts = request.parts or {}
-    resolver = Resolver(matcher, request, _parts_by_module(matcher, parts), limits)
+    resolver = Resolver(matcher, request, parts_by_module(matcher, parts), limits)
     chosen, skips = choose(matcher, list(request.settings), limits, resolver.resolve)
     tables, more = choose_tables(resolver, chosen)
     skips += more
     sites = with_followers(resolver, [*chosen, *tables])
     require_apart(look, sites, in_full)
-    _check_parts_used(matcher, parts, sites)
+    require_parts_used(matcher, parts, sites)
     if content is not None:
         held = content(sites)
     else:
@@ -284,20 +278,3 @@ def _with_notes(shown: Report, plan: Plan) -> Report:
         warn(text)
         notes.append(text)
     return replace(shown, notes=(*shown.notes, *notes))
-
-
-def _parts_by_module(matcher: Matcher, to_part: Mapping[Pattern, Parts]) -> dict[nn.Module, Parts]:
-    return {
-        place.module: parts
-        for pattern, parts in to_part.items()
-        for place in matcher.modules_of("parts", pattern)
-    }
-
-
-def _check_parts_used(
-    matcher: Matcher, to_part: Mapping[Pattern, Parts], sites: Sequence[Site]
-) -> None:
-    chosen = {site.module for site in sites}
-    for pattern in to_part:
-        if not any(place.module in chosen for place in matcher.modules_of("parts", pattern)):
-            raise NoMatchError(f"parts: {pattern.label!r} selects no layer that targets choose.")

@@ -63,6 +63,19 @@ class Tables(NamedTuple):
             console.print(section.renderable())
 
 
+class Shown:
+    """A result that ``print`` and notebooks show as tables."""
+
+    def _tables(self) -> Tables:
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return self._tables().text()
+
+    def _repr_html_(self) -> str:
+        return self._tables().html()
+
+
 class _Buffer(StringIO):
     """Text with the encoding of standard output, which rich asks for before it draws lines."""
 

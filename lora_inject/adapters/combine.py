@@ -33,7 +33,7 @@ from lora_inject.core.starting import as_parameters
 from lora_inject.core.state_parts import Injection
 from lora_inject.errors import ArgumentError, UnsupportedLayerError
 from lora_inject.kinds.base import Kind
-from lora_inject.printing import Section, Tables
+from lora_inject.printing import Section, Shown, Tables
 from lora_inject.settings import Settings, check_adapter, check_choice, check_weights
 from lora_inject.sharding import whole
 from lora_inject.variants import Change, Spec
@@ -55,7 +55,7 @@ class CombinedLayer(NamedTuple):
 
 
 @dataclass(frozen=True)
-class CombineReport:
+class CombineReport(Shown):
     """What ``combine`` made, layer by layer; ``print`` shows it as a table."""
 
     adapter: str
@@ -70,12 +70,6 @@ class CombineReport:
         rows = [(layer.path, str(layer.r), f"{layer.off:.2%}") for layer in self.layers]
         title = f"Adapter {self.adapter!r} on {len(rows)} layers"
         return Tables([Section(title, ("layer", ">r", ">off the weighted sum"), rows)])
-
-    def __str__(self) -> str:
-        return self._tables().text()
-
-    def _repr_html_(self) -> str:
-        return self._tables().html()
 
 
 def combine(
@@ -298,6 +292,5 @@ def _check_names(look: Look, weights: Mapping[str, float], name: str) -> None:
         raise ArgumentError(f"name: there is an adapter {name!r} already.")
     for module, trained in look.trained:
         for other in weights.keys() & trained.owners.keys():
-            raise ArgumentError(
-                f"{other!r} trained {trained.text(module)}, which cannot be combined."
-            )
+            what = trained.text(module)
+            raise ArgumentError(f"{other!r} trained {what}, which cannot be combined.")

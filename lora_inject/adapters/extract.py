@@ -17,7 +17,7 @@ from lora_inject.core.site import Site
 from lora_inject.errors import ArgumentError, UnsupportedLayerError
 from lora_inject.own import own_tensor
 from lora_inject.plan import plan_for
-from lora_inject.printing import Section, Tables
+from lora_inject.printing import Section, Shown, Tables
 from lora_inject.settings import check_adapter, check_dtype, check_layers, check_word
 from lora_inject.sharding import is_partial
 from lora_inject.variants import Spec
@@ -41,7 +41,7 @@ class ExtractedWeight(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ExtractReport:
+class ExtractReport(Shown):
     """What ``extract`` found, weight by weight; ``print`` shows it as a table.
 
     Attributes:
@@ -64,12 +64,6 @@ class ExtractReport:
             title = f"Differ too and are not in the adapter: {len(self.others)}"
             sections.append(Section(title, ("",), [(name,) for name in self.others]))
         return Tables(sections)
-
-    def __str__(self) -> str:
-        return self._tables().text()
-
-    def _repr_html_(self) -> str:
-        return self._tables().html()
 
 
 def extract(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lora_inject.arithmetic.moments import Moments
-from lora_inject.printing import Section, Tables, count, plural, size
+from lora_inject.printing import Section, Shown, Tables, count, plural, size
 
 Paths = tuple[str, ...]
 
@@ -33,7 +33,7 @@ class Layer(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Statistics:
+class Statistics(Shown):
     """What was seen of a model's layers; ``print`` shows it as a table.
 
     Attributes:
@@ -138,12 +138,6 @@ class Statistics:
         columns = ("read by", ">features", ">vectors", ">variance", ">dimensions", ">gradient")
         note = "dimensions: how many directions of equal variance would be as even."
         return Tables([Section(title, columns, rows, [note])])
-
-    def __str__(self) -> str:
-        return self._tables().text()
-
-    def _repr_html_(self) -> str:
-        return self._tables().html()
 
 
 def joined(inputs: Mapping[Paths, Moments], order: Sequence[str]) -> dict[Paths, Moments]:

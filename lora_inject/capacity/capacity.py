@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lora_inject.capacity.activations import saved_for_backward
 from lora_inject.capacity.shards import Held, plan_of, shares
 from lora_inject.capacity.without_values import example_inputs, on_meta, to_meta
-from lora_inject.printing import Section, Tables, count, plural, size
+from lora_inject.printing import Section, Shown, Tables, count, plural, size
 from lora_inject.report.bytes import optimizer_states
 from lora_inject.settings import check_count
 
@@ -43,7 +43,7 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Capacity:
+class Capacity(Shown):
     """Bytes that training needs on each device; ``print`` shows it as a table.
 
     Attributes:
@@ -129,12 +129,6 @@ class Capacity:
                 Section(f"Smallest number of devices (TP {self.tp})", columns, fits, self.notes),
             ]
         )
-
-    def __str__(self) -> str:
-        return self._tables().text()
-
-    def _repr_html_(self) -> str:
-        return self._tables().html()
 
 
 def capacity(

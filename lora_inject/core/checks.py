@@ -12,7 +12,7 @@ from lora_inject.core.site import Site
 from lora_inject.core.state import adapters_of, state_of
 from lora_inject.errors import ArgumentError, LoRAInjectError, UnsupportedLayerError
 from lora_inject.own import Place, own_tensor
-from lora_inject.settings import BASE, BiasMode
+from lora_inject.settings import BASE, BiasMode, Settings
 
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
@@ -128,3 +128,14 @@ def require_apart(look: Look, sites: Sequence[Site], in_full: Mapping[str, nn.Mo
                     path=path,
                     remedy="Take it out of train_also.",
                 )
+
+
+def require_finite(settings: Settings, dtype: torch.dtype, path: str) -> None:
+    """Refuse a scaling that is infinite in the dtype of the base, in which the layer computes."""
+    computes = dtype.is_floating_point and dtype.itemsize > 1
+    if computes and settings.scaling > torch.finfo(dtype).max:
+        raise ArgumentError(
+            f"alpha: a scaling of {settings.scaling:g} overflows {dtype}.",
+            path=path,
+            remedy="Use a smaller alpha.",
+        )

@@ -100,9 +100,21 @@ def choose(
     winners = {key: winner for key, (_, winner, _) in chosen.items()}
     for pattern, targets in selected.items():
         _require_choice(matcher, pattern, targets, winners, skips, argument)
+    sites = _in_order(matcher, chosen.values())
+    return [*sites.values()], [skip for skip in skips.values() if skip.path not in sites]
+
+
+def _in_order(
+    matcher: Matcher, chosen: Iterable[tuple[Target, Pattern, Site | Refusal]]
+) -> dict[str, Site]:
+    """The sites by path, in registration order.
+
+    Raises:
+        AlreadyAdaptedError: one carries an adapter of this name.
+    """
     order = {place.module: index for index, place in enumerate(matcher.places)}
     sites: dict[str, Site] = {}
-    for target, _, found in sorted(chosen.values(), key=lambda choice: order[choice[0].module]):
+    for target, _, found in sorted(chosen, key=lambda choice: order[choice[0].module]):
         if isinstance(found, Refusal):
             raise AlreadyAdaptedError(
                 found.reason,
@@ -110,7 +122,7 @@ def choose(
                 remedy="Name the new one by adapter=, exclude the layer, or remove the old one.",
             )
         sites[target.path] = found
-    return [*sites.values()], [skip for skip in skips.values() if skip.path not in sites]
+    return sites
 
 
 def _note_matrices(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.adapter import names_of
+from lora_inject.core.checks import require_finite
 from lora_inject.core.choosing import Limits
 from lora_inject.core.class_swap import class_refusal
 from lora_inject.core.matcher import Matcher, Target
@@ -124,7 +125,7 @@ class Resolver:
         if is_packed(first):
             settings = replace(settings, variant=settings.variant.packed())
         dtype = _adapter_dtype(first, self.request.dtype, target.path)
-        _require_finite(settings, first.dtype, target.path)
+        require_finite(settings, first.dtype, target.path)
         return Site(
             paths=target.paths,
             type=target.type,
@@ -274,17 +275,6 @@ def _base_elements(weights: Mapping[str, Tensor], specs: Sequence[Spec]) -> int:
         else:
             elements += math.prod(next((s.n_in, s.n_out) for s in specs if s.weight == name))
     return elements
-
-
-def _require_finite(settings: Settings, dtype: torch.dtype, path: str) -> None:
-    """Refuse a scaling that is infinite in the dtype of the base, in which the layer computes."""
-    computes = dtype.is_floating_point and dtype.itemsize > 1
-    if computes and settings.scaling > torch.finfo(dtype).max:
-        raise ArgumentError(
-            f"alpha: a scaling of {settings.scaling:g} overflows {dtype}.",
-            path=path,
-            remedy="Use a smaller alpha.",
-        )
 
 
 def _adapter_dtype(weight: Tensor, dtype: torch.dtype | str | None, path: str) -> torch.dtype:

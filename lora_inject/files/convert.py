@@ -13,7 +13,7 @@ from lora_inject.errors import ArgumentError, FormatError
 from lora_inject.files.formats import find_format, named_format, read_adapter
 from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.pairs import as_portable
-from lora_inject.printing import Section, Tables, count, size
+from lora_inject.printing import Section, Shown, Tables, count, size
 
 
 def convert(
@@ -67,7 +67,7 @@ def convert(
 
 
 @dataclass(frozen=True)
-class Inspection:
+class Inspection(Shown):
     """What is in an adapter file; ``print`` shows it as a table."""
 
     path: Path
@@ -137,12 +137,6 @@ class Inspection:
             others = [(name, f"{tuple(t.shape)}", _dtype(t)) for name, t in d.tensors.items()]
             sections.append(Section("Trained in place", ("tensor", "shape", "dtype"), others))
         return Tables(sections)
-
-    def __str__(self) -> str:
-        return self._tables().text()
-
-    def _repr_html_(self) -> str:
-        return self._tables().html()
 
 
 def inspect(path: Path, *, format: str | None = None, model: nn.Module | None = None) -> Inspection:

@@ -13,7 +13,7 @@ from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.pairs import as_portable
 from lora_inject.files.stored import Stored
 from lora_inject.files.stored_pair import StoredPair
-from lora_inject.printing import Section, Tables
+from lora_inject.printing import Section, Shown, Tables
 from lora_inject.sharding import whole
 from lora_inject.variants import Change
 
@@ -35,7 +35,7 @@ class PortableWeight(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PortableReport:
+class PortableReport(Shown):
     """What ``save(portable=True)`` wrote, weight by weight; ``print`` shows it as a table."""
 
     weights: tuple[PortableWeight, ...]
@@ -49,12 +49,6 @@ class PortableReport:
         rows = [(w.path, str(w.r), f"{w.lost:.2%}") for w in self.weights]
         title = f"Plain LoRA of {len(rows)} weights"
         return Tables([Section(title, ("weight", ">r", ">lost"), rows)])
-
-    def __str__(self) -> str:
-        return self._tables().text()
-
-    def _repr_html_(self) -> str:
-        return self._tables().html()
 
 
 def portable(

@@ -20,7 +20,7 @@ from lora_inject.core.state_parts import Merged
 from lora_inject.errors import ArgumentError, LoRAInjectError, UnsupportedLayerError
 from lora_inject.kinds.base import is_plain
 from lora_inject.own import own_class, own_tensor
-from lora_inject.printing import Section, Tables
+from lora_inject.printing import Section, Shown, Tables
 from lora_inject.settings import check_names
 from lora_inject.sharding import is_partial
 
@@ -43,7 +43,7 @@ class MergedWeight(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MergeReport:
+class MergeReport(Shown):
     """What ``merge`` did, weight by weight; ``print`` shows it as a table."""
 
     weights: tuple[MergedWeight, ...]
@@ -59,12 +59,6 @@ class MergeReport:
         ]
         columns = ("weight", "dtype", ">lost to rounding")
         return Tables([Section(f"Merged {len(rows)} weights", columns, rows)])
-
-    def __str__(self) -> str:
-        return self._tables().text()
-
-    def _repr_html_(self) -> str:
-        return self._tables().html()
 
 
 class Folded(NamedTuple):

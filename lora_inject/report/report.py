@@ -13,7 +13,7 @@ from lora_inject.core.roles import ADAPTER_ROLES, ROLES, roles
 from lora_inject.core.state import owned
 from lora_inject.kinds.bias import is_bias
 from lora_inject.own import own_tensor
-from lora_inject.printing import Section, Tables, count, plural
+from lora_inject.printing import Section, Shown, Tables, count, plural
 from lora_inject.report.bytes import (
     can_train,
     frozen_bytes,
@@ -30,7 +30,7 @@ _OF_VARIANTS = frozenset(ADAPTER_ROLES) - {"lora_A", "lora_B"}
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Shown):
     """Trainable parameters and training memory of a model; ``print`` shows it as a table.
 
     Every Parameter is counted once, however many names it has.
@@ -108,12 +108,6 @@ class Report:
         if self.notes:
             sections.append(Section("Notes", ("",), [(note,) for note in self.notes]))
         return Tables(sections)
-
-    def __str__(self) -> str:
-        return self._tables().text()
-
-    def _repr_html_(self) -> str:
-        return self._tables().html()
 
 
 def report(model: nn.Module, optimizer: str = "adamw") -> Report:

@@ -101,12 +101,7 @@ def from_tensors(
     if config.get("peft_type") in peft_lycoris.TYPES:
         return peft_lycoris.from_tensors(config, tensors, metadata, path, index, alpha)
     check_config(config, path / CONFIG)
-    own = own_metadata(metadata, path)
-    if own.get("config", config_digest(config)) != config_digest(config):
-        raise FormatError(
-            f"{path}: {CONFIG} and {TENSORS} are not of one save.",
-            remedy="A save was interrupted, or one was edited: save again.",
-        )
+    own = _own_metadata(config, metadata, path)
     modules = None if index is None else bare_modules(index.by_path)
     names = Names({*own.get("names", ()), *_names(modules or {})})
     tensors, tables = peft_rows.without_rows(tensors, config, path)
@@ -146,6 +141,23 @@ def from_tensors(
         tables=tables,
         added=added,
     )
+
+
+def _own_metadata(
+    config: Mapping[str, Any], metadata: Mapping[str, str], path: Path
+) -> Mapping[str, Any]:
+    """What only we say of the adapter.
+
+    Raises:
+        FormatError: it goes with another config.
+    """
+    own: Mapping[str, Any] = own_metadata(metadata, path)
+    if own.get("config", config_digest(config)) != config_digest(config):
+        raise FormatError(
+            f"{path}: {CONFIG} and {TENSORS} are not of one save.",
+            remedy="A save was interrupted, or one was edited: save again.",
+        )
+    return own
 
 
 def _names(modules: Mapping[str, nn.Module]) -> Iterator[str]:
