@@ -33,6 +33,7 @@ from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.pairs import told_layout
 from lora_inject.files.rows import refused_rows, stored_rows
 from lora_inject.files.stored_pair import StoredPair, require_agreement
+from lora_inject.files.task import task_of
 from lora_inject.files.token_rows import token_tables
 from lora_inject.files.which_adapter import adapter_name
 from lora_inject.kinds.parameter import ParameterKind
@@ -160,7 +161,7 @@ class Stored:
             rows=fingerprints(rows),
             base_name=name if isinstance(name, str) else "",
             model_class=kind,
-            task="CAUSAL_LM" if kind.endswith(("ForCausalLM", "LMHeadModel")) else "",
+            task=task_of(self.model, (self.paths[module] for module in tops)),
             modules=tuple(path for path in self.paths.values() if path),
             beside=tuple(sorted(company(self.look).get(self.name, ()))),
             facts={
