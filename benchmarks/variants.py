@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks.harness import Result, interleaved, row, seconds
-from lora_inject import inject
-from lora_inject.starts import PiSSA
+from benchmarks.peers import small_llama
+from lora_inject import calibrate, inject
+from lora_inject.starts import LoftQ, PiSSA
 
 
 def _kept(call: Callable[[], Tensor], own: nn.Module, x: Tensor) -> int:
@@ -87,3 +88,48 @@ def pissa(rounds: int) -> list[Result]:
     met = fair and taken["ours"] < taken["pissa_niter_4"]
     workload, goal = "PiSSA start of a 4096x4096 layer, r=16", "less than PEFT's time, as near"
     return [Result("pissa", workload, value, goal, met)]
+
+
+@row("calibrate")
+def calibration(rounds: int) -> list[Result]:
+    model = small_llama().eval().requires_grad_(False)
+    batches = [{"input_ids": torch.randint(1000, (4, 256))} for _ in range(2)]
+
+    @torch.no_grad()
+    def plain() -> None:
+        for batch in batches:
+            model(**batch)
+
+    results = []
+    for targets, name in ((["q_proj", "v_proj"], "q_proj and v_proj"), ("all-linear", "all")):
+        actions = {
+            "plain": plain,
+            "ours": lambda t=targets: calibrate(model, t, batches, progress=False),
+        }
+        cost = interleaved(actions, rounds).ratio("ours", "plain")
+        workload = f"one pass over 2,048 tokens that gathers what {name} linear layers read"
+        goal = "<= 1.3x of the forward pass"
+        results.append(Result("calibrate", workload, f"{cost:.2f}x", goal, cost <= 1.3))
+    return results
+
+
+@row("loftq")
+def loftq(rounds: int) -> list[Result]:
+    """LoftQ beside PEFT's, which leaves the scaling out of A and B."""
+    from torchao.quantization import IntxWeightOnlyConfig, quantize_
+    from torchao.quantization.granularity import PerGroup
+
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(512, 512, bias=False))
+    W = model[0].weight.detach().clone()
+    quantize_(model, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(64)))
+    left = W - model[0].weight.dequantize()
+    r, s = 16, 2.0  # alpha = 2 r
+    inject(model, "0", r=r, alpha=s * r, init=LoftQ({"0.weight": W}))
+    ours = left - s * model[0].lora_B.detach() @ model[0].lora_A.detach()
+    U, S, Vh = torch.linalg.svd(left)
+    theirs = left - s * (U[:, :r] * S[:r]) @ Vh[:r]
+    shown = [(e.norm() / W.norm()).item() for e in (left, ours, theirs)]
+    value = f"{shown[1]:.4f} (PEFT's {shown[2]:.4f}, without {shown[0]:.4f})"
+    workload = "LoftQ over an int4 base, r=16, alpha=32: what is left of the error of W"
+    return [Result("loftq", workload, value, "below PEFT's", shown[1] < shown[2])]
