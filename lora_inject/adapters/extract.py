@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_inject.arithmetic.low_rank import dominant
+from lora_inject.adapters.extracting import EXTRACTING, Extracting, factors
 from lora_inject.core.adaptation import Content
 from lora_inject.core.index import Index
 from lora_inject.core.layer import LoRALayer
@@ -21,8 +21,6 @@ from lora_inject.printing import Section, Shown, Tables
 from lora_inject.settings import check_adapter, check_dtype, check_layers, check_word
 from lora_inject.sharding import is_partial
 from lora_inject.variants import Spec
-
-OVERSAMPLING, ITERATIONS = 10, 4  # of the randomized decomposition: within 1 % of the exact one
 
 
 class ExtractedWeight(NamedTuple):
@@ -97,7 +95,7 @@ def extract(
         tuned: the fine-tuned model, of the same layers; it is not changed.
         targets: the layers to extract, as in ``inject``.
         r: the rank.
-        variant: "lora", or "dora", whose magnitude holds the lengths of the rows exactly.
+        variant: "lora", or "dora", which scales the rows besides and so loses less.
         exclude: layers to leave out.
         layers: block indices to keep.
         dtype: of A and B, as in ``inject``.
@@ -120,7 +118,9 @@ def extract(
                 remedy="Call use(model) or strip(model) first.",
             )
     request = Request(
-        settings_by_pattern(targets, {"r": r, "variant": check_word(variant, "variant", _HOW)}),
+        settings_by_pattern(
+            targets, {"r": r, "variant": check_word(variant, "variant", EXTRACTING)}
+        ),
         excluded=optional_patterns(exclude, "exclude"),
         layers=check_layers(layers),
         dtype=check_dtype(dtype),
@@ -147,7 +147,7 @@ def _difference(
     for site, weights in zip(sites, tuned_weights, strict=True):
         for spec in site.specs:
             W = site.kind.weight(site.module, spec.weight)
-            how = _HOW[site.settings.variant.name]
+            how = EXTRACTING[site.settings.variant.name]
             own, lost = _extracted(site, spec, W, weights[spec.weight], how)
             held.add(id(W))
             values[site.path, spec.prefix] = own
@@ -201,7 +201,7 @@ def _module_path(site: Site) -> str:
 
 @torch.no_grad()
 def _extracted(
-    site: Site, spec: Spec, W: Tensor, tuned: Tensor, how: "_Extracting"
+    site: Site, spec: Spec, W: Tensor, tuned: Tensor, how: Extracting
 ) -> tuple[dict[str, Tensor], float]:
     """The tensors by role, and the share of the difference that they do not hold."""
     dtype, r = torch.promote_types(W.dtype, torch.float32), site.settings.r
@@ -210,7 +210,7 @@ def _extracted(
     rank = min(r, *W_OI.shape[-2:])
     if not (T_OI - W_OI).isfinite().all():
         raise ArgumentError("the difference of the models is not finite.", path=site.path)
-    pair = _factors(how.wanted(W_OI, T_OI) - W_OI, rank, site)
+    pair = how.pair(W_OI, T_OI, lambda matrix_OI: factors(matrix_OI, rank, site.path))
     A, B = (tensor.to(site.dtype) for tensor in pair)
     change, own = how.made(W_OI, T_OI, B.to(dtype) @ A.to(dtype))
     norm = (T_OI - W_OI).norm().item()
@@ -220,53 +220,6 @@ def _extracted(
     A, B = site.kind.from_matrices(site.module, A, B)
     shapes = site.settings.variant.shapes(spec)
     return {"A": A, "B": B, **{role: t.reshape(shapes[role]) for role, t in own.items()}}, lost
-
-
-def _factors(difference_OI: Tensor, rank: int, site: Site) -> tuple[Tensor, Tensor]:
-    """A and B of which the product is near a matrix."""
-    q = min(rank + OVERSAMPLING, *difference_OI.shape[-2:])
-    try:
-        U, S, V = dominant(difference_OI, q, ITERATIONS)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        S = difference_OI.new_full((1,), float("nan"))  # which GPUs return where CPUs raise
-    if not S.isfinite().all():
-        problem = "the difference of the models is too large to decompose."
-        raise ArgumentError(problem, path=site.path)
-    root = S[..., :rank].sqrt().unsqueeze(-2)
-    return (V[..., :rank] * root).transpose(-2, -1), U[..., :rank] * root
-
-
-class _Extracting:
-    """How the weight of a fine-tuned model becomes an adapter: here ``B A``, its difference."""
-
-    def wanted(self, W_OI: Tensor, T_OI: Tensor) -> Tensor:
-        """What ``W + B A`` is to be near to."""
-        return T_OI
-
-    def made(self, W_OI: Tensor, T_OI: Tensor, BA_OI: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The change of W, and the tensors besides A and B."""
-        return BA_OI, {}
-
-
-class _ExtractingDoRA(_Extracting):
-    """``B A`` turns the rows of W as they were turned, and the magnitude has their lengths."""
-
-    def wanted(self, W_OI: Tensor, T_OI: Tensor) -> Tensor:
-        """The rows of T, as long as those of W."""
-        lengths = T_OI.norm(dim=-1, keepdim=True)
-        turned = T_OI * (W_OI.norm(dim=-1, keepdim=True) / lengths)
-        return torch.where(lengths > 0, turned, W_OI)
-
-    def made(self, W_OI: Tensor, T_OI: Tensor, BA_OI: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The lengths that bring ``W + B A`` nearest to T."""
-        V_OI = W_OI + BA_OI
-        n_O = V_OI.norm(dim=-1)
-        n_O = n_O.clamp_min(torch.finfo(n_O.dtype).tiny)
-        m_O = (V_OI * T_OI).sum(-1) / n_O
-        return V_OI * (m_O / n_O).unsqueeze(-1) - W_OI, {"magnitude": m_O}
-
-
-_HOW = {"lora": _Extracting(), "dora": _ExtractingDoRA()}
 
 
 def _others(

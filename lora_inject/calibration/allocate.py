@@ -50,7 +50,8 @@ def allocate(
 
     Args:
         stats: what ``calibrate`` returned.
-        r: the mean rank; None for 8, or for what the budget allows.
+        r: the mean rank, or less where the layers, or the vectors that were seen of them, have no
+            more directions; None for 8, or for what the budget allows.
         alpha: for that rank; every layer gets the alpha of the same scaling. None for alpha = r.
         rho: no layer gets more than rho times the mean rank; 1 gives all the same.
         scaling: the rule of ``inject(scaling=)`` that the layers are adapted with.

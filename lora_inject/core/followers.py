@@ -1,12 +1,14 @@
 """Sites that are tied to one that was chosen: one adapter for all places of a weight."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import nn
 
 from lora_inject.core.resolving import Resolver
 from lora_inject.core.site import Site
 from lora_inject.errors import ArgumentError
+from lora_inject.settings import Settings
 
 
 def with_followers(resolver: Resolver, sites: Sequence[Site]) -> tuple[Site, ...]:
@@ -24,7 +26,7 @@ def with_followers(resolver: Resolver, sites: Sequence[Site]) -> tuple[Site, ...
             continue
         for follower in resolver.followers(site):
             key = (follower.module, follower.specs[0].weight)
-            if key in chosen and chosen[key].settings != site.settings:
+            if key in chosen and _at(site.path, chosen[key].settings) != site.settings:
                 raise ArgumentError(
                     f"targets: {site.path} and {follower.path} are tied and share one adapter, but "
                     "are given different settings.",
@@ -32,3 +34,8 @@ def with_followers(resolver: Resolver, sites: Sequence[Site]) -> tuple[Site, ...
             followers[key] = follower
     leaders = [s for s in sites if (s.module, s.specs[0].weight) not in followers]
     return (*leaders, *followers.values())
+
+
+def _at(path: str, settings: Settings) -> Settings:
+    """The settings with the start of another path."""
+    return replace(settings, start=settings.start.at(path))

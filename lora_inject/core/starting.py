@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lora_inject.arithmetic import starting_values as initial
 from lora_inject.core.adapter import Adapter
 from lora_inject.core.site import Site
+from lora_inject.errors import UnsupportedLayerError
 from lora_inject.kinds import Kind, Spec
 from lora_inject.sharding import is_distributed, shards
 
@@ -111,4 +112,30 @@ def starting_values(
     if variant.more:
         more = variant.starting(kind, layer, W, spec, tensors, s.scaling)
         tensors |= {role: tensor.to(variant.dtype(role, dtype)) for role, tensor in more.items()}
+    _require_alive(adapter, tensors)
     return tensors
+
+
+def _require_alive(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse values from which no gradient leads away, where only they tell.
+
+    Raises:
+        UnsupportedLayerError: the adapter could never learn.
+    """
+    s = adapter.settings
+    if "magnitude" in tensors and not tensors["magnitude"].any():
+        raise UnsupportedLayerError(
+            f"{s.variant.argument}: its weight is zero, and so are the lengths that it would have.",
+            path=adapter.path,
+            remedy="Give it variant='lora' by a pattern of its own, or exclude it.",
+        )
+    if "A" not in tensors or s.start.zero(adapter.kind) is not None:
+        return
+    zero = [role for role in ("A", "B") if not tensors[role].any()]
+    if len(zero) == 2 or s.variant.fixed in zero:
+        still = "A and B both start" if len(zero) == 2 else f"its fixed {zero[0]} starts"
+        raise UnsupportedLayerError(
+            f"init={s.start.name!r}: {still} at zero, and the adapter could never learn.",
+            path=adapter.path,
+            remedy="Give it another start by a pattern of its own, or exclude it.",
+        )

@@ -86,6 +86,9 @@ def rows_of(kind: LayerKind, layer: nn.Module, W: Tensor | None, spec: Spec) -> 
 def rank_refusal(name: str, spec: Spec, shape: torch.Size) -> str | None:
     """Why a decomposition of a matrix (..., out, in) has no r directions."""
     most = min(shape[-2:])
-    return f'init="{name}" has {most} directions here, fewer than r={spec.rank}.' if (
-        spec.rank > most
-    ) else None  # fmt: skip
+    if spec.rank <= most:
+        return None
+    return (
+        f'init="{name}" has {most} directions here, fewer than r={spec.rank}. Give it a smaller r '
+        "by a pattern of its own, or exclude it."
+    )

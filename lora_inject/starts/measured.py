@@ -97,7 +97,10 @@ class Measured(Start):
         shape = torch.Size(matrix_shape(kind, layer, spec))
         asked = tuple(shape if self.of_loss else shape[-1:])
         if there != asked:
-            return f'init="{self.name}": the statistics are of {there} features, not {asked}.'
+            return (
+                f'init="{self.name}": the statistics are of {there} features, not {asked}. Call '
+                "calibrate on the same model."
+            )
         return self.unfit(found, spec, shape)
 
     def unfit(self, found: Any, spec: Spec, shape: torch.Size) -> str | None:

@@ -145,3 +145,20 @@ def test_dora_holds_the_lengths_of_rows_exactly_and_loses_less(kind):
     with torch.no_grad():
         longer[0].weight.mul_(torch.tensor([[1.0], [2.0], [0.5], [3.0], [1.5]]))
     assert extract(rows, longer, "0", r=1, variant="dora").worst < 1e-6
+
+
+@pytest.mark.parametrize("rank", [2, 6, 24])
+def test_dora_never_loses_more_than_lora_of_the_same_rank(rank):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(24, 32)).double()
+    for difference in (torch.randn(32, 2) @ torch.randn(2, 24), torch.randn(32, 24)):
+        for zero in (False, True):
+            tuned = copy.deepcopy(base)
+            with torch.no_grad():
+                tuned[0].weight.add_(0.05 * difference)
+                tuned[0].weight[3].mul_(0.0 if zero else 1.0)
+            lora, dora = (
+                extract(copy.deepcopy(base), tuned, "0", r=rank, variant=variant).worst
+                for variant in ("lora", "dora")
+            )
+            assert dora <= lora + 1e-9

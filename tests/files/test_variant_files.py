@@ -119,7 +119,7 @@ def test_a_start_is_plain_lora_to_others_and_marked_for_us(tmp_path):
     }
     save(model, tmp_path / "a.pt", format="loralib")
     plain = several()
-    load(plain, tmp_path / "a.pt", alpha=6.0)
+    load(plain, tmp_path / "a.pt", alpha=3.0)  # its own, whatever the rank in the file
     assert adapters_of(plain.lin)[0].settings.r == 4
     torch.testing.assert_close(plain(TOKENS), model(TOKENS), rtol=1e-4, atol=1e-5)
 
@@ -300,3 +300,33 @@ def test_directories_whose_base_peft_has_moved_load_over_the_base_as_it_is(start
     file.write_text(json.dumps(said))
     with pytest.raises(FormatError, match=r"_niter_4' moves the weights of the base"):
         load(wide(), tmp_path / "a")
+
+
+def test_a_dora_of_weights_that_peft_has_moved_is_refused_for_what_it_is(tmp_path):
+    config = peft.LoraConfig(
+        r=4, target_modules=["lin"], init_lora_weights="pissa", use_dora=True
+    )  # fmt: skip
+    peft.get_peft_model(wide(), config).save_pretrained(tmp_path / "a")
+    with pytest.raises(FormatError, match=r"dora of lin is of the moved ones.*extract\(base"):
+        load(wide(), tmp_path / "a")
+
+
+def test_parts_with_a_magnitude_are_refused_with_a_way_that_there_is(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 12))
+    inject(model, "0", r=2, variant="dora", parts={"0": ("q", None, "v")})
+    with pytest.raises(FormatError, match=r"\(q\) is a dora.*portable=True, r=16, error=0.1"):
+        save(model, tmp_path / "a")
+    save(model, tmp_path / "b", portable=True, r=16, error=0.1)
+
+
+@pytest.mark.parametrize("scaling", ["lora", "rslora"])
+@pytest.mark.parametrize("init", ["default", "olora"])
+def test_loralib_files_mean_the_same_with_the_alpha_of_the_adapter(scaling, init, tmp_path):
+    model, x = wide(), torch.randn(2, 7, 24)
+    inject(model, "lin", r=4, alpha=6, scaling=scaling, init=init)
+    with torch.no_grad():
+        model.lin.lora_B.add_(torch.randn_like(model.lin.lora_B))
+    save(model, tmp_path / "a.pt", format="loralib")
+    again = wide()
+    load(again, tmp_path / "a.pt", alpha=6)
+    torch.testing.assert_close(again(x), model(x))

@@ -6,7 +6,13 @@ from every_kind import KINDS, make
 from helpers import changed_parts, linears, snapshot
 from torch import nn
 
-from lora_inject import ArgumentError, inject, reset_lora_parameters, strip
+from lora_inject import (
+    ArgumentError,
+    UnsupportedLayerError,
+    inject,
+    reset_lora_parameters,
+    strip,
+)
 from lora_inject.starts import Subtracted
 
 pytestmark = [
@@ -64,8 +70,49 @@ def test_what_would_move_outputs_is_refused_and_nothing_changes():
     before = snapshot(model)
     with pytest.raises(ArgumentError, match=r"^init: .*both not zero.*Subtracted"):
         inject(model, ["a", "b"], r=2, init=both)
-    with pytest.raises(ArgumentError, match=r"^init: .* not finite"):
+    with pytest.raises(ArgumentError, match=r"^init: .* not finite for a\."):
         inject(model, ["a", "b"], r=2, init=lambda W, A, B: A.fill_(float("nan")))
     with pytest.raises(ArgumentError, match=r"^init must be one of"):
         inject(model, ["a", "b"], r=2, init=3)
     assert changed_parts(before, snapshot(model)) == []
+
+
+def test_what_could_never_learn_is_refused_by_path():
+    """Neither two zeros nor a fixed one, which only the values tell."""
+    model = linears("a", "b")
+    before = snapshot(model)
+    with pytest.raises(UnsupportedLayerError, match=r"^a: init='custom': A and B both start at"):
+        inject(model, ["a", "b"], r=2, init=lambda W, A, B: A.zero_())
+    with pytest.raises(UnsupportedLayerError, match=r"^a: init='custom': its fixed B starts at"):
+        inject(model, ["a", "b"], r=2, init=orthogonal, fixed="B")
+    assert changed_parts(before, snapshot(model)) == []
+    inject(model, ["a", "b"], r=2, init=orthogonal, fixed="A")
+
+
+@pytest.mark.parametrize("method", [{"init": "pissa"}, {"init": "milora"}, {"variant": "dora"}])
+def test_a_weight_of_zeros_is_refused_where_nothing_could_be_learnt(method):
+    model = linears("a", "b")
+    nn.init.zeros_(model["b"].weight)
+    before = snapshot(model)
+    with pytest.raises(UnsupportedLayerError, match=r"^b: .*zero.*by a pattern of its own"):
+        inject(model, ["a", "b"], r=2, **method)
+    assert changed_parts(before, snapshot(model)) == []
+
+
+def test_the_base_cannot_be_written_to_and_what_is_not_written_is_refused():
+    model = linears("a")
+    before = snapshot(model)
+    inject(model, "a", r=2, init=lambda W, A, B: W.zero_().sum().item())
+    strip(model)
+    assert changed_parts(before, snapshot(model)) == []
+    for init in (lambda W, A, B: (A + 1, B), lambda W, A, B: A.resize_(2, 2).zero_()):
+        with pytest.raises(ArgumentError, match=r"^init: the function .* for a.*Write into them"):
+            inject(model, "a", r=2, init=init)
+    assert changed_parts(before, snapshot(model)) == []
+
+
+def test_both_places_of_a_tied_weight_may_be_named():
+    model = linears("a", "b")
+    model["b"].weight = model["a"].weight
+    inject(model, ["a", "b"], r=2, init=orthogonal)
+    assert model["b"].lora_A is model["a"].lora_A

@@ -112,7 +112,7 @@ class PairData:
         """All dropouts, by the names that ``inject(dropout=)`` has for them."""
         return ("input", self.dropout), ("rank", self.drops.rank), ("module", self.drops.module)
 
-    def require_plain(self, what: str) -> None:
+    def require_plain(self, what: str, remedy: str = 'Save it as "peft" or "kohya".') -> None:
         """Refuse a variant of which A and B alone would be kept.
 
         Raises:
@@ -122,7 +122,7 @@ class PairData:
             missing = " and ".join(self.others) or "factors"
             raise FormatError(
                 f"{self.name} is a {self.variant}, of which {what} has no {missing}.",
-                remedy='Save it as "peft" or "kohya".',
+                remedy=remedy,
             )
 
     @property

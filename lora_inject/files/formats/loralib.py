@@ -5,6 +5,7 @@ little; with a model at hand that is looked up in it. Nor do they say which part
 projection are adapted: that is looked up in the adapter that the model has.
 """
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from lora_inject.files.formats.merged_linear import is_merged, merged
 from lora_inject.files.formats.pairs import by_layer
 from lora_inject.files.formats.storage import read_pickled, replaced_together
 from lora_inject.kinds.base import Form
+from lora_inject.variants import SCALINGS
 
 _KEY = r"(?:(.+)\.)?(?:(\w+?)_)?lora_([AB])"
 
@@ -75,6 +77,7 @@ def write(data: AdapterData, path: Path) -> None:
     for own in by_layer(data.pairs):
         for pair in own:
             pair.require_plain("loralib's format")
+        own = [_by_rank(pair) for pair in own]
         A, B = merged(own) if own[0].part else (own[0].A, own[0].B)
         key = replace(own[0], part="").key
         tensors |= {f"{key}lora_A": A, f"{key}lora_B": B}
@@ -82,3 +85,13 @@ def write(data: AdapterData, path: Path) -> None:
     state = {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}
     with replaced_together(path) as (file,):
         torch.save(state, file)
+
+
+def _by_rank(pair: PairData) -> PairData:
+    """The same where readers take alpha / r of the file, with the adapter's own alpha.
+
+    Another rule of scaling, or the rank of a start that is subtracted, goes into B.
+    """
+    alpha = SCALINGS[pair.rule].alpha(pair.scaling, pair.own_rank)
+    factor = pair.scaling * pair.rank / alpha
+    return pair if math.isclose(factor, 1.0) else replace(pair, B=pair.B * factor)

@@ -76,7 +76,11 @@ def _joined(parts: list[PairData]) -> PairData:
     scaling = parts[0].scaling
     blocks = []
     for pair in parts:
-        pair.require_plain("a layer in parts")
+        pair.require_plain(
+            "a layer in parts",
+            "Give portable=True, r=16, error=0.1 for a plain LoRA near to it; or "
+            "torch.save(lora_state_dict(model), ...) keeps it for load_lora_state_dict.",
+        )
         start, total = pair.span
         # Parts of one adapter have one scaling.
         blocks.append(F.pad(pair.B, (0, 0, start, total - start - pair.B.shape[0])))

@@ -93,9 +93,16 @@ def with_moved_base(
         layer = modules.get(pair.path)
         kind = None if layer is None else find_kind(layer)
         weight = None if layer is None else layer._parameters.get(pair.weight)
+        if pair.others:
+            raise FormatError(
+                f"{where}: init_lora_weights={word!r} has moved the weights of the base, and the "
+                f"{pair.variant} of {pair.name} is of the moved ones.",
+                remedy="Merge it with PEFT (merge_and_unload), and extract(base, merged, "
+                f"variant={pair.variant!r}) an adapter.",
+            )
         if (
             layer is None or kind is None or weight is None or pair.form != "linear"
-            or weight.dtype != torch.float32 or not is_plain(weight) or pair.others
+            or weight.dtype != torch.float32 or not is_plain(weight)
         ):  # fmt: skip
             raise FormatError(
                 f"{where}: init_lora_weights={word!r} has moved the weights of the base, and for "
