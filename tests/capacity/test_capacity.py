@@ -9,8 +9,8 @@ import torch.distributed as dist
 import transformers as tf
 from families import FAMILIES
 from helpers import changed_parts, snapshot
+from products import held
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from lora_inject import LoRAInjectError, capacity, inject
-from lora_inject.report.bytes import stored_tensors
 
 pytestmark = pytest.mark.cpu("what is counted is measured on it")
 
@@ -66,22 +65,17 @@ def t5():
 
 
 def measured(model, **inputs):
-    """Bytes of the distinct storages that autograd really keeps, without the model's own."""
-    tensors = [*model.parameters(), *model.buffers()]
-    own = {part.untyped_storage().data_ptr() for t in tensors for part in stored_tensors(t)}
-    kept = {}
+    """Bytes that the graph of a forward pass really holds, by the allocator of the CPU.
 
-    def pack(tensor):
-        for part in stored_tensors(tensor):
-            storage = part.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage
-        return tensor
+    Hooks on what is saved would switch some savings off.
+    """
 
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model.train()(**inputs)
-    del output  # until here nothing that is kept can have made room for another
-    return sum(storage.nbytes() for storage in kept.values())
+    def graph():
+        output = model.train()(**{name: value.clone() for name, value in inputs.items()})
+        return getattr(output, "loss", output).grad_fn  # and nothing else of what is returned
+
+    graph()  # what is made at the first call
+    return held(graph)
 
 
 def tokens():
@@ -166,6 +160,43 @@ def test_dropout_of_adapters_keeps_a_copy_and_a_mask_on_accelerators_and_nothing
     without = capacity(plain, x_NI).activations
     assert capacity(model, x_NI).activations == without + 512 * 64 * (3 * (4 + 1) - 4)
     assert without == pytest.approx(measured(model, x=x_NI), rel=0.1)
+
+
+class Gated(nn.Module):
+    """The MLP of a Llama; others may read its product, too."""
+
+    def __init__(self, then=lambda x: x, besides=False):
+        super().__init__()
+        self.gate, self.up = nn.Linear(64, 160), nn.Linear(64, 160)
+        self.down = nn.Linear(160, 64)
+        self.then, self.besides = then, besides
+
+    def forward(self, x):
+        product = self.then(F.silu(self.gate(x)) * self.up(x))
+        y = self.down(product)
+        return y + product.square().mean() if self.besides else y
+
+
+def shifted(x):
+    with torch.no_grad():
+        return x.add_(1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "products"),
+    [
+        ({}, 3),  # gate, silu(gate) and up
+        ({"besides": True}, 4),
+        ({"then": torch.tanh}, 4),
+        ({"then": shifted}, 4),
+    ],
+)
+def test_the_product_of_a_gated_mlp_is_made_again_where_nobody_else_reads_it(arguments, products):
+    model, x_NI = Gated(**arguments), torch.randn(512, 64)
+    inject(model, ["gate", "up", "down"], r=4)
+    needed = capacity(model, x_NI).activations
+    assert needed // (4 * 512 * 160) == products
+    assert needed == pytest.approx(measured(model, x=x_NI), rel=0.02)
 
 
 class Peak(TorchDispatchMode):
