@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from lora_inject.capacity.shards import Products, blocks
 from lora_inject.capacity.without_values import as_on_accelerators
-from lora_inject.compat.torch_private import is_functorch_wrapped, tree_leaves
+from lora_inject.compat.torch_private import is_functorch_wrapped, tells_of_hooks, tree_leaves
 from lora_inject.core.state import adapters_of
 from lora_inject.errors import LoRAInjectError
 from lora_inject.report.bytes import stored_tensors
@@ -212,7 +212,8 @@ class _Tape(TorchFunctionMode):
         outside = by_block.pop(None) + sum(kept.bytes(tp) for kept in self._inputs.values())
         sizes = [kept.bytes(tp) for kept in self._kept.values()]
         # Where weights are DTensors, a layer and its adapters are no Function of ours.
-        again = [kept.bytes(tp) for kept in self._kept.values() if kept.made_again and tp == 1]
+        makes_again = tp == 1 and tells_of_hooks
+        again = [k.bytes(tp) for k in self._kept.values() if k.made_again and makes_again]
         return Saved(
             total=sum(sizes) - sum(again),
             checkpointed=outside + max(by_block.values(), default=0) if sizes else 0,

@@ -53,6 +53,8 @@ unsafe_view = _named("ops.aten._unsafe_view.default", Tensor.view)
 # Without these: every forward asks whether it runs in a checkpointed part, and products are kept.
 _hooks_of_saved_tensors = _named("_C._autograd._top_saved_tensors_default_hooks", _yes)
 _number_of_backward_pass = _named("_C._current_graph_task_id", lambda: 0)
+# Without this: no product is kept as its factors, and capacity counts none so.
+tells_of_hooks = hasattr(_named("_C._autograd.SavedTensor", object), "unpack_hook")
 
 
 def _map_containers(function: Callable[[Any], Any], tree: Any) -> Any:

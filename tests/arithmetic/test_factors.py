@@ -11,11 +11,12 @@ from torch.utils.checkpoint import checkpoint
 from lora_inject.arithmetic import linear as ways
 from lora_inject.arithmetic import product, whole
 from lora_inject.arithmetic.linear import linear_down
+from lora_inject.compat.torch_private import tells_of_hooks
 
 pytestmark = [
     pytest.mark.usefixtures("device"),
     pytest.mark.skipif(
-        not hasattr(torch._C._autograd.SavedTensor, "unpack_hook"),
+        not tells_of_hooks,
         reason="this torch does not say whether a kept tensor is hooked",
     ),
 ]

@@ -1,6 +1,5 @@
 """Capacity on paper: activations against real measurements, sums against real shards."""
 
-import weakref
 from functools import partial
 
 import pytest
@@ -14,11 +13,11 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.quality import peak
 from lora_inject import LoRAInjectError, capacity, inject
+from lora_inject.capacity import activations
 
 pytestmark = pytest.mark.cpu("what is counted is measured on it")
 
@@ -199,24 +198,12 @@ def test_the_product_of_a_gated_mlp_is_made_again_where_nobody_else_reads_it(arg
     assert needed == pytest.approx(measured(model, x=x_NI), rel=0.02)
 
 
-class Peak(TorchDispatchMode):
-    """The most bytes of tensors that exist at a time, beside those of the model."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
-        self.live, self.most = {}, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
-            if storage is None or storage._cdata in self.model | self.live.keys():
-                continue
-            self.live[storage._cdata] = storage.nbytes()
-            weakref.finalize(storage, self.live.pop, storage._cdata)
-            self.most = max(self.most, sum(self.live.values()))
-        return result
+def test_where_torch_does_not_tell_of_hooks_the_product_is_kept(monkeypatch):
+    model, x_NI = Gated(), torch.randn(512, 64)
+    inject(model, ["gate", "up", "down"], r=4)
+    told = capacity(model, x_NI).activations
+    monkeypatch.setattr(activations, "tells_of_hooks", False)
+    assert capacity(model, x_NI).activations == told + 4 * 512 * 160
 
 
 @pytest.mark.parametrize("vocab_size", [256, 4000])
@@ -226,13 +213,16 @@ def test_the_total_is_the_peak_of_a_real_step(build, vocab_size):
     inject(model, r=4)
     model.config.use_cache = False
     needed = capacity(model, batch=BATCH, seq=SEQ, optimizer="sgd")
-    with Peak(model) as peak:
-        output = model(**tokens())
+    inputs = tokens()
+
+    def step():
+        output = model(**inputs)
         output.loss.backward()
-    real = needed.base + needed.adapters + peak.most
-    assert needed.total == pytest.approx(real, rel=0.1)
+
+    most = peak(step)
+    assert needed.total == pytest.approx(needed.base + needed.adapters + most, rel=0.1)
     working = needed.activations + needed.working + needed.gradients
-    assert working == pytest.approx(peak.most, rel=0.1)
+    assert working == pytest.approx(most, rel=0.1)
 
 
 def test_checkpointing_keeps_the_inputs_of_the_blocks_and_one_block():
