@@ -219,7 +219,8 @@ def test_the_total_is_the_peak_of_a_real_step(build, vocab_size):
         output = model(**inputs)
         output.loss.backward()
 
-    most = peak(step)
+    before = peak(lambda: torch.empty(1))  # torch goes on counting from former profiles
+    most = peak(step) - before
     assert needed.total == pytest.approx(needed.base + needed.adapters + most, rel=0.1)
     working = needed.activations + needed.working + needed.gradients
     assert working == pytest.approx(most, rel=0.1)
