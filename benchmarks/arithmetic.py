@@ -139,17 +139,27 @@ def _profile(timings: Timings) -> str:
 
 def llama_step(model: nn.Module, tokens: int = 512) -> Step:
     """Forward and backward, with gradients down to the embedding, as in the frozen floor."""
-    ids = torch.randint(1000, (2, tokens // 2))
-    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()  # type: ignore[operator]
-    parameters = list(model.parameters())
+    loss, parameters = llama_loss(model, tokens), list(model.parameters())
 
     def step() -> None:
-        embedded.grad = None
         for parameter in parameters:
             parameter.grad = None
-        model(inputs_embeds=embedded, labels=ids).loss.backward()
+        loss().backward()
 
     return step
+
+
+def llama_loss(model: nn.Module, tokens: int = 512) -> Callable[[], Tensor]:
+    """Forward, of embeddings that need a gradient of their own each time."""
+    ids = torch.randint(1000, (2, tokens // 2))
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()  # type: ignore[operator]
+
+    def loss() -> Tensor:
+        embedded.grad = None
+        found: Tensor = model(inputs_embeds=embedded, labels=ids).loss
+        return found
+
+    return loss
 
 
 @row("llama")

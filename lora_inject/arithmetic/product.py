@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lora_inject.arithmetic.factors import keep_factors
 from lora_inject.arithmetic.masks import LANES, Masks, rows
 from lora_inject.compat.torch_private import is_autocast_anywhere, is_batched
 
@@ -80,6 +81,7 @@ def product(
         A new tensor of shape (N, R).
     """
     h_NR: Tensor = _Product.apply(x_NI, A_RI, seeds, dtype, masks, dropped)  # type: ignore[no-untyped-call]
+    keep_factors(h_NR, x_NI)
     return h_NR
 
 

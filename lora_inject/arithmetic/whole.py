@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lora_inject.arithmetic.factors import keep_factors
 from lora_inject.arithmetic.masks import Masks
 from lora_inject.arithmetic.product import cast_to, down, down_gradients, never_autocast
 
@@ -62,6 +63,7 @@ def adapted_product(
         A new matrix of shape (M, O) in that dtype.
     """
     y_MO: Tensor = _AdaptedProduct.apply(x_MI, W_OI, b_O, dtype, added, *factors)  # type: ignore[no-untyped-call]
+    keep_factors(y_MO, x_MI)
     return y_MO
 
 

@@ -6,9 +6,10 @@ divided among the devices.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 from lora_inject.capacity.shards import Products, blocks
 from lora_inject.capacity.without_values import as_on_accelerators
-from lora_inject.compat.torch_private import is_functorch_wrapped, tree_leaves
+from lora_inject.compat.torch_private import is_functorch_wrapped, tells_of_hooks, tree_leaves
+from lora_inject.core.state import adapters_of
 from lora_inject.errors import LoRAInjectError
 from lora_inject.report.bytes import stored_tensors
 
@@ -31,9 +33,10 @@ class Saved(NamedTuple):
     """Bytes that are held from the forward to the backward pass.
 
     Attributes:
-        total: all of it.
+        total: all of it; products that adapted layers make again of their factors are not kept.
         checkpointed: what is kept where each block is computed again in the backward pass: what
-            stands in no block (embeddings, the head, the loss), the blocks' inputs, and one block.
+            stands in no block (embeddings, the head, the loss), the blocks' inputs, and one block,
+            with its products, as hooks stand between autograd and what it keeps then.
         largest: the largest tensor that is kept.
         outputs: what the forward returns and is not kept for another reason.
     """
@@ -87,11 +90,12 @@ def saved_for_backward(
 
 @dataclass
 class _Kept:
-    """A storage, where it was first kept, and whether each device has a part of it."""
+    """A storage, where it was first kept, and whether each device has a part or makes it again."""
 
     storage: torch.UntypedStorage
     block: int | None
     split: bool
+    made_again: bool = False
 
     def bytes(self, tp: int) -> int:
         return math.ceil(self.storage.nbytes() / (tp if self.split else 1))
@@ -116,6 +120,9 @@ class _Tape(TorchFunctionMode):
     def __init__(self, model: nn.Module, products: Mapping[Tensor, Products]) -> None:
         super().__init__()
         self._blocks = blocks(model)
+        self._adapted = [module for module in model.modules() if adapters_of(module)]
+        self._in_adapted = self._in_operation = False
+        self._products_of_kept: set[int] = set()
         self._block: int | None = None
         self._kept: dict[int, _Kept] = {}
         self._inputs: dict[int, _Kept] = {}
@@ -130,8 +137,13 @@ class _Tape(TorchFunctionMode):
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
-        """Be told which block runs, and with which inputs."""
+        """Be told which block runs, and with which inputs, and when an adapted layer does."""
         handles = []
+        for layer in self._adapted:
+            handles += [
+                layer.register_forward_pre_hook(partial(self._run_adapted, True)),
+                layer.register_forward_hook(partial(self._run_adapted, False), always_call=True),
+            ]
         for index, block in enumerate(self._blocks):
             handles += [
                 block.register_forward_pre_hook(self._enter(index), with_kwargs=True),
@@ -157,14 +169,30 @@ class _Tape(TorchFunctionMode):
     def _leave(self, *_: Any) -> None:
         self._block = None
 
+    def _run_adapted(self, begins: bool, *_: Any) -> None:
+        self._in_adapted = begins
+
     def pack(self, tensor: Tensor) -> Tensor:
         """Called by autograd with each tensor that it keeps."""
         for part in stored_tensors(tensor):
             storage = part.untyped_storage()
             if storage._cdata not in self._own:
-                split = self._is_split(storage)
-                self._kept.setdefault(storage._cdata, _Kept(storage, self._block, split))
+                kept = _Kept(
+                    storage, self._block, self._is_split(storage), self._is_made_again(part)
+                )
+                first = self._kept.setdefault(storage._cdata, kept)
+                first.made_again = first.made_again and kept.made_again
         return tensor
+
+    def _is_made_again(self, tensor: Tensor) -> bool:
+        """Whether it is a product that a Function of an adapted layer makes again of its factors.
+
+        Other readers are operations, or stand in no adapted layer (``arithmetic/factors.py``).
+        """
+        storage = tensor.untyped_storage()
+        own_function = self._in_adapted and not self._in_operation
+        whole = tensor._version == 0 and tensor.nbytes == storage.nbytes()
+        return own_function and whole and storage._cdata in self._products_of_kept
 
     def _is_split(self, storage: torch.UntypedStorage) -> bool:
         known = self._known.get(storage._cdata)
@@ -183,8 +211,11 @@ class _Tape(TorchFunctionMode):
                 by_block[kept.block] = by_block.get(kept.block, 0) + kept.bytes(tp)
         outside = by_block.pop(None) + sum(kept.bytes(tp) for kept in self._inputs.values())
         sizes = [kept.bytes(tp) for kept in self._kept.values()]
+        # Where weights are DTensors, a layer and its adapters are no Function of ours.
+        makes_again = tp == 1 and tells_of_hooks
+        again = [k.bytes(tp) for k in self._kept.values() if k.made_again and makes_again]
         return Saved(
-            total=sum(sizes),
+            total=sum(sizes) - sum(again),
             checkpointed=outside + max(by_block.values(), default=0) if sizes else 0,
             largest=max(sizes, default=0),
             outputs=sum(kept.bytes(tp) for kept in returned.values()),
@@ -193,17 +224,22 @@ class _Tape(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _CHECKS and len(args) == 1 and not kwargs and args[0].is_meta:
             return torch.tensor(_CHECKS[func])
-        known = [
-            self._known.get(tensor.untyped_storage()._cdata) for tensor in _tensors((args, kwargs))
-        ]
+        read = _tensors((args, kwargs))
+        known = [self._known.get(tensor.untyped_storage()._cdata) for tensor in read]
         weight = bool(known) and all(k is not None and k.weight for k in known)
         found = {k.products for k in known if k is not None}
         self._now = _products(found, weight or len(known) == 1)
-        result = func(*args, **(kwargs or {}))
+        self._in_operation = True
+        try:
+            result = func(*args, **(kwargs or {}))
+        finally:
+            self._in_operation = False
         for tensor in _tensors(result):
             storage = tensor.untyped_storage()
             if storage._cdata not in self._own:
                 self._known[storage._cdata] = _Known(storage, self._now, weight)
+                if _keeps_both_factors(tensor, read):
+                    self._products_of_kept.add(storage._cdata)
         self._now = None
         return result
 
@@ -215,7 +251,16 @@ def _products(found: set[Products | None], inherits: bool) -> Products | None:
     return "split" if "split" in found else None
 
 
-def _tensors(tree: Any) -> Iterable[Tensor]:
+def _keeps_both_factors(result: Tensor, read: Sequence[Tensor]) -> bool:
+    """Whether it is an elementwise product whose factors are kept for each other's gradients."""
+    if result.grad_fn is None or result.grad_fn.name() != "MulBackward0" or len(read) != 2:
+        return False
+    return all(
+        t.requires_grad and t.shape == result.shape and t.dtype == result.dtype for t in read
+    )
+
+
+def _tensors(tree: Any) -> Sequence[Tensor]:
     # Those inside torch.func.vmap (masks are made there) have no storage of their own.
     tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
     return [tensor for tensor in tensors if not is_functorch_wrapped(tensor)]

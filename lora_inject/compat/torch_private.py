@@ -50,9 +50,11 @@ is_functorch_wrapped = _named("_C._functorch.is_functorch_wrapped_tensor", _no)
 _weak_reference = _named("utils.weak.TensorWeakRef", lambda _: lambda: None)
 # Without this: an output is a view of the product, which allows a little less to be done with it.
 unsafe_view = _named("ops.aten._unsafe_view.default", Tensor.view)
-# Without these: every forward asks whether it runs in a checkpointed part.
+# Without these: every forward asks whether it runs in a checkpointed part, and products are kept.
 _hooks_of_saved_tensors = _named("_C._autograd._top_saved_tensors_default_hooks", _yes)
 _number_of_backward_pass = _named("_C._current_graph_task_id", lambda: 0)
+# Without this: no product is kept as its factors, and capacity counts none so.
+tells_of_hooks = hasattr(_named("_C._autograd.SavedTensor", object), "unpack_hook")
 
 
 def _map_containers(function: Callable[[Any], Any], tree: Any) -> Any:
@@ -163,6 +165,53 @@ class Seen:
 def may_be_checkpointed() -> bool:
     """Whether what runs now with gradients may be part of a checkpoint: fast, and mostly not."""
     return _hooks_of_saved_tensors(True) is not None or _number_of_backward_pass() != -1
+
+
+def factors_kept(x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Two tensors that autograd keeps as they are and whose elementwise product x is, or its view.
+
+    None where it keeps none, or not as they are: hooks (checkpointing, offloading) stand between,
+    and asking would run them. None too where torch does not say whether hooks do.
+    """
+    node: Any = x.grad_fn
+    while node is not None and node.name() == "ViewBackward0":
+        node = node.next_functions[0][0]
+    if node is None or node.name() != "MulBackward0":
+        return None
+    if x._version or _hooks_of_saved_tensors(True) is not None:  # written to since, or hooked
+        return None
+    left, right = _kept_by(node, "self"), _kept_by(node, "other")
+    if left is None or right is None or left.shape != right.shape:
+        return None
+    same = left.dtype == right.dtype == x.dtype and left.device == right.device == x.device
+    return (left, right) if same else None
+
+
+def _kept_by(node: Any, name: str) -> Tensor | None:
+    """What a node of the graph keeps under a name, if it does so as a plain tensor."""
+    try:  # raises where it is kept no more, or has been written to
+        if not _is_kept_as_it_is(getattr(node, f"_raw_saved_{name}", None)):
+            return None
+        kept = getattr(node, f"_saved_{name}")
+    except RuntimeError:
+        return None
+    return kept.detach() if type(kept) in (Tensor, nn.Parameter) else None
+
+
+def _is_kept_as_it_is(raw: Any) -> bool:
+    """Whether what autograd holds is a tensor without hooks; no where torch does not say."""
+    hook = getattr(raw, "unpack_hook", raw)
+    return hook is None and getattr(raw, "data", None) is not None
+
+
+def keep_instead(node: Any, make: Callable[[], Tensor]) -> None:
+    """Let a Function that keeps a tensor as its first one make it again instead.
+
+    It stays the tensor that it was to autograd. Where torch gives no access, it is kept.
+    """
+    first: Any = next(iter(getattr(node, "_raw_saved_tensors", ())), None)
+    if _is_kept_as_it_is(first):
+        first.register_hooks(lambda _: None, lambda _: make())
 
 
 def calls_on_stack(module: nn.Module) -> int:

@@ -90,6 +90,28 @@ def test_without_a_name_values_and_gradients_are_right(name, dropout, monkeypatc
         torch.testing.assert_close(run(False)[0], plain(x, W, b, A, B))
 
 
+@pytest.mark.parametrize("gone", ["_hooks_of_saved_tensors", "unpack_hook", "data"])
+def test_without_knowing_of_hooks_a_product_is_kept_itself(gone, monkeypatch):
+    if gone == "_hooks_of_saved_tensors":
+        monkeypatch.setattr(torch_private, gone, torch_private._yes)
+    else:
+        monkeypatch.delattr(torch._C._autograd.SavedTensor, gone, raising=False)
+    monkeypatch.setattr(ways, "_LARGE", 0)
+    (x, W, b, A, B), u = make(5), torch.randn(5, I, dtype=torch.float64, requires_grad=True)
+    product = x.sin() * u.sin()
+    assert torch_private.factors_kept(product) is None
+    of = (x, u, A, B)
+    found = gradients(layer("whole", 0.0)(product, W, b, A, B), of, retain=True)
+    for one, same in zip(found, gradients(plain(product, W, b, A, B), of), strict=True):
+        torch.testing.assert_close(one, same)
+
+
+def test_a_node_without_access_to_what_it_keeps_keeps_it():
+    x = torch.randn(3, requires_grad=True)
+    for node in (None, x.sin().grad_fn, object()):
+        torch_private.keep_instead(node, lambda: pytest.fail("it is kept"))
+
+
 def test_without_the_free_view_an_output_is_a_view(monkeypatch):
     monkeypatch.setattr(ways, "unsafe_view", torch.Tensor.view)
     model = nn.Sequential(nn.Linear(I, I, bias=False))
