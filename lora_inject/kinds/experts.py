@@ -1,4 +1,4 @@
-"""Stand-ins for a fused weight with adapters, of which no more is computed than is asked for.
+"""A fused weight with adapters as code sees it: no more of it is computed than is asked for.
 
 A module of which it is known how it multiplies by its weight reads a ``MultipliedWeight``, of which
 ``x W + s (x A) B`` is computed and nothing of the weight's size is made. All else reads
@@ -24,8 +24,8 @@ Changes = list[tuple[Variant, Change]]
 _FACTS = {"shape", "dtype", "device", "ndim", "dim", "size", "is_cuda", "is_cpu", "numel"}
 
 
-class StandIn(ABC):
-    """What stands for a weight W that an adapter changes; where a tensor is needed it computes one.
+class LazyWeight(ABC):
+    """A weight that adapters change, which is computed where a tensor is needed.
 
     Args:
         W: the weight without adapters.
@@ -61,7 +61,7 @@ class StandIn(ABC):
 
 
 def _operator(name: str) -> Any:
-    def operator(weight: StandIn, *others: Any) -> Any:
+    def operator(weight: LazyWeight, *others: Any) -> Any:
         return getattr(weight._tensor(), name)(*map(_as_tensor, others))
 
     return operator
@@ -69,14 +69,14 @@ def _operator(name: str) -> Any:
 
 for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "matmul",
               "rmatmul", "neg", "abs", "lt", "le", "gt", "ge"):  # fmt: skip
-    setattr(StandIn, f"__{_name}__", _operator(f"__{_name}__"))
+    setattr(LazyWeight, f"__{_name}__", _operator(f"__{_name}__"))
 
 
 def _as_tensor(value: Any) -> Any:
-    return value._tensor() if isinstance(value, StandIn) else value
+    return value._tensor() if isinstance(value, LazyWeight) else value
 
 
-class ExpertWeights(StandIn):
+class ExpertWeights(LazyWeight):
     """A fused weight with its adapters, of which only what is indexed is computed.
 
     ``weights[e]`` and ``weights[ids]`` compute the experts they name; anything else that wants a
@@ -122,7 +122,7 @@ class Factored(NamedTuple):
         return self._replace(products=[change(L, R) for L, R in self.products])
 
 
-class MultipliedWeight(StandIn):
+class MultipliedWeight(LazyWeight):
     """A weight, or a stack of them, that knows how to be multiplied by tensors.
 
     Of ``linear``, ``x @ W`` and ``W @ x`` in all their forms, and grouped products, it computes the
@@ -132,7 +132,7 @@ class MultipliedWeight(StandIn):
     Args:
         W: the weight without adapters, (..., rows, columns).
         changes: what is added to it.
-        effective: what makes the effective weight.
+        effective: what computes the effective weight, or what of it is indexed.
     """
 
     def __init__(
@@ -147,26 +147,21 @@ class MultipliedWeight(StandIn):
         return value
 
     def __getitem__(self, index: Any) -> Any:
-        if self._W.dim() < 3 or type(index) not in (int, slice, Tensor):
-            return self._tensor()[index]
-        factors, place = self._changes, index
-        if isinstance(index, Tensor):
-            if index.dtype in (torch.bool, torch.uint8):
-                return self._tensor()[index]
-            place = int(index) if index.dim() == 0 else index
-        if isinstance(place, int):
-            factors = self._experts_apart()
-        own = [change.each(lambda L, R: (L[place], R[place])) for change in factors]
-        effective = self._whole.get(torch.is_grad_enabled())
-        source = self._effective if effective is None else lambda: effective
-        return MultipliedWeight(self._W[place], own, lambda: source()[place])
+        masks = isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
+        if self._W.dim() < 3 or masks or type(index) not in (int, slice, Tensor):
+            return self._effective()[index]
+        if isinstance(index, Tensor) and index.dim() == 0:
+            index = int(index)
+        factors = self._experts_apart() if isinstance(index, int) else self._changes
+        own = [change.each(lambda L, R: (L[index], R[index])) for change in factors]
+        return MultipliedWeight(self._W[index], own, lambda: self._effective()[index])
 
     def _experts_apart(self) -> list[Factored]:
         """L and R of each expert, made at once: one by one each would have a gradient for all."""
         records = torch.is_grad_enabled()
         if records not in self._apart:
-            self._apart[records] = [c.each(lambda L, R: (L.unbind(), R.unbind())) for c in
-                                    self._changes]  # fmt: skip
+            apart = [c.each(lambda L, R: (L.unbind(), R.unbind())) for c in self._changes]
+            self._apart[records] = apart
         return self._apart[records]
 
     def transpose(self, dim0: int, dim1: int) -> Any:
@@ -175,7 +170,7 @@ class MultipliedWeight(StandIn):
         if {dim0 % dims, dim1 % dims} != {dims - 2, dims - 1}:
             return self._tensor().transpose(dim0, dim1)
         own = [change.each(lambda L, R: (R.mT, L.mT)) for change in self._changes]
-        return MultipliedWeight(self._W.mT, own, lambda: self._tensor().mT)
+        return MultipliedWeight(self._W.mT, own, lambda: _as_tensor(self._effective()).mT)
 
     def t(self) -> Any:
         """The transpose of a matrix."""
@@ -253,4 +248,5 @@ def multiplied(kind: Kind, layer: nn.Module, W: Tensor, changes: Changes) -> Mul
         cast = [(A.to(W.dtype), B.to(W.dtype)) for A, B in pairs]
         products = [(A.mT, B.mT) if kind.transposes else (B, A) for A, B in cast]
         own.append(Factored(change.spec, change.factor, products))
-    return MultipliedWeight(W, own, lambda: ExpertWeights(kind, layer, W, changes))
+    whole = ExpertWeights(kind, layer, W, changes)
+    return MultipliedWeight(W, own, lambda: whole)
