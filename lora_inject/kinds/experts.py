@@ -222,10 +222,10 @@ class MultipliedWeight(LazyWeight):
             if func is F.linear and weight._W.dim() == 2:
                 return weight._add(x, func(x, weight._W, *rest, **kwargs), func, swapped=True)
             grouped = is_grouped_product(func) or is_fallback_of_grouped_product(func)
-            if grouped and x.dim() == 2 and weight._W.dim() == 3 and not rest:
-                y = func(x, weight._W, **kwargs)
-                options = {k: v for k, v in kwargs.items() if k != "bias"}
-                product = lambda x, M: func(x, M, **options)  # noqa: E731
+            if grouped and x.dim() == 2 and weight._W.dim() == 3:
+                y = func(x, weight._W, *rest, **kwargs)
+                ends = {"offs": rest[0] if rest else kwargs["offs"]}
+                product = lambda x, M: func(x, M, **ends)  # noqa: E731
                 return weight._padded()._add(x, y, product, swapped=False)
         if func in _PRODUCTS and not rest and not kwargs:
             if isinstance(weight, MultipliedWeight) and isinstance(x, Tensor):
