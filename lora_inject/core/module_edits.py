@@ -9,7 +9,7 @@ from lora_inject.changes.edits import MISSING, Edit, attribute_edit
 from lora_inject.changes.recompute import is_checkpointed, recompute_edits
 from lora_inject.changes.statistics import has_statistics, holding_edits
 from lora_inject.core.class_swap import add_class_edits
-from lora_inject.core.layer import SCALES, Scales, scales_of
+from lora_inject.core.scales import SCALES, Scales, scales_of
 from lora_inject.core.state import State
 from lora_inject.core.travelling import travelling_edits
 from lora_inject.own import STATE

@@ -18,6 +18,7 @@ def sites_section(plan: Any) -> Section:
         template = tuple(None if part.isdecimal() else part for part in site.path.split("."))
         s = site.settings
         alpha = f"{s.alpha:g}" + (f", dropout {s.dropout:g}" if s.dropout else "")
+        alpha += s.drops.text
         alpha += s.variant.text
         place = "in products with its weight" if site.multiplies else "in its weight"
         kind = site.type + (f" ({place})" if site.way == "weight" else "")
