@@ -164,7 +164,7 @@ def test_no_more_of_the_size_of_one_expert_is_made_than_without_adapters(family,
     assert made[0] == made[1]
 
 
-@pytest.mark.parametrize("way", ["eager", "batched_mm"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_under_autocast(family, way, build):
     model, args = build(family, way), inputs()
