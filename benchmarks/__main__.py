@@ -13,6 +13,7 @@ from benchmarks import (  # noqa: F401 (they register their rows)
     arithmetic,
     compiled,
     control_plane,
+    experts,
     gpu,
     memory,
     merging,

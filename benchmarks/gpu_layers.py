@@ -7,16 +7,17 @@ import copy
 from collections.abc import Iterator
 from functools import partial
 from itertools import cycle
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.arithmetic import Case, adapted, forward_of, layer_step
 from benchmarks.bench import BF16, Bench, against, attempted, shown, working
+from benchmarks.experts import FusedExperts, Sizes, adapted_by_peft
+from benchmarks.experts import adapted as adapted_experts
 from benchmarks.harness import Result
 from benchmarks.limits import adapter_passes, parts
-from benchmarks.peers import EagerExperts, randomize, with_peft
+from benchmarks.peers import EagerExperts, randomize
 from benchmarks.ways import WAYS, WAYS_OF_DROPOUT
 from lora_inject import inject, per_row, use
 
@@ -49,45 +50,15 @@ def layer(bench: Bench, dropout: float, wide: bool, goal: float) -> Iterator[Res
         yield against("layer", workload + how, timings, goal, notes=[*notes, *failures], **limits)
 
 
-class Experts(nn.Module):
-    """The fused experts of a Qwen3-MoE layer, with a fixed choice of experts for each token."""
-
-    def __init__(self, bench: Bench, tokens: int) -> None:
-        super().__init__()
-        from transformers import Qwen3MoeConfig
-        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
-
-        count, hidden, width, top = bench.pick((128, 2048, 768, 8), (4, 32, 16, 2))
-        config = Qwen3MoeConfig(
-            num_experts=count, hidden_size=hidden, moe_intermediate_size=width,
-            num_experts_per_tok=top, experts_implementation="grouped_mm",
-        )  # fmt: skip
-        with torch.device(bench.device):
-            self.experts = Qwen3MoeExperts(config).to(BF16)
-            for parameter in self.experts.parameters():
-                nn.init.normal_(parameter, std=0.02)
-            weights, index = torch.rand(tokens, count).topk(top)
-        self.register_buffer("index", index)
-        self.register_buffer("weights", (weights / weights.sum(-1, keepdim=True)).to(BF16))
-        self.sizes = (count, hidden, width, top)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The sum of what each token's experts make of it."""
-        return self.experts(x, self.index, self.weights)  # type: ignore[no-any-return]
-
-
 def experts(bench: Bench) -> Iterator[Result]:
     """Fused experts, forward and backward."""
     tokens, r = bench.pick(4096, 8), 16
-    floor = Experts(bench, tokens).requires_grad_(False)
-    count, hidden, width, top = floor.sizes
-    ours = copy.deepcopy(floor)
-    names = ["experts.gate_up_proj", "experts.down_proj"]
-    inject(ours, names, r=r, dtype="base")
-    options: Any = {"parameters": names, "autocast_adapter_dtype": False}
-    peft = attempted(lambda: randomize(with_peft(floor, [], r, **options)))
+    sizes = Sizes(*bench.pick((128, 2048, 768, 8), (4, 32, 16, 2)))
+    count, hidden, width, top = sizes
+    floor = FusedExperts(sizes, tokens, BF16, bench.device).requires_grad_(False)
+    peft = attempted(lambda: adapted_by_peft(floor, r))
     eager = attempted(lambda: EagerExperts(floor.experts, floor.index, floor.weights, r))
-    models = {"floor": floor, "ours": randomize(ours), "PEFT": peft, "eager": eager}
+    models = {"floor": floor, "ours": adapted_experts(floor, r), "PEFT": peft, "eager": eager}
     pairs = bench.pairs(tokens, hidden, sets=8)
     steps = {name: layer_step(model, pairs) for name, model in models.items()}
     steps, failures = working(steps)

@@ -4,23 +4,21 @@ import subprocess
 import sys
 
 import torch
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.arithmetic import Case, adapted, llama_loss
+from benchmarks.arithmetic import Case, Step, adapted, llama_loss
 from benchmarks.harness import Result, row
 from benchmarks.peers import PROJECTIONS, small_llama
 
 
-def bytes_kept(model: nn.Module) -> int:
-    """The bytes that torch's CPU allocator holds more once a loss is there for a backward pass.
+def bytes_kept(run: Step) -> int:
+    """The bytes that torch's CPU allocator holds more once a run's result is there.
 
     Hooks on what is saved would be another way to count; but they switch some savings off.
     """
-    loss = llama_loss(model.train())
-    loss()  # what is made at the first call
+    run()  # what is made at the first call
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        held = loss()
+        held = run()
     del held
     return sum(event.self_cpu_memory_usage for event in profiler.events())
 
@@ -36,8 +34,8 @@ def saved(rounds: int) -> list[Result]:
     results = []
     for name, (case, goal) in cases.items():
         models = adapted(small_llama(case.dtype), PROJECTIONS, case)
-        floor = bytes_kept(models["floor"])
-        ours, peft = (bytes_kept(models[key]) - floor for key in ("ours", "PEFT"))
+        kept = {name: bytes_kept(llama_loss(m.train())) for name, m in models.items()}
+        ours, peft = (kept[key] - kept["floor"] for key in ("ours", "PEFT"))
         workload = f"bytes kept for backward over the frozen Llama-small: {name}"
         value = f"{ours / peft:.2f}x of PEFT ({ours / 2**20:.1f} MiB, PEFT {peft / 2**20:.1f} MiB)"
         met = ours <= goal * peft

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks import __main__ as command
-from benchmarks import compiled, gpu, harness, memory
+from benchmarks import compiled, experts, gpu, harness, memory
 from benchmarks.bench import working
 from benchmarks.harness import Result, Timings, as_section, interleaved
 from benchmarks.limits import Ceilings, adapter_parts, adapter_passes
@@ -28,6 +28,28 @@ def test_bytes_kept_for_the_backward_pass_meet_their_goals():
 
 def test_adapters_change_without_compiling_again():
     assert [result.value for result in compiled.changes(1)] == ["0 graph breaks, 0 recompiles"] * 2
+
+
+def test_the_peak_is_of_what_lives_at_one_time():
+    x = torch.ones(1000)
+
+    def step():
+        for _ in range(3):
+            y = x + 1
+            del y
+        return (x + 1) + 1
+
+    assert experts.peak_of(nn.Linear(1, 1), step) == 2 * x.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapted_experts_keep_their_inputs_and_nothing_of_the_size_of_a_weight(dtype):
+    sizes, tokens, r = experts.Sizes(8, 64, 32, 2), 16, 8
+    floor = experts.FusedExperts(sizes, tokens, dtype).requires_grad_(False)
+    x = torch.randn(tokens, sizes.hidden, dtype=dtype, requires_grad=True)
+    least, kept = (memory.bytes_kept(lambda m=m: m(x)) for m in (floor, experts.adapted(floor, r)))
+    inputs = tokens * sizes.top * (sizes.hidden + sizes.width + 2 * r) * dtype.itemsize
+    assert kept <= least + inputs
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
 from lora_inject.compat.torch_private import tree_map
 from lora_inject.core.state import state_of
@@ -159,7 +159,8 @@ class _GroupedProduct(torch.autograd.Function):
 
 def _grouped_mm(x: Tensor, weights: Tensor, *, offs: Tensor) -> Tensor:
     """In place of ``F.grouped_mm`` of rows, sorted by group, with a matrix for each group."""
-    # Indexed, as adapted experts are weights that can be indexed and no tensor.
+    if has_torch_function((x, weights)):  # adapted experts are no tensors
+        return handle_torch_function(_grouped_mm, (x, weights), x, weights, offs=offs)
     return _GroupedProduct.apply(x, weights[:], offs)  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -149,6 +149,19 @@ def reads_token_ids(module: nn.Module) -> bool | None:
     )
 
 
+def experts_function(module: nn.Module) -> str | None:
+    """What transformers' fused experts run instead of their own forward; None where they run it."""
+    if not isinstance(_attribute(module, "is_transposed"), bool):
+        return None
+    name = getattr(_attribute(module, "config"), "_experts_implementation", None)
+    return None if name in (None, "eager") else str(name)
+
+
+def is_fallback_of_grouped_product(function: Any) -> bool:
+    """Whether it is the operator that transformers uses where torch has no grouped product."""
+    return str(function).startswith("transformers.grouped_mm_fallback")
+
+
 def _attribute(module: nn.Module, name: str) -> Any:
     """``getattr``, which is slow for what a module has not; of a model every module is asked."""
     own = module.__dict__

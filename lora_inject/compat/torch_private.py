@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.utils import checkpoint
 
@@ -141,6 +142,15 @@ def offset_of_shard(shape: Any, mesh: Any, placements: Any) -> tuple[int, ...] |
     except ImportError:
         return None
     return tuple(compute_local_shape_and_global_offset(shape, mesh, placements)[1])
+
+
+def is_grouped_product(function: Any) -> bool:
+    """Whether it is torch's product of rows, by groups, with a matrix for each group.
+
+    The public one calls the private one, which older versions have alone; where neither is known,
+    such a product sees the effective weight.
+    """
+    return function in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None))
 
 
 class Seen:

@@ -257,7 +257,9 @@ class WeightLayer(LoRALayer):
         value: Any = W
         if kind and W is not None:
             require_values(self, W, own[1:])
-            value = kind.effective(self, W, changes)
+            # Nothing is known of what others do to it who read it.
+            read = kind.effective if computed is None else kind.multiplied
+            value = read(self, W, changes)
         if computed is None:
             return shown(value, W) if isinstance(W, Tensor) and value is not W else value
         computed[key] = value

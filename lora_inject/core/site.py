@@ -47,6 +47,15 @@ class Site:
         return self.paths[0]
 
     @property
+    def multiplies(self) -> bool:
+        """Whether it acts in the products that its module makes with the weight: no W + s B A."""
+        kind, module, variant = self.kind, self.module, self.settings.variant
+        return self.way == "weight" and all(
+            kind.multiplies(module, kind.weight(module, spec.weight), variant)
+            for spec in self.specs
+        )
+
+    @property
     def parameters(self) -> int:
         """How many parameters the adapter has; none of its own where it shares them."""
         variant = self.settings.variant

@@ -172,6 +172,16 @@ class Kind(ABC):
             total = variant.add_to_weight(self, layer, W, total, change)
         return total.to(W.dtype)
 
+    def multiplies(self, module: nn.Module, W: Tensor, variant: Variant) -> bool:
+        """Weight: whether it is known how the module's own forward multiplies by W."""
+        return False
+
+    def multiplied(
+        self, layer: nn.Module, W: Tensor, changes: "list[tuple[Variant, Change]]"
+    ) -> Any:
+        """Weight: what the layer's own forward reads in place of W; ``effective`` is for others."""
+        return self.effective(layer, W, changes)
+
     def affine_refusal(self, layer: nn.Module) -> str | None:
         """Why what a layer computes is not known to be ``W x + b``; None where it is.
 

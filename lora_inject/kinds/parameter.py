@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.arithmetic import starting_values as initial
-from lora_inject.compat.torch_private import tree_map
 from lora_inject.kinds.base import Form, Kind, Way
-from lora_inject.kinds.shown import WRITING, shown
+from lora_inject.kinds.experts import Changes, ExpertWeights, multiplied
+from lora_inject.kinds.products import is_multiplied
 from lora_inject.settings import Settings
-from lora_inject.variants import Change, Spec, Variant
+from lora_inject.sharding import is_distributed
+from lora_inject.variants import Spec, Variant
 
 
 class ParameterKind(Kind):
@@ -64,69 +65,23 @@ class ParameterKind(Kind):
         A = initial.kaiming_uniform(spec.A_shape, spec.n_in, generator)
         return A, initial.zeros(spec.B_shape)
 
-    def effective(self, layer: nn.Module, W: Tensor, changes: list[tuple[Variant, Change]]) -> Any:
+    def effective(self, layer: nn.Module, W: Tensor, changes: Changes) -> Any:
         """The sum; of a fused weight, expert by expert as they are asked for."""
         if W.dim() < 3 or torch.compiler.is_compiling():
             return super().effective(layer, W, changes)
         return ExpertWeights(self, layer, W, changes)
 
+    def multiplies(self, module: nn.Module, W: Tensor, variant: Variant) -> bool:
+        """By a fused weight, as its code or transformers tells."""
+        return W.dim() == 3 and variant.additive and is_multiplied(module, self.weight_name)
 
-class ExpertWeights:
-    """A fused weight with its adapters, of which only what is indexed is computed.
-
-    ``weights[e]`` and ``weights[ids]`` compute the experts they name; anything else that wants a
-    tensor gets all of them, computed once.
-    """
-
-    def __init__(
-        self, kind: Kind, layer: nn.Module, W: Tensor, changes: list[tuple[Variant, Change]]
-    ) -> None:
-        self._kind, self._layer, self._W, self._changes = kind, layer, W, changes
-        self._all: Tensor | None = None
-
-    def __getitem__(self, index: Any) -> Tensor:
-        if isinstance(index, tuple):
-            return self._tensor()[index]
-        own = [
-            (variant, change._replace(tensors={r: t[index] for r, t in change.tensors.items()}))
-            for variant, change in self._changes
-        ]
-        result: Tensor = Kind.effective(self._kind, self._layer, self._W[index], own)
-        return result
-
-    def __len__(self) -> int:
-        return len(self._W)
-
-    def __getattr__(self, name: str) -> Any:
-        known = ("shape", "dtype", "device", "ndim", "dim", "size", "is_cuda", "is_cpu", "numel")
-        return getattr(self._W if name in known or name in WRITING else self._tensor(), name)
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map(_as_tensor, (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-    def _tensor(self) -> Tensor:
-        if self._all is None:
-            value = Kind.effective(self._kind, self._layer, self._W, self._changes)
-            self._all = shown(value, self._W)
-        return self._all
-
-
-def _operator(name: str) -> Any:
-    def operator(weights: ExpertWeights, *others: Any) -> Any:
-        return getattr(weights._tensor(), name)(*map(_as_tensor, others))
-
-    return operator
-
-
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "matmul",
-              "rmatmul", "neg", "abs", "lt", "le", "gt", "ge"):  # fmt: skip
-    setattr(ExpertWeights, f"__{_name}__", _operator(f"__{_name}__"))
-
-
-def _as_tensor(value: Any) -> Any:
-    return value._tensor() if isinstance(value, ExpertWeights) else value
+    def multiplied(self, layer: nn.Module, W: Tensor, changes: Changes) -> Any:
+        """What computes products with W and with A and B, where that is known to be enough."""
+        known = all(self.multiplies(layer, W, variant) for variant, _ in changes)
+        tensors = [W, *(t for _, change in changes for t in change.tensors.values())]
+        if known and not any(map(is_distributed, tensors)):
+            return multiplied(self, layer, W, changes)
+        return self.effective(layer, W, changes)
 
 
 def layout_of(module: nn.Module, parameter: Tensor) -> str | None:

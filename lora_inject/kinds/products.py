@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from lora_inject.compat.marks import experts_function
 from lora_inject.kinds.bytecode import function_of
 from lora_inject.own import own_class
 from lora_inject.sharding import whole_shape
@@ -30,6 +31,18 @@ def is_factor(module: nn.Module, name: str, parameter: Tensor) -> bool:
         return not any(word in cls.__name__.lower() for word in _OTHERS)
     fused_experts = len(shape) == 3 and hasattr(module, "num_experts")
     return fused_experts or name in _factors(cls)
+
+
+def is_multiplied(module: nn.Module, name: str) -> bool:
+    """Whether it is known how the module's own forward multiplies by a parameter of this name.
+
+    It stands in statements with products of torch, or the module runs a function of transformers
+    that does nothing else.
+    """
+    function = experts_function(module)
+    if function is None:
+        return name in _factors(own_class(module))
+    return function in ("batched_mm", "grouped_mm")
 
 
 _known: WeakKeyDictionary[type, frozenset[str]] = WeakKeyDictionary()

@@ -20,7 +20,8 @@ def sites_section(plan: Any) -> Section:
         alpha = f"{s.alpha:g}" + (f", dropout {s.dropout:g}" if s.dropout else "")
         alpha += s.drops.text
         alpha += s.variant.text
-        kind = site.type + (" (in its weight)" if site.way == "weight" else "")
+        place = "in products with its weight" if site.multiplies else "in its weight"
+        kind = site.type + (f" ({place})" if site.way == "weight" else "")
         parts = "+".join(spec.part for spec in site.specs if spec.part)
         kind += f" ({parts})" if parts else ""
         row = (kind, site.shape_text, f"{s.r}", alpha, site.pattern)

@@ -191,15 +191,22 @@ class Variant:
             made = made - kind.update(layer, W, c.spec, c.tensors["A0"], c.tensors["B0"])
         return made
 
+    def products(
+        self, kind: LayerKind, layer: nn.Module, tensors: Mapping[str, Tensor]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The A (..., r, in) and B (..., out, r) whose ``B A`` an ``additive`` change is.
+
+        Before scaling; where a start is subtracted, a second pair is taken away from the first.
+        """
+        roles = [("A", "B"), *([("A0", "B0")] if self.offset else [])]
+        return [kind.to_matrices(layer, tensors[A], tensors[B]) for A, B in roles]
+
     def low_rank(
         self, kind: LayerKind, layer: nn.Module, tensors: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor] | None:
         """The change before scaling as one A (..., r, in) and one B (..., out, r), if it is one."""
-        A, B = kind.to_matrices(layer, tensors["A"], tensors["B"])
-        if not self.offset:
-            return A, B
-        A0, B0 = kind.to_matrices(layer, tensors["A0"], tensors["B0"])
-        return side_by_side([(A, B), (A0, -B0)])
+        (A, B), *start = self.products(kind, layer, tensors)
+        return side_by_side([(A, B), *((A0, -B0) for A0, B0 in start)]) if start else (A, B)
 
     def full_rank(
         self, kind: LayerKind, layer: nn.Module, W: Tensor, c: Change

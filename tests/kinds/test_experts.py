@@ -1,0 +1,305 @@
+"""Fused experts multiply by W and by A and B, and nothing of the weight's size is made for it."""
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from helpers import randomize_adapters
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from transformers import GptOssConfig, Qwen3MoeConfig
+from transformers.integrations import moe
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+from lora_inject import inject, plan, strip, use
+from lora_inject.kinds.experts import ExpertWeights, MultipliedWeight
+
+pytestmark = pytest.mark.usefixtures("device")
+
+E, H, M, TOP = 4, 128, 128, 2
+NAMES = ["gate_up_proj", "down_proj"]
+WAYS = ["eager", "batched_mm", "grouped_mm", "fallback"]
+FAMILIES = {
+    "out_in": lambda way: Qwen3MoeExperts(
+        Qwen3MoeConfig(
+            num_experts=E, hidden_size=H, moe_intermediate_size=M, experts_implementation=way
+        )
+    ),
+    "in_out": lambda way: GptOssExperts(
+        GptOssConfig(
+            num_local_experts=E, hidden_size=H, intermediate_size=M, experts_implementation=way
+        )
+    ),
+}
+# Of what is computed, relative to the norm of what float64 gives.
+CLOSE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+
+
+@pytest.fixture
+def build(monkeypatch):
+    def built(family, way, dtype=torch.float32):
+        if way == "fallback":
+            monkeypatch.setattr(moe, "_can_use_grouped_mm", lambda *_: False)
+        model = FAMILIES[family]("grouped_mm" if way == "fallback" else way)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.1)
+        return model.to(dtype).requires_grad_(False)
+
+    return built
+
+
+def inputs(dtype=torch.float32, tokens=3):
+    """Tokens, the experts of each, and their weights; one expert has no token."""
+    index = torch.stack([torch.randperm(E - 1)[:TOP] for _ in range(tokens)])
+    weights = torch.rand(tokens, TOP).softmax(-1).to(dtype)
+    return torch.randn(tokens, H).to(dtype).requires_grad_(), index, weights
+
+
+def trained(model):
+    return {name: p for name, p in model.named_parameters() if "lora_" in name}
+
+
+def in_float64(model, x, index, weights, used=None):
+    """The output, and the gradients of x and of A and B, with W + s B A in float64."""
+    used = used or {"default": 1.0}
+    plain = strip(copy.deepcopy(model))
+    plain.config._experts_implementation = "eager"
+    values = {n: p.detach().double() for n, p in model.named_parameters()}
+    leaves = {n: values[n].requires_grad_() for n in trained(model)}
+    whole = {n: v for n, v in values.items() if n not in leaves}
+    for adapter in model.lora_adapters:
+        for spec, names in adapter.pairs:
+            BA = leaves[names["B"]] @ leaves[names["A"]]
+            BA = BA.mT if model.is_transposed else BA
+            whole[spec.weight] = (
+                whole[spec.weight] + adapter.settings.scaling * used[adapter.name] * BA
+            )
+    x = x.detach().double().requires_grad_()
+    y = functional_call(plain, whole, (x, index, weights.double()))
+    y.pow(2).sum().backward()
+    return y, {"x": x.grad, **{n: v.grad for n, v in leaves.items()}}
+
+
+def require_close(found, expected, tolerance):
+    error = (found.double() - expected).norm() / expected.norm().clamp_min(1e-12)
+    assert error < tolerance, error
+
+
+def step(model, x, index, weights):
+    y = model(x, index, weights)
+    y.float().pow(2).sum().backward()
+    return y, {"x": x.grad, **{n: p.grad for n, p in trained(model).items()}}
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_values_and_gradients_are_those_of_float64(family, way, dtype, build):
+    model = build(family, way, dtype)
+    inject(model, NAMES, r=3, alpha=5)
+    inject(model, NAMES, r=8, adapter="fr")
+    used = {"default": 1.0, "fr": 0.5}
+    use(model, used)
+    assert model.down_proj_lora_A.shape[1] == 3  # no rank is padded but inside of a product
+    randomize_adapters(model, 0.1)
+    args = inputs(dtype)
+    expected, gradients = in_float64(model, *args, used)
+    y, found = step(model, *args)
+    assert y.dtype == dtype
+    require_close(y, expected, CLOSE[dtype])
+    for name, gradient in gradients.items():
+        require_close(found[name], gradient, CLOSE[dtype])
+
+
+@pytest.mark.parametrize("options", [{}, {"init": "pissa"}], ids=["default", "pissa"])
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fresh_adapter_changes_no_bit(family, way, dtype, options, build):
+    model, args = build(family, way, dtype), inputs(dtype)
+    expected = model(*args)
+    inject(model, NAMES, r=2, **options)
+    assert torch.equal(model(*args), expected)
+    randomize_adapters(model)
+    assert not torch.equal(model(*args), expected)
+
+
+class Made(TorchDispatchMode):
+    """The shapes of the tensors of some size that are made inside, views of others aside."""
+
+    def __init__(self, model, size):
+        super().__init__()
+        self.known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self.size, self.shapes, self.held = size, Counter(), []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for t in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in self.known:
+                self.known.add(t.untyped_storage().data_ptr())
+                self.held.append(t)  # so that no other gets its place
+                if t.untyped_storage().nbytes() // t.element_size() >= self.size:
+                    self.shapes[tuple(t.shape)] += 1
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_more_of_the_size_of_one_expert_is_made_than_without_adapters(family, way, dtype, build):
+    model, args = build(family, way, dtype), inputs(dtype)
+    made = []
+    for adapted in (False, True):
+        if adapted:
+            inject(model, NAMES, r=1)
+            randomize_adapters(model)
+        with Made(model, H * M) as watched:
+            step(model, *args)
+        made.append(watched.shapes)
+    assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_under_autocast(family, way, build):
+    model, args = build(family, way), inputs()
+    inject(model, NAMES, r=3)
+    randomize_adapters(model, 0.1)
+    expected, gradients = in_float64(model, *args)
+    with torch.autocast(args[0].device.type, torch.bfloat16):
+        y, found = step(model, *args)
+    require_close(y, expected, CLOSE[torch.bfloat16])
+    for name, gradient in gradients.items():
+        require_close(found[name], gradient, CLOSE[torch.bfloat16])
+        assert found[name].dtype == torch.float32
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("way", WAYS)
+def test_under_checkpointing(way, reentrant, build):
+    model, (x, *rest) = build("out_in", way), inputs()
+    inject(model, NAMES, r=3)
+    randomize_adapters(model, 0.1)
+    _, expected = step(model, x, *rest)
+    model.zero_grad()
+    x.grad = None
+    checkpoint(model, x, *rest, use_reentrant=reentrant).pow(2).sum().backward()
+    assert torch.equal(x.grad, expected["x"])
+    for name, parameter in trained(model).items():
+        assert torch.equal(parameter.grad, expected[name])
+
+
+class Watched(nn.Module):
+    """A fused weight (E, in, out), read by a function that says what it got."""
+
+    def __init__(self):
+        super().__init__()
+        self.is_transposed = True
+        self.w = nn.Parameter(torch.randn(3, 4, 5))
+        self.read = []
+
+
+class Multiplying(Watched):
+    def forward(self, x):
+        self.read.append(type(self.w))
+        return x @ self.w[1]
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, W):
+        ctx.save_for_backward(x)
+        return x @ W
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None, ctx.saved_tensors[0].mT @ gradient
+
+
+class Unknown(Watched):
+    def forward(self, x):
+        self.read.append(type(self.w))
+        return Product.apply(x, self.w[1])
+
+
+class Several(Watched):
+    def forward(self, x):
+        with torch.no_grad():
+            length = (x @ self.w[0]).norm()
+        weights = self.w
+        return torch.cat([
+            x @ self.w[0], x.matmul(self.w[torch.tensor(1)]), (self.w[2].t() @ x.T).T,
+            F.linear(x, self.w[-1].T, x.new_ones(5)), x @ weights[1:][0] / length,
+            torch.einsum("ni,io->no", x, self.w[1]), torch.bmm(x.expand(3, 2, 4), self.w).sum(0),
+            x @ self.w.mT.transpose(1, 2)[0], torch.mm(x, self.w[2]), (x @ self.w).mean(0),
+            x @ self.w[0, :], x @ self.w[0].detach(), x @ self.w[self.w[:, 0, 0] > 9].sum(0),
+        ])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "read", "words"),
+    [
+        (Multiplying, {}, MultipliedWeight, "in products with its weight"),
+        (Multiplying, {"variant": "dora"}, ExpertWeights, "in its weight"),
+        (Unknown, {}, ExpertWeights, "in its weight"),
+    ],
+)
+def test_where_no_product_is_known_the_effective_weight_stays_and_plan_says_so(
+    build, options, read, words
+):
+    model, x = nn.Sequential(build()), torch.randn(2, 4)
+    shown = plan(model, "0.w", r=2, **options)
+    assert words in " ".join(str(shown).split())
+    assert [site.multiplies for site in shown.sites] == [read is MultipliedWeight]
+    shown.apply()
+    randomize_adapters(model)
+    effective = torch.stack(list(model[0].w))
+    torch.testing.assert_close(model(x), x @ effective[1])
+    assert model[0].read == [read]
+    model(x).sum().backward()
+    assert model[0].w_lora_A.grad[1].any()
+    assert model[0].w_lora_B.grad[1].any()
+
+
+@pytest.mark.parametrize("function", ["sonicmoe", "deepgemm", "somebody's own"])
+def test_functions_for_experts_that_may_do_anything_get_the_effective_weight(function, build):
+    model = build("out_in", "eager")
+    assert all(site.multiplies for site in plan(model, NAMES).sites)
+    model.config._experts_implementation = function
+    assert not any(site.multiplies for site in plan(model, NAMES).sites)
+
+
+def test_every_form_of_a_product_and_what_is_none():
+    model, x = Several().double(), torch.randn(2, 4).double()
+    inject(model, "w", r=2)
+    randomize_adapters(model)
+    plain = Several().double()
+    whole = model._parameters["w"] + (model.w_lora_B @ model.w_lora_A).mT
+    expected = functional_call(plain, {"w": whole}, (x,))
+    gradients = torch.autograd.grad(expected.pow(2).sum(), list(trained(model).values()))
+    y = model(x)
+    torch.testing.assert_close(y, expected)
+    y.pow(2).sum().backward()
+    for parameter, gradient in zip(trained(model).values(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_experts_that_are_known_by_one_gradient_record_know_the_other():
+    class Mixed(Watched):
+        def forward(self, x):
+            weights = self.w
+            with torch.no_grad():
+                x = x + (x @ weights[0]).sum() + weights.sum()
+            return x @ self.w[1] + weights.mean(0).sum()
+
+    model = Mixed()
+    inject(model, "w", r=2)
+    randomize_adapters(model)
+    model(torch.randn(2, 4)).sum().backward()
+    assert model.w_lora_A.grad[0].any()  # of the mean
+    assert model.w_lora_A.grad[1].any()
