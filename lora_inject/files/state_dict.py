@@ -5,6 +5,7 @@ from typing import overload
 
 from torch import Tensor, nn
 
+from lora_inject.core.drift import require_nothing_gone
 from lora_inject.core.travelling import Settings, said, saying
 from lora_inject.errors import ArgumentError
 from lora_inject.files.formats import in_memory, named_format
@@ -80,6 +81,7 @@ def lora_state_dict(
     stored = Stored(model, adapter)
     if bias is not None:
         stored.check_bias(bias)
+    require_nothing_gone(stored.look, stored.name)
     warn_of_left_out(stored.look, "the state dict")
     if format is not None:
         return _in_format(stored, format, full)

@@ -7,10 +7,9 @@ from typing import Any
 from torch import dtype, nn
 
 from lora_inject.changes.statistics import is_held
+from lora_inject.core.drift import drift, sentences
 from lora_inject.core.look import Look
-from lora_inject.core.marks import mark_of
 from lora_inject.core.roles import ADAPTER_ROLES, ROLES, roles
-from lora_inject.core.state import owned
 from lora_inject.kinds.bias import is_bias
 from lora_inject.own import own_tensor
 from lora_inject.printing import Section, Tables, count, plural
@@ -198,12 +197,13 @@ def _pattern_rows(look: Look) -> tuple[PatternRow, ...]:
 
 def _notes(look: Look, trains: bool) -> tuple[str, ...]:
     notes = [] if trains else ["No parameter trains."]
-    added = _added_since(look) if look.states else 0
+    added = sum(each.trains for each in drift(look, "came"))
     if added:
         notes.append(
             f"{plural(added, 'parameter')} that came into the model since inject train too, until "
             "the next inject or freeze."
         )
+    notes += sentences(drift(look, "gone", "thawed", "frozen", "class", "forward"))
     trains_biases = any(bias != "none" for bias in look.known.values())
     still = sum(
         not flag and is_bias(module, name)
@@ -220,23 +220,3 @@ def _notes(look: Look, trains: bool) -> tuple[str, ...]:
             "training mode they normalise by the batch, as before."
         )
     return tuple(notes)
-
-
-def _added_since(look: Look) -> int:
-    """How many parameters train that no call knows of."""
-    count = 0
-    for module in look.index.modules:
-        if not len(module._parameters):
-            continue
-        state = look.states.get(module)
-        ours = {name for a in (state.adapters if state else ()) for name in a.parameters}
-        new = [
-            name
-            for name, p in module._parameters.items()
-            if p is not None and p.requires_grad and name not in ours and mark_of(p) is None
-        ]
-        if new and state is not None:
-            known = {name for name, *_ in (*owned(state), *state.before.flags)}
-            new = [name for name in new if name not in known]
-        count += len(new)
-    return count
