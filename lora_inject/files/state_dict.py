@@ -76,7 +76,8 @@ def lora_state_dict(
         ArgumentError: the adapter is not known or not unique, or another bias mode would lose what
             was trained.
         FormatError: the format has no word for something of the adapter.
-        LoRAInjectError: the model has no adapters, is merged or inside a block.
+        LoRAInjectError: the model has no adapters, is merged or inside a block, or a layer of the
+            adapter was replaced since.
     """
     stored = Stored(model, adapter)
     if bias is not None:
