@@ -144,6 +144,14 @@ def may_be_checkpointed() -> bool:
     return _hooks_of_saved_tensors(True) is not None or _number_of_backward_pass() != -1
 
 
+def reduced_parameters(wrapper: nn.parallel.DistributedDataParallel) -> list[Tensor]:
+    """The parameters whose gradients it reduces; where torch does not say, all of the model's."""
+    buckets = getattr(wrapper.reducer, "_get_zeros_like_grad_buckets", None)
+    if buckets is None:
+        return list(wrapper.parameters())
+    return [tensor for bucket in buckets() for tensor in bucket.parameters()]
+
+
 def calls_on_stack(module: nn.Module) -> int:
     """How many calls of a module with hooks run now."""
     calls, frame = 0, sys._getframe(1)

@@ -33,6 +33,7 @@ from lora_inject.core.module_edits import (
     statistics_edits,
 )
 from lora_inject.core.recomputing import note_commit, note_parts
+from lora_inject.core.reduced import require_reduced
 from lora_inject.core.state import State, owned
 from lora_inject.core.travelling import travelling_edits
 from lora_inject.own import STATE
@@ -60,9 +61,13 @@ def commit(
 
     Returns:
         What ``then`` returned.
+
+    Raises:
+        LoRAInjectError: DistributedDataParallel would not reduce what is to train.
     """
     with torch.inference_mode(False):  # tensors made in it could never train
         edits = edits_of(look, states, fresh or {}, values, flags)
+    require_reduced(look, states, edits, fresh or {})
     note_parts()
     done = run(edits, then)
     note_commit(look, states, lambda former: edits_of(look.again(), former, {}, (), "switched"))

@@ -203,6 +203,14 @@ def _notes(look: Look, trains: bool) -> tuple[str, ...]:
             f"{plural(added, 'parameter')} that came into the model since inject train too, until "
             "the next inject or freeze."
         )
+    silent = _without_gradient(look)
+    if silent:
+        more = f" and {len(silent) - 3:,} more" if silent[3:] else ""
+        notes.append(
+            f"{', '.join(silent[:3])}{more}: no gradient reached its adapter in the last backward "
+            "pass, as it did others. Where its forward is never called, exclude it; "
+            "DistributedDataParallel fails on it, unless with find_unused_parameters=True."
+        )
     notes += sentences(drift(look, "gone", "thawed", "frozen", "class", "forward"))
     trains_biases = any(bias != "none" for bias in look.known.values())
     still = sum(
@@ -220,3 +228,15 @@ def _notes(look: Look, trains: bool) -> tuple[str, ...]:
             "training mode they normalise by the batch, as before."
         )
     return tuple(notes)
+
+
+def _without_gradient(look: Look) -> list[str]:
+    """The layers whose adapters run, train and have no gradient, where others have one."""
+    has: dict[str, bool] = {}
+    for path, layer in look.layers.items():
+        state = look.states[layer]
+        own = [layer._parameters.get(n) for t in state.running for n in t.names.values()]
+        trains = [p for p in own if p is not None and p.requires_grad]
+        if trains:
+            has[path] = any(p.grad is not None for p in trains)
+    return [path for path, reached in has.items() if not reached] if any(has.values()) else []
