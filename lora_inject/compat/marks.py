@@ -33,6 +33,8 @@ _LINEAR_LIBRARIES = (
 )  # fmt: skip
 
 _CHECKPOINTING = "gradient_checkpointing"
+# A mapping on a module, of which transformers saves none of the keys where it is tied to others.
+TIED_KEYS = "_tied_weights_keys"
 
 
 def has_accelerate_hook(module: nn.Module) -> bool:

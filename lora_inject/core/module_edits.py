@@ -8,6 +8,7 @@ from torch import nn
 from lora_inject.changes.edits import MISSING, Edit, attribute_edit
 from lora_inject.changes.recompute import is_checkpointed, recompute_edits
 from lora_inject.changes.statistics import has_statistics, holding_edits
+from lora_inject.compat.marks import TIED_KEYS
 from lora_inject.core.class_swap import add_class_edits
 from lora_inject.core.layer import SCALES, Scales, scales_of
 from lora_inject.core.state import State
@@ -24,6 +25,7 @@ def edge_edits(
     edits += statistics_edits(module, old, state)
     edits += lent_edits(module, old, state)
     edits += travelling_edits(module, old, state)
+    edits += tied_edits(module, old, state)
     if (old is None) != (state is None) and is_checkpointed(module):
         edits += recompute_edits(module, state is not None)
     if old is not None and state is None and module.training is not old.before.training:
@@ -53,6 +55,19 @@ def add_class_and_scales(
     known_state = old or state
     if known_state is not None:
         add_class_edits(edits, module, known_state.before.cls, state)
+
+
+def tied_edits(module: nn.Module, old: State | None, state: State | None) -> list[Edit]:
+    """Name the A and B that stand in another layer too, so that transformers saves them once."""
+    before, now = (_shared(s) for s in (old, state))
+    if before == now:
+        return []
+    return [attribute_edit(module, TIED_KEYS, dict.fromkeys(now) if now else MISSING)]
+
+
+def _shared(state: State | None) -> list[str]:
+    adapters = state.adapters if state else ()
+    return [name for adapter in adapters if adapter.follows for name in adapter.parameters]
 
 
 def statistics_edits(module: nn.Module, old: State | None, state: State | None) -> list[Edit]:
