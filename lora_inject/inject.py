@@ -121,7 +121,7 @@ def strip(model: nn.Module, merge: bool = False) -> nn.Module:
     Args:
         model: the model that ``inject`` was called on, a copy of it, or a wrapper that holds it.
         merge: leave plain layers with the adapters in use folded in, and what they trained in place
-            as it is; only classes, flags and statistics come back then.
+            as it is; only classes, flags and statistics come back then, and no mode changes.
 
     Returns:
         The same object. On a model without adapters nothing is changed and a

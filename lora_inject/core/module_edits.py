@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from lora_inject.changes.edits import MISSING, Edit, attribute_edit
-from lora_inject.changes.recompute import is_checkpointed, recompute_edits
+from lora_inject.changes.recompute import is_checkpointed, needing_edits, recompute_edits
 from lora_inject.changes.statistics import has_statistics, holding_edits
 from lora_inject.compat.marks import TIED_KEYS
 from lora_inject.core.class_swap import add_class_edits
@@ -17,19 +17,27 @@ from lora_inject.own import STATE
 
 
 def edge_edits(
-    module: nn.Module, old: State | None, state: State | None, own: Mapping[str, Any]
+    module: nn.Module,
+    old: State | None,
+    state: State | None,
+    own: Mapping[str, Any],
+    modes: bool = True,
 ) -> list[Edit]:
-    """State, class, statistics, hooks and what was lent; without a state the mode comes back."""
+    """State, class, statistics, hooks and what was lent; without a state the mode may come back."""
     edits: list[Edit] = [attribute_edit(module, STATE, MISSING if state is None else state)]
     add_class_and_scales(edits, module, old, state, own)
     edits += statistics_edits(module, old, state)
     edits += lent_edits(module, old, state)
     edits += travelling_edits(module, old, state)
     edits += tied_edits(module, old, state)
-    if (old is None) != (state is None) and is_checkpointed(module):
-        edits += recompute_edits(module, state is not None)
-    if old is not None and state is None and module.training is not old.before.training:
-        edits.append(attribute_edit(module, "training", old.before.training))
+    if (old is None) != (state is None):
+        if is_checkpointed(module):
+            edits += recompute_edits(module, state is not None)
+        if state is None:
+            edits += needing_edits(module, False)
+    ends = old is not None and state is None and modes
+    if ends and module.training is not old.before.training:  # type: ignore[union-attr]
+        edits.append(attribute_edit(module, "training", old.before.training))  # type: ignore[union-attr]
     return edits
 
 

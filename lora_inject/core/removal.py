@@ -55,6 +55,7 @@ def remove_adapters(
         fresh=removal.fresh,
         values=[*values, *removal.values.values(), *converted],
         flags="owned",
+        modes=not keep,
     )
     if lost:
         warn(
