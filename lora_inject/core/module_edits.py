@@ -8,9 +8,10 @@ from torch import nn
 from lora_inject.changes.edits import MISSING, Edit, attribute_edit
 from lora_inject.changes.recompute import is_checkpointed, needing_edits, recompute_edits
 from lora_inject.changes.statistics import has_statistics, holding_edits
-from lora_inject.compat.marks import TIED_KEYS
+from lora_inject.compat.marks import RESIZE, TIED_KEYS, can_resize
 from lora_inject.core.class_swap import add_class_edits
 from lora_inject.core.layer import SCALES, Scales, scales_of
+from lora_inject.core.resizing import Resizing
 from lora_inject.core.state import State
 from lora_inject.core.travelling import travelling_edits
 from lora_inject.own import STATE
@@ -31,6 +32,8 @@ def edge_edits(
     edits += travelling_edits(module, old, state)
     edits += tied_edits(module, old, state)
     if (old is None) != (state is None):
+        if can_resize(module):
+            edits.append(attribute_edit(module, RESIZE, Resizing(module) if state else MISSING))
         if is_checkpointed(module):
             edits += recompute_edits(module, state is not None)
         if state is None:
