@@ -18,6 +18,7 @@ from benchmarks import (  # noqa: F401 (they register their rows)
     merging,
     quality,
     shared_input,
+    variants,
 )
 from benchmarks.harness import REGISTRY, Result, as_section, write
 

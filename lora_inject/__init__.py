@@ -11,6 +11,9 @@ from lora_inject.adapters.disabled import disabled
 from lora_inject.adapters.extract import ExtractReport, extract
 from lora_inject.adapters.per_row import per_row
 from lora_inject.adapters.use import remove, use
+from lora_inject.calibration.allocate import allocate
+from lora_inject.calibration.calibrate import calibrate
+from lora_inject.calibration.statistics import Statistics
 from lora_inject.capacity.capacity import Capacity, capacity
 from lora_inject.core.layer import LoRALayer
 from lora_inject.errors import (
@@ -31,6 +34,7 @@ from lora_inject.merging.merge import merge, merged, unmerge
 from lora_inject.plan import Plan, plan
 from lora_inject.report.report import Report, report
 from lora_inject.training.checkpointing import reentrant_checkpointing
+from lora_inject.training.clip import clip_norms
 from lora_inject.training.freeze import freeze, mark_only_lora_as_trainable
 from lora_inject.training.optimizer import lora_parameters, param_groups
 from lora_inject.training.reset import reset_lora_parameters
@@ -51,8 +55,12 @@ __all__ = [
     "Plan",
     "Report",
     "Spec",
+    "Statistics",
     "UnsupportedLayerError",
+    "allocate",
+    "calibrate",
     "capacity",
+    "clip_norms",
     "combine",
     "disabled",
     "extract",

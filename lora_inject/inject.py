@@ -56,14 +56,24 @@ def inject(*args: Any, **kwargs: Any) -> Report:  # noqa: D417 (those of plan)
             fused ``"experts.gate_up_proj"``.
         r: rank, at least 1.
         alpha: the delta is scaled by alpha / r; None means alpha = r, a scaling of 1.
-        dropout: probability of dropout on the input of the adapter, in [0, 1).
+        dropout: probability of dropout on the input of the adapter, in [0, 1); or a mapping,
+            ``{"input": 0.1, "rank": 0.1, "module": 0.05}``, where "rank" leaves ranks out, and
+            "module" the adapter on a layer, for one call in training.
         scaling: "lora" scales by alpha / r, "rslora" by alpha / sqrt(r) (arXiv 2312.03732).
         variant: "lora", or "dora" (arXiv 2402.09353): the length of each row of the adapted weight
-            is trained on its own, ``lora_magnitude``.
+            is trained on its own, ``lora_magnitude``; "dora_columns": of each column. Or no
+            ``B A``: "loha" multiplies two of them element by element, "lokr" is a Kronecker product
+            (arXiv 2309.14859), "tucker" has a core between A and B that holds a convolution's
+            kernel. All but "lora" and "dora" act in the weight, without dropout. Or an object of
+            ``lora_inject.variants``, such as ``LoKr(factor=4)``.
         init: where A and B begin: "default", random A and zero B; "gaussian"; "pissa" (arXiv
             2404.02948), "milora" (2406.09044) and "olora" (2406.01775), directions of the weight
-            itself; "mica" (2604.01694); or an object of ``lora_inject.starts``. Those that do not
-            begin at zero keep their start beside A and B and subtract it: the base is never moved.
+            itself; "mica" (2604.01694); an object of ``lora_inject.starts``, of which ``EVA``,
+            ``CorDA`` and ``LoRAGA`` start from what ``calibrate`` has seen and ``LoftQ`` from the
+            weights before quantizing; or a function of W, A and B that writes into A and B, which
+            hold the usual start (``starts.Custom``). Those that do not begin at zero keep their
+            start beside A and B and subtract it: the base is never moved. ``LoftQ`` alone moves
+            outputs, towards those of the original.
         fixed: "A" or "B", a factor that stays as it starts and does not train; None trains both.
             With "A" (LoRA-FA, arXiv 2308.03303) less is kept for the backward pass.
         bias: the biases that train: "none", "all" in the model, or "lora_only", those of adapted
@@ -86,6 +96,11 @@ def inject(*args: Any, **kwargs: Any) -> Report:  # noqa: D417 (those of plan)
         parts: adapters for the parts of fused projections, ``{"c_attn": ("q", None, "v")}``: equal
             parts of the output, of which the named ones get an A and a B each (``q_lora_A``). Parts
             that are not equal have sizes: ``{"qkv_proj": (("q", 64), (None, 32), ("v", 32))}``.
+        rows: rows of embeddings and output heads that train besides, by their ids, such as those
+            of new tokens: ``{"embed_tokens": [32000, 32001]}``. What is added to each is a row of
+            ``lora_rows`` (n, width), in ascending order of the ids, which starts at zero; rank,
+            alpha, dropout, ``layers`` and the like do not concern it. A tied head has the same
+            rows. With ``targets=()`` nothing else is adapted.
 
     Returns:
         The report of what trains now.

@@ -28,18 +28,22 @@ from lora_inject.core.patterns import Pattern
 from lora_inject.core.request import (
     ALL_LINEAR,
     Request,
+    is_given,
     optional_patterns,
     parts_by_pattern,
+    rows_by_pattern,
     settings_by_pattern,
 )
 from lora_inject.core.resolving import Resolver
 from lora_inject.core.site import Site
+from lora_inject.core.tables import choose_tables
 from lora_inject.errors import NoMatchError, warn
 from lora_inject.printing import Tables, plural
 from lora_inject.report.plan_tables import sites_section, skipped_section, train_also_section
 from lora_inject.report.report import Report, report_of
 from lora_inject.settings import BiasMode, Parts
-from lora_inject.starts import Start
+from lora_inject.starts import Function, Start
+from lora_inject.variants import Variant
 
 
 @dataclass(frozen=True)
@@ -133,10 +137,10 @@ def plan(
     *,
     r: int = 8,
     alpha: float | None = None,
-    dropout: float = 0.0,
+    dropout: float | Mapping[str, float] = 0.0,
     scaling: str = "lora",
-    variant: str = "lora",
-    init: str | Start = "default",
+    variant: str | Variant = "lora",
+    init: str | Start | Function = "default",
     fixed: str | None = None,
     bias: BiasMode = "none",
     exclude: Any = (),
@@ -148,6 +152,7 @@ def plan(
     how: str = "auto",
     layout: str | None = None,
     parts: Mapping[Any, Any] | None = None,
+    rows: Mapping[Any, Any] | None = None,
 ) -> Plan:
     """Work out what ``inject`` would do with the same arguments; the model is not changed.
 
@@ -161,9 +166,9 @@ def plan(
         targets: the layers to adapt; see ``inject`` for this and all that follow.
         r: rank.
         alpha: the delta is scaled by alpha / r.
-        dropout: dropout on the adapter's input.
+        dropout: dropout on the adapter's input, of ranks, or of the adapter on a layer.
         scaling: "lora" or "rslora".
-        variant: "lora" or "dora".
+        variant: "lora", "dora", "dora_columns", "loha", "lokr", "tucker", or an object.
         init: where A and B begin.
         fixed: the factor that does not train, if any.
         bias: which biases train.
@@ -176,6 +181,7 @@ def plan(
         how: "auto" or "weight".
         layout: order of the dimensions of fused weights.
         parts: named parts of fused projections.
+        rows: ids of the rows of embeddings and output heads that train.
 
     Returns:
         The plan, which ``print`` shows as a table.
@@ -193,9 +199,10 @@ def plan(
         "r": r, "alpha": alpha, "dropout": dropout, "scaling": scaling, "variant": variant,
         "init": init, "fixed": fixed, "how": how, "layout": layout,
     }  # fmt: skip
-    settings = settings_by_pattern(targets, values)
+    of_rows = rows_by_pattern(rows)
     request = Request(
-        settings=settings,
+        settings=settings_by_pattern(targets, values) if is_given(targets) or not of_rows else {},
+        rows=of_rows,
         excluded=optional_patterns(exclude, "exclude"),
         train_also=optional_patterns(train_also, "train_also"),
         parts=parts_by_pattern(parts),
@@ -238,7 +245,9 @@ def plan_for(
     parts = request.parts or {}
     resolver = Resolver(matcher, request, _parts_by_module(matcher, parts), limits)
     chosen, skips = choose(matcher, list(request.settings), limits, resolver.resolve)
-    sites = with_followers(resolver, chosen)
+    tables, more = choose_tables(resolver, chosen)
+    skips += more
+    sites = with_followers(resolver, [*chosen, *tables])
     require_apart(look, sites, in_full)
     _check_parts_used(matcher, parts, sites)
     if content is not None:
@@ -263,6 +272,8 @@ def _with_notes(shown: Report, plan: Plan) -> Report:
         for why in dict.fromkeys(skip.reason for skip in missed)
         for paths in [[skip.path for skip in missed if skip.reason == why]]
     ]
+    starts = dict.fromkeys(site.settings.start.note for site in plan.sites)
+    notes += [note for note in starts if note]
     if plan.oversized:
         site = plan.oversized[0]
         text = (

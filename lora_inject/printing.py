@@ -1,14 +1,15 @@
-"""Tables for people: the same sections as text in a terminal and as HTML in a notebook, by rich."""
+"""Tables and progress for people, by rich: tables as text, and as HTML in a notebook."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from io import StringIO
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 WIDTH = 120
+T = TypeVar("T")
 
 
 class Section(NamedTuple):
@@ -91,3 +92,15 @@ def size(n_bytes: float) -> str:
 def plural(number: int, noun: str) -> str:
     """'1 layer', '2 layers'."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def tracked(items: Iterable[T], what: str, shown: bool) -> Iterator[T]:
+    """The items under a progress bar on standard error, which goes when they are over."""
+    if not shown:
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    number = float(len(items)) if isinstance(items, Sized) else None
+    yield from track(items, what, number, console=Console(stderr=True), transient=True)

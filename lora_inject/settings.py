@@ -3,14 +3,15 @@
 import math
 import operator
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 import torch
 
+from lora_inject.arithmetic.thinning import Drops
 from lora_inject.errors import ArgumentError
-from lora_inject.starts import STARTS, Start
+from lora_inject.starts import STARTS, Custom, Start
 from lora_inject.variants import FIXED, SCALINGS, VARIANTS, Variant
 
 BiasMode = Literal["none", "all", "lora_only"]
@@ -28,6 +29,7 @@ class Settings:
         r: rank.
         alpha: the delta is scaled by alpha / r.
         dropout: probability on the adapter's input.
+        drops: probabilities of leaving out ranks, or the adapter, for one call in training.
         how: "auto", or "weight" to adapt what the layer reads and not what it returns.
         layout: the order of the last two dimensions of a fused weight, if the user says it.
         parts: (name, size) of each part of a fused projection; None for what stays as it is.
@@ -43,6 +45,7 @@ class Settings:
     parts: Parts = ()
     variant: Variant = field(default_factory=Variant)
     start: Start = field(default_factory=Start)
+    drops: Drops = field(default_factory=Drops)
 
     @property
     def scaling(self) -> float:
@@ -89,10 +92,12 @@ def settings(values: Mapping[str, Any], override: Any = None, where: str = "") -
     v = {**values, **own}
     names = {key: f"{key} in {where}" if key in own else key for key in values}
     rank, start = check_count(v["r"], names["r"]), check_start(v["init"], names["init"])
+    dropout, drops = check_dropouts(v["dropout"], names["dropout"])
     return Settings(
         r=rank,
         alpha=float(rank) if v["alpha"] is None else check_alpha(v["alpha"], names["alpha"]),
-        dropout=check_dropout(v["dropout"], names["dropout"]),
+        dropout=dropout,
+        drops=drops,
         how=check_choice(v["how"], names["how"], How),
         layout=None if v["layout"] is None else check_choice(v["layout"], names["layout"], Layout),
         variant=_variant(v, names, start),
@@ -103,7 +108,11 @@ def settings(values: Mapping[str, Any], override: Any = None, where: str = "") -
 def _variant(values: Mapping[str, Any], names: Mapping[str, str], start: Start) -> Variant:
     fixed = values["fixed"]
     fixed = start.fixed if fixed is None else check_word(fixed, names["fixed"], FIXED)
-    return VARIANTS[check_word(values["variant"], names["variant"], VARIANTS)](
+    variant = values["variant"]
+    if not isinstance(variant, Variant):
+        variant = VARIANTS[check_word(variant, names["variant"], VARIANTS)]()
+    return replace(
+        variant,
         scaling=SCALINGS[check_word(values["scaling"], names["scaling"], SCALINGS)],
         fixed=fixed,
         offset=start.offset,
@@ -111,8 +120,12 @@ def _variant(values: Mapping[str, Any], names: Mapping[str, str], start: Start) 
 
 
 def check_start(start: Any, name: str) -> Start:
-    """A start is one of the words, or an object of ``lora_inject.starts``."""
-    return start if isinstance(start, Start) else STARTS[check_word(start, name, STARTS)]()
+    """A start is one of the words, an object of ``lora_inject.starts``, or a function."""
+    if isinstance(start, Start):
+        return start
+    if callable(start) and not isinstance(start, type):
+        return Custom(start)
+    return STARTS[check_word(start, name, STARTS)]()
 
 
 def check_choice(value: Any, name: str, choices: Any) -> Any:
@@ -175,6 +188,19 @@ def check_alpha(alpha: Any, name: str) -> float:
             remedy="Leave it out for alpha = r.",
         )
     return float(alpha)
+
+
+def check_dropouts(dropout: Any, name: str) -> tuple[float, Drops]:
+    """The probability on the input, and those of leaving out ranks and whole adapters."""
+    if not isinstance(dropout, Mapping):
+        return check_dropout(dropout, name), Drops()
+    if not dropout.keys() <= {"input", "rank", "module"}:
+        raise ArgumentError(
+            f"{name} must be a number or a mapping with input, rank and module, not {dropout!r}.",
+            remedy='Such as {"input": 0.1, "rank": 0.1, "module": 0.05}.',
+        )
+    each = [check_dropout(dropout.get(key, 0), name) for key in ("input", "rank", "module")]
+    return each[0], Drops(*each[1:])
 
 
 def check_dropout(dropout: Any, name: str) -> float:

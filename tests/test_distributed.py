@@ -117,7 +117,8 @@ def shard(model):
 
 # A variant with a tensor more, a start that is kept beside, and both.
 METHODS = [{}, {"variant": "dora"}, {"init": "pissa"}, {"variant": "dora", "init": "olora"}]
-every_method = pytest.mark.parametrize("method", METHODS, ids=str)
+IN_THE_WEIGHT = [{"variant": "loha"}, {"variant": "lokr"}]
+every_method = pytest.mark.parametrize("method", [*METHODS, *IN_THE_WEIGHT], ids=str)
 
 
 def ddp_equals_one_process(method):
@@ -626,6 +627,46 @@ def tp_of_transformers(folder):
     model = LlamaForCausalLM.from_pretrained(folder, tp_plan="auto", device_mesh=mesh)
     with pytest.raises(LoRAInjectError, match="use parallelize_module"):
         inject(model, ["q_proj"], r=2)
+
+
+def fsdp_rows(tied, folder):
+    alone = llama().double()
+    if tied:
+        alone.lm_head.weight = alone.model.embed_tokens.weight
+        alone.config.tie_word_embeddings = True
+    rows = {"embed_tokens": [3, 40, 7], "lm_head": [3, 40, 7]}
+    inject(alone, "q_proj", r=3, rows=rows)
+    randomize_adapters(alone)
+    model = shard(copy.deepcopy(alone))
+    inputs, targets = ids(rows=4, vocabulary=60), torch.randn(4, 5, 64, dtype=torch.double)
+    trained = train(model, my_half(inputs), my_half(targets))
+    assert_close(trained, train(alone, inputs, targets))
+    assert any("lora_rows" in name for name in trained)
+    load_lora_state_dict(alone, trained)
+    if rank() == 0:
+        save(alone, f"{folder}/alone")
+    save(model, f"{folder}/sharded")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_fsdp2_trains_rows_of_tables_as_one_process_and_saves_the_same_files(tied, tmp_path):
+    on_ranks(2, fsdp_rows, tied, str(tmp_path))
+    assert_same_files(tmp_path / "sharded", tmp_path / "alone")
+
+
+def tp_tables():
+    mesh, model = init_device_mesh("cpu", (2,)), nn.Sequential(nn.Embedding(8, 4))
+    inject(model, (), rows={"0": [1]})
+    for style in (ColwiseParallel(), RowwiseParallel()):
+        with pytest.raises(LoRAInjectError, match=r"0: its adapter .* is a set of rows.*whole"):
+            parallelize_module(model, mesh, {"0": style})
+    sharded = parallelize_module(nn.Sequential(nn.Embedding(8, 4)), mesh, {"0": RowwiseParallel()})
+    with pytest.raises(UnsupportedLayerError, match=r"0: rows= needs its whole weight.*before"):
+        inject(sharded, (), rows={"0": [1]})
+
+
+def test_tables_of_which_rows_train_are_not_divided_by_tensor_parallelism():
+    on_ranks(2, tp_tables)
 
 
 def tp_methods(method):

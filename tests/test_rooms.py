@@ -19,6 +19,7 @@ FLOORS = [
     {"plan"},
     {"inject"},
     {"adapters", "files"},
+    {"calibration"},
     {"integrations", "cli"},
     {"__main__", "__init__"},
 ]

@@ -254,14 +254,14 @@ def _combine_pair(
             raise UnsupportedLayerError(
                 f"the A or B of {term.adapter!r} has no finite values.", path=path
             )
-        if not term.variant.additive and (rule.how != "svd" or rule.r is None):
+        wide = {role: t.to(torch.promote_types(t.dtype, torch.float32)) for role, t in own.items()}
+        pair = term.variant.low_rank(term.kind, layer, wide)
+        if pair is None and not (rule.how == "svd" and rule.r and "rows" not in term.names):
             raise UnsupportedLayerError(
                 f"{term.adapter!r} is a {term.variant.name}, which is no product of low rank.",
                 path=path,
-                remedy='Use several at once with weights, use(model, {...}), or how="svd" with r=.',
+                remedy='Use several at once, use(model, {...}), or for DoRA how="svd" with r=.',
             )
-        wide = {role: t.to(torch.promote_types(t.dtype, torch.float32)) for role, t in own.items()}
-        pair = term.variant.low_rank(term.kind, layer, wide)
         if pair is None:
             W = whole(term.kind.weight(layer, term.spec.weight))
             change = Change(term.spec, wide, term.scaling, term.scaling)
@@ -285,8 +285,11 @@ def _shaped(
     A, B = (tensor.to(dtype).contiguous() for tensor in kind.from_matrices(layer, A, B))
     old = term.spec
     n_in, n_out = (old.n_out, old.n_in) if old.swapped else (old.n_in, old.n_out)
-    shapes = tuple(A.shape), tuple(B.shape)
-    return Spec(old.weight, n_in, n_out, *shapes, old.part, old.start, old.experts), (A, B)
+    spec = Spec(
+        old.weight, n_in, n_out, tuple(A.shape), tuple(B.shape), old.part, old.start, old.experts,
+        groups=old.groups,
+    )  # fmt: skip
+    return spec, (A, B)
 
 
 def _check_names(look: Look, weights: Mapping[str, float], name: str) -> None:

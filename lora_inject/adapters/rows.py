@@ -109,17 +109,18 @@ class _Group:
         dropout = self.dropout if layer.training else 0.0
         if not self.terms[0].plain and dropout:  # A and A0 see the same input
             x, dropout = F.dropout(x, dropout), 0.0
-        delta = self.delta(layer, x, y, ("A", "B"), dropout, count)
+        own = [_thinned(layer, term) for term in self.terms]
+        delta = self.delta(layer, x, y, own, ("A", "B"), dropout, count)
         if not self.terms[0].plain:  # of one shape, so that they cancel where they are equal
-            delta = delta - self.delta(layer, x, y, ("A0", "B0"), dropout, count)
+            delta = delta - self.delta(layer, x, y, own, ("A0", "B0"), dropout, count)
         return add(y, delta, self.factor, self.spec)
 
     def delta(
-        self, layer: nn.Module, x: Tensor, y: Tensor, roles: tuple[str, str], dropout: float,
-        count: Count,
+        self, layer: nn.Module, x: Tensor, y: Tensor, own: list[dict[str, Tensor]],
+        roles: tuple[str, str], dropout: float, count: Count,
     ) -> Tensor:  # fmt: skip
         """What the tensors of these roles make of the rows that are theirs."""
-        pairs = self.pairs(layer, roles)
+        pairs = self.pairs(own, roles)
         require_values(layer, x, [tensor for pair in pairs for tensor in pair])
         if self.kind.stacks and x.dim() > 1 and self.is_stacked(x, pairs):
             return self.by_row(x, pairs, dropout, count(x, 2))
@@ -129,11 +130,13 @@ class _Group:
         mask = self.mask(h, count(h, 2 if self.kind.rank_dim < 0 else A.dim()))
         return self.kind.up(layer, x, h * mask, B)
 
-    def pairs(self, layer: nn.Module, roles: tuple[str, str]) -> list[tuple[Tensor, Tensor]]:
+    def pairs(
+        self, own: list[dict[str, Tensor]], roles: tuple[str, str]
+    ) -> list[tuple[Tensor, Tensor]]:
         """The tensors of these roles of each adapter."""
-        own: Any = layer._parameters
         changes = [
-            t.change({role: own[t.names[role]] for role in roles}, t.factor) for t in self.terms
+            t.change({role: tensors[role] for role in roles}, t.factor)
+            for t, tensors in zip(self.terms, own, strict=True)
         ]
         return [(c.tensors[roles[0]], c.tensors[roles[1]]) for c in changes]
 
@@ -194,7 +197,17 @@ class _Alone:
         at = entries.flatten().to(y.device)
         tensors = {role: own[name] for role, name in term.names.items()}
         require_values(layer, x, tensors.values())
-        change = term.change(tensors, term.factor, term.dropout if layer.training else 0.0)
+        factor: Any = term.factor
+        if term.drops and layer.training:
+            factor, tensors = term.drops.factor(factor, y), term.drops.thinned(tensors)
+        change = term.change(tensors, factor, term.dropout if layer.training else 0.0)
         x_k, y_k = x.index_select(0, at), y.index_select(0, at)
         added = term.variant.add_to_output(term.kind, layer, x_k, y_k, y_k, change)
         return y.index_copy(0, at, added)
+
+
+def _thinned(layer: nn.Module, term: Term) -> dict[str, Tensor]:
+    """The tensors of an adapter, without the ranks that are left out in training."""
+    own: Any = layer._parameters
+    tensors = {role: own[name] for role, name in term.names.items()}
+    return term.drops.folded(tensors) if term.drops and layer.training else tensors

@@ -4,5 +4,6 @@
 - ``product``: a product as an autograd Function that keeps its input, and no copy of it.
 - ``whole``: a layer with its adapters as one such Function.
 - ``masks``: masks of dropout that are made again from seeds; ``philox`` has Triton's.
+- ``hadamard``: two products element by element, of which neither is kept.
 - ``embedding``: what adapters add to an embedding.
 """

@@ -1,7 +1,7 @@
 """What an adapter adds to an embedding, with the gradients that the layer's options ask for.
 
-Shapes: N any number of leading dimensions, I the embedding's rows, O its width, R rank. A is
-(R, I), B is (O, R); ids_N, h_NR and delta_NO are named by their shapes.
+Shapes: N any number of leading dimensions, I the embedding's rows, O its width, R rank, n rows that
+train. A is (R, I), B is (O, R); ids_N, h_NR and delta_NO are named by their shapes.
 """
 
 import torch
@@ -30,6 +30,26 @@ def embedding_down(
     if dropout > 0:
         h_NR = h_NR * F.dropout(torch.ones_like(h_NR[..., :1]), dropout)
     return h_NR
+
+
+def looked_up(
+    ids_N: Tensor, index_n: Tensor, rows_nO: Tensor, padding_idx: int | None = None
+) -> Tensor:
+    """The rows of these ids, of shape (N, O), and zeros for ids that have none.
+
+    Args:
+        ids_N: the ids.
+        index_n: the ids that have rows, ascending.
+        rows_nO: their rows.
+        padding_idx: an id whose row gets no gradient, as in the layer.
+    """
+    ids_N = ids_N.to(index_n.dtype)
+    at_N = torch.searchsorted(index_n, ids_N.contiguous()).clamp(max=index_n.shape[0] - 1)
+    misses_N = (index_n[at_N] != ids_N).unsqueeze(-1)
+    found_NO = F.embedding(at_N, rows_nO).masked_fill(misses_N, 0)
+    if padding_idx is None:
+        return found_NO
+    return torch.where((ids_N == padding_idx).unsqueeze(-1), found_NO.detach(), found_NO)
 
 
 def divide_gradient_by_frequency(delta_NO: Tensor, ids_N: Tensor) -> Tensor:

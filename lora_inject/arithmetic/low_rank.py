@@ -51,6 +51,13 @@ def dominant(
     return Q @ U, S, Vh.mT
 
 
+def gram_norm(A: Tensor, B: Tensor) -> Tensor:
+    """The Frobenius norm of ``B A`` on its device, of r x r products, in at least float32."""
+    dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
+    A, B = A.to(dtype), B.to(dtype)
+    return ((B.mT @ B) * (A @ A.mT)).sum().clamp_min(0).sqrt()
+
+
 def product_norm(A: Tensor, B: Tensor) -> float:
     """The Frobenius norm of ``B A`` in float64, without making the product."""
     R_B = torch.linalg.qr(B.double(), mode="r").R

@@ -98,6 +98,11 @@ def may_be_reentrant(module: nn.Module) -> bool:
     return bool(known.get("use_reentrant", True))
 
 
+def is_encoder_decoder(module: nn.Module) -> bool:
+    """Whether a model of transformers has an encoder and a decoder, each with its own tokens."""
+    return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
+
+
 def rows_of_checkpoint(module: nn.Module) -> int | None:
     """How many tokens the checkpoint has that a model of transformers was loaded from.
 

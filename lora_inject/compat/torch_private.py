@@ -46,6 +46,8 @@ is_autocast_anywhere = _named("_C._is_any_autocast_enabled", _yes)
 # Without this: tensors inside of torch.func count as ordinary ones, of which capacity says that it
 # cannot follow them.
 is_functorch_wrapped = _named("_C._functorch.is_functorch_wrapped_tensor", _no)
+# Without this: no tensor is known again, and layers that read one each have sums of their own.
+_weak_reference = _named("utils.weak.TensorWeakRef", lambda _: lambda: None)
 # Without this: an output is a view of the product, which allows a little less to be done with it.
 unsafe_view = _named("ops.aten._unsafe_view.default", Tensor.view)
 # Without these: every forward asks whether it runs in a checkpointed part.
@@ -137,6 +139,25 @@ def offset_of_shard(shape: Any, mesh: Any, placements: Any) -> tuple[int, ...] |
     except ImportError:
         return None
     return tuple(compute_local_shape_and_global_offset(shape, mesh, placements)[1])
+
+
+class Seen:
+    """A tensor as it was when it was seen, without keeping it alive."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        # What is written into tensors of inference mode is not counted: they are not known again.
+        counted = not tensor.is_inference()
+        self._weak = _weak_reference(tensor) if counted else lambda: None
+        self._version = tensor._version if counted else 0
+
+    def is_now(self, tensor: Tensor) -> bool:
+        """Whether this is the very tensor, and nothing has been written into it since."""
+        return self._weak() is tensor and self._version == tensor._version
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether nobody can show the tensor any more."""
+        return self._weak() is None
 
 
 def may_be_checkpointed() -> bool:

@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from lora_inject.arithmetic.thinning import Drops
 from lora_inject.kinds.base import Kind, Way
 from lora_inject.settings import Settings
-from lora_inject.variants import OTHER, Change, Spec, Variant
+from lora_inject.variants import Change, Spec, Variant
 
 DEFAULT_ADAPTER = "default"
 
@@ -20,7 +21,7 @@ def parameter_names(spec: Spec, adapter: str, variant: Variant) -> dict[str, str
     Others add their own name: A and B of "fr" are ``lora_A_fr`` and ``lora_B_fr``.
     """
     suffix = "" if adapter == DEFAULT_ADAPTER else f"_{adapter}"
-    return {role: f"{spec.prefix}lora_{role}{suffix}" for role in variant.roles}
+    return {role: f"{spec.prefix}lora_{role}{suffix}" for role in variant.shapes(spec)}
 
 
 class Pair(NamedTuple):
@@ -45,8 +46,8 @@ class Term(NamedTuple):
     Attributes:
         kind: the kind of layer, with its arithmetic.
         spec: the pair.
-        A: the name of the parameter A.
-        B: the name of the parameter B.
+        A: the name of the parameter A; "" where the variant has none.
+        B: the name of the parameter B; "" where the variant has none.
         factor: the scaling times the weight with which the adapter is in use.
         dropout: the probability in training mode.
         adapter: the adapter's name.
@@ -55,6 +56,7 @@ class Term(NamedTuple):
         scaling: alpha / r, or what the rule of scaling makes of them.
         variant: what the tensors are to the weight.
         plain: whether the change is ``B A`` alone.
+        drops: what is left out for one call in training; None where nothing is.
         finishes: whether it is made of the output with ``B A`` added: ``Variant.finish``.
     """
 
@@ -70,6 +72,7 @@ class Term(NamedTuple):
     scaling: float
     variant: Variant
     plain: bool
+    drops: Drops | None
     finishes: bool
 
     def change(
@@ -77,7 +80,7 @@ class Term(NamedTuple):
     ) -> Change:
         """The term with its values; those of a tied layer may stand the other way round."""
         if self.spec.swapped:
-            tensors = {OTHER[role]: t.transpose(-2, -1) for role, t in tensors.items()}
+            tensors = self.variant.turned(tensors)
         return Change(self.spec, tensors, self.scaling, factor, dropout)
 
 
@@ -119,10 +122,15 @@ class Adapter:
 
     def weighted_terms(self, weight: float) -> tuple[Term, ...]:
         """What it adds when it is in use with this weight."""
-        return _terms(self.kind, self.specs, self.settings, self.name, weight)
+        s = self.settings
+        drops = s.drops if any(s.drops) else None
+        return _terms(
+            self.kind, self.specs, s.variant, s.scaling, s.dropout, drops, self.name, weight
+        )
 
 
-# Very many layers are alike, and these are values: layers that are alike share them.
+# Very many layers are alike, and these are values: layers that are alike share them. They outlive
+# the layers, so that settings, whose start may hold what a model is made of, are no key.
 
 
 @lru_cache
@@ -137,23 +145,24 @@ def names_of(
 
 @lru_cache
 def _terms(
-    kind: Kind, specs: tuple[Spec, ...], settings: Settings, adapter: str, weight: float
-) -> tuple[Term, ...]:
-    variant = settings.variant
+    kind: Kind, specs: tuple[Spec, ...], variant: Variant, scaling: float, dropout: float,
+    drops: Drops | None, adapter: str, weight: float,
+) -> tuple[Term, ...]:  # fmt: skip
     return tuple(
         Term(
             kind=kind,
             spec=spec,
-            A=names["A"],
-            B=names["B"],
-            factor=settings.scaling * weight,
-            dropout=settings.dropout,
+            A=names.get("A", ""),
+            B=names.get("B", ""),
+            factor=scaling * weight,
+            dropout=dropout,
             adapter=adapter,
             part=(spec.start, spec.n_out) if spec.part else None,
             names=names,
-            scaling=settings.scaling,
+            scaling=scaling,
             variant=variant,
             plain=variant.additive and not variant.offset,
+            drops=drops,
             finishes=variant.finishes and not variant.offset and weight == 1.0,
         )
         for spec, names in names_of(specs, adapter, variant)[0]

@@ -82,7 +82,7 @@ class Arranging:
         all_states: States,
         fresh: Fresh,
         flags: Flags,
-        modes: bool = True,
+        modes: bool,
     ) -> None:
         self.look, self.states, self.all_states = look, states, all_states
         self.flags, self.modes = flags, modes

@@ -50,6 +50,7 @@ def choose(
     patterns: Sequence[Pattern],
     limits: Limits,
     resolve: Callable[[Target, Pattern], Site | Refusal],
+    argument: str = "targets",
 ) -> tuple[list[Site], list[Skip]]:
     """What to adapt, in registration order, and what is left alone.
 
@@ -59,6 +60,7 @@ def choose(
         limits: what to leave alone.
         resolve: the site that a target is, or why it cannot be one. ``"all-linear"`` leaves what
             is refused alone, other patterns have asked for it, so that it is an error.
+        argument: where the patterns come from, for messages.
 
     Raises:
         NoMatchError: a pattern chooses nothing.
@@ -69,7 +71,7 @@ def choose(
     lost = [pattern for pattern, targets in selected.items() if not targets]
     if lost:
         raise NoMatchError(
-            "\n".join(f"targets: {matcher.no_match(pattern)}" for pattern in lost),
+            "\n".join(f"{argument}: {matcher.no_match(pattern)}" for pattern in lost),
             remedy=f"Names that can be adapted: {listed(matcher.adaptable_names())}.",
         )
     outside = _outside(matcher, selected.values(), limits.layers)
@@ -97,7 +99,7 @@ def choose(
     _raise_refused(refused)
     winners = {key: winner for key, (_, winner, _) in chosen.items()}
     for pattern, targets in selected.items():
-        _require_choice(matcher, pattern, targets, winners, skips)
+        _require_choice(matcher, pattern, targets, winners, skips, argument)
     order = {place.module: index for index, place in enumerate(matcher.places)}
     sites: dict[str, Site] = {}
     for target, _, found in sorted(chosen.values(), key=lambda choice: order[choice[0].module]):
@@ -184,6 +186,7 @@ def _require_choice(
     targets: Sequence[Target],
     chosen: Mapping[tuple[nn.Module, str | None], Pattern],
     skips: Mapping[str, Skip],
+    argument: str,
 ) -> None:
     """Raise unless the pattern chose a layer, or had nothing to add to what chose them all."""
     keys = [(target.module, target.parameter) for target in targets]
@@ -193,23 +196,24 @@ def _require_choice(
     if winners:
         if any(winner.settings != pattern.settings for winner in winners):
             raise NoMatchError(
-                f"targets: {pattern.label!r} selects only layers that {winners[0].label!r} has "
+                f"{argument}: {pattern.label!r} selects only layers that {winners[0].label!r} has "
                 "chosen before, so its settings would have no effect.",
                 remedy="The first pattern that selects a layer decides: put it first.",
             )
         return
-    raise _nothing_chosen(matcher, pattern, targets, skips)
+    raise _nothing_chosen(matcher, pattern, targets, skips, argument)
 
 
 def _nothing_chosen(
-    matcher: Matcher, pattern: Pattern, targets: Sequence[Target], skips: Mapping[str, Skip]
-) -> LoRAInjectError:
+    matcher: Matcher, pattern: Pattern, targets: Sequence[Target], skips: Mapping[str, Skip],
+    argument: str,
+) -> LoRAInjectError:  # fmt: skip
     """The error for a pattern that selects something and chooses nothing of it."""
     able = [target for target in targets if matcher.is_able(target)]
     if able:
         reasons = Counter(skips[target.path].reason for target in able)
         told = "; ".join(f"{plural(n, 'layer')}: {reason}" for reason, n in reasons.items())
-        return NoMatchError(f"targets: {pattern.label!r} chooses nothing. It selects {told}.")
+        return NoMatchError(f"{argument}: {pattern.label!r} chooses nothing. It selects {told}.")
     types = ", ".join(dict.fromkeys(target.type for target in targets))
     children, matrices = matcher.adaptable_below(targets), matcher.matrices_below(targets)
     remedy = f"Names that can be adapted: {listed(matcher.adaptable_names())}."
@@ -218,7 +222,7 @@ def _nothing_chosen(
     elif matrices:
         remedy = f"Name its matrices instead, such as {listed(matrices, 6)}."
     return NoMatchError(
-        f"targets: {pattern.label!r} selects {plural(len(targets), 'module')} of type {types}, "
+        f"{argument}: {pattern.label!r} selects {plural(len(targets), 'module')} of type {types}, "
         "which cannot be adapted.",
         path=targets[0].path,
         remedy=remedy,

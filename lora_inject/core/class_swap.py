@@ -49,7 +49,7 @@ def _make(base: type[nn.Module], key: Any, adapters: tuple[Adapter, ...]) -> typ
     body["_lora_rebuild"], body["_lora_base"] = staticmethod(_rebuild), base
     body["_lora_transposed"] = kind.transposes
     at = kind.branches_at(base) or base
-    body["_lora_input"], body["_lora_product"] = _input(at), (at, at.forward)
+    body["_lora_input"], body["_lora_product"] = place_of_input(at), (at, at.forward)
     made: type[LoRALayer] = _made_on(base, key, lambda: _derived(base, name, body, kind, way))
     return made
 
@@ -65,7 +65,7 @@ def _made_on(base: type[nn.Module], key: Any, make: Callable[[], type]) -> Any:
         return made[key]
 
 
-def _input(base: type[nn.Module]) -> tuple[int, str]:
+def place_of_input(base: type[nn.Module]) -> tuple[int, str]:
     """Where the input stands among the arguments of forward, which the adapter reads too.
 
     That is the first one, where none has the name that torch or transformers give to it.

@@ -4,7 +4,7 @@ A and B are parameters of the layer itself; what else is known of it is its stat
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -14,6 +14,7 @@ from lora_inject.arithmetic.linear import Branch, adapted_linear, may_run_whole
 from lora_inject.compat.torch_private import is_removing_parametrizations
 from lora_inject.core.adapter import Adapter, Term
 from lora_inject.core.recomputing import note_run
+from lora_inject.core.scales import SCALES, Scales, scales_of
 from lora_inject.core.sharded import following, is_of_fsdp
 from lora_inject.core.starting import start_anew, without_values
 from lora_inject.core.state import State
@@ -30,9 +31,6 @@ from lora_inject.kinds.shown import bare, shown
 from lora_inject.own import STATE
 from lora_inject.sharding import is_distributed
 from lora_inject.variants import Change, Spec, Variant
-
-SCALES = "_lora_inject_scales"  # the scaling of what runs as tensors, in a layer's __dict__
-Scales = dict[str, tuple[float, Tensor]]  # by adapter: its scaling, and a tensor that holds it
 
 
 class _Computed(threading.local):
@@ -96,7 +94,7 @@ class LoRALayer(nn.Module):
             s, weights = a.settings, [spec.part or spec.weight for spec in a.specs]
             on = "" if weights == ["weight"] else f"{'+'.join(weights)}: "
             used = "" if a.name in state.use.weights else ", not in use"
-            own = f"r={s.r}, alpha={s.alpha:g}, dropout={s.dropout:g}{s.variant.text}"
+            own = f"r={s.r}, alpha={s.alpha:g}, dropout={s.dropout:g}{s.drops.text}{s.variant.text}"
             shown.append(f"{on}{a.name}({own}{used})")
         return ", ".join(filter(None, [super().extra_repr(), "lora=" + " ".join(shown)]))
 
@@ -155,6 +153,8 @@ class BranchLayer(LoRALayer):
             factor = self.__dict__[SCALES][term.adapter][1] if compiles else term.factor
             tensors = {role: getattr(self, name) for role, name in term.names.items()}
             require_values(self, x, tensors.values())
+            if term.drops and self.training:
+                factor, tensors = term.drops.factor(factor, y), term.drops.thinned(tensors)
             change = term.change(tensors, factor, term.dropout if self.training else 0.0)
             y = term.variant.add_to_output(term.kind, self, x, former, y, change)
         return y
@@ -191,10 +191,13 @@ class WholeLayer(BranchLayer):
 def _branches(own: Any, terms: Sequence[Term], training: bool) -> list[Branch] | None:
     """What ``adapted_linear`` is to add; None where a change is more than a ``B A``."""
     found = []
-    for _, spec, A_name, B_name, factor, dropout, _, part, _, _, _, plain, finishes in terms:
-        if not (plain or (finishes and len(terms) == 1)):
+    for _, spec, A_name, B_name, factor, dropout, _, part, _, _, _, plain, drops, finishes in terms:
+        drops = drops if training else None
+        if not (plain or (finishes and len(terms) == 1 and not drops)):
             return None
         A, B = own.get(A_name), own.get(B_name)
+        if drops and A is not None and B is not None:
+            B = drops.folded({"B": B})["B"]
         if spec.swapped and A is not None and B is not None:
             A, B = oriented(spec, A, B)
         found.append((A, B, factor, dropout if training else 0.0, part))
@@ -281,27 +284,3 @@ def changes_of(
             factor = term.factor if scales is None else scales[term.adapter][1]
             changes.append((term.variant, term.change(tensors, factor)))
     return kind, changes
-
-
-def scales_of(terms: Sequence[Term], scales: Scales, own: Mapping[str, Any]) -> Scales:
-    """The scaling of what runs as numbers and as tensors, on the device of the adapters.
-
-    A compiler makes a constant of a number, and takes a tensor for an input. Each layer has tensors
-    of its own: a compiler notices when two inputs become one object.
-
-    Args:
-        terms: what runs in the layer.
-        scales: what the layer has already; it is returned where it is right.
-        own: the layer's parameters.
-    """
-    for term in terms:
-        A, held = own.get(term.A), scales.get(term.adapter)
-        device = torch.device("cpu") if A is None else A.device
-        if held is None or held[0] != term.factor or held[1].device != device:
-            dtype = torch.float32 if device.type == "mps" else torch.float64
-            if device.type == "meta":  # where there are no values, and to write one takes long
-                scale = torch.empty((), dtype=dtype, device=device)
-            else:
-                scale = torch.scalar_tensor(term.factor, dtype=dtype, device=device)
-            scales = {**scales, term.adapter: (term.factor, scale)}
-    return scales

@@ -10,8 +10,8 @@ from lora_inject.changes.recompute import is_checkpointed, needing_edits, recomp
 from lora_inject.changes.statistics import has_statistics, holding_edits
 from lora_inject.compat.marks import RESIZE, TIED_KEYS, can_resize
 from lora_inject.core.class_swap import add_class_edits
-from lora_inject.core.layer import SCALES, Scales, scales_of
 from lora_inject.core.resizing import Resizing
+from lora_inject.core.scales import SCALES, Scales, scales_of
 from lora_inject.core.state import State
 from lora_inject.core.travelling import travelling_edits
 from lora_inject.own import STATE

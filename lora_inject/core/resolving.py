@@ -26,6 +26,7 @@ from lora_inject.kinds.weight_reads import weights_read_below
 from lora_inject.own import own_class
 from lora_inject.settings import Parts, Settings
 from lora_inject.sharding import is_distributed, is_placeholder, whole_numel
+from lora_inject.starts import Start
 
 
 class Resolver:
@@ -68,9 +69,12 @@ class Resolver:
         return self._site(target, kind, settings, pattern.label)
 
     def _settings(self, target: Target, pattern: Pattern) -> Settings:
-        """The pattern's settings with the layer's parts."""
+        """The pattern's settings with the layer's parts, and its start."""
         settings, parts = self.request.settings[pattern], self.parts.get(target.module, ())
-        return replace(settings, parts=parts) if parts else settings
+        start = settings.start.at(target.path)
+        if parts or start is not settings.start:
+            settings = replace(settings, parts=parts, start=start)
+        return settings
 
     def _kind(self, target: Target, settings: Settings) -> Kind | None:
         """The kind of a module; for a parameter one with its layout, where that is known."""
@@ -83,7 +87,8 @@ class Resolver:
 
     def _way(self, target: Target, kind: Kind, settings: Settings) -> Way:
         """Branch, or weight where the user asks for it or something reads the weight uncalled."""
-        if settings.how == "weight" or kind.way(target.module) == "weight":
+        ways = settings.how, settings.variant.way, kind.way(target.module)
+        if "weight" in ways:
             return "weight"
         return "weight" if self._is_read(target) else "branch"
 
@@ -202,7 +207,7 @@ def _specs(
     if settings.parts and (way == "weight" or not kind.has_parts):
         return Refusal("parts= is for Linear layers in a branch. Leave it out for this one.")
     try:
-        specs = kind.specs(module, settings)
+        specs = tuple(settings.variant.spec(kind, spec) for spec in kind.specs(module, settings))
     except ArgumentError as error:
         return Refusal(str(error))
     if not specs:
@@ -216,6 +221,11 @@ def _specs(
         return Refusal(
             f"it is adapted in its weight, where there is no input for dropout={settings.dropout:g}"
             " to act on. Give it dropout 0 by a pattern of its own, or exclude it."
+        )
+    if way == "weight" and any(settings.drops):
+        return Refusal(
+            "it is adapted in its weight, where there is no call to leave ranks or all of it out "
+            "of. Give it no rank or module dropout by a pattern of its own, or exclude it."
         )
     for spec in specs:
         weight = kind.weight(module, spec.weight)
@@ -231,8 +241,13 @@ def _method_refusal(
 ) -> str | None:
     """Why a weight cannot have the variant and the start that were asked for."""
     variant, start = settings.variant, settings.start
+    if variant.own_shapes and (variant.fixed or start.name != Start.name):
+        return (
+            f"variant={variant.name!r} is no B A, which another start or a fixed factor could be "
+            "of. Leave out init= and fixed=."
+        )
     if variant.more or start.reads:
-        method = f"variant={variant.name!r}" if variant.more else f"init={start.name!r}"
+        method = variant.argument if variant.more else f"init={start.name!r}"
         if is_distributed(weight) or is_placeholder(weight):
             return f"{method} needs its whole weight, which is sharded. Inject before that."
         plain = is_plain(weight) and weight is module._parameters.get(spec.weight)

@@ -53,6 +53,13 @@ def _require_follows(adapter: Adapter) -> None:
             path=adapter.path,
             remedy="Leave the layer out of the plan of parallelize_module, or strip.",
         )
+    if "A" not in adapter.settings.variant.roles:
+        raise LoRAInjectError(
+            f"its adapter {adapter.name!r} is a {adapter.settings.variant.name}, which needs its "
+            "whole weight.",
+            path=adapter.path,
+            remedy="Leave the layer out of the plan of parallelize_module, or strip.",
+        )
     if adapter.follows:
         raise LoRAInjectError(
             f"it is tied to {adapter.follows}, and parallelize_module would untie their adapter.",

@@ -33,8 +33,8 @@ def pair_parameters(
     """
     device = site.kind.weight(site.module, site.specs[0].weight).device
     pairs, variant = [], site.settings.variant
-    flags = {role: trains and variant.trains(role) for role in variant.roles}
     for spec in site.specs:
+        flags = {role: trains and variant.trains(role) for role in variant.shapes(spec)}
         if values is not None:
             given = values[site.path, spec.prefix]
             tensors = {  # copies, since those of a file are pieces of one buffer
@@ -98,16 +98,22 @@ def starting_values(
     kind, s, variant = adapter.kind, adapter.settings, adapter.settings.variant
     path = f"{adapter.path}/{spec.prefix}" if spec.prefix else adapter.path
     generator = initial.site_generator(adapter.seed, adapter.name, path, used)
-    W = kind.dense(layer, spec) if s.start.reads or variant.more else None
-    A, B = s.start.values(kind, layer, W, spec, s.scaling, generator)
     device = kind.weight(layer, spec.weight).device
-    if not (A.device == B.device == device and A.dtype is B.dtype is dtype):
-        A, B = A.to(device, dtype), B.to(device, dtype)
-    tensors = {"A": A, "B": B}
+    if variant.own_shapes:
+        own = variant.begin(spec, generator)
+        return {role: t.to(device, variant.dtype(role, dtype)) for role, t in own.items()}
+    W = kind.dense(layer, spec) if s.start.reads or variant.more else None
+    tensors: dict[str, Tensor] = {}
+    if "A" in variant.roles:
+        A, B = s.start.values(kind, layer, W, spec, s.scaling, generator)
+        if not (A.device == B.device == device and A.dtype is B.dtype is dtype):
+            A, B = A.to(device, dtype), B.to(device, dtype)
+        tensors = {"A": A, "B": B}
     if variant.offset:
         tensors |= {"A0": A.clone(), "B0": B.clone()}
     if variant.more:
-        tensors |= variant.starting(kind, layer, W, spec, tensors, s.scaling)
+        more = variant.starting(kind, layer, W, spec, tensors, s.scaling)
+        tensors |= {role: tensor.to(variant.dtype(role, dtype)) for role, tensor in more.items()}
     return tensors
 
 

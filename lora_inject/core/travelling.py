@@ -67,14 +67,14 @@ Settings = Mapping[str, Described]  # by the key of A
 def described(adapter: Adapter, pair: Pair) -> Described:
     """The settings of a pair of an adapter."""
     own, spec = adapter.settings, pair.spec
-    text = own.variant.text.removeprefix(", ")
+    text = own.variant.meaning.removeprefix(", ")
     return Described(spec.rank, float(own.alpha), float(own.scaling), text, spec.swapped)
 
 
 def settings_below(module: nn.Module) -> Settings:
     """The settings of every adapter in a module, by the key of its A in the module's state dict."""
     return {
-        f"{path}.{pair.names['A']}".lstrip("."): described(adapter, pair)
+        f"{path}.{next(iter(pair.names.values()))}".lstrip("."): described(adapter, pair)
         for path, below in module.named_modules(remove_duplicate=False)
         for adapter in adapters_of(below)
         for pair in adapter.pairs

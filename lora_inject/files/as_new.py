@@ -12,18 +12,19 @@ from lora_inject.core.adaptation import Content
 from lora_inject.core.in_place import in_place
 from lora_inject.core.paths import first_paths
 from lora_inject.core.patterns import Pattern, Predicate
-from lora_inject.core.request import Request, settings_by_pattern
+from lora_inject.core.request import Request, rows_by_pattern, settings_by_pattern
 from lora_inject.core.site import Site
 from lora_inject.errors import FormatError, warn
 from lora_inject.files.fit_checks import require_fit
 from lora_inject.files.formats.data import PairData
 from lora_inject.files.layout import Layout
+from lora_inject.files.rows import values_of_tables
 from lora_inject.kinds import find_kind
 from lora_inject.own import Place, own_tensor
 from lora_inject.plan import plan_for
 from lora_inject.settings import check_bias, check_dtype
 from lora_inject.starts import Saved
-from lora_inject.variants import SCALINGS, name_prefix
+from lora_inject.variants import SCALINGS, VARIANTS, name_prefix
 
 
 def put_in(wanted: Layout, adapter: str, dtype: torch.dtype | str | None, use: bool) -> None:
@@ -31,7 +32,8 @@ def put_in(wanted: Layout, adapter: str, dtype: torch.dtype | str | None, use: b
     elsewhere = wanted.elsewhere()
     outside = (Pattern("elsewhere", _within(elsewhere), by_name=True),) if elsewhere else ()
     request = Request(
-        settings_by_pattern(_targets(wanted), {}),
+        settings_by_pattern(_targets(wanted), {}) if wanted.pairs else {},
+        rows=rows_by_pattern({table.pattern: table.data.ids for table in wanted.tables}),
         excluded=outside,
         parts=_parts(wanted),
         dtype=_dtype(wanted, dtype),
@@ -98,7 +100,7 @@ def _warn_of_dropout(wanted: Layout, sites: Sequence[Site]) -> None:
 
 def _values(wanted: Layout, sites: Mapping[str, Site]) -> dict[tuple[str, str], dict[str, Tensor]]:
     """The tensors by path and prefix of each pair, all that the sites need and no others."""
-    values: dict[tuple[str, str], dict[str, Tensor]] = {}
+    values = values_of_tables(wanted.tables)
     for f in wanted.pairs:
         own = f.pair.tensors
         if (site := sites.get(f.target)) is not None:
@@ -145,14 +147,15 @@ def _targets(wanted: Layout) -> dict[Pattern, dict[str, Any]]:
         r, rule = pair.own_rank, SCALINGS[pair.rule]
         alpha = rule.alpha(pair.scaling, r) if pair.start else pair.known_alpha
         layout = pair.layout if pair.form == "experts" and pair.A.dim() == 3 else None
-        key = (r, alpha, pair.dropout, layout, pair.rule, pair.fixed or None, pair.variant)
-        groups.setdefault((*key, pair.start), set()).add(f.target)
+        key = (r, alpha, pair.dropouts, layout, pair.rule, pair.fixed or None)
+        variant = VARIANTS[pair.variant].of(pair.tensors)
+        groups.setdefault((*key, variant, pair.start), set()).add(f.target)
     return {
         Pattern(label, _within(paths), by_name=True): {
-            "r": r, "alpha": alpha, "dropout": dropout, "layout": layout, "scaling": rule,
+            "r": r, "alpha": alpha, "dropout": dict(dropouts), "layout": layout, "scaling": rule,
             "fixed": fixed, "variant": variant, "init": Saved(start) if start else "default",
         }
-        for (r, alpha, dropout, layout, rule, fixed, variant, start), paths in groups.items()
+        for (r, alpha, dropouts, layout, rule, fixed, variant, start), paths in groups.items()
     }  # fmt: skip
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from lora_inject.arithmetic.low_rank import product_norm
-from lora_inject.errors import ArgumentError
+from lora_inject.core.index import Index
+from lora_inject.errors import ArgumentError, FormatError
 from lora_inject.files.formats import find_format, named_format, read_adapter
 from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.pairs import as_portable
@@ -45,7 +46,12 @@ def convert(
         FormatError: the source cannot be read, or the target has no word for something in it.
     """
     writer = named_format(to, "to")
-    data = read_adapter(source, format, model, alpha)
+    data = read_adapter(source, format, None if model is None else Index(model), alpha)
+    if data.added:
+        raise FormatError(
+            f"{source}: what it adds to biases of the base (lora_bias) is told by those alone.",
+            remedy="Load it into its model, and save it there.",
+        )
     if data.facts.get("flattened") or not all(pair.weight for pair in data.pairs):
         raise ArgumentError(
             f"{source}: which layers or parts it is for can be told by its model alone.",
@@ -80,6 +86,7 @@ class Inspection:
                 {
                     "name": pair.name,
                     "form": pair.form,
+                    "variant": pair.variant,
                     "rank": pair.rank,
                     "alpha": pair.alpha,
                     "A": list(pair.A.shape),
@@ -89,13 +96,15 @@ class Inspection:
                 }
                 for pair in self.data.pairs
             ],
+            "rows": {own.path: list(own.ids) for own in self.data.tables},
             "tensors": {name: list(t.shape) for name, t in self.data.tensors.items()},
             "config": self.data.facts.get("config"),
         }
 
     def _tables(self) -> Tables:
         d = self.data
-        tensors = [*(t for p in d.pairs for t in (p.A, p.B)), *d.tensors.values()]
+        pairs = [tensor for pair in d.pairs for tensor in (pair.A, pair.B)]
+        tensors = [*pairs, *(own.rows for own in d.tables), *d.tensors.values()]
         facts = [
             ("format", str(d.facts.get("format"))),
             ("base", d.base_name or "-"),
@@ -108,7 +117,7 @@ class Inspection:
         rows = [
             (
                 p.name,
-                p.form,
+                p.form if p.variant == "lora" else f"{p.form}, {p.variant}",
                 str(p.rank),
                 "-" if p.alpha is None else f"{p.alpha:g}",
                 _dtype(p.A),
@@ -120,6 +129,10 @@ class Inspection:
             Section(str(self.path), ("what", "value"), facts),
             Section("Layers", ("layer", "form", ">r", ">alpha", "dtype", ">norm of s B A"), rows),
         ]
+        if d.tables:
+            tables = [(r.path, count(len(r.ids)), f"{r.ids[0]}..{r.ids[-1]}", _dtype(r.rows))
+                      for r in d.tables]  # fmt: skip
+            sections.append(Section("Rows", ("table", ">rows", "ids", "dtype"), tables))
         if d.tensors:
             others = [(name, f"{tuple(t.shape)}", _dtype(t)) for name, t in d.tensors.items()]
             sections.append(Section("Trained in place", ("tensor", "shape", "dtype"), others))
@@ -149,13 +162,14 @@ def inspect(path: Path, *, format: str | None = None, model: nn.Module | None = 
     Raises:
         FormatError: it cannot be read.
     """
-    data: AdapterData = find_format(path, format).read(path, model, None)
+    index = None if model is None else Index(model)
+    data: AdapterData = find_format(path, format).read(path, index, None)
     return Inspection(path, data, {pair.name: _norm(pair) for pair in data.pairs})
 
 
 def _norm(pair: PairData) -> float | None:
     """The norm of the update; None where nothing tells how it is made, or its scaling."""
-    if pair.alpha is None or pair.form == "other":
+    if pair.alpha is None or pair.form == "other" or pair.has_own_shapes:
         return None
     A, B = pair.A, pair.B
     if pair.form == "conv":

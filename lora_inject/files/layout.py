@@ -2,18 +2,21 @@
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_inject.arithmetic.low_rank import same_product
 from lora_inject.core.look import Look
 from lora_inject.core.paths import bare_key, bare_modules
 from lora_inject.errors import FormatError
+from lora_inject.files.added import sums
 from lora_inject.files.fingerprint import differs, how_it_differs
-from lora_inject.files.formats.data import AdapterData, PairData
+from lora_inject.files.formats.data import AdapterData
 from lora_inject.files.formats.one_place import Given, is_repeated, is_repeated_pair
+from lora_inject.files.laid_out import LaidOutPair, LaidOutTensor
+from lora_inject.files.rows import reads_ids, tables_over
+from lora_inject.files.stored_pair import is_same_update
 from lora_inject.files.token_rows import warn_of_other_rows
 from lora_inject.files.turning import in_parts, turned
 from lora_inject.files.vocabulary import require_rows
@@ -29,50 +32,6 @@ _OTHER_BASE = {
     "rows": "They differ in the number of rows alone: give the base as many tokens or outputs as "
     "it had then (resize_token_embeddings), or say other_base=True.",
 }
-
-
-class LaidOutPair(NamedTuple):
-    """A pair of the file with the module that it is for, turned as that needs it.
-
-    Attributes:
-        pair: the pair, with the module's path in the bare model.
-        module: the module.
-        real: the module's path in the model as it is, wrappers included.
-    """
-
-    pair: PairData
-    module: nn.Module
-    real: str
-
-    @property
-    def target(self) -> str:
-        """What ``inject`` is to be told to get it."""
-        if find_kind(self.module) is not None:
-            return self.real
-        return f"{self.real}.{self.pair.weight}".lstrip(".")
-
-
-class LaidOutTensor(NamedTuple):
-    """A tensor of the file that is none of a pair's, with its place in the model.
-
-    Attributes:
-        path: the module's path in the bare model.
-        module: the module.
-        name: what the module calls it.
-        value: its value in the file.
-        given: what the file calls it.
-    """
-
-    path: str
-    module: nn.Module
-    name: str
-    value: Tensor
-    given: str
-
-    @property
-    def key(self) -> str:
-        """Its name in the bare model."""
-        return f"{self.path}.{self.name}".lstrip(".")
 
 
 class Layout:
@@ -115,6 +74,7 @@ class Layout:
                 unknown.append(name)
             elif not is_repeated(given, (module, last), name, tensor):
                 others.append(LaidOutTensor(path, module, last, tensor, name))
+        self.tables = tables_over(data.tables, self.modules, real, unknown)
         if unknown:
             shown = ", ".join(name[:200] for name in unknown[:3])
             raise FormatError(
@@ -128,6 +88,9 @@ class Layout:
             [(other.path, other.module, other.value) for other in others],
         )
         self.others = [other for other in others if not self._is_the_bases(other, adapter)]
+        values = {other.key: other.value for other in self.others}
+        more = {each.key: each for each in sums(data.added, self.modules, values)}
+        self.others = [other for other in self.others if other.key not in more] + [*more.values()]
         order = {module: i for i, module in enumerate(real)}
         self.all_pairs.sort(key=lambda fitted: order[fitted.module])  # files sort by name
         self.pairs = self._without_tied()
@@ -157,9 +120,13 @@ class Layout:
         return {f.pair.key: f.pair.scaling for f in self.all_pairs if f.pair.alpha is not None}
 
     def elsewhere(self) -> set[str]:
-        """The paths where an adapted weight is registered too, and which the file does not name."""
-        named = {fitted.module for fitted in self.all_pairs}
+        """The paths where an adapted weight is registered too, and which the file does not name.
+
+        But for rows of an embedding, which are those of a tied head too.
+        """
+        named = {f.module for f in self.all_pairs} | {f.module for f in self.tables}
         ids = {id(f.module._parameters.get(f.pair.weight)) for f in self.all_pairs} - {id(None)}
+        ids |= {id(f.module._parameters["weight"]) for f in self.tables if not reads_ids(f.module)}
         return {
             path
             for path, module in self.look.index.by_path.items()
@@ -254,7 +221,7 @@ class Layout:
             leader = None if W is None or fitted.pair.part else first.setdefault(id(W), fitted)
             if leader is None or leader is fitted or leader.module is fitted.module:
                 kept.append(fitted)
-            elif not _same_update(leader.pair, fitted.pair):
+            elif not is_same_update(leader.pair, fitted.pair):
                 raise FormatError(
                     f"{fitted.pair.path} and {leader.pair.path} are tied in this model and have "
                     "different adapters in the file.",
@@ -291,10 +258,3 @@ def _is_equal(one: Tensor, other: Tensor) -> bool:
         and one.is_complex() == other.is_complex()
         and (torch.equal(one.to(other), other) or torch.equal(other.to(one), one))
     )
-
-
-def _same_update(one: PairData, other: PairData) -> bool:
-    """Whether two pairs are one, the same way round or the other."""
-    A, B = other.A, other.B * (other.scaling / one.scaling)
-    turned = B.transpose(-2, -1), A.transpose(-2, -1)
-    return any(same_product((one.A, one.B), pair) for pair in ((A, B), turned))

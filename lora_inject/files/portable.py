@@ -71,18 +71,12 @@ def portable(
     Raises:
         FormatError: a change is of no low rank and none was given, or more of it would be lost.
     """
+    data.require_no_rows("a plain LoRA")
     pairs, shown = [], []
     for held, pair in zip(stored.in_order(), data.pairs, strict=True):
+        lost = 0.0
         if not held.variant.additive or (r is not None and pair.rank > r):
-            if r is None:
-                raise FormatError(
-                    f"{pair.name} is a {pair.variant}, which is no product of low rank.",
-                    remedy="Say the rank to write it with, and how much of it may be lost: r=16, "
-                    "error=0.1.",
-                )
-            pair, lost = _truncated(held, pair, r)
-        else:
-            lost = 0.0
+            pair, lost = _plain(held, pair, r)
         pairs.append(pair)
         shown.append(PortableWeight(pair.name, pair.rank, lost))
     report = PortableReport(tuple(shown))
@@ -91,12 +85,21 @@ def portable(
 
 
 @torch.no_grad()
-def _truncated(held: StoredPair, pair: PairData, r: int) -> tuple[PairData, float]:
-    """A pair as the best product of rank r, and what that lost."""
+def _plain(held: StoredPair, pair: PairData, r: int | None) -> tuple[PairData, float]:
+    """A pair as a product of the rank that it has, or the best one of rank r, and what that lost.
+
+    Raises:
+        FormatError: it has no low rank, and none was given; or it is not finite.
+    """
     kind, layer, variant, s = held.adapter.kind, held.layer, held.variant, held.adapter.settings
     own = held.oriented({role: whole(tensor.detach()) for role, tensor in held.tensors.items()})
     wide = {role: t.to(torch.promote_types(t.dtype, torch.float32)) for role, t in own.items()}
     exact = variant.low_rank(kind, layer, wide)
+    if exact is None and r is None:
+        raise FormatError(
+            f"{pair.name} is a {pair.variant}, which is no product of low rank.",
+            remedy="Say the rank to write it with, and how much may be lost: r=16, error=0.1.",
+        )
     if exact is None:
         W = whole(kind.weight(layer, held.spec.weight)).to(wide["A"].dtype)
         change = Change(held.spec, wide, s.scaling, s.scaling)
@@ -105,16 +108,19 @@ def _truncated(held: StoredPair, pair: PairData, r: int) -> tuple[PairData, floa
         exact = exact[0], exact[1] * s.scaling
     if not all(tensor.isfinite().all() for tensor in exact):
         raise FormatError(f"{pair.name} is not finite.")
-    made: tuple[Tensor, Tensor] = truncated(*exact, r)
-    norm = product_norm(*exact)
-    lost = difference_norm(exact, made) / norm if norm else 0.0
+    made: tuple[Tensor, Tensor] = exact
+    lost, rank = 0.0, exact[0].shape[-2]
+    if r is not None and rank > r:
+        made, rank = truncated(*exact, r), r
+        norm = product_norm(*exact)
+        lost = difference_norm(exact, made) / norm if norm else 0.0
     A, B = (t.to(o.dtype) for t, o in zip(made, (own["A"], own["B"]), strict=True))
     A, B = kind.from_matrices(layer, A, B)
     if pair.layout and held.spec.experts and pair.A.shape[-1] != A.shape[-1]:
         A, B = B.transpose(-2, -1), A.transpose(-2, -1)  # as others read it
     plain = replace(
-        pair, A=A.contiguous(), B=B.contiguous(), alpha=float(r), rule="lora", variant="lora",
-        others={}, start="",
+        pair, A=A.contiguous(), B=B.contiguous(), alpha=float(rank), rule="lora", variant="lora",
+        others={}, start="", r=0, kernel=(),
     )  # fmt: skip
     return plain, lost
 

@@ -19,6 +19,7 @@ from lora_inject.files.formats.data import AdapterData
 from lora_inject.files.layout import Layout
 from lora_inject.files.portable import PortableReport
 from lora_inject.files.portable import portable as as_plain_lora
+from lora_inject.files.rows import values_for
 from lora_inject.files.stored import Stored
 from lora_inject.files.token_rows import warn_of_unsaved_rows
 from lora_inject.settings import check_adapter, check_bias, check_count
@@ -146,11 +147,11 @@ def load(
         look = Look(model)
         look.require_awake()
         if isinstance(path, Mapping):
-            data = read_state(path, format, config, model, alpha)
+            data = read_state(path, format, config, look.index, alpha)
         elif config is not None:
             raise ArgumentError("config goes with tensors; a file has its own.")
         else:
-            data = read_adapter(_path(path), format, model, alpha)
+            data = read_adapter(_path(path), format, look.index, alpha)
         _load(look, data, adapter, dtype, other_base)
         if not trainable:
             freeze_adapter(model, adapter)
@@ -179,7 +180,8 @@ def _load(
         stored = Stored(look.model, adapter, look)
         if data.bias:
             stored.check_bias(check_bias(data.bias))
-        stored.fill({**wanted.tensors, **wanted.pairs_by_key}, wanted.scalings)
+        pairs = wanted.pairs_by_key | values_for(stored.pairs, wanted.tables)
+        stored.fill({**wanted.tensors, **pairs}, wanted.scalings)
     else:
         put_in(wanted, adapter, dtype, use=not look.used)
     left_out.warn_of_missing_others(data, look, adapter)

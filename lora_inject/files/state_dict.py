@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lora_inject.core.drift import require_nothing_gone
 from lora_inject.core.travelling import Settings, said, saying
-from lora_inject.errors import ArgumentError
+from lora_inject.errors import ArgumentError, FormatError
 from lora_inject.files.formats import in_memory, named_format
 from lora_inject.files.formats.state import AdapterState
 from lora_inject.files.left_out import warn_of_left_out, warn_of_unsaid_others
@@ -137,8 +137,24 @@ def load_lora_state_dict(
         raise ArgumentError(f"state must be a mapping of names to tensors, not {type(state)}.")
     settings = said(state)
     scalings = {key.removesuffix("lora_A"): each.factor for key, each in settings.items()}
-    Stored(model, adapter).fill(_as_they_stand(state, settings), scalings)
+    stored = Stored(model, adapter)
+    _require_same_rows(stored.settings(), settings)
+    stored.fill(_as_they_stand(state, settings), scalings)
     return model
+
+
+def _require_same_rows(own: Settings, given: Settings) -> None:
+    """Refuse rows of a table that are for other ids.
+
+    Raises:
+        FormatError: they are.
+    """
+    for key, theirs in given.items():
+        if key in own and not key.endswith("lora_A") and own[key].variant != theirs.variant:
+            raise FormatError(
+                f"{key} is for {theirs.variant}, and here for {own[key].variant}.",
+                remedy="Nothing was loaded.",
+            )
 
 
 def _as_they_stand(state: Mapping[str, Tensor], settings: Settings) -> dict[str, Tensor]:

@@ -31,13 +31,14 @@ from lora_inject.files.fit_checks import (
 )
 from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.pairs import told_layout
-from lora_inject.files.stored_pair import StoredPair, is_same
+from lora_inject.files.rows import refused_rows, stored_rows
+from lora_inject.files.stored_pair import StoredPair, require_agreement
 from lora_inject.files.token_rows import token_tables
 from lora_inject.files.which_adapter import adapter_name
 from lora_inject.kinds.parameter import ParameterKind
 from lora_inject.settings import BiasMode
 from lora_inject.sharding import is_placeholder, require_whole, reshard, whole
-from lora_inject.variants import OTHER
+from lora_inject.variants import OTHER, Rows
 
 
 class Stored:
@@ -129,7 +130,8 @@ class Stored:
 
     def settings(self) -> Settings:
         """What the meaning of its tensors depends on, by the key of each A."""
-        return {f"{held.key}lora_A": described(held.adapter, held.pair) for held in self.pairs}
+        pairs = ((next(iter(held.keys.values())), held) for held in self.pairs)
+        return {key: described(held.adapter, held.pair) for key, held in pairs}
 
     def data(self) -> AdapterData:
         """The adapter apart from the model."""
@@ -138,6 +140,7 @@ class Stored:
         tops = [m for m, s in self.look.states.items() if self.name in s.reach.tops]
         config = getattr(bare(self.model), "config", None)
         name = getattr(config, "_name_or_path", "") or getattr(self.model, "name_or_path", "")
+        ties = bool(getattr(config, "tie_word_embeddings", False))
         kind = type(bare(self.model)).__name__
         weights = {
             f"{held.path}.{held.spec.weight}".lstrip("."): held.adapter.kind.weight(
@@ -145,13 +148,14 @@ class Stored:
             )
             for held in self.pairs
         }
+        others = [held for held in self.in_order() if not isinstance(held.variant, Rows)]
         rows = token_tables(self.look, self.paths, {*trained, *weights})
         return AdapterData(
-            pairs=tuple(self._pair(held) for held in self.in_order()),
+            pairs=tuple(map(self._pair, others)),
             tensors={key: whole(t.detach()) for key, t in trained.items()},
             bias=self.bias,
             train_also=tuple(self.paths[module] for module in tops),
-            targets=tuple(dict.fromkeys(held.adapter.pattern for held in self.pairs)),
+            targets=tuple(dict.fromkeys(held.adapter.pattern for held in others)),
             base=fingerprints(weights),
             rows=fingerprints(rows),
             base_name=name if isinstance(name, str) else "",
@@ -159,7 +163,10 @@ class Stored:
             task="CAUSAL_LM" if kind.endswith(("ForCausalLM", "LMHeadModel")) else "",
             modules=tuple(path for path in self.paths.values() if path),
             beside=tuple(sorted(company(self.look).get(self.name, ()))),
-            facts={"refused": self._in_several_places()},
+            facts={
+                "refused": self._in_several_places() | refused_rows(self.look, self.pairs, ties)
+            },
+            tables=stored_rows(self.in_order()),
             said=json.loads(self.look.said(self.name) or "{}"),
             dtype="base" if self._follows_base() else "",
         )
@@ -168,7 +175,8 @@ class Stored:
         """Whether A and B have the 16 bits of their weights, as no default of inject has it."""
         weights = [h.adapter.kind.weight(h.layer, h.spec.weight) for h in self.pairs]
         pairs = zip(self.pairs, weights, strict=True)
-        return all(w.dtype is h.tensors["A"].dtype and w.dtype.itemsize == 2 for h, w in pairs)
+        firsts = [(next(iter(held.tensors.values())), weight) for held, weight in pairs]
+        return all(w.dtype is first.dtype and w.dtype.itemsize == 2 for first, w in firsts)
 
     def in_order(self) -> list[StoredPair]:
         """The pairs, those of one module in the order of its parameters."""
@@ -220,13 +228,15 @@ class Stored:
             rule=rule.name,
             fixed=OTHER[fixed] if turned else fixed,
             variant=variant.name,
-            others={role: own[role] for role in variant.more if role not in variant.derived},
+            others={r: own[r] for r in variant.more if r in own and r not in variant.derived},
+            **held.untold,
             start=settings.start.word if variant.offset else "",
             form=kind.form(held.layer),
             weight=spec.weight,
             part=spec.part,
             span=(spec.start, cast(Any, kind).features(held.layer)[1]) if spec.part else (0, 0),
             dropout=settings.dropout,
+            drops=settings.drops,
             layout=layout,
             in_attention=isinstance(above, nn.MultiheadAttention) and above.out_proj is held.layer,
         )
@@ -274,30 +284,6 @@ class Stored:
             f"the values do not fit {next(iter(own.values())).dtype}",
             {"too large": not_finite(cast)},
         )
-        self._require_agreement(cast, shared, scalings)
+        require_agreement(self.pairs, cast, shared, scalings)
         # In place: an optimizer's flat views and captured graphs hold the storage.
         run([filling(tensor, cast[key]) for key, tensor in own.items()])
-
-    def _require_agreement(
-        self,
-        own: Mapping[str, Tensor],
-        shared: Mapping[str, Tensor],
-        scalings: Mapping[str, float],
-    ) -> None:
-        """Refuse values of a tied place that are not those of the place whose pair it shares."""
-        for held in self.pairs:
-            if not (held.adapter.follows and all(key in shared for key in held.keys.values())):
-                continue
-            leader = next(h for h in self.pairs if not h.adapter.follows
-                          and h.tensors["A"] is held.tensors["A"])  # fmt: skip
-            theirs = {role: own[key] for role, key in leader.keys.items()}
-            mine = {role: shared[key] for role, key in held.keys.items()}
-            scaling = held.adapter.settings.scaling
-            mine["B"] = mine["B"] * (scalings.get(held.key, scaling) / scaling)
-            # As the layer wants them, or the very tensors that it shares.
-            if not any(is_same(each, mine) for each in (held.oriented(theirs), theirs)):
-                raise FormatError(
-                    f"{held.path} and {leader.path} are tied in this model and have different "
-                    "adapters here.",
-                    remedy="Nothing was loaded.",
-                )

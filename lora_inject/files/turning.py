@@ -65,12 +65,16 @@ def turned(pair: PairData, module: nn.Module) -> PairData:
 
 
 def _of_groups(pair: PairData, groups: int, channels: int) -> PairData:
-    """A pair of a grouped convolution, whose A may be for all channels, as PEFT has it.
+    """A pair of a grouped convolution: A may be for all channels, as PEFT has it, or one for all.
 
     Raises:
         FormatError: A mixes channels of several groups, which no grouped weight can do.
     """
-    if pair.A.dim() < 3 or pair.A.shape[1] != channels or pair.A.shape[0] % groups:
+    if pair.has_own_shapes or pair.A.dim() < 3:
+        return pair
+    if pair.A.shape[:2] == (pair.rank, channels // groups):  # as LyCORIS has it
+        return replace(pair, A=pair.A.repeat(groups, *(1,) * (pair.A.dim() - 1)))
+    if pair.A.shape[1] != channels or pair.A.shape[0] % groups:
         return pair
     blocks = pair.A.reshape(groups, -1, groups, channels // groups, *pair.A.shape[2:])
     own = torch.stack([blocks[g, :, g] for g in range(groups)])

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lora_inject.arithmetic import starting_values as initial
 from lora_inject.kinds.shown import effective_property
-from lora_inject.own import own_class
+from lora_inject.own import own_class, own_tensor
 from lora_inject.settings import Settings
 from lora_inject.sharding import placements_of_pair, replicated, whole_shape
 from lora_inject.variants import Change, Spec, Variant
@@ -38,6 +38,8 @@ class Kind(ABC):
         rank_dim: the dimension of h that counts the rank; the first one counts the rows of a batch.
         stacks: whether ``down`` and ``up`` are products with the matrices A and B, of the last
             dimension of x, so that many pairs may be stacked.
+        has_rows: whether the weight is a table with a row for each id, of which some may train
+            alone.
         below: a class whose forward the branch is added to directly, so that a subclass that
             scales or shifts what ``super().forward`` returns does the same to the adapter. None
             adds it to what the layer as a whole returns.
@@ -50,6 +52,7 @@ class Kind(ABC):
     zero: ClassVar[str] = "B"
     rank_dim: ClassVar[int] = -1
     stacks: ClassVar[bool] = False
+    has_rows: ClassVar[bool] = False
     below: ClassVar[type[nn.Module] | None] = None
 
     @abstractmethod
@@ -110,6 +113,20 @@ class Kind(ABC):
     def branches_at(self, base: type[nn.Module]) -> type[nn.Module] | None:
         """Branch: ``below`` for layers of this class."""
         return self.below
+
+    def add_rows(
+        self, layer: nn.Module, x: Tensor, y: Tensor, index: Tensor, rows: Tensor
+    ) -> Tensor:
+        """Branch: an output y with what rows, added to those of the weight, make of the input x.
+
+        Args:
+            layer: the adapted layer, for its options.
+            x: the layer's first input.
+            y: what the layer returned.
+            index: the ids of the rows (n,), ascending.
+            rows: what is added to them (n, width).
+        """
+        raise NotImplementedError(f"{self.name} layers have no rows of ids")
 
     def is_product(self, base: type[nn.Module]) -> bool:
         """Branch: whether the class's own forward is ``W x + b`` of its weight and bias, exactly.
@@ -173,12 +190,39 @@ class Kind(ABC):
 
     def bias(self, layer: nn.Module, spec: Spec) -> Tensor | None:
         """What the layer adds to ``W x``, in the rows of the pair's part: (out,), or None."""
-        bias = layer._parameters.get("bias")
+        bias = own_tensor(layer, "bias")  # a buffer, of layers like GPTQ's
         return bias.narrow(0, spec.start, spec.n_out) if spec.part and bias is not None else bias
 
     def beside_output(self, layer: nn.Module, vector: Tensor) -> Tensor:
         """A vector (out,) in a shape in which it multiplies what the layer returns."""
         return vector
+
+    def rows_refusal(self, layer: nn.Module) -> str | None:
+        """Why it is not known which vectors the rows of A are multiplied with; None where it is."""
+        return f"the vectors that a layer of the kind {self.name} multiplies are not known."
+
+    def own_rows(self, layer: nn.Module) -> str | None:
+        """Why a layer of a kind that usually acts beside its forward multiplies other vectors."""
+        if self.way(layer) == "branch":
+            return None
+        return f"the forward of {own_class(layer).__name__} makes other vectors of its input."
+
+    def input_rows(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """The vectors that the rows of A are multiplied with, as ``to_matrices`` has them.
+
+        Args:
+            layer: the layer.
+            x: its first input.
+            y: what it returned, or a tensor of that shape.
+
+        Returns:
+            (..., N, in), a view of x where it can be one.
+        """
+        raise NotImplementedError(self.rows_refusal(layer))
+
+    def output_rows(self, layer: nn.Module, y: Tensor) -> Tensor:
+        """An output, or its gradient, beside ``input_rows``: (..., N, out)."""
+        raise NotImplementedError(self.rows_refusal(layer))
 
     def members(self, weights: tuple[str, ...]) -> dict[str, Any]:
         """Weight: what the adapted class gets in order to show effective weights."""

@@ -14,6 +14,7 @@ class Conv1DKind(LinearKind):
 
     name = "Conv1D"
     transposes = True
+    has_rows = False
 
     def matches(self, module: nn.Module) -> bool:
         """A class named ``Conv1D`` (torch's is ``Conv1d``) with a two-dimensional weight."""

@@ -25,6 +25,7 @@ from lora_inject.variants import Spec
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+_WIDEST = 4608  # values of a patch, 512 channels of 3 x 3: moments are a square of them
 _KNOWN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _KNOWN_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -63,7 +64,8 @@ class ConvKind(Kind):
         assert isinstance(module, _ConvNd)
         n_in, n_out, kernel = _sizes(module)
         A_shape = (settings.r * module.groups, n_in // module.groups, *kernel)
-        return (Spec("weight", n_in, n_out, A_shape, (n_out, settings.r, *_ones(kernel))),)
+        B_shape = (n_out, settings.r, *_ones(kernel))
+        return (Spec("weight", n_in, n_out, A_shape, B_shape, groups=module.groups),)
 
     def form(self, layer: nn.Module) -> Form:
         """PEFT forgets dilation and padding modes."""
@@ -105,6 +107,33 @@ class ConvKind(Kind):
         """The kernel again."""
         return matrix.reshape(shape)
 
+    def rows_refusal(self, layer: nn.Module) -> str | None:
+        """A patch is a vector, unless it is very large."""
+        patch = self._patch(layer)
+        if patch > _WIDEST:
+            return f"its patches have {patch:,} values, more than {_WIDEST:,}."
+        return self.own_rows(layer)
+
+    def input_rows(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """The patches of each group: what A makes of the input where it is the identity."""
+        assert isinstance(layer, _ConvNd)
+        n, g = self._patch(layer), layer.groups
+        unit = torch.eye(n, dtype=x.dtype, device=x.device).expand(g, n, n)
+        A, _ = self.from_matrices(layer, unit, x.new_zeros(g, layer.out_channels // g, n))
+        return self.output_rows(layer, self.down(layer, x, y, A, 0.0))
+
+    def output_rows(self, layer: nn.Module, y: Tensor) -> Tensor:
+        """The channels of each group, at every place."""
+        assert isinstance(layer, _ConvNd)
+        channels = y.movedim(-1 - len(layer.kernel_size), -1)
+        rows = channels.reshape(-1, layer.groups, channels.shape[-1] // layer.groups)
+        return rows.transpose(0, 1)
+
+    def _patch(self, layer: nn.Module) -> int:
+        """How many values a row of A is multiplied with."""
+        assert isinstance(layer, _ConvNd)
+        return layer.in_channels // layer.groups * math.prod(layer.kernel_size)
+
     def beside_output(self, layer: nn.Module, vector: Tensor) -> Tensor:
         """Channels stand before the dimensions of the kernel."""
         assert isinstance(layer, _ConvNd)
@@ -121,7 +150,8 @@ class ConvTransposeKind(ConvKind):
         """One pair."""
         assert isinstance(module, _ConvTransposeNd)
         (n_in, n_out, kernel), r = _sizes(module), settings.r
-        return (Spec("weight", n_in, n_out, (n_in, r, *kernel), (n_out, r, *_ones(kernel))),)
+        shapes = (n_in, r, *kernel), (n_out, r, *_ones(kernel))
+        return (Spec("weight", n_in, n_out, *shapes, groups=module.groups),)
 
     def form(self, layer: nn.Module) -> Form:
         """No other library has them."""

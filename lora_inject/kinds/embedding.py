@@ -6,7 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.arithmetic import starting_values as initial
-from lora_inject.arithmetic.embedding import divide_gradient_by_frequency, embedding_down
+from lora_inject.arithmetic.embedding import (
+    divide_gradient_by_frequency,
+    embedding_down,
+    looked_up,
+)
 from lora_inject.arithmetic.linear import linear_up
 from lora_inject.kinds.base import Form, Kind, Way, is_plain, linear_spec, overrides_forward
 from lora_inject.kinds.trials import writing_refusal
@@ -27,6 +31,7 @@ class EmbeddingKind(Kind):
     name = "Embedding"
     transposes = True
     zero = "A"
+    has_rows = True
     below = nn.Embedding
 
     def matches(self, module: nn.Module) -> bool:
@@ -86,6 +91,14 @@ class EmbeddingKind(Kind):
         assert isinstance(layer, nn.Embedding)
         delta = linear_up(h, B)
         return divide_gradient_by_frequency(delta, x) if layer.scale_grad_by_freq else delta
+
+    def add_rows(
+        self, layer: nn.Module, x: Tensor, y: Tensor, index: Tensor, rows: Tensor
+    ) -> Tensor:
+        """To what was looked up for these ids."""
+        assert isinstance(layer, nn.Embedding)
+        delta = looked_up(x, index, rows, layer.padding_idx).to(y.dtype)
+        return y + (divide_gradient_by_frequency(delta, x) if layer.scale_grad_by_freq else delta)
 
 
 def _ids(weight: Tensor) -> Tensor:

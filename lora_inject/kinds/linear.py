@@ -4,6 +4,8 @@ A forward of their own is tried out: where ``W + D`` gives ``y + D x`` an adapte
 where it does something else with its weight the adapter acts in the weight.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +22,7 @@ from lora_inject.kinds.base import (
 )
 from lora_inject.kinds.trials import Trial, try_linear, writes
 from lora_inject.kinds.weight_reads import calls_super, reads_own_weight
-from lora_inject.own import own_class
+from lora_inject.own import own_class, own_tensor
 from lora_inject.settings import Settings
 from lora_inject.variants import Spec
 
@@ -35,6 +37,7 @@ class LinearKind(Kind):
     linear_like = True
     stacks = True
     has_parts = True
+    has_rows = True
 
     def matches(self, module: nn.Module) -> bool:
         """Instances of ``nn.Linear``, quantized subclasses with a forward of their own included."""
@@ -115,6 +118,24 @@ class LinearKind(Kind):
         """``B h``."""
         return linear_up(h, B)
 
+    def rows_refusal(self, layer: nn.Module) -> str | None:
+        """They are the last dimension of the input, unless a forward of its own makes others."""
+        return self.own_rows(layer)
+
+    def input_rows(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """One for each token."""
+        return x.reshape(-1, x.shape[-1])
+
+    def output_rows(self, layer: nn.Module, y: Tensor) -> Tensor:
+        """One for each token."""
+        return y.reshape(-1, y.shape[-1])
+
+    def add_rows(
+        self, layer: nn.Module, x: Tensor, y: Tensor, index: Tensor, rows: Tensor
+    ) -> Tensor:
+        """Of an output head: what comes out for these ids."""
+        return y.index_add(-1, index, linear_down(x, rows, 0.0).to(y.dtype))
+
     def affine_refusal(self, layer: nn.Module) -> str | None:
         """A forward of its own may do anything to ``W x``, but for where the branch is below it."""
         cls, weight = own_class(layer), self.weight(layer, "weight")
@@ -129,19 +150,23 @@ class LinearKind(Kind):
             return plain
         if "weight" in getattr(layer, "parametrizations", ()):
             return None
-        n_in, _ = self.features(layer)
+        n_in, whole, own = self.features(layer)[0], replace(spec, part=""), dict(vars(layer))
         found = []
-        for first in range(0, n_in, _BLOCK):
-            rows = torch.zeros(min(_BLOCK, n_in - first), n_in, device=self._device(layer))
-            rows[:, first : first + _BLOCK].fill_diagonal_(1)
-            found.append(self.product(layer, spec, rows).float())
+        try:
+            for first in range(0, n_in, _BLOCK):
+                rows = torch.zeros(min(_BLOCK, n_in - first), n_in, device=self._device(layer))
+                rows[:, first : first + _BLOCK].fill_diagonal_(1)
+                found.append(self.product(layer, whole, rows).float())
+        finally:  # some layers remember the dtype of their first input
+            vars(layer).clear()
+            vars(layer).update(own)
         W_IO = torch.cat(found)
         return W_IO if self.transposes else W_IO.t().contiguous()
 
     @torch.no_grad()
     def product(self, layer: nn.Module, spec: Spec, rows: Tensor) -> Tensor:
         """What the layer computes, less its bias."""
-        weight, bias = self.weight(layer, "weight"), layer._parameters.get("bias")
+        weight, bias = self.weight(layer, "weight"), own_tensor(layer, "bias")
         dtype = next((t.dtype for t in (weight, bias) if t is not None and t.is_floating_point()
                       and t.dtype.itemsize > 1), torch.float32)  # fmt: skip
         made: Tensor = own_class(layer).forward(layer, rows.to(dtype))

@@ -26,6 +26,7 @@ class ParameterKind(Kind):
     """
 
     name = "parameter"
+    has_rows = True
 
     def __init__(self, weight: str, layout: str) -> None:
         self.weight_name = weight

@@ -63,7 +63,7 @@ def weight_refusal(module: nn.Module, weight: Tensor, spec: Spec, way: Way) -> s
     if way == "weight" and not (spec.weight in module._parameters and is_plain(weight)):
         return (
             f"its {spec.weight} is quantized or not a parameter of its own, so that nothing can be "
-            'added to it. Exclude it, or leave out how="weight" if you asked for it.'
+            'added to it. Exclude it, or leave out how="weight", or the variant that acts there.'
         )
     return None
 

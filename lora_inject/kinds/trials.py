@@ -5,6 +5,7 @@ The copy has random values, masks and scales included, which may be set to other
 layer itself is never called. Classes that are known are never tried.
 """
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -121,13 +122,21 @@ def _try_linear(module: nn.Module, n_in: int, n_out: int, transposed: bool) -> T
                 for weight in (W, W + added):
                     own["weight"].copy_(weight)
                     torch.manual_seed(0)
-                    outputs.append(own_class(module).forward(copy, x.clone()))
+                    outputs.append(own_class(module).forward(copy, *_inputs(module, x)))
                     writes |= _is_other(copy, weight)
             except Exception as error:
                 problem = problem or f"its forward fails on {_text(shape)}: {_said(error)}"
                 continue
             return _judged(outputs, x, D_OI, writes)
     return Trial(problem, adds=False, writes=False)
+
+
+def _inputs(module: nn.Module, x: Tensor) -> list[Tensor]:
+    """The input for every argument that forward wants: gates and the like are of its shape."""
+    wanted = list(inspect.signature(own_class(module).forward).parameters.values())[1:]
+    count = sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+                for p in wanted)  # fmt: skip
+    return [x.clone() for _ in range(max(1, count))]
 
 
 def _judged(outputs: list[Any], x: Tensor, D_OI: Tensor, writes: bool) -> Trial:

@@ -18,6 +18,7 @@ def sites_section(plan: Any) -> Section:
         template = tuple(None if part.isdecimal() else part for part in site.path.split("."))
         s = site.settings
         alpha = f"{s.alpha:g}" + (f", dropout {s.dropout:g}" if s.dropout else "")
+        alpha += s.drops.text
         alpha += s.variant.text
         kind = site.type + (" (in its weight)" if site.way == "weight" else "")
         parts = "+".join(spec.part for spec in site.specs if spec.part)

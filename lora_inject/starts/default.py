@@ -22,17 +22,28 @@ class Start:
         offset: whether ``B A`` is not zero at the start. The start is then kept as A0 and B0 and
             subtracted, so that the base is never moved and no output changes.
         fixed: the factor that stays as it starts, or None.
+        needs: what an object must be made of, where a word is not enough.
     """
 
     name: ClassVar[str] = "default"
     reads: ClassVar[bool] = False
     offset: ClassVar[bool] = False
     fixed: ClassVar[str | None] = None
+    needs: ClassVar[str] = ""
+
+    def at(self, path: str) -> "Start":
+        """The start of the layer with this path; most are the same for all."""
+        return self
 
     @property
     def word(self) -> str:
         """What files call it."""
         return self.name
+
+    @property
+    def note(self) -> str:
+        """What a report says where layers have started so; mostly nothing."""
+        return ""
 
     def zero(self, kind: LayerKind) -> str | None:
         """Which of A and B is zero at the start, and would never learn if it were fixed."""
@@ -51,7 +62,7 @@ class Start:
         Args:
             kind: the kind of layer.
             layer: the layer.
-            W: the values of the weight, where ``reads`` asks for them.
+            W: the values of the weight, where ``reads`` asks for them; else it may be None.
             spec: the pair.
             scaling: the factor of ``B A``.
             generator: a generator on the CPU, seeded for this pair.

@@ -34,7 +34,11 @@ def _trainable(look: Look) -> list[nn.Parameter]:
 
 
 def param_groups(
-    model: nn.Module, lr: float, weight_decay: float = 0.0, lr_ratio: float = 1.0
+    model: nn.Module,
+    lr: float,
+    weight_decay: float = 0.0,
+    lr_ratio: float = 1.0,
+    lr_embedding: float | None = None,
 ) -> list[dict[str, Any]]:
     """Optimizer groups of exactly what trains: A, B, biases and ``train_also``.
 
@@ -50,6 +54,8 @@ def param_groups(
         lr: learning rate of everything but B, above 0.
         weight_decay: of everything but biases and magnitudes (of DoRA), at least 0.
         lr_ratio: learning rate of B divided by that of A, above 0.
+        lr_embedding: learning rate of all that an adapter has on an embedding, which LoRA+ wants
+            small (1e-6), above 0, in a group of its own; None for the rates of the others.
 
     Returns:
         Groups with the keys name, params, lr and weight_decay; empty ones are left out.
@@ -58,23 +64,37 @@ def param_groups(
         ArgumentError: a number is out of range.
         LoRAInjectError: nothing trains.
     """
-    for name, value in (("lr", lr), ("lr_ratio", lr_ratio)):
-        if not value > 0:
+    for name, value in (("lr", lr), ("lr_ratio", lr_ratio), ("lr_embedding", lr_embedding)):
+        if value is not None and not value > 0:
             raise ArgumentError(f"{name} must be above 0, not {value!r}.")
     if not weight_decay >= 0:
         raise ArgumentError(f"weight_decay must be at least 0, not {weight_decay!r}.")
     look = Look(model)
     trainable, role_of, without_decay = _trainable(look), roles(look), biases(look)
-    named: dict[str, list[nn.Parameter]] = {role: [] for role in ROLES}
+    apart = set() if lr_embedding is None else _of_embeddings(look)
+    named: dict[str, list[nn.Parameter]] = {role: [] for role in (*ROLES, "embedding")}
     for parameter in trainable:
-        named["bias" if parameter in without_decay else role_of[parameter]].append(parameter)
+        role = "bias" if parameter in without_decay else role_of[parameter]
+        own = parameter in apart and role not in _UNDECAYED
+        named["embedding" if own else role].append(parameter)
+    rates = {"lora_B": lr * lr_ratio, "embedding": lr_embedding}
     return [
         {
             "name": role,
             "params": parameters,
-            "lr": lr * lr_ratio if role == "lora_B" else lr,
+            "lr": rates.get(role, lr),
             "weight_decay": 0.0 if role in _UNDECAYED else weight_decay,
         }
         for role, parameters in named.items()
         if parameters
     ]
+
+
+def _of_embeddings(look: Look) -> set[nn.Parameter]:
+    """What adapters have on embeddings."""
+    return {
+        layer.get_parameter(name)
+        for layer, adapter in look.adapters
+        if isinstance(layer, nn.Embedding)
+        for name in adapter.parameters
+    }

@@ -57,7 +57,7 @@ def _starting(path: str, layer: nn.Module, adapter: Adapter) -> Iterator[Edit]:
                 path=path,
                 remedy='Call model.to_empty(device="cpu") first, then load the base weights.',
             )
-        values = starting_values(adapter, layer, spec, tensors["A"].dtype)
+        values = starting_values(adapter, layer, spec, next(iter(tensors.values())).dtype)
         for role, tensor in tensors.items():
             yield filling(tensor, values[role], source=0)  # whatever seed the other ranks drew
 

@@ -6,21 +6,27 @@ A new one is a file of its own and a line in a table here. What files call it st
 
 from lora_inject.variants.change import Change, LayerKind, Spec, name_prefix
 from lora_inject.variants.dora import DoRA, PackedDoRA
+from lora_inject.variants.dora_columns import ColumnDoRA
+from lora_inject.variants.loha import LoHa
+from lora_inject.variants.lokr import LoKr
 from lora_inject.variants.lora import Scaling, Variant
 from lora_inject.variants.lora_fa import FIXED, OTHER
+from lora_inject.variants.rows import Rows
 from lora_inject.variants.rslora import RankStabilized
+from lora_inject.variants.tucker import Tucker
 
 __all__ = [
-    "FIXED", "OTHER", "ROLES", "SCALINGS", "VARIANTS", "Change", "LayerKind", "Scaling", "Spec",
-    "Variant", "name_prefix",
+    "FIXED", "OTHER", "ROLES", "SCALINGS", "VARIANTS", "Change", "ColumnDoRA", "DoRA", "LayerKind",
+    "LoHa", "LoKr", "Rows", "Scaling", "Spec", "Tucker", "Variant", "name_prefix",
 ]  # fmt: skip
 
 SCALINGS: dict[str, Scaling] = {scaling.name: scaling for scaling in (Scaling(), RankStabilized())}
-VARIANTS: dict[str, type[Variant]] = {variant.name: variant for variant in (Variant, DoRA)}
-_OF_LAYERS: tuple[type[Variant], ...] = (PackedDoRA,)  # which a variant becomes on some layers
+VARIANTS: dict[str, type[Variant]] = {
+    variant.name: variant for variant in (Variant, DoRA, ColumnDoRA, LoHa, LoKr, Tucker)
+}
+# What a variant becomes on some layers, and what is asked for by ids and not by name.
+_OTHERS: tuple[type[Variant], ...] = (PackedDoRA, Rows)
 # Every tensor that some adapter has.
-ROLES = tuple(
-    dict.fromkeys(
-        role for variant in (*VARIANTS.values(), *_OF_LAYERS) for role in variant(offset=True).roles
-    )
-)
+ROLES = tuple(dict.fromkeys(
+    role for variant in (*VARIANTS.values(), *_OTHERS) for role in variant(offset=True).roles
+))  # fmt: skip

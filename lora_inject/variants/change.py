@@ -30,6 +30,7 @@ class Spec:
         experts: how many experts the weight holds, each with an A and a B; 0 for a plain weight.
         swapped: whether A and B are those of a tied layer that keeps the weight the other way
             round: this layer's A is then B transposed, and its B is A transposed.
+        groups: how many groups a convolution has.
     """
 
     weight: str
@@ -41,6 +42,7 @@ class Spec:
     start: int = 0
     experts: int = 0
     swapped: bool = False
+    groups: int = 1
 
     @property
     def prefix(self) -> str:
@@ -93,6 +95,19 @@ class LayerKind(Protocol):
     @property
     def zero(self) -> str:
         """Which of A and B usually starts at zero."""
+
+    @property
+    def transposes(self) -> bool:
+        """Whether the weight is (in, out)."""
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether the weight is a table with a row for each id."""
+
+    def add_rows(
+        self, layer: nn.Module, x: Tensor, y: Tensor, index: Tensor, rows: Tensor
+    ) -> Tensor:
+        """An output y with what rows, added to those of the table, make of the input x."""
 
     def down(self, layer: nn.Module, x: Tensor, y: Tensor, A: Tensor, dropout: float) -> Tensor:
         """``h = A dropout(x)``."""

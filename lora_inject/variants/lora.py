@@ -6,7 +6,7 @@ This is what the other files of this room differ from.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from lora_inject.arithmetic.low_rank import side_by_side
 from lora_inject.variants.change import Change, LayerKind, Spec
+from lora_inject.variants.lora_fa import OTHER
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,9 @@ class Variant:
         derived: those of ``more`` that follow from the base alone; files do not have them.
         additive: whether changes of several adapters may stand beside each other row by row, and be
             computed together with the layer's own product: whether the change is a ``B A``.
+        way: "weight" for what can act in the weight alone; None for what can act either way.
+        own_shapes: whether its tensors have shapes and starting values of its own, whatever the
+            kind of layer says of A and B.
         peft: what a PEFT config says of it.
         keys: what PEFT calls the tensors of ``more``.
     """
@@ -63,13 +67,20 @@ class Variant:
     derived: ClassVar[tuple[str, ...]] = ()
     additive: ClassVar[bool] = True
     finishes: ClassVar[bool] = False
+    way: ClassVar[Literal["weight"] | None] = None
+    own_shapes: ClassVar[bool] = False
     peft: ClassVar[Mapping[str, Any]] = {}
     keys: ClassVar[Mapping[str, str]] = {}
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """The tensors of a pair."""
+        """The tensors that a pair may have; ``shapes`` says those that one has."""
         return ("A", "B", *(("A0", "B0") if self.offset else ()), *self.more)
+
+    @property
+    def argument(self) -> str:
+        """The argument of ``inject`` that asks for it."""
+        return f"variant={self.name!r}"
 
     @property
     def text(self) -> str:
@@ -82,9 +93,22 @@ class Variant:
         )
         return "".join(f", {word}" for word in words if word)
 
+    @property
+    def meaning(self) -> str:
+        """All that the meaning of its tensors depends on besides the rank and alpha."""
+        return self.text
+
     def trains(self, role: str) -> bool:
         """Whether the tensor of this role trains when the adapter does."""
         return role != self.fixed and role not in ("A0", "B0")
+
+    def spec(self, kind: LayerKind, spec: Spec) -> Spec:
+        """The spec that the variant makes of the one that a kind of layer has for a pair."""
+        return spec
+
+    def turned(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A pair's tensors for a tied layer that keeps the weight the other way round."""
+        return {OTHER[role]: tensor.transpose(-2, -1) for role, tensor in tensors.items()}
 
     def packed(self) -> "Variant":
         """The same for a weight that only the layer's own forward can read."""
@@ -136,6 +160,15 @@ class Variant:
             scaling: the factor of ``B A``.
         """
         return {}
+
+    def begin(self, spec: Spec, generator: torch.Generator) -> dict[str, Tensor]:
+        """The starting values of all tensors, where they have shapes of their own."""
+        raise NotImplementedError(f"{self.name} starts as its start says")
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> "Variant":
+        """The variant as the tensors of a file tell it."""
+        return cls()
 
     def delta(self, kind: LayerKind, layer: nn.Module, x: Tensor, y: Tensor, c: Change) -> Tensor:
         """``B A x`` of an input x, before scaling.

@@ -7,4 +7,4 @@ A file says so in its metadata; to any other reader it is a plain LoRA.
 # What ``inject(fixed=)`` may name. Either factor keeps the update of the form ``B A``.
 FIXED = ("A", "B")
 # The same factor where a pair is written the other way round, as that of the transposed weight.
-OTHER = {"A": "B", "B": "A", "A0": "B0", "B0": "A0", "": ""}
+OTHER = {"A": "B", "B": "A", "A0": "B0", "B0": "A0", "A2": "B2", "B2": "A2", "": ""}

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from lora_inject import inject, merge, remove, use
 from lora_inject.arithmetic import linear as ways
 from lora_inject.arithmetic.linear import adapted_linear
-from lora_inject.core.layer import SCALES
+from lora_inject.core.scales import SCALES
 
 pytestmark = pytest.mark.usefixtures("device")
 

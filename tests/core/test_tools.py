@@ -296,15 +296,17 @@ class Named(nn.Linear):
 
 
 def test_the_adapter_reads_x_where_that_is_not_the_first_argument():
-    for cls, args, at in ((Gated, ("gate", "x"), 1), (Named, ("tokens", "times"), 0)):
+    for cls, args in ((Gated, ("gate", "x")), (Named, ("tokens", "times"))):
         torch.manual_seed(0)
         layer = cls(6, 6)
         given = torch.randn(3, 6), torch.randn(3, 6)
-        base = layer(*given)
         inject(layer, nn.Linear, r=2)
         randomize_adapters(layer)
-        expected = base + given[at] @ layer.lora_A.T @ layer.lora_B.T
-        torch.testing.assert_close(layer(*given), expected)
+        other = cls(6, 6)  # the one with the weight that the adapter makes
+        with torch.no_grad():
+            other.weight.copy_(layer.weight + layer.lora_B @ layer.lora_A)
+            other.bias.copy_(layer.bias)
+        torch.testing.assert_close(layer(*given), other(*given))
         assert torch.equal(layer(**dict(zip(args, given, strict=True))), layer(*given))
 
 

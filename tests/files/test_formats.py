@@ -188,7 +188,7 @@ def test_the_config_decides_and_says_when_it_cannot(tmp_path):
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
         ({"something_new": 3}, "something_new=3 is not supported"),
         ({"peft_type": "IA3"}, "it is IA3 of PEFT"),
-        ({"init_lora_weights": "pissa"}, "moves the weights of the base"),
+        ({"init_lora_weights": "pissa_niter_4"}, "moves the weights of the base"),
         ({"lora_alpha": "gone"}, r"no lora_alpha.*alpha=16"),
         ({"lora_alpha": "many"}, "no number"),
         ({"r": 3}, "the rank 3, and its tensors have 2"),

@@ -68,3 +68,18 @@ def test_a_model_in_which_nothing_trains():
     for call in (lora_parameters, lambda m: param_groups(m, lr=0.1)):
         with pytest.raises(LoRAInjectError, match="no parameter"):
             call(model)
+
+
+def test_adapters_of_embeddings_have_a_rate_of_their_own():
+    model = Net()
+    inject(model, ["q_proj", "embed"], rows={"head": [1]})
+    groups = {g["name"]: g for g in param_groups(model, 0.1, 0.2, 16, lr_embedding=1e-6)}
+    assert set(groups) == {"lora_A", "lora_B", "lora_rows", "embedding"}
+    assert groups["embedding"]["lr"] == 1e-6
+    assert groups["embedding"]["weight_decay"] == 0.2
+    assert names_of(model, groups["embedding"]["params"]) == {"embed.lora_A", "embed.lora_B"}
+    assert groups["lora_B"]["lr"] == pytest.approx(1.6)
+    grouped = [p for group in groups.values() for p in group["params"]]
+    assert len(grouped) == len(lora_parameters(model))
+    with pytest.raises(ArgumentError, match="lr_embedding must be above 0"):
+        param_groups(model, 0.1, lr_embedding=0.0)

@@ -9,31 +9,54 @@ from every_kind import KINDS, base_output, make
 from helpers import changed_parts, randomize_adapters, snapshot, trainable_names
 from torch import nn
 
-from lora_inject import inject, merge, reset_lora_parameters, strip, unmerge, use
+from lora_inject import (
+    LoRAInjectError,
+    inject,
+    merge,
+    reset_lora_parameters,
+    strip,
+    unmerge,
+    use,
+)
 from lora_inject.core.state import adapters_of
 from lora_inject.starts import STARTS
-from lora_inject.variants import VARIANTS
+from lora_inject.variants import VARIANTS, LoKr
 
 METHODS = {
-    **{f"start {name}": {"init": name} for name in STARTS if name != "default"},
+    **{
+        f"start {name}": {"init": name}
+        for name, start in STARTS.items()
+        if name != "default" and not start.needs  # those: tests/starts
+    },
     **{f"variant {name}": {"variant": name} for name in VARIANTS if name != "lora"},
     "rslora": {"scaling": "rslora"},
     "dora of pissa": {"variant": "dora", "init": "pissa", "scaling": "rslora"},
+    "lokr of two products": {"variant": LoKr(both=True, factor=4), "r": 1},
     "dora of mica": {"variant": "dora", "init": "mica"},
 }
 pytestmark = [
     pytest.mark.usefixtures("device"),
     pytest.mark.filterwarnings("ignore:.*more parameters than what is adapted"),
 ]
-every_method = pytest.mark.parametrize("method", METHODS)
-every_kind = pytest.mark.parametrize("kind", KINDS)
+KERNELS = ("Conv2d", "ConvTranspose2d")
+IN_THE_WEIGHT = [name for name, variant in VARIANTS.items() if variant.way == "weight"]
+# What a method cannot do with a kind, and the remedy that it names.
+REFUSED = {
+    **{("variant tucker", kind): "variant='lora'" for kind in KINDS if kind not in KERNELS},
+    **{(f"variant {name}", "Linear in parts"): "parts= is for" for name in IN_THE_WEIGHT},
+    ("lokr of two products", "Linear in parts"): "parts= is for",
+    ("variant dora_columns", "Conv2d"): "Use 'dora'",
+}
+every_method_and_kind = pytest.mark.parametrize(
+    ("method", "kind"), [(m, k) for m in METHODS for k in KINDS if (m, k) not in REFUSED]
+)
 
 
 def adapted(kind, method, dtype=torch.float32, **more):
     torch.manual_seed(0)
     layer, call, arguments = make(kind, dtype)
     base = copy.deepcopy(layer)
-    inject(layer, **arguments, **METHODS[method], **more)
+    inject(layer, **{**arguments, **METHODS[method]}, **more)
     return layer, base, call
 
 
@@ -54,13 +77,46 @@ def low_rank(kind, module, W, spec, own, settings):
     return settings.scaling * delta
 
 
+def kronecker(own, experts):
+    first = own["B"] @ own["B2"] if "B2" in own else own["B"]
+    second = own["A2"] @ own["A"] if "A2" in own else own["A"].flatten(1 + experts)
+    if experts:
+        return torch.stack([torch.kron(*each) for each in zip(first, second, strict=True)])
+    return torch.kron(first, second)
+
+
+# The change before scaling as (out, in * kernel), of experts (E, out, in).
+FORMULAS = {
+    "loha": lambda own, experts: (own["B"] @ own["A"]) * (own["B2"] @ own["A2"]),
+    "lokr": kronecker,
+    "tucker": lambda own, experts: torch.einsum(
+        "or,rskl,si->oikl", own["B"][..., 0, 0], own["mid"], own["A"][..., 0, 0]
+    ),
+}
+
+
+def column_ratio(kind, module, V, magnitude):
+    """What the columns of a weight are multiplied by, in its own shape."""
+    if isinstance(module, nn.ConvTranspose2d):
+        return (magnitude / V.detach().flatten(1).norm(dim=1)).reshape(-1, 1, 1, 1)
+    rows = kind.to_matrix(module, V.detach())
+    ratio = (magnitude / rows.norm(dim=-2)).unsqueeze(-2).expand(rows.shape)
+    return kind.from_matrix(module, ratio, V.shape)
+
+
 def changed_weight(module, adapter, spec, names):
     """The change of a weight, written out: what the papers say, every matrix made."""
     kind, settings, W = adapter.kind, adapter.settings, module._parameters[spec.weight]
     own = {role: module.get_parameter(name) for role, name in names.items()}
+    formula = FORMULAS.get(settings.variant.name)
+    if formula is not None:
+        matrix = settings.scaling * formula(own, 1 if spec.experts else 0)
+        return kind.from_matrix(module, matrix.reshape(kind.to_matrix(module, W).shape), W.shape)
     V = W + low_rank(kind, module, W, spec, own, settings)
     if settings.variant.name == "lora":
         return V - W
+    if settings.variant.name == "dora_columns":
+        return V * column_ratio(kind, module, V, own["magnitude"]) - W
     assert settings.variant.name == "dora"
     rows = kind.to_matrix(module, V)
     length = rows.detach().norm(dim=-1)
@@ -98,21 +154,28 @@ def call_of(call, base):
     return lambda function: call(Shown(function))
 
 
+@pytest.mark.parametrize(("method", "kind"), REFUSED)
+def test_what_a_method_cannot_do_with_a_kind_is_refused_with_the_remedy(method, kind):
+    layer, _, arguments = make(kind)
+    before = snapshot(layer)
+    with pytest.raises(LoRAInjectError, match=REFUSED[method, kind]):
+        inject(layer, **{**arguments, **METHODS[method]})
+    assert changed_parts(before, snapshot(layer)) == []
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@every_kind
-@every_method
+@every_method_and_kind
 def test_step_zero_is_bit_equal(method, kind, dtype):
     torch.manual_seed(0)
     layer, call, arguments = make(kind, dtype)
     expected = base_output(layer, call)
-    inject(layer, **arguments, **METHODS[method])
+    inject(layer, **{**arguments, **METHODS[method]})
     assert torch.equal(call(layer), expected)
     with torch.no_grad():
         assert torch.equal(call(layer), call(strip(copy.deepcopy(layer))))
 
 
-@every_kind
-@every_method
+@every_method_and_kind
 def test_values_and_gradients_are_those_of_the_formula(method, kind):
     layer, base, call = adapted(kind, method, torch.float64)
     moved(layer)
@@ -130,14 +193,13 @@ def test_values_and_gradients_are_those_of_the_formula(method, kind):
         torch.testing.assert_close(call(layer), output, rtol=1e-9, atol=1e-10)
 
 
-@every_kind
-@every_method
+@every_method_and_kind
 def test_trained_merged_unmerged_and_stripped(method, kind):
     torch.manual_seed(0)
     layer, call, arguments = make(kind)
     before, expected = snapshot(layer), call(layer)
     model = nn.ModuleDict({"layer": layer})
-    inject(model, **arguments, **METHODS[method])
+    inject(model, **{**arguments, **METHODS[method]})
     optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(2):
         optimizer.zero_grad()
@@ -156,12 +218,11 @@ def test_trained_merged_unmerged_and_stripped(method, kind):
     assert torch.equal(call(layer), expected)
 
 
-@every_kind
-@every_method
+@every_method_and_kind
 def test_two_in_use_with_weights_add_up_in_any_order(method, kind):
     layer, base, call = adapted(kind, method, torch.float64, adapter="one", seed=1)
     _, _, arguments = make(kind, torch.float64)
-    inject(layer, **arguments, **METHODS[method], adapter="two", seed=2)
+    inject(layer, **{**arguments, **METHODS[method]}, adapter="two", seed=2)
     use(layer, "one", "two", train=("one", "two"))
     moved(layer)
     outputs = []
@@ -175,8 +236,7 @@ def test_two_in_use_with_weights_add_up_in_any_order(method, kind):
     torch.testing.assert_close(call(layer), call(base), rtol=1e-9, atol=1e-10)
 
 
-@every_kind
-@every_method
+@every_method_and_kind
 def test_a_layer_from_meta_gets_the_eager_values(method, kind, device):
     torch.manual_seed(0)
     layer, call, arguments = make(kind)
@@ -184,7 +244,7 @@ def test_a_layer_from_meta_gets_the_eager_values(method, kind, device):
     with torch.device("meta"):
         twin = KINDS[kind][0]()
     for each in (layer, twin):
-        inject(each, seed=7, **arguments, **METHODS[method])
+        inject(each, seed=7, **{**arguments, **METHODS[method]})
     assert trainable_names(layer) == trainable_names(twin)
     twin.to_empty(device=device)
     twin.load_state_dict(base, strict=False)

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from lora_inject.core.index import Index
 from lora_inject.errors import ArgumentError, FormatError
 from lora_inject.files.formats import diffusers, kohya, loralib, peft
 from lora_inject.files.formats.data import AdapterData
@@ -33,7 +34,7 @@ def named_format(name: Any, argument: str) -> Any:
 
 
 def read_adapter(
-    path: Path, format: str | None, model: nn.Module | None, alpha: float | None
+    path: Path, format: str | None, index: Index | None, alpha: float | None
 ) -> AdapterData:
     """Read a file or directory that must hold an adapter.
 
@@ -42,8 +43,8 @@ def read_adapter(
         FormatError: it cannot be read, or holds no A and B.
     """
     alpha = None if alpha is None else check_alpha(alpha, "alpha")
-    data: AdapterData = find_format(path, format).read(path, model, alpha)
-    if not data.pairs:
+    data: AdapterData = find_format(path, format).read(path, index, alpha)
+    if not (data.pairs or data.tables):
         raise FormatError(f"{path} holds no A and B.")
     return data
 
@@ -52,7 +53,7 @@ def read_state(
     tensors: Mapping[str, Tensor],
     format: str | None,
     config: Mapping[str, Any] | None,
-    model: nn.Module,
+    index: Index,
     alpha: float | None,
 ) -> AdapterData:
     """What tensors by a format's keys say, which come without a file.
@@ -71,7 +72,7 @@ def read_state(
     if own is None or config is not None:
         own = AdapterState(tensors, name, config or {}, {})
     alpha = None if alpha is None else check_alpha(alpha, "alpha")
-    data: AdapterData = named_format(name, "format").from_state(own, model, alpha)
+    data: AdapterData = named_format(name, "format").from_state(own, index, alpha)
     if not data.pairs:
         raise FormatError("the state dict holds no A and B.")
     return data

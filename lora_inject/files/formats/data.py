@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_inject.arithmetic.thinning import Drops
 from lora_inject.errors import FormatError
 from lora_inject.kinds.base import Form
-from lora_inject.variants import SCALINGS, name_prefix
+from lora_inject.variants import SCALINGS, VARIANTS, name_prefix
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -48,6 +49,7 @@ class PairData:
         part: the name of the part of a fused projection, or "".
         span: first output feature of the part and how many all parts have, (0, 0) without one.
         dropout: dropout of the adapter's input in training.
+        drops: what of the adapter is left out in training.
         layout: "in_out" for a weight whose last two dimensions stand so, where that is known.
         in_attention: whether it is the ``out_proj`` of an ``nn.MultiheadAttention``.
         rule: how alpha and the rank become the factor of ``B A``: a name of ``variants.SCALINGS``.
@@ -56,6 +58,8 @@ class PairData:
         others: the tensors that the variant has besides A and B, by role.
         start: where half of the rank is a start that is subtracted, how it was made: a name of
             ``starts.STARTS``, or "saved" where that is not known; "" elsewhere.
+        r: the rank of a variant whose tensors need not tell it; 0 elsewhere.
+        kernel: the sizes of a convolution's kernel, of such a variant where a model tells them.
     """
 
     path: str
@@ -74,16 +78,19 @@ class PairData:
     variant: str = "lora"
     others: Mapping[str, Tensor] = field(default_factory=dict)
     start: str = ""
+    r: int = 0
+    kernel: tuple[int, ...] = ()
+    drops: Drops = field(default_factory=Drops)
 
     def __post_init__(self) -> None:
-        if not (self.A.numel() and self.B.numel()):
+        if not all(tensor.numel() for tensor in (self.A, self.B, *self.others.values())):
             raise FormatError(
                 f"A or B of {self.name} is empty: {tuple(self.A.shape)}, {tuple(self.B.shape)}.",
                 remedy="One rank of a sharded model has saved it: gather the parameters there "
                 "(ZeRO-3, FSDP), and save again.",
             )
         dims = self.A.dim(), self.B.dim()
-        if dims[0] != dims[1] or dims[0] < 2:
+        if (dims[0] != dims[1] and not self.has_own_shapes) or min(dims) < 2:
             raise FormatError(f"A and B of {self.name} have {dims[0]} and {dims[1]} dimensions.")
         for tensor in (self.A, self.B, *self.others.values()):
             if not is_usable(tensor, floating=True):
@@ -92,7 +99,18 @@ class PairData:
     @property
     def rank(self) -> int:
         """The rank r, of each group and each expert."""
-        return int(self.B.shape[2 if self.B.dim() == 3 and self.form == "experts" else 1])
+        experts = self.B.dim() == 3 and self.form == "experts"
+        return self.r or int(self.B.shape[2 if experts else 1])
+
+    @property
+    def has_own_shapes(self) -> bool:
+        """Whether A and B are what its variant makes of them, and not those of a ``B A``."""
+        return VARIANTS[self.variant].own_shapes
+
+    @property
+    def dropouts(self) -> tuple[tuple[str, float], ...]:
+        """All dropouts, by the names that ``inject(dropout=)`` has for them."""
+        return ("input", self.dropout), ("rank", self.drops.rank), ("module", self.drops.module)
 
     def require_plain(self, what: str) -> None:
         """Refuse a variant of which A and B alone would be kept.
@@ -100,11 +118,11 @@ class PairData:
         Raises:
             FormatError: it is one.
         """
-        if self.others:
-            missing = " and ".join(self.others)
+        if self.others or self.has_own_shapes:
+            missing = " and ".join(self.others) or "factors"
             raise FormatError(
                 f"{self.name} is a {self.variant}, of which {what} has no {missing}.",
-                remedy='Save it as "peft".',
+                remedy='Save it as "peft" or "kohya".',
             )
 
     @property
@@ -161,6 +179,27 @@ class PairData:
 
 
 @dataclass(frozen=True)
+class RowsData:
+    """Rows of a table, those of an embedding or an output head, that trained alone.
+
+    Attributes:
+        path: the module's path in the model that it is for.
+        ids: which rows, in ascending order.
+        rows: their values (n, width), the base's and what was added to it.
+        follows: whether it is tied to an embedding whose rows are here too.
+    """
+
+    path: str
+    ids: tuple[int, ...]
+    rows: Tensor
+    follows: bool = False
+
+    def __post_init__(self) -> None:
+        if not is_usable(self.rows, floating=True):
+            raise FormatError(f"the rows of {self.path} are no plain tensor: {self.rows.dtype}.")
+
+
+@dataclass(frozen=True)
 class AdapterData:
     """One adapter: its pairs, and whatever else it trained.
 
@@ -181,6 +220,8 @@ class AdapterData:
         facts: what a format knows beyond this and a reader may want to show.
         said: what a PEFT config says of other things than the tensors, which is written again.
         dtype: "base" where A and B follow the 16 bits of the base; "" where nothing says so.
+        tables: tables of which some rows trained.
+        added: what is added to tensors of the base, by their names: a model tells their values.
     """
 
     pairs: tuple[PairData, ...]
@@ -198,9 +239,11 @@ class AdapterData:
     facts: Mapping[str, Any] = field(default_factory=dict)
     said: Mapping[str, Any] = field(default_factory=dict)
     dtype: str = ""
+    tables: tuple[RowsData, ...] = ()
+    added: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, tensor in self.tensors.items():
+        for name, tensor in (*self.tensors.items(), *self.added.items()):
             usable = is_plain(tensor) if tensor.is_complex() else is_usable(
                 tensor, floating=tensor.is_floating_point()
             )  # fmt: skip
@@ -210,5 +253,18 @@ class AdapterData:
     @property
     def elements(self) -> int:
         """How many numbers the adapter holds."""
-        pairs = sum(p.A.numel() + p.B.numel() for p in self.pairs)
+        pairs = sum(t.numel() for p in self.pairs for t in (p.A, p.B, *p.others.values()))
+        pairs += sum(own.rows.numel() for own in self.tables)
         return pairs + sum(math.prod(t.shape) for t in self.tensors.values())
+
+    def require_no_rows(self, what: str) -> None:
+        """Refuse rows that would be left out.
+
+        Raises:
+            FormatError: there are such.
+        """
+        if self.tables:
+            raise FormatError(
+                f"{self.tables[0].path} has rows that train, for which {what} has no word.",
+                remedy='Save it as "peft"; or, where it is not tied, merge it, and save the model.',
+            )

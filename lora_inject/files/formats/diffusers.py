@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_inject.core.index import Index
 from lora_inject.core.paths import bare_modules
@@ -41,33 +41,33 @@ def looks_like(path: Path) -> bool:
     return path.is_dir() and (path / TENSORS).exists()
 
 
-def read(path: Path, model: nn.Module | None = None, alpha: float | None = None) -> AdapterData:
+def read(path: Path, index: Index | None = None, alpha: float | None = None) -> AdapterData:
     """Read a directory, or the file in it.
 
     Args:
         path: the directory or the file.
-        model: the model that it is for, whose component is read; None reads the only one.
+        index: the model that it is for, whose component is read; None reads the only one.
         alpha: for files without a config; None takes each layer's rank, as diffusers does.
 
     Raises:
         FormatError: the file is not there or not whole, or holds other components only.
     """
     tensors, metadata = read_tensors(path / TENSORS if path.is_dir() else path)
-    component = _component_in(tensors, metadata, model, path)
+    component = _component_in(tensors, metadata, index, path)
     own = {
         key.removeprefix(component): t for key, t in tensors.items() if key.startswith(component)
     }
     config = _config(metadata, component, path)
-    return _from_tensors(config, own, metadata, path, model, alpha)
+    return _from_tensors(config, own, metadata, path, index, alpha)
 
 
-def from_state(state: AdapterState, model: nn.Module | None, alpha: float | None) -> AdapterData:
+def from_state(state: AdapterState, index: Index | None, alpha: float | None) -> AdapterData:
     """The same without a file.
 
     Raises:
         FormatError: as ``read``.
     """
-    return _from_tensors(state.config, dict(state), state.metadata, IN_MEMORY, model, alpha)
+    return _from_tensors(state.config, dict(state), state.metadata, IN_MEMORY, index, alpha)
 
 
 def _from_tensors(
@@ -75,7 +75,7 @@ def _from_tensors(
     own: dict[str, Tensor],
     metadata: Mapping[str, str],
     path: Path,
-    model: nn.Module | None,
+    index: Index | None,
     alpha: float | None,
 ) -> AdapterData:
     """What the tensors of one component say, by keys without its prefix."""
@@ -88,7 +88,7 @@ def _from_tensors(
         scales = {f"^{re.escape(name)}": value for name, value in scale.items()}
         config = {"peft_type": "LORA", "r": 0, "lora_alpha": 1, "rank_pattern": patterns,
                   "alpha_pattern": scales}  # fmt: skip
-    return peft.from_tensors(config, own, metadata, path, model, alpha)
+    return peft.from_tensors(config, own, metadata, path, index, alpha)
 
 
 def write(data: AdapterData, path: Path) -> None:
@@ -97,6 +97,10 @@ def write(data: AdapterData, path: Path) -> None:
     Raises:
         FormatError: the adapter holds what PEFT cannot read, or the directory cannot be written.
     """
+    for pair in data.pairs:
+        if pair.has_own_shapes:
+            pair.require_plain("diffusers' format")
+    data.require_no_rows("diffusers' format")
     component = next((c for part, c in COMPONENTS.items() if part in data.model_class), "")
     prefix = f"{component}." if component else ""
     state = to_state(data)
@@ -123,7 +127,7 @@ def _owner(key: str) -> str:
 
 
 def _component_in(
-    tensors: dict[str, Tensor], metadata: dict[str, str], model: nn.Module | None, path: Path
+    tensors: dict[str, Tensor], metadata: dict[str, str], index: Index | None, path: Path
 ) -> str:
     """The prefix of the component to read: the model's, or the only one in the file."""
     config = metadata.get(METADATA, "")
@@ -132,10 +136,10 @@ def _component_in(
         for c in _ALL_COMPONENTS
         if any(key.startswith(f"{c}.") for key in tensors) and (not config or f'"{c}.' in config)
     ]
-    modules = set() if model is None else set(bare_modules(Index(model).by_path))
+    modules = set() if index is None else set(bare_modules(index.by_path))
     fitting = [c for c in there if any(_owner(key.removeprefix(f"{c}.")) in modules
                                        for key in tensors)]  # fmt: skip
-    if model is not None and any(_owner(key) in modules for key in tensors):
+    if index is not None and any(_owner(key) in modules for key in tensors):
         return ""
     choice = fitting or there
     if len(choice) > 1:

@@ -3,17 +3,22 @@
 ``lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight``, ``.lora_up.weight`` and
 ``.alpha``. Dots and underscores are one in these names, so that only a model can tell them apart:
 names are looked up among those of its modules, never taken to pieces.
+
+Files of LyCORIS are of the same form, with tensors of other variants beside these or in place of
+them: ``formats.lycoris``.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_inject.core.index import Index
 from lora_inject.core.paths import bare_modules
 from lora_inject.errors import FormatError
+from lora_inject.files.formats import lycoris
 from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.one_place import Given, is_repeated_pair
 from lora_inject.files.formats.pairs import whole_layers
@@ -29,7 +34,8 @@ PREFIXES = {
     "": "lycoris",
 }
 _ALL_PREFIXES = ("lora_unet", "lora_te1", "lora_te2", "lora_te", "lora_transformer", "lycoris")
-_SUFFIXES = {"lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha"}
+_DOWN, _UP, _MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
+_SUFFIXES = (_DOWN, _UP, _MID, "alpha", "dora_scale", *lycoris.KEYS)
 
 
 def module_key(prefix: str, path: str) -> str:
@@ -42,35 +48,35 @@ def looks_like(path: Path) -> bool:
     return path.is_file() and path.suffix == ".safetensors"
 
 
-def read(path: Path, model: nn.Module | None = None, alpha: float | None = None) -> AdapterData:
+def read(path: Path, index: Index | None = None, alpha: float | None = None) -> AdapterData:
     """Read a file.
 
     Args:
         path: the file.
-        model: the model that it is for; without one its names stay flattened.
+        index: the modules of the model that it is for; without one its names stay flattened.
         alpha: for layers without one in the file; None takes the rank, as the scripts do.
 
     Raises:
         FormatError: the file is not there or not whole, or a name is not, or not uniquely, one of
             the model's.
     """
-    return _from_tensors(*read_tensors(path), path, model, alpha)
+    return _from_tensors(*read_tensors(path), path, index, alpha)
 
 
-def from_state(state: AdapterState, model: nn.Module | None, alpha: float | None) -> AdapterData:
+def from_state(state: AdapterState, index: Index | None, alpha: float | None) -> AdapterData:
     """The same without a file.
 
     Raises:
         FormatError: as ``read``.
     """
-    return _from_tensors(state, state.metadata, IN_MEMORY, model, alpha)
+    return _from_tensors(state, state.metadata, IN_MEMORY, index, alpha)
 
 
 def _from_tensors(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     path: Path,
-    model: nn.Module | None,
+    index: Index | None,
     alpha: float | None,
 ) -> AdapterData:
     layers: dict[str, dict[str, Tensor]] = {}
@@ -78,27 +84,25 @@ def _from_tensors(
         name, _, suffix = key.partition(".")
         if suffix not in _SUFFIXES:
             raise FormatError(f"{path}: the tensor {key} is of no kind that is supported.")
-        layers.setdefault(name, {})[_SUFFIXES[suffix]] = tensor
-    names = {name: [name] for name in layers} if model is None else _names(model)
+        layers.setdefault(name, {})[suffix] = tensor
+    names = {name: [name] for name in layers} if index is None else _names(index)
     pairs, unknown, given = [], [], Given()
     for name, own in layers.items():
         found = names.get(name, [])
         if len(found) > 1:
             raise FormatError(f"{path}: {name} can be {found[0]} or {found[1]} of this model.")
-        if not {"A", "B"} <= own.keys():
-            raise FormatError(f"{path}: {name} has only one of lora_down and lora_up.")
+        pair = _pair(found[0] if found else name, own, alpha, path)
         if not found:
             unknown.append(name)
             continue
-        pair = _pair(found[0], own, alpha)
         if not is_repeated_pair(given, pair.path, name, pair):
             pairs.append(pair)
-    if unknown:
+    if unknown and index is not None:
         raise FormatError(
-            f"{path}: {len(unknown):,} names are no modules of this {type(model).__name__}: "
+            f"{path}: {len(unknown):,} names are no modules of this {type(index.model).__name__}: "
             f"{', '.join(unknown[:3])}{', ...' if unknown[3:] else ''}."
         )
-    facts = {"format": "kohya", "config": metadata, "flattened": model is None}
+    facts = {"format": "kohya", "config": metadata, "flattened": index is None}
     return AdapterData(tuple(pairs), facts=facts)
 
 
@@ -125,46 +129,90 @@ def to_state(data: AdapterData) -> AdapterState:
             f"kohya's format holds A and B alone, and {next(iter(data.tensors))} was trained too.",
             remedy='Save it as "peft".',
         )
+    data.require_no_rows("kohya's format")
     prefix = next(value for part, value in PREFIXES.items() if part in data.model_class)
     tensors: dict[str, Tensor] = {}
     for pair in whole_layers(data.pairs):
-        pair.require_plain("kohya's format")
         name = module_key(prefix, pair.path)
-        grouped = pair.form == "conv" and pair.A.shape[0] != pair.rank
-        if pair.form not in ("linear", "conv") or grouped or pair.weight != "weight":
+        whole = pair.has_own_shapes or pair.form != "conv" or pair.A.shape[0] == pair.rank
+        if pair.form not in ("linear", "conv") or not whole or pair.weight != "weight":
             raise FormatError(f"{pair.name}: kohya's format has no word for this kind of layer.")
         if f"{name}.alpha" in tensors:
             raise FormatError(f"{pair.name}: another module has the same flattened name, {name}.")
-        scale = torch.tensor(pair.scaling * pair.rank)
-        tensors |= {
-            f"{name}.lora_down.weight": pair.A,
-            f"{name}.lora_up.weight": pair.B,
-            f"{name}.alpha": scale,
-        }
+        tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in _tensors(pair).items()}
     ranks = {pair.rank for pair in data.pairs}
+    plain = all(pair.variant == "lora" for pair in data.pairs)
     metadata = {
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "networks.lora" if plain else "lycoris.kohya",
         "ss_network_dim": str(max(ranks)) if len(ranks) == 1 else "Dynamic",
     }
     return AdapterState(tensors, "kohya", {}, metadata)
 
 
-def _names(model: nn.Module) -> dict[str, list[str]]:
+def _tensors(pair: PairData) -> dict[str, Tensor]:
+    """The tensors of a layer by what stands behind its name.
+
+    Raises:
+        FormatError: the format has no word for its variant.
+    """
+    if lycoris.is_whole(pair):  # which is added as it is, whatever alpha
+        B = (pair.B.double() * pair.scaling).to(pair.B.dtype) if pair.scaling != 1 else pair.B
+        pair = replace(pair, B=B, alpha=float(pair.rank), rule="lora")
+    alpha = {"alpha": torch.tensor(pair.scaling * pair.rank)}
+    if pair.variant in ("loha", "lokr"):
+        return {**lycoris.tensors_of(pair), **alpha}
+    own = {_DOWN: pair.A, _UP: pair.B, **alpha}
+    if pair.variant == "tucker":
+        return {**own, _MID: pair.others["mid"]}
+    if pair.variant == "dora":
+        return {**own, "dora_scale": lycoris.scale_of(pair)}
+    if pair.variant != "lora":
+        raise FormatError(
+            f"{pair.name} is a {pair.variant}, which kohya's format is not written with.",
+            remedy="torch.save(lora_state_dict(model), ...) keeps it for load_lora_state_dict.",
+        )
+    return own
+
+
+def _names(index: Index) -> dict[str, list[str]]:
     """Every module's path by each flattened name that it can have."""
     names: dict[str, list[str]] = {}
-    for path in bare_modules(Index(model).by_path):
+    for path in bare_modules(index.by_path):
         for prefix in _ALL_PREFIXES if path else ():
             names.setdefault(module_key(prefix, path), []).append(path)
     return names
 
 
-def _pair(path: str, own: dict[str, Tensor], alpha: float | None) -> PairData:
-    A, B = own["A"], own["B"]
-    form: Form = "conv" if A.dim() > 2 else "linear"
-    value = own.get("alpha")
+def _pair(path: str, own: Mapping[str, Tensor], alpha: float | None, where: Path) -> PairData:
+    """The pair of a layer, of its tensors by what stands behind its name.
+
+    Raises:
+        FormatError: they are no adapter of a kind that is supported.
+    """
+    rest = dict(own)
+    value, scale = rest.pop("alpha", None), rest.pop("dora_scale", None)
     if value is not None and value.numel() != 1:
         raise FormatError(f"{path}: alpha must be one number, not {tuple(value.shape)}.")
     if value is not None and value.item() != 0:  # the scripts read 0 as none
         alpha = value.item()
-    rank = B.shape[1] if B.dim() > 1 else 1
-    return PairData(path, A, B, float(rank) if alpha is None else alpha, form)
+    if rest and rest.keys() <= {*lycoris.KEYS}:
+        pair = lycoris.pair_of(path, rest, alpha, None, where)
+        if lycoris.is_whole(pair):  # alpha is its rank then, and changes nothing
+            r = int(alpha) if alpha and 1 <= alpha < 2**31 and alpha == int(alpha) else 1
+            pair = replace(pair, r=r, alpha=float(r))
+    elif {_DOWN, _UP} <= rest.keys() <= {_DOWN, _UP, _MID}:
+        A, B, mid = rest[_DOWN], rest[_UP], rest.get(_MID)
+        form: Form = "conv" if A.dim() > 2 else "linear"
+        more = {} if mid is None else {"mid": mid}
+        pair = PairData(path, A, B, alpha, form, variant="tucker" if more else "lora", others=more)
+    else:
+        raise FormatError(f"{where}: {path} has only {sorted(rest)} of what makes an adapter.")
+    if scale is not None:
+        if pair.variant != "lora":
+            raise FormatError(
+                f"{where}: {path} is a DoRA of a {pair.variant}, which is not supported.",
+                remedy="Merge it where it was made.",
+            )
+        variant, others = lycoris.with_magnitude(pair, scale, where)
+        pair = replace(pair, variant=variant, others=others)
+    return pair if pair.alpha is not None else replace(pair, alpha=float(pair.rank))

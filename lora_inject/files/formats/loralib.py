@@ -29,12 +29,12 @@ def looks_like(path: Path) -> bool:
     return path.is_file() and path.suffix in (".pt", ".pth", ".bin", ".ckpt")
 
 
-def read(path: Path, model: nn.Module | None = None, alpha: float | None = None) -> AdapterData:
+def read(path: Path, index: Index | None = None, alpha: float | None = None) -> AdapterData:
     """Read a checkpoint; nothing but tensors is unpickled.
 
     Args:
         path: the file.
-        model: the model that it is for, which tells embeddings and parts.
+        index: the modules of the model that it is for, which tells embeddings and parts.
         alpha: the alpha of every layer, which the file does not say.
 
     Raises:
@@ -49,7 +49,7 @@ def read(path: Path, model: nn.Module | None = None, alpha: float | None = None)
         else:
             halves.setdefault((match[1] or "", match[2] or ""), {})[match[3]] = tensor
     pairs = []
-    modules = {} if model is None else bare_modules(Index(model).by_path)
+    modules = {} if index is None else bare_modules(index.by_path)
     for (owner, prefix), half in halves.items():
         if half.keys() != {"A", "B"}:
             raise FormatError(f"{path}: {owner} has only one of lora_A and lora_B.")
@@ -70,6 +70,7 @@ def write(data: AdapterData, path: Path) -> None:
     Raises:
         FormatError: parts are not those of a ``MergedLinear``, or the file cannot be written.
     """
+    data.require_no_rows("loralib's format")
     tensors: dict[str, Tensor] = {}
     for own in by_layer(data.pairs):
         for pair in own:

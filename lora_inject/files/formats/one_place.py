@@ -27,7 +27,8 @@ def is_repeated(given: Given, place: Any, name: str, *values: Tensor) -> bool:
         given[place] = name, values
         return False
     first, known = given[place]
-    if not all(_is_same(*pair) for pair in zip(known, values, strict=True)):
+    same = len(known) == len(values) and all(map(_is_same, known, values))
+    if not same:
         raise FormatError(
             f"{first} and {name} are one place, and their values differ.",
             remedy="Remove the one that is not meant from the file.",
@@ -36,9 +37,9 @@ def is_repeated(given: Given, place: Any, name: str, *values: Tensor) -> bool:
 
 
 def is_repeated_pair(given: Given, place: Any, name: str, pair: PairData) -> bool:
-    """``is_repeated`` of A, B and what they are scaled with."""
+    """``is_repeated`` of its tensors and what they are scaled with."""
     scaling = torch.tensor(float("inf") if pair.alpha is None else pair.scaling)
-    return is_repeated(given, place, name, pair.A, pair.B, scaling)
+    return is_repeated(given, place, name, pair.A, pair.B, scaling, *pair.others.values())
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:

@@ -22,6 +22,7 @@ def as_portable(data: AdapterData) -> AdapterData:
 
     Ranks are padded with zeros, and scalings are folded into B.
     """
+    data.require_no_rows("a file for readers of no patterns")
     pairs = whole_layers(data.pairs)
     r = max(config_rank(pair) for pair in pairs)
     return replace(data, pairs=tuple(_padded(pair, r) for pair in pairs), dtype="")

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from lora_inject.core.index import Index
 from lora_inject.core.paths import bare_modules
 from lora_inject.errors import FormatError
+from lora_inject.files.formats import peft_lycoris, peft_rows
 from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.pairs import over_all_channels, whole_layers, with_whole_attention
+from lora_inject.files.formats.peft_bias import added_biases, without_lora_bias
 from lora_inject.files.formats.peft_config import (
     CONFIG,
     METADATA,
@@ -67,12 +69,12 @@ def looks_like(path: Path) -> bool:
     return path.is_dir() and (path / CONFIG).exists()
 
 
-def read(path: Path, model: nn.Module | None = None, alpha: float | None = None) -> AdapterData:
+def read(path: Path, index: Index | None = None, alpha: float | None = None) -> AdapterData:
     """Read a PEFT directory.
 
     Args:
         path: the directory, or the file of tensors in it.
-        model: the model that it is for; without one, fused parameters stay as they are in the file.
+        index: the model that it is for; without one, fused parameters stay as in the file.
         alpha: for a config without ``lora_alpha``, of which PEFT would silently make 8.
 
     Raises:
@@ -83,7 +85,7 @@ def read(path: Path, model: nn.Module | None = None, alpha: float | None = None)
         file = folder / PICKLED
     config = read_json(folder / CONFIG)
     tensors, metadata = read_tensors(file) if file.name != PICKLED else (read_pickled(file), {})
-    return from_tensors(config, tensors, metadata, folder, model, alpha)
+    return from_tensors(config, tensors, metadata, folder, index, alpha)
 
 
 def from_tensors(
@@ -91,11 +93,13 @@ def from_tensors(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     path: Path,
-    model: nn.Module | None,
+    index: Index | None,
     alpha: float | None,
 ) -> AdapterData:
     """What PEFT's config and tensors say; ``path`` is for errors."""
     config = with_numbers(config)
+    if config.get("peft_type") in peft_lycoris.TYPES:
+        return peft_lycoris.from_tensors(config, tensors, metadata, path, index, alpha)
     check_config(config, path / CONFIG)
     own = own_metadata(metadata, path)
     if own.get("config", config_digest(config)) != config_digest(config):
@@ -103,8 +107,10 @@ def from_tensors(
             f"{path}: {CONFIG} and {TENSORS} are not of one save.",
             remedy="A save was interrupted, or one was edited: save again.",
         )
-    modules = None if model is None else bare_modules(Index(model).by_path)
+    modules = None if index is None else bare_modules(index.by_path)
     names = Names({*own.get("names", ()), *_names(modules or {})})
+    tensors, tables = peft_rows.without_rows(tensors, config, path)
+    tensors, betas = without_lora_bias(tensors)
     tensors, of_variants = without_others(tensors)
     found, others = sorted_out(tensors, names, path)
     stacked = [key for key in found if key.startswith(PREFIX) or 2 * PREFIX in key]
@@ -115,12 +121,13 @@ def from_tensors(
         found.pop(key, None)
     pairs = [pair for key, halves in found.items() for pair in reader.pairs(key, *halves)]
     pairs = with_others(pairs, of_variants, config, path)
+    added = added_biases(betas, pairs, config, path)
     if config.get("init_lora_weights") in REMADE_STARTS:
         pairs = with_moved_base(pairs, config, modules or {}, path)
     return AdapterData(
         pairs=tuple(pairs),
         tensors=others,
-        bias=config.get("bias") or "none",
+        bias="lora_only" if added and config.get("bias") != "all" else config.get("bias") or "none",
         train_also=tuple(own.get("train_also") or config.get("modules_to_save") or ()),
         targets=tuple(own.get("targets") or target_labels(config.get("target_modules"))),
         base=own.get("base", {}),
@@ -136,6 +143,8 @@ def from_tensors(
         },
         said=said_besides(config),
         dtype=own.get("dtype", ""),
+        tables=tables,
+        added=added,
     )
 
 
@@ -169,13 +178,13 @@ def to_state(data: AdapterData) -> AdapterState:
     return AdapterState(tensors, "peft", config, {METADATA: own})
 
 
-def from_state(state: AdapterState, model: nn.Module | None, alpha: float | None) -> AdapterData:
+def from_state(state: AdapterState, index: Index | None, alpha: float | None) -> AdapterData:
     """What the config and the tensors say.
 
     Raises:
         FormatError: as ``read``.
     """
-    return from_tensors(state.config, state, state.metadata, IN_MEMORY, model, alpha)
+    return from_tensors(state.config, state, state.metadata, IN_MEMORY, index, alpha)
 
 
 def to_tensors(data: AdapterData) -> tuple[dict[str, Any], dict[str, Tensor], str]:
@@ -186,6 +195,9 @@ def to_tensors(data: AdapterData) -> tuple[dict[str, Any], dict[str, Tensor], st
     """
     for name, why in data.facts.get("refused", {}).items():
         raise FormatError(f"{name} {why}.", remedy='Save it as "loralib".')
+    if peft_lycoris.is_one(data):
+        return peft_lycoris.to_tensors(data)
+    words = words_of(data)
     for pair in data.pairs:
         if pair.form == "other":
             raise FormatError(
@@ -196,9 +208,13 @@ def to_tensors(data: AdapterData) -> tuple[dict[str, Any], dict[str, Tensor], st
         if not known or not pair.path:
             raise FormatError(f"{pair.name or 'the model itself'} is nothing that PEFT can adapt.")
     whole = with_whole_attention(whole_layers(data.pairs))
-    tensors = _tensors(whole) | keys_of_others(whole, PREFIX)
-    config = {**to_config(data, whole), **words_of(data)}
-    tensors |= {base_key(name, whole): tensor for name, tensor in data.tensors.items()}
+    tensors = _tensors(whole) | keys_of_others(whole, PREFIX) | peft_rows.keys_of(data, PREFIX)
+    if whole:
+        config = {**to_config(data, whole), **words, **peft_rows.words_of(data)}
+    else:
+        config = peft_rows.config_alone(data)
+    inside = {peft_rows.in_wrapper(name, data): tensor for name, tensor in data.tensors.items()}
+    tensors |= {base_key(name, whole): tensor for name, tensor in inside.items()}
     own = {(pair.path, pair.weight) for pair in data.pairs}
     padding = [p.path.removesuffix(".out_proj") + OUT_PROJ if p.in_attention else p.path
                for p in whole if (p.path, p.weight) not in own]  # fmt: skip

@@ -4,10 +4,12 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
 from lora_inject.errors import FormatError
+from lora_inject.files.formats.peft_rows import ALONE
 from lora_inject.files.formats.peft_targets import is_match
 from lora_inject.files.formats.storage import parse_json
 from lora_inject.settings import BiasMode
@@ -24,7 +26,8 @@ _HARMLESS = {
     "modules_to_save", "peft_type", "peft_version", "r", "rank_pattern", "revision",
     "runtime_config", "target_modules", "target_parameters", "task_type", "use_dora", "use_rslora",
     "qalora_group_size", "eva_config", "ensure_weight_tying", "merge_weights", "loftq_config",
-    "corda_config", "lora_ga_config", "enable_lora",
+    "corda_config", "lora_ga_config", "enable_lora", "trainable_token_indices", "token_indices",
+    "init_weights", "lora_bias",
 }  # fmt: skip
 # Of these, what is said of other things than the tensors and the target modules, and written again.
 _BESIDES = (
@@ -44,7 +47,7 @@ def check_config(config: Mapping[str, Any], path: Path) -> None:
     Raises:
         FormatError: it does.
     """
-    if config.get("peft_type") != "LORA":
+    if config.get("peft_type") not in ("LORA", ALONE):
         what, remedy = _what_it_is(config)
         raise FormatError(f"{path}: {what}.", remedy=remedy)
     for key, value in config.items():
@@ -145,15 +148,18 @@ def own_metadata(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     if METADATA not in metadata:
         return {}
     own = parse_json(metadata[METADATA], f"the metadata of {path / TENSORS}")
-    dropouts = own.get("dropout", {})
+    dropouts, drops = own.get("dropout", {}), own.get("drops", {})
     lists = ("targets", "train_also", "padding", "names", "beside")
     wrong = [key for key in lists if not _is_names(own.get(key, []))]
     wrong += ["dtype"] if own.get("dtype", "") not in ("", "base") else []
-    maps = ("base", "rows", "parts", "dropout", "fixed")
+    maps = ("base", "rows", "parts", "dropout", "fixed", "drops")
     wrong += [key for key in maps if not isinstance(own.get(key, {}), dict)]
     if not wrong and not set(own.get("fixed", {}).values()) <= set(FIXED):
         wrong.append("fixed")
-    if wrong or not all(isinstance(p, int | float) and 0 <= p < 1 for p in dropouts.values()):
+    if not wrong and not all(isinstance(d, list) and len(d) == 2 for d in drops.values()):
+        wrong.append("drops")
+    numbers = [] if wrong else [*dropouts.values(), *chain.from_iterable(drops.values())]
+    if wrong or not all(isinstance(p, int | float) and 0 <= p < 1 for p in numbers):
         raise FormatError(f"{path / TENSORS}: its metadata cannot be read: {wrong or dropouts}.")
     return own
 
@@ -162,7 +168,7 @@ class Scalings:
     """Rank and alpha of each layer as the config says."""
 
     def __init__(self, config: Mapping[str, Any], alpha: float | None, path: Path) -> None:
-        if "lora_alpha" not in config and alpha is None:
+        if "lora_alpha" not in config and alpha is None and config.get("peft_type") != ALONE:
             raise FormatError(
                 f"{path} has no lora_alpha, so that the scaling is not known.",
                 remedy="Say it: load(..., alpha=16).",
@@ -180,9 +186,13 @@ class Scalings:
             raise FormatError(f"{self.path}: {key} must be an object, not {value!r}.")
         return value
 
+    def rank_of(self, path: str) -> Any:
+        """What the config calls the rank of a layer."""
+        return self._find(self.ranks, path, self.r)
+
     def alpha_of(self, path: str, A_rank: int) -> float:
         """The alpha of a layer, to be divided by what the config calls its rank."""
-        r, alpha = self._find(self.ranks, path, self.r), self._find(self.alphas, path, self.alpha)
+        r, alpha = self.rank_of(path), self._find(self.alphas, path, self.alpha)
         if isinstance(alpha, bool) or not isinstance(alpha, int | float):
             raise FormatError(f"{self.path}: the alpha of {path} is {alpha!r}, which is no number.")
         if not math.isfinite(alpha) or alpha == 0:
@@ -203,5 +213,6 @@ class Scalings:
 def config_digest(config: Mapping[str, Any]) -> str:
     """A short name for what the config says of the tensors, which other edits leave as it is."""
     keys = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_parameters")
-    text = json.dumps([config.get(key) for key in keys], sort_keys=True)
+    ids = [config[k] for k in ("trainable_token_indices", "token_indices") if config.get(k)]
+    text = json.dumps([*(config.get(key) for key in keys), *ids], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

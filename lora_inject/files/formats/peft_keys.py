@@ -14,7 +14,7 @@ OUT_PROJ = ".base_layer.out_proj"  # of nn.MultiheadAttention, inside of PEFT's 
 OUT_PROJ_TIMES = 2
 # Some trainers leave the name of PEFT's own adapter in the key.
 _PAIR = r"(?:base_model\.model\.)?(.+)\.lora_(embedding_)?([AB])(?:\.default)?(?(2)|\.weight)"
-_WRAPPERS = r"base_layer|modules_to_save(?:\.default)?"
+_WRAPPERS = r"base_layer|token_adapter|modules_to_save(?:\.default)?"
 _MOST = 8  # more wrappers than PEFT nests: all of them are taken away then
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_inject.arithmetic.thinning import Drops
 from lora_inject.errors import FormatError
 from lora_inject.files.formats.data import PairData
 from lora_inject.files.formats.merged_linear import enabled_spans, split
@@ -80,7 +81,7 @@ class PairReader:
         self.dropouts = own.get("dropout", {})
         self.dropout = float(config.get("lora_dropout") or 0.0)
         self.fixed, self.all_fixed = own.get("fixed", {}), fixed_by_start(config)
-        self.starts = own.get("start", {})
+        self.starts, self.drops = own.get("start", {}), own.get("drops", {})
         self.nested = nested_parameters(config, found, modules)
         outs = [key.removesuffix(OUT_PROJ) for key in found if names.is_out_proj(key)]
         self.weights = dict.fromkeys(outs, "in_proj_weight")
@@ -104,7 +105,8 @@ class PairReader:
         path = found[0].path
         dropout = self.dropouts.get(path, self.dropout)
         fixed, start = self.fixed.get(path, self.all_fixed), self.starts.get(path, "")
-        return [replace(pair, dropout=dropout, fixed=fixed, start=start) for pair in found]
+        told = {"dropout": dropout, "fixed": fixed, "start": start}
+        return [replace(p, **told, drops=Drops(*self.drops.get(path, ()))) for p in found]
 
     def _plain(self, key: str, form: Form, A: Tensor, B: Tensor) -> list[PairData]:
         name, in_attention = self.names.module(key), self.names.is_out_proj(key)

@@ -137,7 +137,13 @@ def words_of(data: AdapterData) -> Mapping[str, Any]:
     names = {pair.variant for pair in data.pairs}
     if len(names) > 1:
         raise FormatError(f"PEFT has one variant for all layers, and here are {sorted(names)}.")
-    return VARIANTS[names.pop()].peft if names else {}
+    variant = VARIANTS[names.pop()] if names else Variant
+    if variant is not Variant and not variant.peft:
+        raise FormatError(
+            f"PEFT has no {variant.name}.",
+            remedy="torch.save(lora_state_dict(model), ...) keeps it for load_lora_state_dict.",
+        )
+    return variant.peft
 
 
 def _require_same_rows(pair: PairData) -> None:

@@ -36,15 +36,15 @@ def to_config(data: AdapterData, pairs: list[PairData]) -> dict[str, Any]:
         "target_modules": target_names([p.path for p in modules], data.modules),
         "target_parameters": [_target(p) for p in parameters] or None,
         "modules_to_save": _modules_to_save(data) or None,
-        "rank_pattern": _pattern({k: v for k, v in ranks.items() if v != r}, ranks),
-        "alpha_pattern": _pattern({k: v for k, v in alphas.items() if v != alpha}, alphas),
+        "rank_pattern": pattern_of({k: v for k, v in ranks.items() if v != r}, ranks),
+        "alpha_pattern": pattern_of({k: v for k, v in alphas.items() if v != alpha}, alphas),
         "fan_in_fan_out": bool(transposed) and all(transposed),
         "use_rslora": False,
         "use_dora": False,
         "init_lora_weights": True,
         "inference_mode": True,
         **rule.peft,
-        **_still_said(data),
+        **still_said(data),
     }
 
 
@@ -90,7 +90,7 @@ def _number(value: float) -> float | int:
     return near if near == value else value
 
 
-def _pattern(values: Mapping[str, Any], of_all: Mapping[str, Any]) -> dict[str, Any]:
+def pattern_of(values: Mapping[str, Any], of_all: Mapping[str, Any]) -> dict[str, Any]:
     """``rank_pattern`` or ``alpha_pattern``: by a layer's last name where that is unambiguous."""
     result: dict[str, Any] = {}
     for path, value in values.items():
@@ -113,6 +113,7 @@ def to_metadata(
     dropouts = {p.path: p.dropout for p in data.pairs if p.dropout != config["lora_dropout"]}
     fixed = {p.path: p.fixed for p in data.pairs if p.fixed}
     starts = {p.path: p.start for p in pairs if p.start}  # but for what was padded
+    drops = {p.path: [*p.drops] for p in data.pairs if any(p.drops)}
     plain = Names(())
     names = [p.path for p in data.pairs if plain.tensor(f"{p.path}.") != f"{p.path}."]
     names += [name for name in data.tensors if plain.tensor(name) != name]
@@ -127,12 +128,13 @@ def to_metadata(
         **({"rows": dict(data.rows)} if data.rows else {}),
         **({"beside": list(data.beside)} if data.beside else {}),
         **({"start": starts} if starts else {}),
+        **({"drops": drops} if drops else {}),
         **({"names": names} if names else {}),
         **({"dtype": data.dtype} if data.dtype else {}),
     }
 
 
-def _still_said(data: AdapterData) -> dict[str, Any]:
+def still_said(data: AdapterData) -> dict[str, Any]:
     """What the config that was loaded said besides, where it is true of the model as it is."""
     said = dict(data.said)
     classes = said.get("auto_mapping")

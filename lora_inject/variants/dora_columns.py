@@ -1,0 +1,70 @@
+"""DoRA by columns: the length of what each input feature gives is trained, and not of each row.
+
+    V diag(m / n)        V = W + s B A; n and m of V's columns, of a convolution over its kernel too
+
+What older files of LyCORIS and OneTrainer hold. A magnitude acts on the input of the layer, so that
+it acts in the weight. No gradient flows through n, as in DoRA.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lora_inject.arithmetic.product import without_autocast
+from lora_inject.variants.change import Change, LayerKind, Spec
+from lora_inject.variants.dora import DoRA
+from lora_inject.variants.matrices import sizes
+
+
+@dataclass(frozen=True)
+class ColumnDoRA(DoRA):
+    """``(W + s B A) diag(m / n) - W``."""
+
+    name = "dora_columns"
+    finishes = False
+    way = "weight"
+    peft = {}  # noqa: RUF012 (a constant of the class)
+    keys = {}  # noqa: RUF012
+
+    def shapes(self, spec: Spec) -> dict[str, tuple[int, ...]]:
+        """The magnitude is (in,), of experts (E, in)."""
+        size = sizes(spec)
+        return {**super().shapes(spec), "magnitude": (*size.experts, size.channels)}
+
+    def refusal(
+        self, kind: LayerKind, layer: nn.Module, spec: Spec, beside: bool, dropout: float
+    ) -> str | None:
+        """Where a column is not of all rows."""
+        if spec.groups > 1:
+            return f"variant={self.name!r} has no columns of grouped channels. Use 'dora'."
+        return super().refusal(kind, layer, spec, beside, dropout)
+
+    @torch.no_grad()
+    def lengths(self, kind: LayerKind, layer: nn.Module, W: Tensor | None, c: Change) -> Tensor:
+        """The lengths of the columns of ``W + s B A``: (in,), or (E, in)."""
+        assert W is not None
+        wide = torch.promote_types(W.dtype, torch.float32)
+        tensors = {role: tensor.to(wide) for role, tensor in c.tensors.items()}
+        with without_autocast(W.device.type):
+            W = W.to(wide)
+            V = W + self.update(kind, layer, W, c._replace(tensors=tensors)) * c.scaling
+            V = kind.to_matrix(layer, V)
+            lengths: Tensor = torch.linalg.vector_norm(_by_columns(V, c.spec), dim=(-3, -1))
+        return lengths
+
+    def add_to_weight(
+        self, kind: LayerKind, layer: nn.Module, W: Tensor, total: Tensor, c: Change
+    ) -> Tensor:
+        """``V diag(m / n) - W`` is added."""
+        f = self.ratio(kind, layer, W, c)
+        update = self.update(kind, layer, W, c) * c.scaling
+        V = kind.to_matrix(layer, W + update)
+        scaled = ((f - 1)[..., None, :, None] * _by_columns(V, c.spec)).reshape(V.shape)
+        return total + (update + kind.from_matrix(layer, scaled, W.shape)) * c.weight
+
+
+def _by_columns(matrix: Tensor, spec: Spec) -> Tensor:
+    """A weight's matrix, or one expert's, as (..., out, in, kernel)."""
+    experts = matrix.shape[:-2] if spec.experts else ()
+    return matrix.reshape(*experts, spec.n_out, sizes(spec).channels, -1)
