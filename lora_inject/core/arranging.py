@@ -69,22 +69,16 @@ class Arranging:
     Args:
         look: the one look of the operation.
         states: the new states of these modules.
-        all_states: those of all modules that change.
+        every: those of all modules that change.
         fresh: tensors that did not exist.
         flags: which ``requires_grad`` are set.
         modes: whether modes come back.
     """
 
     def __init__(
-        self,
-        look: Look,
-        states: States,
-        all_states: States,
-        fresh: Fresh,
-        flags: Flags,
-        modes: bool,
+        self, look: Look, states: States, every: States, fresh: Fresh, flags: Flags, modes: bool
     ) -> None:
-        self.look, self.states, self.all_states = look, states, all_states
+        self.look, self.states, self.all_states = look, states, every
         self.flags, self.modes = flags, modes
         self.fresh: Fresh = {m: {**fresh.get(m, {}), **own} for m, own in self._stand_ins().items()}
         self.fresh = {**fresh, **self.fresh}
