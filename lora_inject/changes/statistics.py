@@ -114,7 +114,11 @@ def _lend(module: nn.Module, args: Any) -> None:
         lent = _Lent({}, [(tensor, tensor.clone()) for tensor in _inside(module)])
     else:
         names = module.__dict__[_HELD] if module.training else ()
-        own = {name: b for name in names if (b := module._buffers.get(name)) is not None}
+        own: dict[str, Tensor] = {}
+        for name in names:  # no comprehension: torch.compile cannot follow its closure
+            buffer = module._buffers.get(name)
+            if buffer is not None:
+                own[name] = buffer
         lent = _Lent(own, [])
         module._buffers.update({name: b.clone() for name, b in own.items()})
     _hidden.of.setdefault(module, []).append(lent)
