@@ -33,6 +33,7 @@ from lora_inject.merging.folding import MergeReport
 from lora_inject.merging.merge import merge, merged, unmerge
 from lora_inject.plan import Plan, plan
 from lora_inject.report.report import Report, report
+from lora_inject.training.checkpointing import reentrant_checkpointing
 from lora_inject.training.clip import clip_norms
 from lora_inject.training.freeze import freeze, mark_only_lora_as_trainable
 from lora_inject.training.optimizer import lora_parameters, param_groups
@@ -75,6 +76,7 @@ __all__ = [
     "param_groups",
     "per_row",
     "plan",
+    "reentrant_checkpointing",
     "register_kind",
     "remove",
     "report",

@@ -6,6 +6,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
 
+from lora_inject.core.drift import warn_of_drift
 from lora_inject.core.look import Look
 from lora_inject.core.removal import remove_adapters
 from lora_inject.errors import warn
@@ -135,7 +136,7 @@ def strip(model: nn.Module, merge: bool = False) -> nn.Module:
     Args:
         model: the model that ``inject`` was called on, a copy of it, or a wrapper that holds it.
         merge: leave plain layers with the adapters in use folded in, and what they trained in place
-            as it is; only classes, flags and statistics come back then.
+            as it is; only classes, flags and statistics come back then, and no mode changes.
 
     Returns:
         The same object. On a model without adapters nothing is changed and a
@@ -152,6 +153,7 @@ def strip(model: nn.Module, merge: bool = False) -> nn.Module:
     look.require_no_block()
     if not merge:
         look.require_kept()
+    warn_of_drift(look, "gone", "came", "thawed")
     if not look.own and not look.roots:
         warn(
             "strip: no adapter stands here; what is frozen was frozen by a call on a larger model."

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers as tf
 from families import FAMILIES
-from helpers import train_steps
+from helpers import Net, train_steps
 
 from lora_inject import inject, plan, report, reset_lora_parameters, strip
 
@@ -72,3 +72,41 @@ def test_a_model_that_is_far_too_large_is_planned_injected_and_reported_on_meta(
     assert shown.frozen > 405e9
     strip(model)
     assert report(model).trainable == shown.frozen
+
+
+def emptied(**options):
+    """A model that was adapted on meta and got room and base weights, and no call of reset."""
+    torch.manual_seed(0)
+    base = Net()
+    with torch.device("meta"):
+        model = Net()
+    inject(model, ["q_proj", "v_proj"], r=2, seed=3, **options)
+    model.to_empty(device=next(base.parameters()).device)
+    model.load_state_dict(base.state_dict(), strict=False)
+    return model, base
+
+
+def test_without_reset_adapters_start_where_room_was_made(device):
+    model, base = emptied()
+    x = torch.arange(10).view(2, 5)
+    assert torch.equal(model(x), base(x))
+    inject(base, ["q_proj", "v_proj"], r=2, seed=3)
+    expected = base.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("options", [{"variant": "dora"}, {"init": "pissa"}])
+def test_what_starts_from_the_weight_is_no_number_until_reset(options, device):
+    model, base = emptied(**options)
+    x = torch.arange(10).view(2, 5)
+    assert model(x).isnan().any()
+    reset_lora_parameters(model)
+    torch.testing.assert_close(model(x), base(x))
+
+
+def test_moving_and_casting_keep_values(device):
+    model, _ = emptied()
+    for parameter in model.parameters():
+        parameter.data.fill_(0.5)
+    model.half().float()
+    assert all((p == 0.5).all() for p in model.parameters())

@@ -123,7 +123,9 @@ def combine(
 
     with torch.inference_mode(False), torch.no_grad():  # tensors made in it could never train
         made = _combined(look, weights, name, rule)
-    states, fresh = reached(look, Injection(secrets.randbits(63), name, "none")), Fresh()
+    layers = frozenset(new.adapter.path for new in made)
+    injection = Injection(secrets.randbits(63), name, "none", layers=layers)
+    states, fresh = reached(look, injection), Fresh()
     for new in made:
         state = states[new.layer]
         states[new.layer] = state.change(adapters=(*state.adapters, new.adapter))

@@ -13,6 +13,7 @@ from lora_inject.core.look import Look
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Run the model without its adapters, as before ``inject``, and then with them again.
 
+    It is the model that changes, for every thread that runs it: give each a copy of its own.
     Layers have their own classes meanwhile, so the base costs what it cost before; biases and
     ``train_also`` modules that were trained show their former values. For the reference model of
     DPO or a KL term. Blocks may be nested, on parts too, and end in any order; an exception inside

@@ -19,6 +19,7 @@ from lora_inject.errors import ArgumentError, UnsupportedLayerError
 def per_row(model: nn.Module, adapters: Iterable[str | None]) -> Iterator[nn.Module]:
     """Give every row of a batch an adapter of its own, whatever is in use outside of the block.
 
+    It is the model that changes, for every thread that runs it: give each a copy of its own.
     The first dimension of every adapted layer's input counts the rows, or what the model is called
     with has expanded each row in place (``generate`` does for beams). Works in training too:
     adapters learn from their rows if they train (``use(model, "fr", "de")`` before the block).

@@ -7,6 +7,7 @@ from torch import nn
 
 from lora_inject.core.commit import commit
 from lora_inject.core.company import use_of
+from lora_inject.core.drift import warn_of_drift
 from lora_inject.core.look import Look
 from lora_inject.core.removal import remove_adapters
 from lora_inject.core.state import State
@@ -57,6 +58,7 @@ def use(model: nn.Module, *adapters: Any, train: Any = None) -> nn.Module:
     look.require_known(trains, "train")
     look.require_awake()
     look.require_switchable()
+    warn_of_drift(look, "gone")
     chosen = use_of(look, weights, trains)
     states = {
         module: State(state.before, state.reach, chosen, state.adapters, state.trained)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.changes.edits import Edit
-from lora_inject.changes.hooks import has_hook, pre_hook_edits
+from lora_inject.changes.hooks import after_hook_edits, has_hook, pre_hook_edits
 from lora_inject.compat.marks import checkpointing_switch, may_be_reentrant
 
 
@@ -50,3 +50,20 @@ def _is_on(module: nn.Module) -> bool:
     """Whether the module is checkpointed now, in a form that may be the reentrant one."""
     on = bool(checkpointing_switch(module)) and module.training
     return on and may_be_reentrant(module)
+
+
+def needing_edits(module: nn.Module, on: bool) -> list[Edit]:
+    """Let what a module returns need a gradient while it trains, or no more."""
+    if any(hook is _let_output_need_gradient for hook in module._forward_hooks.values()) is on:
+        return []
+    return after_hook_edits(module, _let_output_need_gradient, on)
+
+
+def _let_output_need_gradient(module: nn.Module, args: Any, output: Any) -> Any:
+    if torch.compiler.is_compiling() or not module.training or not torch.is_grad_enabled():
+        return None
+    first = output[0] if isinstance(output, (tuple, list)) and output else output
+    if not isinstance(first, Tensor) or first.requires_grad or not first.is_floating_point():
+        return None
+    needing = first.detach().requires_grad_()
+    return needing if first is output else type(output)([needing, *output[1:]])

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
 from lora_inject.changes.edits import MISSING, Edit, attribute_edit, filling, tensor_edit
 from lora_inject.changes.hooks import after_hook_edits, pre_hook_edits
+from lora_inject.changes.moving import is_statistic, moving_buffers
 from lora_inject.compat.torch_private import calls_on_stack
 
 _HELD = "_lora_inject_held"
@@ -23,9 +24,9 @@ def has_statistics(module: nn.Module) -> bool:
 
     A scripted module calls those inside of it where no hook is: theirs are its own.
     """
-    buffers = module._buffers
-    own = len(buffers) and any(b is not None and _is_statistic(n) for n, b in buffers.items())
-    return bool(own) or (isinstance(module, torch.jit.ScriptModule) and bool(_inside(module)))
+    if isinstance(module, torch.jit.ScriptModule):
+        return bool(_inside(module))
+    return bool(moving_buffers(module))
 
 
 def is_held(module: nn.Module) -> bool:
@@ -45,7 +46,7 @@ def holding_edits(module: nn.Module, held: bool) -> list[Edit]:
         return []
     if not held:
         former = module.__dict__[_HELD]
-        back = _hook_edits(module, on=False) if former is None else [
+        back = _hook_edits(module, on=False) if isinstance(former, tuple) else [
             attribute_edit(module, "track_running_stats", former)
         ]  # fmt: skip
         return [*back, attribute_edit(module, _HELD, MISSING)]
@@ -53,12 +54,21 @@ def holding_edits(module: nn.Module, held: bool) -> list[Edit]:
         switch: Any = module
         own = attribute_edit(module, _HELD, switch.track_running_stats)
         return [own, attribute_edit(module, "track_running_stats", False)]
-    return [attribute_edit(module, _HELD, None), *_hook_edits(module, on=True)]
+    scripted = isinstance(module, torch.jit.ScriptModule)
+    names = () if scripted else moving_buffers(module)
+    return [attribute_edit(module, _HELD, names), *_hook_edits(module, on=True)]
 
 
-def _is_statistic(name: str) -> bool:
-    # The last two are spectral_norm's estimates of singular vectors.
-    return name.startswith(("running_", "moving_")) or name in ("num_batches_tracked", "_u", "_v")
+def conversion_edits(module: nn.Module) -> list[Edit]:
+    """Let a layer move again that ``convert_sync_batchnorm`` has made of one that was held.
+
+    It has the switch as it was then, and no note of that.
+    """
+    switch: Any = module
+    known = _has_switch(module) and not is_held(module) and switch.running_mean is not None
+    if not known or switch.track_running_stats:
+        return []
+    return [attribute_edit(module, "track_running_stats", True)]
 
 
 def _has_switch(module: nn.Module) -> bool:
@@ -68,7 +78,7 @@ def _has_switch(module: nn.Module) -> bool:
 
 def _inside(module: nn.Module) -> list[Tensor]:
     """The statistics of a module and of those inside of it."""
-    return [b for path, b in module.named_buffers() if _is_statistic(path.rpartition(".")[2])]
+    return [b for path, b in module.named_buffers() if is_statistic(path.rpartition(".")[2])]
 
 
 class _Lent(NamedTuple):
@@ -103,8 +113,12 @@ def _lend(module: nn.Module, args: Any) -> None:
         # It has its buffers to itself; whether it trains is said by each one inside.
         lent = _Lent({}, [(tensor, tensor.clone()) for tensor in _inside(module)])
     else:
-        buffers = module._buffers.items()
-        own = {n: b for n, b in buffers if b is not None and _is_statistic(n) and module.training}
+        names = module.__dict__[_HELD] if module.training else ()
+        own: dict[str, Tensor] = {}
+        for name in names:  # no comprehension: torch.compile cannot follow its closure
+            buffer = module._buffers.get(name)
+            if buffer is not None:
+                own[name] = buffer
         lent = _Lent(own, [])
         module._buffers.update({name: b.clone() for name, b in own.items()})
     _hidden.of.setdefault(module, []).append(lent)

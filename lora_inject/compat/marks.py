@@ -33,6 +33,9 @@ _LINEAR_LIBRARIES = (
 )  # fmt: skip
 
 _CHECKPOINTING = "gradient_checkpointing"
+# A mapping on a module, of which transformers saves none of the keys where it is tied to others.
+TIED_KEYS = "_tied_weights_keys"
+RESIZE = "resize_token_embeddings"  # of models of transformers
 
 
 def has_accelerate_hook(module: nn.Module) -> bool:
@@ -113,6 +116,11 @@ def rows_of_checkpoint(module: nn.Module) -> int | None:
     except (OSError, ValueError, TypeError, AttributeError):
         return None
     return rows if isinstance(rows, int) else None
+
+
+def can_resize(module: nn.Module) -> bool:
+    """Whether a module's class can resize its vocabulary."""
+    return hasattr(type(module), RESIZE)
 
 
 def resizable_embeddings(model: nn.Module) -> dict[nn.Module, Tensor]:

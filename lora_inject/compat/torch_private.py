@@ -224,6 +224,14 @@ def keep_instead(node: Any, make: Callable[[], Tensor]) -> None:
         first.register_hooks(lambda _: None, lambda _: make())
 
 
+def reduced_parameters(wrapper: nn.parallel.DistributedDataParallel) -> list[Tensor]:
+    """The parameters whose gradients it reduces; where torch does not say, all of the model's."""
+    buckets = getattr(wrapper.reducer, "_get_zeros_like_grad_buckets", None)
+    if buckets is None:
+        return list(wrapper.parameters())
+    return [tensor for bucket in buckets() for tensor in bucket.parameters()]
+
+
 def calls_on_stack(module: nn.Module) -> int:
     """How many calls of a module with hooks run now."""
     calls, frame = 0, sys._getframe(1)

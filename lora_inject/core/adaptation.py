@@ -80,7 +80,14 @@ def adaptation(
         content: what else the adapter is.
     """
     seed = initial.draw_seed() if seed is None else seed
-    injection = Injection(secrets.randbits(63), name, content.bias, content.said)
+    injection = Injection(
+        secrets.randbits(63),
+        name,
+        content.bias,
+        content.said,
+        layers=frozenset(site.path for site in sites),
+        in_full=frozenset(content.train_also),
+    )
     made = Adaptation(reached(look, injection))
     leaders: dict[str, list[dict[str, nn.Parameter]]] = {}
     adapters: dict[nn.Module, tuple[Adapter, ...]] = {}

@@ -69,15 +69,17 @@ class Arranging:
     Args:
         look: the one look of the operation.
         states: the new states of these modules.
-        all_states: those of all modules that change.
+        every: those of all modules that change.
         fresh: tensors that did not exist.
         flags: which ``requires_grad`` are set.
+        modes: whether modes come back.
     """
 
     def __init__(
-        self, look: Look, states: States, all_states: States, fresh: Fresh, flags: Flags
+        self, look: Look, states: States, every: States, fresh: Fresh, flags: Flags, modes: bool
     ) -> None:
-        self.look, self.states, self.all_states, self.flags = look, states, all_states, flags
+        self.look, self.states, self.all_states = look, states, every
+        self.flags, self.modes = flags, modes
         self.fresh: Fresh = {m: {**fresh.get(m, {}), **own} for m, own in self._stand_ins().items()}
         self.fresh = {**fresh, **self.fresh}
         self.replaced: dict[int, tuple[Tensor, Tensor | None]] = {}  # what stood in a place, stands
@@ -91,7 +93,7 @@ class Arranging:
         yield from self._tensor_edits({m: own.parameters for m, own in after.items()})
         for module, state in self.states.items():
             own = dict(after[module].parameters)
-            yield from edge_edits(module, self.look.states.get(module), state, own)
+            yield from edge_edits(module, self.look.states.get(module), state, own, self.modes)
 
     def _stand_ins(self) -> Fresh:
         """Tensors with former values for places of which an adapter has the base's own tensor."""

@@ -33,6 +33,7 @@ from lora_inject.core.module_edits import (
     statistics_edits,
 )
 from lora_inject.core.recomputing import note_commit, note_parts
+from lora_inject.core.reduced import require_reduced
 from lora_inject.core.state import State, owned
 from lora_inject.core.travelling import travelling_edits
 from lora_inject.own import STATE
@@ -45,6 +46,7 @@ def commit(
     fresh: Fresh | None = None,
     values: Iterable[Edit] = (),
     flags: Flags = "changed",
+    modes: bool = True,
     then: Callable[[], Any] | None = None,
 ) -> Any:
     """Make these modules what their new states say, all of them or none.
@@ -56,13 +58,18 @@ def commit(
             that of the place) and their owner.
         values: edits of the values of tensors, and of hooks.
         flags: which ``requires_grad`` are set.
+        modes: whether a module that is as it was before us has the mode from then too.
         then: called when all is done; what it raises takes everything back.
 
     Returns:
         What ``then`` returned.
+
+    Raises:
+        LoRAInjectError: DistributedDataParallel would not reduce what is to train.
     """
     with torch.inference_mode(False):  # tensors made in it could never train
-        edits = edits_of(look, states, fresh or {}, values, flags)
+        edits = edits_of(look, states, fresh or {}, values, flags, modes)
+    require_reduced(look, states, edits, fresh or {})
     note_parts()
     done = run(edits, then)
     note_commit(look, states, lambda former: edits_of(look.again(), former, {}, (), "switched"))
@@ -70,7 +77,12 @@ def commit(
 
 
 def edits_of(
-    look: Look, states: States, fresh: Fresh, values: Iterable[Edit], flags: Flags
+    look: Look,
+    states: States,
+    fresh: Fresh,
+    values: Iterable[Edit],
+    flags: Flags,
+    modes: bool = True,
 ) -> list[Edit]:
     """What ``commit`` carries out."""
     edits, general = [*values], dict[nn.Module, State | None]()
@@ -88,11 +100,11 @@ def edits_of(
         elif state is not None and _is_alone(look, module, state):
             _add_first_edits(edits, module, state, fresh.get(module, {}))
         elif old is not None and _is_alone(look, module, old):
-            _add_last_edits(edits, module, old)
+            _add_last_edits(edits, module, old, modes)
         else:
             general[module] = state
     if general:
-        edits += Arranging(look, general, states, fresh, flags).edits()
+        edits += Arranging(look, general, states, fresh, flags, modes).edits()
     return edits
 
 
@@ -138,7 +150,7 @@ def _add_first_edits(
     edits += edge_edits(module, None, state, own)
 
 
-def _add_last_edits(edits: list[Edit], module: nn.Module, state: State) -> None:
+def _add_last_edits(edits: list[Edit], module: nn.Module, state: State, modes: bool) -> None:
     own: Any = module._parameters
     if len(own):
         ours = {name for adapter in state.adapters for name in adapter.parameters}
@@ -153,7 +165,7 @@ def _add_last_edits(edits: list[Edit], module: nn.Module, state: State) -> None:
                 edits += unmarking_edits(parameter)
         if ours:
             edits.append((put_items, own, None, now, kept))
-    edits += edge_edits(module, state, None, own)
+    edits += edge_edits(module, state, None, own, modes)
 
 
 # --- nothing moves ------------------------------------------------------------------------------

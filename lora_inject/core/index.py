@@ -1,5 +1,6 @@
 """The modules of a model, found in one walk: each once, in registration order, with its paths."""
 
+from collections.abc import Iterator
 from functools import cached_property
 
 from torch import nn
@@ -42,6 +43,13 @@ class Index:
             paths.append(f"{above}.{name}" if above else name)
             found[paths[-1]] = module
         return found
+
+    @property
+    def children(self) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+        """(parent, name, child) of every path but the model's own."""
+        visits = self._visits
+        for module, parent, name in visits[1:]:
+            yield visits[parent][0], name, module
 
     @cached_property
     def paths(self) -> dict[nn.Module, tuple[str, ...]]:

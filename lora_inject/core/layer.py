@@ -16,6 +16,7 @@ from lora_inject.core.adapter import Adapter, Term
 from lora_inject.core.recomputing import note_run
 from lora_inject.core.scales import SCALES, Scales, scales_of
 from lora_inject.core.sharded import following, is_of_fsdp
+from lora_inject.core.starting import start_anew, without_values
 from lora_inject.core.state import State
 from lora_inject.core.tools import (
     keeping_values,
@@ -104,7 +105,9 @@ class LoRALayer(nn.Module):
         super().register_parameter(name, param)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        empty = without_values(self)
         super()._apply(keeping_values(self, fn), recurse)  # type: ignore[no-untyped-call]
+        start_anew(self, empty)
         # On the device where the adapters are now.
         with torch.inference_mode(False):
             known, state = self.__dict__[SCALES], self.__dict__[STATE]

@@ -79,9 +79,7 @@ def require_intact(path: str, layer: nn.Module, state: State) -> None:
             path=path,
             remedy="Call accelerate.hooks.remove_hook_from_submodules(model) first.",
         )
-    if "forward" in layer.__dict__ and not (
-        has_accelerate_hook(layer) or "forward" in kept_forwards(layer) or follows(layer, state)
-    ):
+    if has_own_forward(layer, state):
         raise LoRAInjectError(
             "a forward was set on this very instance after inject, and it would go on adding.",
             path=path,
@@ -93,6 +91,13 @@ def require_intact(path: str, layer: nn.Module, state: State) -> None:
             path=path,
             remedy="Undo that first, or strip before it is done.",
         )
+
+
+def has_own_forward(layer: nn.Module, state: State) -> bool:
+    """Whether a forward was set on the instance that does not do what its class does."""
+    return "forward" in layer.__dict__ and not (
+        has_accelerate_hook(layer) or "forward" in kept_forwards(layer) or follows(layer, state)
+    )
 
 
 def require_restorable(module: nn.Module, trained: Trained) -> None:

@@ -6,9 +6,11 @@ from typing import Any
 from torch import nn
 
 from lora_inject.changes.edits import MISSING, Edit, attribute_edit
-from lora_inject.changes.recompute import is_checkpointed, recompute_edits
+from lora_inject.changes.recompute import is_checkpointed, needing_edits, recompute_edits
 from lora_inject.changes.statistics import has_statistics, holding_edits
+from lora_inject.compat.marks import RESIZE, TIED_KEYS, can_resize
 from lora_inject.core.class_swap import add_class_edits
+from lora_inject.core.resizing import Resizing
 from lora_inject.core.scales import SCALES, Scales, scales_of
 from lora_inject.core.state import State
 from lora_inject.core.travelling import travelling_edits
@@ -16,18 +18,29 @@ from lora_inject.own import STATE
 
 
 def edge_edits(
-    module: nn.Module, old: State | None, state: State | None, own: Mapping[str, Any]
+    module: nn.Module,
+    old: State | None,
+    state: State | None,
+    own: Mapping[str, Any],
+    modes: bool = True,
 ) -> list[Edit]:
-    """State, class, statistics, hooks and what was lent; without a state the mode comes back."""
+    """State, class, statistics, hooks and what was lent; without a state the mode may come back."""
     edits: list[Edit] = [attribute_edit(module, STATE, MISSING if state is None else state)]
     add_class_and_scales(edits, module, old, state, own)
     edits += statistics_edits(module, old, state)
     edits += lent_edits(module, old, state)
     edits += travelling_edits(module, old, state)
-    if (old is None) != (state is None) and is_checkpointed(module):
-        edits += recompute_edits(module, state is not None)
-    if old is not None and state is None and module.training is not old.before.training:
-        edits.append(attribute_edit(module, "training", old.before.training))
+    edits += tied_edits(module, old, state)
+    if (old is None) != (state is None):
+        if can_resize(module):
+            edits.append(attribute_edit(module, RESIZE, Resizing(module) if state else MISSING))
+        if is_checkpointed(module):
+            edits += recompute_edits(module, state is not None)
+        if state is None:
+            edits += needing_edits(module, False)
+    ends = old is not None and state is None and modes
+    if ends and module.training is not old.before.training:  # type: ignore[union-attr]
+        edits.append(attribute_edit(module, "training", old.before.training))  # type: ignore[union-attr]
     return edits
 
 
@@ -53,6 +66,19 @@ def add_class_and_scales(
     known_state = old or state
     if known_state is not None:
         add_class_edits(edits, module, known_state.before.cls, state)
+
+
+def tied_edits(module: nn.Module, old: State | None, state: State | None) -> list[Edit]:
+    """Name the A and B that stand in another layer too, so that transformers saves them once."""
+    before, now = (_shared(s) for s in (old, state))
+    if before == now:
+        return []
+    return [attribute_edit(module, TIED_KEYS, dict.fromkeys(now) if now else MISSING)]
+
+
+def _shared(state: State | None) -> list[str]:
+    adapters = state.adapters if state else ()
+    return [name for adapter in adapters if adapter.follows for name in adapter.parameters]
 
 
 def statistics_edits(module: nn.Module, old: State | None, state: State | None) -> list[Edit]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from lora_inject.changes.edits import Edit, value_edit
+from lora_inject.changes.statistics import conversion_edits
 from lora_inject.core.arranging import Fresh
 from lora_inject.core.commit import commit
 from lora_inject.core.look import Look
@@ -42,12 +43,19 @@ def remove_adapters(
     new = {m: removal.state(m, (states or {}).get(m, s)) for m, s in look.states.items()}
     gone = dict.fromkeys(_marked_elsewhere(look))  # no state, and no adapter any more
     lost = _replaced(look, new)
+    converted = [
+        edit
+        for parent, _, module in look.index.children
+        if module not in look.states and parent in new and new[parent] is None
+        for edit in conversion_edits(module)
+    ]
     commit(
         look,
         {**gone, **new},
         fresh=removal.fresh,
-        values=[*values, *removal.values.values()],
+        values=[*values, *removal.values.values(), *converted],
         flags="owned",
+        modes=not keep,
     )
     if lost:
         warn(

@@ -1,13 +1,16 @@
 """The tensors of an adapter as they come into a model: starting values, or those that are given."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from lora_inject.arithmetic import starting_values as initial
+from lora_inject.changes.edits import filling, run
 from lora_inject.core.adapter import Adapter
 from lora_inject.core.site import Site
+from lora_inject.core.state import state_of
 from lora_inject.errors import UnsupportedLayerError
 from lora_inject.kinds import Kind, Spec
 from lora_inject.sharding import is_distributed, shards
@@ -139,3 +142,35 @@ def _require_alive(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
             path=adapter.path,
             remedy="Give it another start by a pattern of its own, or exclude it.",
         )
+
+
+def without_values(layer: nn.Module) -> list[tuple[Adapter, Spec, dict[str, str]]]:
+    """The pairs of a layer that are on the meta device: their names by role."""
+    state, own = state_of(layer), layer._parameters
+    return [
+        (adapter, pair.spec, dict(pair.names))
+        for adapter in (state.adapters if state else ())
+        for pair in adapter.pairs
+        if all((p := own.get(name)) is not None and p.is_meta for name in pair.names.values())
+    ]
+
+
+@torch.no_grad()
+def start_anew(layer: nn.Module, pairs: Iterable[tuple[Adapter, Spec, dict[str, str]]]) -> None:
+    """Give pairs their starting values that had none, where ``to_empty`` has made room for them.
+
+    What starts from the values of the weight, which come later, is NaN until
+    ``reset_lora_parameters``. The pair of a tied layer, which that ties again, adds nothing.
+    """
+    for adapter, spec, names in pairs:
+        tensors = {role: layer.get_parameter(name) for role, name in names.items()}
+        if any(tensor.is_meta for tensor in tensors.values()):
+            continue
+        variant, reads = adapter.settings.variant, adapter.settings.start.reads
+        if adapter.follows or reads or variant.more:
+            for tensor in tensors.values():
+                tensor.fill_(0.0 if adapter.follows else math.nan)
+        else:
+            values = starting_values(adapter, layer, spec, tensors["A"].dtype)
+            for role, tensor in tensors.items():
+                run([filling(tensor, values[role], source=0)])

@@ -18,12 +18,16 @@ class Injection:
         adapter: the adapter's name.
         bias: the adapter's bias mode.
         said: what its file said besides and saving says again, as JSON; "" where there was none.
+        layers: the paths of the layers that it put the adapter on.
+        in_full: the paths of the modules that it lets train in full.
     """
 
     id: int
     adapter: str
     bias: BiasMode
     said: str = ""
+    layers: frozenset[str] = frozenset()
+    in_full: frozenset[str] = frozenset()
 
 
 class Before(NamedTuple):

@@ -19,9 +19,18 @@ from torch import Tensor, nn
 from lora_inject.changes.edits import Edit, items_edits
 from lora_inject.changes.hooks import new_key
 from lora_inject.core.adapter import Adapter, Pair
+from lora_inject.core.loading import (
+    Loaded,
+    after_loading,
+    before_loading,
+    merged_weights,
+    require_as_merged,
+)
+from lora_inject.core.look import Look
 from lora_inject.core.state import State, adapters_of
 from lora_inject.errors import FormatError
 
+MERGED = "lora_inject_merged"  # in the metadata too: the keys of merged weights
 SETTINGS = "lora_inject"  # in the metadata of a state dict, for what stands at one path
 ENTRY = "lora_settings"  # the key in files that hold tensors alone
 
@@ -102,8 +111,9 @@ def travelling_edits(module: nn.Module, old: State | None, state: State | None) 
     for hooks, ours in (
         (module._state_dict_hooks, _say),
         (module._load_state_dict_pre_hooks, _Comparing(module)),
+        (module._load_state_dict_post_hooks, _settle),
     ):
-        kept = [(k, h) for k, h in hooks.items() if h is not _say and type(h) is not _Comparing]
+        kept = [(k, h) for k, h in hooks.items() if h is not ours and type(h) is not _Comparing]
         edits += items_edits(hooks, [*kept, (new_key(), ours)] if on else kept)
     return edits
 
@@ -114,12 +124,16 @@ def _say(module: nn.Module, state_dict: Any, prefix: str, metadata: dict[str, An
     At every path above a layer: it may be loaded where ``inject`` was called on more, or on less.
     """
     places = getattr(state_dict, "_metadata", {prefix[:-1]: metadata})
-    for key, each in settings_below(module).items():
-        names = f"{prefix}{key}".split(".")
-        for depth in range(len(names)):
-            place = places.get(".".join(names[:depth]))
-            if place is not None:
-                place.setdefault(SETTINGS, {})[".".join(names[depth:])] = tuple(each)
+    below: dict[str, dict[str, Any]] = {}
+    below[SETTINGS] = {key: tuple(each) for key, each in settings_below(module).items()}
+    below[MERGED] = dict.fromkeys(merged_weights(Look(module), shown=True), True)
+    for kind, said_of in below.items():
+        for key, each in said_of.items():
+            names = f"{prefix}{key}".split(".")
+            for depth in range(len(names)):
+                place = places.get(".".join(names[:depth]))
+                if place is not None:
+                    place.setdefault(kind, {})[".".join(names[depth:])] = each
 
 
 class _Comparing:
@@ -130,6 +144,7 @@ class _Comparing:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = weakref.ref(module)
+        self.places: list[Loaded] = []  # of what trains in place, while a base is loaded
 
     def __reduce__(self) -> Any:
         return _Comparing, (self.module(),)
@@ -140,9 +155,23 @@ class _Comparing:
         module, given = self.module(), dict(_read(metadata.get(SETTINGS, {})))
         if (entry := state_dict.pop(f"{prefix}{ENTRY}", None)) is not None:
             given |= _of_entry(entry)
-        if given and module is not None:
-            keys = {k.removeprefix(prefix) for k in state_dict if k.startswith(prefix)}
-            _require_alike(settings_below(module), {k: s for k, s in given.items() if k in keys})
+        if module is None:
+            return
+        keys = {k.removeprefix(prefix) for k in state_dict if k.startswith(prefix)}
+        own = settings_below(module)
+        _require_alike(own, {k: s for k, s in given.items() if k in keys})
+        look = Look(module)
+        require_as_merged(look, keys, metadata.get(MERGED, {}))
+        is_base = keys.isdisjoint(own)
+        self.places = before_loading(look, keys) if is_base else []
+
+
+def _settle(module: nn.Module, _: Any) -> None:
+    """A hook for after a load."""
+    for hook in module._load_state_dict_pre_hooks.values():
+        if type(hook) is _Comparing and hook.places:
+            places, hook.places = hook.places, []
+            after_loading(Look(module), places)
 
 
 def _require_alike(own: Settings, given: Settings) -> None:

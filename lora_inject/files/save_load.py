@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_inject.core.drift import require_nothing_gone
 from lora_inject.core.look import Look
 from lora_inject.errors import ArgumentError
 from lora_inject.files import left_out
@@ -65,7 +66,8 @@ def save(
         ArgumentError: the format or the adapter is not known.
         FormatError: the format has no word for something of the adapter, or the path cannot be
             written to. Nothing has been written then.
-        LoRAInjectError: the model has no adapters, is merged or inside a block.
+        LoRAInjectError: the model has no adapters, is merged or inside a block, or a layer of the
+            adapter was replaced since.
     """
     named_format(format, "format")
     file, stored = _path(path), Stored(model, adapter)
@@ -76,6 +78,7 @@ def save(
         )
     elif r is not None or error:
         raise ArgumentError("r and error are for portable=True.")
+    require_nothing_gone(stored.look, stored.name)
     left_out.warn_of_left_out(stored.look, "the file")
     write(stored, data, file, format)
     return report

@@ -5,6 +5,7 @@ from typing import overload
 
 from torch import Tensor, nn
 
+from lora_inject.core.drift import require_nothing_gone
 from lora_inject.core.travelling import Settings, said, saying
 from lora_inject.errors import ArgumentError, FormatError
 from lora_inject.files.formats import in_memory, named_format
@@ -75,11 +76,13 @@ def lora_state_dict(
         ArgumentError: the adapter is not known or not unique, or another bias mode would lose what
             was trained.
         FormatError: the format has no word for something of the adapter.
-        LoRAInjectError: the model has no adapters, is merged or inside a block.
+        LoRAInjectError: the model has no adapters, is merged or inside a block, or a layer of the
+            adapter was replaced since.
     """
     stored = Stored(model, adapter)
     if bias is not None:
         stored.check_bias(bias)
+    require_nothing_gone(stored.look, stored.name)
     warn_of_left_out(stored.look, "the state dict")
     if format is not None:
         return _in_format(stored, format, full)

@@ -12,7 +12,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lora_inject.core.lend import lend, take_back
 from lora_inject.core.look import Look
 from lora_inject.core.travelling import ENTRY, as_entry, settings_below
-from lora_inject.errors import LoRAInjectError
+from lora_inject.errors import FormatError, LoRAInjectError
+from lora_inject.files.formats import named_format
 from lora_inject.files.save_load import write
 from lora_inject.files.stored import Stored
 from lora_inject.integrations.trained import require_trained, trained_tensors
@@ -54,6 +55,7 @@ class AdapterCheckpoint(TrainerCallback):
 
         Raises:
             LoRAInjectError: it has no adapters, or ``Trainer`` cannot load a part of it.
+            FormatError: a PEFT file has no word for one of them, such as a tied ``train_also``.
         """
         model = kwargs["model"]
         trained_tensors(model)
@@ -62,6 +64,8 @@ class AdapterCheckpoint(TrainerCallback):
                 f"Trainer resumes a {type(model).__name__} from whole checkpoints only.",
                 remedy="Leave AdapterCheckpoint out, or use a PreTrainedModel.",
             )
+        if self.peft:
+            _require_peft(model)
         lend(model, "save_pretrained", partial(_write, model, self.peft))
 
     def on_train_end(
@@ -69,6 +73,23 @@ class AdapterCheckpoint(TrainerCallback):
     ) -> None:
         """Give the model back its own way."""
         take_back(kwargs["model"], "save_pretrained")
+
+
+def _require_peft(model: Any) -> None:
+    """Refuse at the start what the first save would refuse.
+
+    Raises:
+        FormatError: PEFT has no word for an adapter.
+    """
+    try:
+        for name in Look(model).known:
+            named_format("peft", "format").to_state(Stored(model, name).data())
+    except FormatError as error:
+        problem = str(error).removesuffix(error.remedy).rstrip()
+        raise FormatError(
+            f"AdapterCheckpoint cannot write PEFT files beside its checkpoints: {problem}",
+            remedy="Leave them out: AdapterCheckpoint(peft=False).",
+        ) from error
 
 
 def _load(

@@ -210,7 +210,9 @@ def _merged_weight(
     lost = 0.0
     if rounded.dtype != exact.dtype and (update := (exact - start).norm().item()):
         lost = (rounded - exact).norm().item() / update
-    return rounded.contiguous(), MergedWeight(path, weight.dtype, lost)
+    if rounded.stride() != weight.stride():  # channels_last, say
+        rounded = torch.empty_like(weight).copy_(rounded)
+    return rounded, MergedWeight(path, weight.dtype, lost)
 
 
 def _exact_sum(layer: nn.Module, name: str, weight: Tensor, terms: tuple[Term, ...]) -> Tensor:

@@ -14,6 +14,7 @@ from torch import nn
 
 from lora_inject.changes.edits import surely
 from lora_inject.core.commit import commit
+from lora_inject.core.drift import warn_of_drift
 from lora_inject.core.look import Look
 from lora_inject.core.state_parts import Merged
 from lora_inject.errors import ArgumentError, LoRAInjectError
@@ -50,6 +51,7 @@ def merge(model: nn.Module, adapters: Any = None, *, keep: Keep = "device") -> M
         raise ArgumentError(f'keep must be "device", "cpu" or False, not {keep!r}.')
     look = Look(model)
     new = folded(look, adapters, keep)
+    warn_of_drift(look, "gone", "came", "class")
     commit(look, new.states, values=new.values)
     return new.report
 

@@ -7,10 +7,9 @@ from typing import Any
 from torch import dtype, nn
 
 from lora_inject.changes.statistics import is_held
+from lora_inject.core.drift import drift, sentences
 from lora_inject.core.look import Look
-from lora_inject.core.marks import mark_of
 from lora_inject.core.roles import ADAPTER_ROLES, ROLES, roles
-from lora_inject.core.state import owned
 from lora_inject.kinds.bias import is_bias
 from lora_inject.own import own_tensor
 from lora_inject.printing import Section, Shown, Tables, count, plural
@@ -192,12 +191,21 @@ def _pattern_rows(look: Look) -> tuple[PatternRow, ...]:
 
 def _notes(look: Look, trains: bool) -> tuple[str, ...]:
     notes = [] if trains else ["No parameter trains."]
-    added = _added_since(look) if look.states else 0
+    added = sum(each.trains for each in drift(look, "came"))
     if added:
         notes.append(
             f"{plural(added, 'parameter')} that came into the model since inject train too, until "
             "the next inject or freeze."
         )
+    silent = _without_gradient(look)
+    if silent:
+        more = f" and {len(silent) - 3:,} more" if silent[3:] else ""
+        notes.append(
+            f"{', '.join(silent[:3])}{more}: no gradient reached its adapter in the last backward "
+            "pass, as it did others. Where its forward is never called, exclude it; "
+            "DistributedDataParallel fails on it, unless with find_unused_parameters=True."
+        )
+    notes += sentences(drift(look, "gone", "thawed", "frozen", "class", "forward"))
     trains_biases = any(bias != "none" for bias in look.known.values())
     still = sum(
         not flag and is_bias(module, name)
@@ -216,21 +224,13 @@ def _notes(look: Look, trains: bool) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _added_since(look: Look) -> int:
-    """How many parameters train that no call knows of."""
-    count = 0
-    for module in look.index.modules:
-        if not len(module._parameters):
-            continue
-        state = look.states.get(module)
-        ours = {name for a in (state.adapters if state else ()) for name in a.parameters}
-        new = [
-            name
-            for name, p in module._parameters.items()
-            if p is not None and p.requires_grad and name not in ours and mark_of(p) is None
-        ]
-        if new and state is not None:
-            known = {name for name, *_ in (*owned(state), *state.before.flags)}
-            new = [name for name in new if name not in known]
-        count += len(new)
-    return count
+def _without_gradient(look: Look) -> list[str]:
+    """The layers whose adapters run, train and have no gradient, where others have one."""
+    has: dict[str, bool] = {}
+    for path, layer in look.layers.items():
+        state = look.states[layer]
+        own = [layer._parameters.get(n) for t in state.running for n in t.names.values()]
+        trains = [p for p in own if p is not None and p.requires_grad]
+        if trains:
+            has[path] = any(p.grad is not None for p in trains)
+    return [path for path, reached in has.items() if not reached] if any(has.values()) else []

@@ -1,6 +1,6 @@
 """What trains and what stands still: bias modes, modules that train in full, running statistics."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from lora_inject.changes.statistics import has_statistics, holding_edits
 from lora_inject.core.adaptation import Adaptation, own_in_place, reached, train_in_full
 from lora_inject.core.checks import require_one_owner
 from lora_inject.core.commit import commit
+from lora_inject.core.drift import held_below, warn_of_drift
 from lora_inject.core.in_place import in_place
 from lora_inject.core.look import Look
 from lora_inject.core.matcher import Matcher
@@ -56,16 +57,17 @@ def freeze(model: nn.Module, bias: BiasMode = "none", train_also: Any = ()) -> R
     bias = check_bias(bias)
     look = Look(model)
     patterns = optional_patterns(train_also, "train_also")
-    in_full = list(Matcher(look).trainable_modules("train_also", patterns).values())
+    in_full = Matcher(look).trainable_modules("train_also", patterns)
+    tops = list(in_full.values())
     states = look.states
-    if any(m in states and states[m].adapters for top in in_full for m in look.index.below(top)):
+    if any(m in states and states[m].adapters for top in tops for m in look.index.below(top)):
         raise UnsupportedLayerError("train_also: an adapted layer cannot train in full.")
     look.require_whole(look.known)
     look.require_awake()
 
     used = look.used
     layers = [m for m, s in look.own.items() if any(a.name in used for a in s.adapters)]
-    tensors = in_place(look, layers, bias, in_full)
+    tensors = in_place(look, layers, bias, tops)
     if look.states and tensors and not _is_one_in_use(look):
         raise ArgumentError(
             f"{len(used)} adapters are in use, or parts use one differently, and what trains in "
@@ -73,16 +75,17 @@ def freeze(model: nn.Module, bias: BiasMode = "none", train_also: Any = ()) -> R
             remedy='Name that one first: use(model, "default").',
         )
     require_one_owner(look, tensors)
+    warn_of_drift(look, "gone", "class")
 
     def shown() -> Report:
         return report_of(look.again())
 
     if not look.states:
-        return run(_plain_edits(look, tensors, in_full), shown)  # type: ignore[no-any-return]
-    made = Adaptation(_frozen(look, bias))
+        return run(_plain_edits(look, tensors, tops), shown)  # type: ignore[no-any-return]
+    made = Adaptation(_frozen(look, bias, in_full))
     for name in used:
         own_in_place(look, made, name, tensors, use=True)
-        train_in_full(look, made.states, name, in_full)
+        train_in_full(look, made.states, name, tops)
     for module, state in made.states.items():
         if state.own:
             had = look.own[module].on_it if module in look.own else set()
@@ -112,19 +115,30 @@ def _is_one_in_use(look: Look) -> bool:
 mark_only_lora_as_trainable = freeze  # loralib's name
 
 
-def _frozen(look: Look, bias: BiasMode) -> dict[nn.Module, State]:
+def _frozen(look: Look, bias: BiasMode, in_full: Collection[str]) -> dict[nn.Module, State]:
     """The states of a model of which the adapters in use have this bias mode and own nothing yet.
 
-    What they owned waits with them and trains no more; modules that were added since are reached.
+    What they owned waits with them and trains no more; modules that were added since are reached,
+    and what is gone is missed no more.
     """
     used = look.used.keys()
     states = reached(look)
+    layers, _ = held_below(look, look.model)
+    own = look.states[look.model].reach.roots if look.model in look.states else frozenset()
+    calls = {
+        call.id: replace(
+            call,
+            bias=bias if call.adapter in used else call.bias,
+            # Of a call on a part, which ends with it, the whole does not know what is missing.
+            layers=call.layers & layers.get(call.adapter, set()) if call.id in own else frozenset(),
+            in_full=frozenset(in_full) if call.adapter in used else call.in_full,
+        )
+        for call in look.injections
+    }
     for module, state in states.items():
         reach = state.reach
         reach = reach._replace(
-            injections=tuple(
-                replace(i, bias=bias) if i.adapter in used else i for i in reach.injections
-            ),
+            injections=tuple(calls[call.id] for call in reach.injections),
             in_full=tuple(name for name in reach.in_full if name not in used),
             tops=tuple(name for name in reach.tops if name not in used),
         )

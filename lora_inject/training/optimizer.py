@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from lora_inject.core.drift import warn_of_drift
 from lora_inject.core.look import Look
 from lora_inject.core.roles import ROLES, biases, roles
 from lora_inject.errors import ArgumentError, LoRAInjectError
@@ -25,6 +26,7 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _trainable(look: Look) -> list[nn.Parameter]:
+    warn_of_drift(look, "gone", "thawed", "frozen", "class")
     parameters = [p for p in look.parameters if p.requires_grad]
     if not parameters:
         raise LoRAInjectError("no parameter of this model trains.", remedy="Call inject first.")

@@ -19,7 +19,20 @@ from helpers import (
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_inject import disabled, inject, load, merged, remove, save, strip
+from lora_inject import (
+    ArgumentError,
+    LoRAInjectError,
+    NoMatchError,
+    disabled,
+    inject,
+    load,
+    lora_parameters,
+    merged,
+    reentrant_checkpointing,
+    remove,
+    save,
+    strip,
+)
 from lora_inject.changes.recompute import is_checkpointed
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -211,3 +224,55 @@ def test_no_output_changes_and_nothing_needs_a_gradient_that_did_not():
     with merged(model):
         assert torch.equal(model(pixels).logits, base)
     assert seen == [False] * 6  # the block without adapters costs no graph
+
+
+# --- a model of one's own -----------------------------------------------------------------------
+
+
+class Own(nn.Module):
+    """What checkpoints its blocks in the reentrant form, and has no switch that says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(9, 4)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(2))
+
+    def forward(self, x):
+        x = self.embed(x)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=True)
+        return x
+
+
+def own():
+    model = Own().train()
+    before = snapshot(model)
+    inject(model, nn.Linear, r=2)
+    randomize_adapters(model)
+    return model, before
+
+
+@HOOKS_OUTSIDE
+def test_in_a_model_of_ones_own_the_module_before_the_blocks_is_named():
+    model, before = own()
+    x = torch.tensor([[1, 2, 3]])
+    y = model.blocks[1](model.blocks[0](model.embed(x)))
+    assert reentrant_checkpointing(reentrant_checkpointing(model, after="embed"), "embed") is model
+    assert torch.equal(model(x), y)
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in lora_parameters(model))
+    assert model.embed.weight.grad is None
+    assert not model.eval().embed(x).requires_grad
+    strip(copy.deepcopy(model))
+    strip(model)
+    assert changed_parts(before, snapshot(model)) == []
+
+
+def test_what_is_no_module_before_a_block_is_refused():
+    model, _ = own()
+    with pytest.raises(NoMatchError, match="after: 'emb'"):
+        reentrant_checkpointing(model, after="emb")
+    with pytest.raises(ArgumentError, match="after: name the module"):
+        reentrant_checkpointing(model, after=())
+    with pytest.raises(LoRAInjectError, match="no adapters"):
+        reentrant_checkpointing(Own(), after="embed")

@@ -115,6 +115,51 @@ def test_trainer_writes_adapters_alone_and_resumes_bit_for_bit(tmp_path, setting
     assert values(again) == values(model)
 
 
+def tied(**settings):
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(
+        vocab_size=128, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = tf.LlamaForCausalLM(config)
+    before = snapshot(model)
+    inject(model, settings.pop("targets", ["q_proj"]), r=2, seed=0, **settings)
+    return model, before
+
+
+def test_save_pretrained_keeps_an_adapter_of_tied_layers_once(tmp_path):
+    model, before = tied(targets=["embed_tokens", "q_proj"])
+    randomize_adapters(model)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert "model.embed_tokens.lora_A" in saved
+    assert "lm_head.lora_A" not in saved
+    other, _ = tied(targets=["embed_tokens", "q_proj"])
+    other.load_state_dict(saved, strict=False)
+    x = torch.arange(6)[None]
+    assert torch.equal(other(x).logits, model(x).logits)
+    with disabled(model):
+        model.save_pretrained(tmp_path / "base")
+    strip(model)
+    assert set(changed_parts(before, snapshot(model))) == set()
+
+
+def test_a_tied_module_that_trains_is_refused_at_the_start_and_the_remedy_works(tmp_path):
+    from lora_inject.integrations.transformers import AdapterCheckpoint
+
+    model, _ = tied(train_also=["embed_tokens"])
+    run = trainer(model, tmp_path / "a", steps=1)
+    with pytest.raises(FormatError, match=r"AdapterCheckpoint cannot .* tied .*peft=False"):
+        run.train()
+    assert run.state.global_step == 0
+    run.remove_callback(AdapterCheckpoint)
+    run.add_callback(AdapterCheckpoint(peft=False))
+    run.args.save_steps = 1
+    run.train()
+    saved = load_file(tmp_path / "a" / "checkpoint-1" / "model.safetensors")
+    assert set(saved) == {*trained_keys(model), ENTRY}
+
+
 def test_training_again_notes_nothing_twice(tmp_path):
     model = adapted()
     before = set(vars(model))

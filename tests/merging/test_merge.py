@@ -28,6 +28,7 @@ from lora_inject import (
     unmerge,
     use,
 )
+from lora_inject.own import own_tensor
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -323,3 +324,26 @@ def test_train_and_eval_never_merge():
         model.state_dict()
         assert awake(model) == 5
     assert snapshot(model)["state"] == before
+
+
+@pytest.mark.parametrize("how", ["auto", "weight"])
+def test_the_memory_format_stays(how, device):
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Linear(4, 4)).to(memory_format=torch.channels_last)
+    model[1].weight = nn.Parameter(torch.randn(4, 4).t())
+    inject(model, {"0": {"how": how}, "1": {}}, r=2)
+    randomize_adapters(model)
+    strides = [layer.weight.stride() for layer in model]
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+    merge(model)
+    assert [own_tensor(layer, "weight").stride() for layer in model] == strides
+    unmerge(model)
+    assert [own_tensor(layer, "weight").stride() for layer in model] == strides
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_stripping_with_merge_leaves_the_mode_alone(mode):
+    model = Net().train(not mode)
+    inject(model, ["q_proj"], r=2, bias="all", train_also=["head"])
+    model.train(mode)
+    strip(model, merge=True)
+    assert all(module.training is mode for module in model.modules())
