@@ -49,6 +49,8 @@ def change(W, own, variant, scaling):
     if variant != "dora":
         return delta
     V = W + delta
+    if not fits:
+        return V * (own["magnitude"] / V.norm(dim=0)) - W
     ratio = own["magnitude"] / V.flatten(1).norm(dim=1)
     return V * ratio.reshape(-1, *[1] * (W.dim() - 1)) - W
 

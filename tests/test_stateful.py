@@ -376,10 +376,11 @@ class Adapters(RuleBasedStateMachine):
         """Give what trains values that matter."""
         values, suffix = self.known[name], "" if name == "default" else f"_{name}"
         with torch.no_grad():
-            for path in {*values.targets}:
-                for role in {*values.roles} - values.never:
-                    layer = self.model.get_submodule(path)
-                    randomize(layer.get_parameter(f"lora_{role}{suffix}"), role)
+            for path in sorted(values.targets):
+                layer = self.model.get_submodule(path)
+                for role in values.roles:
+                    if role not in values.never:
+                        randomize(layer.get_parameter(f"lora_{role}{suffix}"), role)
             for key in values.own:
                 self.model.state_dict(keep_vars=True)[key].add_(1)
 
