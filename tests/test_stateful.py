@@ -490,9 +490,8 @@ class Adapters(RuleBasedStateMachine):
         saved = data.draw(st.sampled_from(sorted(n for n, v in self.known.items() if not v.frozen)))
         name, before, values = self.new_name(), run(self.model), self.known[saved]
         options = data.draw(st.sampled_from([{}, {}, PORTABLE, {**PORTABLE, "r": FULL}]))
-        unwritten = {"loha": {}, "dora": PORTABLE}.get(values.variant)
         with tempfile.TemporaryDirectory() as folder:
-            if options == unwritten:
+            if self.has_no_file(values, options):
                 self.refused(FormatError, save, self.model, folder, adapter=saved, **options)
                 return
             save(self.model, folder, adapter=saved, **options)
@@ -510,6 +509,12 @@ class Adapters(RuleBasedStateMachine):
         else:
             self.in_use = {name: 1.0}
             self.training.add(name)
+
+    def has_no_file(self, values, options):
+        """Whether PEFT has no word for it: no LoHa of a table or with biases, no B A of DoRA."""
+        if values.variant == "loha" and not options:
+            return bool(values.own or TIED & values.targets)
+        return values.variant == "dora" and options == PORTABLE
 
     # --- the way back ---------------------------------------------------------------------------
 
