@@ -1,16 +1,14 @@
-"""Quality on real data: MiniLM learns the VADER words, as in the demo, in five ways and with PEFT.
+"""Quality on real data: MiniLM learns the VADER words, as in the demo, in ten ways and with PEFT.
 
 ``measure`` trains, ``lines`` and ``chart`` show what it found, ``search`` chose the learning rates.
 """
 
-import copy
 import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,8 @@ from rich.progress import Progress
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from lora_inject import LoRALayer, freeze, inject, lora_parameters
+from benchmarks.methods import ADAPT, IN_PEFT, RANKS, twins
+from lora_inject import lora_parameters
 from lora_inject.cli import demo
 
 CHART = Path(__file__).parent / "quality.png"
@@ -34,18 +33,10 @@ VALIDATION = 1000
 SEARCH_SEEDS = (0, 1)
 QUICK_STEPS = 10
 
-RANKS = (1, 4, 16)
-ADAPT: dict[str, Callable[[nn.Module], object]] = {
-    "head only": partial(freeze, train_also=["head"]),
-    **{
-        f"LoRA r={r}": partial(inject, targets=demo.TARGETS, r=r, train_also=["head"])
-        for r in RANKS
-    },
-    "full fine-tuning": lambda model: None,
-}
 GRID = {
-    "head only": (1e-2, 3e-2, 1e-1),
+    **dict.fromkeys(ADAPT, (5e-3, 1e-2, 2e-2)),
     **{f"LoRA r={r}": (2e-3, 5e-3, 1e-2, 2e-2) for r in RANKS},
+    "head only": (1e-2, 3e-2, 1e-1),
     "full fine-tuning": (1e-4, 3e-4, 1e-3),
 }
 RATES = {  # what search() chose from GRID
@@ -53,6 +44,8 @@ RATES = {  # what search() chose from GRID
     "LoRA r=1": 1e-2,
     "LoRA r=4": 1e-2,
     "LoRA r=16": 1e-2,
+    **dict.fromkeys(("rsLoRA r=16", "LoRA-FA r=4", "DoRA r=4", "PiSSA r=4"), 1e-2),
+    "EVA r=4 on average": 1e-2,
     "full fine-tuning": 3e-4,
 }
 
@@ -65,13 +58,17 @@ def measure(quick: bool = False) -> dict[str, Any]:
             nothing then.
 
     Returns:
-        A dict for JSON: ``curves`` (ours and PEFT's), ``methods`` (a list) and ``settings``.
+        A dict for JSON: ``curves`` (ours and PEFT's, by method), ``methods`` (a list) and
+        ``settings``.
     """
     seeds = SEEDS[:1] if quick else SEEDS
     used = slice(QUICK_STEPS * demo.BATCH if quick else None)
     with one_thread(), Progress() as progress:
-        model, words, _ = start(seed=0)
-        curves = compare(model, words, QUICK_STEPS if quick else CURVE_STEPS, progress)
+        curves = {}
+        for name in IN_PEFT:
+            model, words, _ = start(seed=0)
+            steps = QUICK_STEPS if quick else CURVE_STEPS
+            curves[name] = compare(model, words, name, steps, progress)
         methods = [_method(name, used, seeds, progress) for name in ADAPT]
     settings = {
         "words": len(words[used]),
@@ -105,24 +102,27 @@ def start(seed: int) -> tuple[demo.Rater, demo.Words, demo.Words]:
     return demo.load()
 
 
-def compare(model: nn.Module, words: demo.Words, steps: int, progress: Progress) -> dict[str, Any]:
-    """The losses of our LoRA and PEFT's, from the same A, B and head, with the same batches.
+def compare(
+    model: nn.Module, words: demo.Words, method: str, steps: int, progress: Progress
+) -> dict[str, Any]:
+    """The losses of our adapters and PEFT's, from the same A, B and head, with the same batches.
 
     Args:
         model: with query and value layers and a head; it gets our adapters, a copy PEFT's.
         words: what it learns.
+        method: a name of ``IN_PEFT``.
         steps: how many steps to take.
         progress: where to show them.
 
     Returns:
         ``ours``, ``peft``, their ``max_difference``, and whether that has ``met`` the ``goal``.
     """
-    ours, theirs = twins(model)
+    ours, theirs = twins(model, method, CURVE_RANK, CURVE_ALPHA)
     epochs = 1 + steps // (len(words) // demo.BATCH)
     losses = {}
     for name, twin in (("ours", ours), ("peft", theirs)):
         taken = islice(demo.steps(twin, words, epochs, seed=0), steps)
-        losses[name] = list(progress.track(taken, total=steps, description=f"curve of {name}"))
+        losses[name] = list(progress.track(taken, total=steps, description=f"{method} of {name}"))
     difference = max(abs(a - b) for a, b in zip(losses["ours"], losses["peft"], strict=True))
     return {
         "steps": steps,
@@ -131,30 +131,6 @@ def compare(model: nn.Module, words: demo.Words, steps: int, progress: Progress)
         "goal": GOAL,
         "met": difference <= GOAL,
     }
-
-
-def twins(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """The model with our adapters, and a copy of it with PEFT's of the same values; no dropout."""
-    import peft
-
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    config = peft.LoraConfig(
-        r=CURVE_RANK,
-        lora_alpha=CURVE_ALPHA,
-        target_modules=demo.TARGETS,
-        modules_to_save=["head"],
-    )
-    theirs = peft.get_peft_model(copy.deepcopy(model), config)
-    inject(model, demo.TARGETS, r=CURVE_RANK, alpha=CURVE_ALPHA, train_also=["head"])
-    with torch.no_grad():
-        for path, layer in model.named_modules():
-            if isinstance(layer, LoRALayer):
-                other = theirs.get_submodule(f"base_model.model.{path}")
-                other.lora_A["default"].weight.copy_(layer.lora_A)
-                other.lora_B["default"].weight.copy_(layer.lora_B)
-    return model, theirs
 
 
 def _method(name: str, used: slice, seeds: tuple[int, ...], progress: Progress) -> dict[str, Any]:
@@ -167,7 +143,7 @@ def _method(name: str, used: slice, seeds: tuple[int, ...], progress: Progress) 
         seconds.append(time.perf_counter() - started)
         pearsons.append(demo.pearson(demo.predict(model, held_out), held_out.ratings))
     model, words, _ = start(seeds[0])
-    ADAPT[name](model)
+    ADAPT[name](model, words)
     training = demo.steps(model, words, EPOCHS, seeds[0], RATES[name])
     return {
         "method": name,
@@ -185,7 +161,7 @@ def train(
     name: str, model: nn.Module, words: demo.Words, rate: float, seed: int, progress: Progress
 ) -> list[float]:
     """Adapt a model by a method of ADAPT and train it; returns the loss of every step."""
-    ADAPT[name](model)
+    ADAPT[name](model, words)
     steps = demo.steps(model, words, EPOCHS, seed, rate)
     total = EPOCHS * (len(words) // demo.BATCH)
     shown = progress.track(steps, total=total, description=f"{name}, {rate:g}, seed {seed}")
@@ -245,8 +221,10 @@ def lines(found: dict[str, Any]) -> list[str]:
         Lines of Markdown, heading first.
     """
     curves, settings = found["curves"], found["settings"]
-    seeds = len(settings["seeds"])
-    coincide = "coincide" if curves["met"] else "**do not coincide**"
+    seeds, one = len(settings["seeds"]), next(iter(curves.values()))
+    apart = ", ".join(f"{name} {own['max_difference']:.1e}" for name, own in curves.items())
+    wrong = [name for name, own in curves.items() if not own["met"]]
+    coincide = f"**do not coincide** in {', '.join(wrong)}" if wrong else "coincide"
     return [
         "## Quality: MiniLM on the VADER words",
         "",
@@ -262,8 +240,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         ),
         "",
         f"Ours and PEFT {coincide}: from the same A, B and head, with the same batches, the losses "
-        f"of {curves['steps']} steps differ by at most {curves['max_difference']:.1e} "
-        f"(goal <= {curves['goal']:.0e}; r={settings['curve_rank']}, "
+        f"of {one['steps']} steps differ by at most: {apart} "
+        f"(goal <= {one['goal']:.0e}; r={settings['curve_rank']}, "
         f"alpha={settings['curve_alpha']}, learning rate {settings['curve_lr']:g}, float32, no "
         "dropout).",
         "",
@@ -290,7 +268,7 @@ def chart(found: dict[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    curves, methods = found["curves"], found["methods"]
+    curves, methods = found["curves"]["LoRA"], found["methods"]
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)

@@ -9,6 +9,7 @@ from helpers import PEFT_WARNS
 from rich.progress import Progress
 
 from benchmarks import quality
+from benchmarks.methods import IN_PEFT
 from lora_inject.cli import demo
 
 pytestmark = [PEFT_WARNS, pytest.mark.cpu("it is slow")]
@@ -19,10 +20,10 @@ def _small_batches(monkeypatch):
     monkeypatch.setattr(demo, "BATCH", 16)
 
 
-def compared(steps, dtype=torch.float32):
+def compared(steps, dtype=torch.float32, method="LoRA"):
     model, words, _ = quality.start(seed=0)
     words = demo.Words(words.ids, words.mask, words.ratings.to(dtype))
-    return quality.compare(model.to(dtype), words, steps, Progress(disable=True))
+    return quality.compare(model.to(dtype), words, method, steps, Progress(disable=True))
 
 
 @pytest.mark.usefixtures("_small_batches", "demo_packages")
@@ -36,11 +37,19 @@ def test_minilm_learns_the_same_with_peft(dtype, bound):
 
 
 @pytest.mark.usefixtures("_small_batches", "demo_packages")
+@pytest.mark.parametrize("method", [name for name in IN_PEFT if name != "LoRA"])
+def test_minilm_learns_the_same_with_every_method_that_peft_has(method):
+    curves = compared(steps=6, dtype=torch.float64, method=method)
+    assert len(set(curves["ours"])) == 6
+    assert curves["max_difference"] <= 1e-6  # PEFT makes DoRA's lengths in another order
+
+
+@pytest.mark.usefixtures("_small_batches", "demo_packages")
 def test_another_scaling_would_be_seen(monkeypatch):
     twins = quality.twins
 
-    def unlike(model):
-        ours, theirs = twins(model)
+    def unlike(*args):
+        ours, theirs = twins(*args)
         for module in theirs.modules():
             if isinstance(getattr(module, "scaling", None), dict):
                 module.scaling["default"] *= 1.1
@@ -66,7 +75,7 @@ def test_everything_is_measured_and_shown(tmp_path, monkeypatch):
     threads = torch.get_num_threads()
     found = json.loads(json.dumps(quality.measure(quick=True)))
     assert torch.get_num_threads() == threads
-    assert found["curves"]["met"]
+    assert all(own["met"] for own in found["curves"].values())
     by_name = {m["method"]: m for m in found["methods"]}
     trainable = {name: m["trainable"] for name, m in by_name.items()}
     assert trainable == {
@@ -74,14 +83,20 @@ def test_everything_is_measured_and_shown(tmp_path, monkeypatch):
         "LoRA r=1": 17 + 2 * 2 * 32,
         "LoRA r=4": 17 + 4 * 2 * 2 * 32,
         "LoRA r=16": 17 + 16 * 2 * 2 * 32,
+        "rsLoRA r=16": 17 + 16 * 2 * 2 * 32,
+        "LoRA-FA r=4": 17 + 4 * 2 * 32,
+        "DoRA r=4": 17 + 4 * 2 * 2 * 32 + 2 * 32,
+        "PiSSA r=4": 17 + 4 * 2 * 2 * 32,
+        "EVA r=4 on average": 17 + 4 * 2 * 2 * 32,
         "full fine-tuning": sum(p.numel() for p in small()[0].parameters()),
     }
-    peaks = [m["peak_mb"] for m in found["methods"]]
+    growing = ["head only", *(f"LoRA r={r}" for r in (1, 4, 16)), "full fine-tuning"]
+    peaks = [by_name[name]["peak_mb"] for name in growing]
     assert peaks == sorted(peaks)
     section = quality.lines(found)
     assert section[0] == "## Quality: MiniLM on the VADER words"
     table = [line for line in section if line.startswith("|")]
-    assert len(table) == 2 + 5
+    assert len(table) == 2 + 10
     assert len({line.count("|") for line in table}) == 1
     assert "Ours and PEFT coincide" in "\n".join(section)
     quality.chart(found, tmp_path / "quality.png")

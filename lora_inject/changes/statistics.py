@@ -79,7 +79,8 @@ class _Lent(NamedTuple):
 
     def put_back(self, module: nn.Module) -> None:
         """Let the buffers stand again, with their values."""
-        module._buffers.update(self.own)
+        if self.own:  # a scripted module has no such dictionary
+            module._buffers.update(self.own)
         for tensor, value in self.noted:
             tensor.data.copy_(value)  # uncounted: a backward pass saves it and does not need it
 
