@@ -303,13 +303,22 @@ class Adapters(RuleBasedStateMachine):
         some = data.draw(st.booleans())
         names = self.pick(data, self.in_use.keys() - self.folded) if some else list(self.in_use)
         args = (self.model, names if some else None)
-        if any(TIED & placed(self.known[name].targets) for name in names):
+        if any(TIED & placed(self.known[name].targets) for name in names) or self.leaves_dora(
+            names
+        ):
             self.refused(UnsupportedLayerError, merge, *args, keep=keep)
         else:
             if not self.folded:
                 self.unmerged = run(self.model), snapshot(self.model)
             merge(*args, keep=keep)
             self.folded |= set(names)
+
+    def leaves_dora(self, names):
+        """Whether a DoRA in use would stand beside a weight that is not the former one any more."""
+        folded = self.folded | set(names)
+        paths = {path for name in names for path in self.known[name].ways}
+        left = (self.known[name] for name in self.in_use.keys() - folded)
+        return any(values.variant == "dora" and paths & values.ways.keys() for values in left)
 
     @rule()
     @precondition(lambda self: self.folded)
