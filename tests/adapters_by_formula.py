@@ -17,6 +17,7 @@ methods = st.fixed_dictionaries({
     "scaling": st.sampled_from(["lora", "rslora"]),
     "fixed": st.sampled_from([None, None, None, None, "A", "B"]),
 })  # fmt: skip
+OTHER = {"A": "B", "B": "A"}
 STARTS_ELSEWHERE = ("pissa", "olora")
 
 
@@ -74,6 +75,7 @@ class Values:
         variant: what its tensors are to a weight.
         roles: the tensors of a pair.
         never: those of them that do not train.
+        turned: the paths where a file has brought the factors the other way round.
         ways: by path, whether it acts beside the layer's forward ("branch") or in its "weight".
         pairs: by path, the tensors by role.
         own: what it trains in place, by key.
@@ -85,6 +87,7 @@ class Values:
     variant: str = "lora"
     roles: tuple[str, ...] = ("A", "B")
     never: frozenset[str] = frozenset()
+    turned: frozenset[str] = frozenset()
     ways: dict[str, str] = field(default_factory=dict)
     pairs: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     own: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -95,6 +98,10 @@ class Values:
         """The largest one of a layer, when it is written as a plain LoRA."""
         r = max(own["B"].shape[1] for own in self.pairs.values())
         return r * r if self.variant == "loha" else r * (2 if "A0" in self.roles else 1)
+
+    def stays(self, path, role):
+        """Whether a tensor never trains."""
+        return (OTHER.get(role, role) if path in self.turned else role) in self.never
 
     def change(self, path, W):
         """What it adds to the former weight W."""

@@ -255,7 +255,7 @@ class Adapters(RuleBasedStateMachine):
             for path in values.pairs:
                 layer = self.model.get_submodule(path)
                 for role in values.roles:
-                    trains = name in self.training and role not in values.never
+                    trains = name in self.training and not values.stays(path, role)
                     parameter = layer.get_parameter(f"lora_{role}{suffix}")
                     assert parameter.requires_grad is trains
         own = {key for n in self.in_use for key in self.known[n].own if n in self.training}
@@ -367,7 +367,7 @@ class Adapters(RuleBasedStateMachine):
         self.known[name] = Values(
             scaling_of(alpha, r, method["scaling"]), targets, variant,
             tuple(roles_of(variant, init)), frozenset(frozen_roles(init, method["fixed"])),
-            ways, own=self.base_values(own),
+            ways=ways, own=self.base_values(own),
         )  # fmt: skip
         self.in_use[name] = 1.0
         self.training.add(name)
@@ -511,6 +511,13 @@ class Adapters(RuleBasedStateMachine):
             plain = Values(1.0, values.targets, ways=values.ways, own=copy.copy(values.own))
             self.known[name] = plain
         self.read(name)
+        new = self.known[name]
+        new.turned = frozenset(
+            path
+            for path in TIED & new.pairs.keys()  # whichever leads: the table, or the layer
+            if (new.pairs[path]["A"].shape[1] != values.pairs[path]["A"].shape[1])
+            is not (path in values.turned)
+        )
         expected = self.expected({saved: 1.0})
         torch.testing.assert_close(self.expected({name: 1.0}), expected, **CLOSE)
         if self.in_use:
