@@ -89,7 +89,8 @@ def inject(*args: Any, **kwargs: Any) -> Report:  # noqa: D417 (those of plan)
         adapter: the adapter's name; "default" has parameters ``lora_A`` and ``lora_B``.
         how: "auto", or "weight" for layers whose weight is read and not called: where the weight is
             read there is then ``W + alpha / r * B A``, computed at each reading. The layers of
-            ``nn.MultiheadAttention``, recurrent layers and parameters are adapted so in any case.
+            ``nn.MultiheadAttention``, recurrent layers and parameters are adapted so in any case,
+            and so are layers on which another adapter acts so already.
         layout: for a fused weight of three dimensions that does not tell it itself: "out_in" for
             (E, out, in), "in_out" for (E, in, out). Per pattern, ``how`` and ``layout`` can be
             given in a mapping of targets too.

@@ -1,17 +1,27 @@
 """Any order of calls on a model with several adapters, against an oracle in plain torch.
 
-The oracle keeps a copy of the base, and of each adapter the values that it has: A and B, and what
+The adapters are of several variants and starts, and act beside the forward or in the weight.
+
+The oracle keeps a copy of the base, and of each adapter the values that it has: its pairs, and what
 it trained in place. They are read from the model only when they were made or trained. What the
-model should compute follows from writing these into a copy of the base.
+model should compute follows from writing these into a copy of the base, by the papers' formulas.
 """
 
 import copy
 import pickle
 import tempfile
-from dataclasses import dataclass, field
 
 import pytest
 import torch
+from adapters_by_formula import (
+    STARTS_ELSEWHERE,
+    Values,
+    frozen_roles,
+    methods,
+    randomize,
+    roles_of,
+    scaling_of,
+)
 from helpers import changed_parts, examples, snapshot
 from hypothesis import Phase, assume, settings
 from hypothesis import strategies as st
@@ -20,6 +30,7 @@ from torch import nn
 
 from lora_inject import (
     ArgumentError,
+    FormatError,
     LoRAInjectError,
     LoRALayer,
     UnsupportedLayerError,
@@ -38,7 +49,10 @@ from lora_inject import (
     use,
 )
 
-pytestmark = pytest.mark.usefixtures("device")
+pytestmark = [
+    pytest.mark.usefixtures("device"),
+    pytest.mark.filterwarnings("ignore:.*more parameters than what is adapted"),
+]
 
 NAMES = ["default", "fr", "fr_x", "A"]
 TARGETS = ["q", "k", "conv", "embed", "out"]
@@ -49,17 +63,22 @@ HEAD = {
     "head.0.weight", "head.0.bias", "head.0.running_mean", "head.0.running_var",
     "head.0.num_batches_tracked", "head.1.weight", "head.1.bias",
 }  # fmt: skip
+FULL = 4  # the rank of any change of these layers
+PORTABLE = {"portable": True}
+WAYS = {"loha": "weight"}
 CLOSE = {"atol": 1e-10, "rtol": 1e-10}
 
 weights = st.sampled_from([1.0, 1.0, 0.5, -0.7])
 biases = st.sampled_from(["none", "none", "none", "none", "lora_only", "all"])
 
+ways = st.sampled_from(["auto", "auto", "auto", "weight"])
 injections = st.fixed_dictionaries({
     "paths": st.sets(st.sampled_from(TARGETS), min_size=1, max_size=3),
     "r": st.integers(1, 3),
     "alpha": st.sampled_from([None, 0.5, 4.0]),
     "bias": biases,
     "head": st.sampled_from([False, False, False, True]),
+    "method": methods,
 })  # fmt: skip
 
 
@@ -107,30 +126,17 @@ def run(model):
     return output
 
 
-@dataclass
-class Values:
-    """What the oracle knows of one adapter."""
-
-    scaling: float
-    targets: set[str]
-    pairs: dict[str, tuple] = field(default_factory=dict)
-    own: dict[str, torch.Tensor] = field(default_factory=dict)
-    frozen: bool = False  # freeze has changed what it owns since
-
-    @property
-    def rank(self):
-        """The largest one of a layer."""
-        return max(B.shape[1] for _, B in self.pairs.values())
-
-    def delta(self, path, like):
-        """What it adds to the weight, scaled."""
-        A, B = self.pairs[path]
-        update = (B.flatten(1) @ A.flatten(1)) * self.scaling
-        return update.reshape(like.shape) if like.dim() == 3 else _turned(update, like)
-
-
-def _turned(update, like):
-    return update if update.shape == like.shape else update.T
+def cannot_start(targets, method):
+    """Whether these layers cannot have this variant with this start and this fixed factor."""
+    variant, init, fixed = method["variant"], method["init"], method["fixed"]
+    if variant == "loha":
+        return init != "default" or fixed is not None
+    if variant == "dora" and TIED & targets:  # whose rows are the columns of the other
+        return True
+    if init in STARTS_ELSEWHERE or fixed is None:
+        return False
+    zeros = {"A" if init == "mica" or path == "embed" else "B" for path in targets}
+    return fixed in zeros
 
 
 def placed(targets):
@@ -141,8 +147,8 @@ def placed(targets):
 class Adapters(RuleBasedStateMachine):
     """The model, and what the oracle knows of it."""
 
-    @initialize(first=st.lists(injections, max_size=3))
-    def start(self, first):
+    @initialize(first=st.lists(injections, max_size=3), how=ways)
+    def start(self, first, how):
         self.threads = torch.get_num_threads()
         torch.set_num_threads(1)  # many threads are slow on such small tensors
         self.model, self.base = build(), build().requires_grad_(False)
@@ -150,6 +156,7 @@ class Adapters(RuleBasedStateMachine):
         self.clean = snapshot(self.model)
         self.parts = list(self.clean)
         self.known, self.in_use, self.training, self.folded = {}, {}, set(), set()
+        self.how = how  # both in one layer are refused
         for arguments in first:
             self.inject(**arguments)
 
@@ -164,8 +171,9 @@ class Adapters(RuleBasedStateMachine):
                 for key, value in values.own.items():
                     model.state_dict(keep_vars=True)[key].copy_(value)
                 for path in values.pairs.keys() - {"out"}:  # tied to embed
-                    W = model.get_submodule(path).weight
-                    W.add_(values.delta(path, W), alpha=weight)
+                    former = self.base.get_submodule(path).weight
+                    change = values.change(path, former)
+                    model.get_submodule(path).weight.add_(change, alpha=weight)
         return run(model)
 
     def read(self, name):
@@ -173,8 +181,10 @@ class Adapters(RuleBasedStateMachine):
         values, suffix = self.known[name], "" if name == "default" else f"_{name}"
         for path in placed(values.targets):
             layer = self.model.get_submodule(path)
-            pair = (layer.get_parameter(f"lora_{x}{suffix}") for x in "AB")
-            values.pairs[path] = tuple(t.detach().clone() for t in pair)
+            values.pairs[path] = {
+                role: layer.get_parameter(f"lora_{role}{suffix}").detach().clone()
+                for role in values.roles
+            }
         if name in self.in_use:
             tensors = self.model.state_dict()
             values.own = {key: tensors[key].clone() for key in values.own}
@@ -232,9 +242,9 @@ class Adapters(RuleBasedStateMachine):
             before = copy.copy(values.pairs), values.own
             self.read(name)
             assert all(
-                torch.equal(a, b)
+                torch.equal(tensor, values.pairs[path][role])
                 for path, pair in before[0].items()
-                for a, b in zip(pair, values.pairs[path], strict=True)
+                for role, tensor in pair.items()
             )
             assert all(torch.equal(before[1][key], values.own[key]) for key in values.own)
 
@@ -244,8 +254,10 @@ class Adapters(RuleBasedStateMachine):
             suffix = "" if name == "default" else f"_{name}"
             for path in values.pairs:
                 layer = self.model.get_submodule(path)
-                flags = {layer.get_parameter(f"lora_{x}{suffix}").requires_grad for x in "AB"}
-                assert flags == {name in self.training}
+                for role in values.roles:
+                    trains = name in self.training and not values.stays(path, role)
+                    parameter = layer.get_parameter(f"lora_{role}{suffix}")
+                    assert parameter.requires_grad is trains
         own = {key for n in self.in_use for key in self.known[n].own if n in self.training}
         for key in self.known and dict(self.base.named_parameters()):
             assert key in own or not self.model.get_parameter(key).requires_grad
@@ -291,13 +303,22 @@ class Adapters(RuleBasedStateMachine):
         some = data.draw(st.booleans())
         names = self.pick(data, self.in_use.keys() - self.folded) if some else list(self.in_use)
         args = (self.model, names if some else None)
-        if any(TIED & placed(self.known[name].targets) for name in names):
+        if any(TIED & placed(self.known[name].targets) for name in names) or self.leaves_dora(
+            names
+        ):
             self.refused(UnsupportedLayerError, merge, *args, keep=keep)
         else:
             if not self.folded:
                 self.unmerged = run(self.model), snapshot(self.model)
             merge(*args, keep=keep)
             self.folded |= set(names)
+
+    def leaves_dora(self, names):
+        """Whether a DoRA in use would stand beside a weight that is not the former one any more."""
+        folded = self.folded | set(names)
+        paths = {path for name in names for path in self.known[name].ways}
+        left = (self.known[name] for name in self.in_use.keys() - folded)
+        return any(values.variant == "dora" and paths & values.ways.keys() for values in left)
 
     @rule()
     @precondition(lambda self: self.folded)
@@ -329,33 +350,47 @@ class Adapters(RuleBasedStateMachine):
     def inject_one(self, arguments):
         self.inject(**arguments)
 
-    def inject(self, paths, r, alpha, bias, head):
+    def inject(self, paths, r, alpha, bias, head, method):
         """Inject one more adapter, or see it refused."""
         name, before = self.new_name(), run(self.model)
         targets = paths - ({"out"} if paths >= TIED else set())
-        options = {"r": r, "alpha": alpha, "bias": bias, "adapter": name}
+        options = {"r": r, "alpha": alpha, "bias": bias, "adapter": name, "how": self.how, **method}
         options["train_also"] = ["head"] if head else []
-        own = self.owned(targets, bias, head)
-        if self.owners(own):
-            self.refused(ArgumentError, inject, self.model, sorted(targets), **options)
+        own, variant, init = self.owned(targets, bias, head), method["variant"], method["init"]
+        in_weight = "weight" in (self.how, WAYS.get(variant))
+        ways = {path: self.way(path, in_weight) for path in placed(targets)}
+        if self.owners(own) or cannot_start(targets, method) or None in ways.values():
+            self.refused(LoRAInjectError, inject, self.model, sorted(targets), **options)
             return
         inject(self.model, sorted(targets), **options)
         assert torch.equal(run(self.model), before)
-        values = Values((alpha or r) / r, targets, own=self.base_values(own))
-        self.known[name], self.in_use[name] = values, 1.0
+        self.known[name] = Values(
+            scaling_of(alpha, r, method["scaling"]), targets, variant,
+            tuple(roles_of(variant, init)), frozenset(frozen_roles(init, method["fixed"])),
+            ways=ways, own=self.base_values(own),
+        )  # fmt: skip
+        self.in_use[name] = 1.0
         self.training.add(name)
         self.randomize(name)
         self.read(name)
 
+    def way(self, path, in_weight):
+        """How a new adapter acts in a layer: as those that are there; None where it cannot."""
+        there = next((v.ways[path] for v in self.known.values() if path in v.ways), None)
+        if in_weight:
+            return "weight" if there != "branch" else None
+        return there or "branch"
+
     def randomize(self, name):
-        """Give A, B and what trains in place values that matter."""
-        suffix = "" if name == "default" else f"_{name}"
+        """Give what trains values that matter."""
+        values, suffix = self.known[name], "" if name == "default" else f"_{name}"
         with torch.no_grad():
-            for path in placed(self.known[name].targets):
-                for x in "AB":
-                    parameter = self.model.get_submodule(path).get_parameter(f"lora_{x}{suffix}")
-                    parameter.normal_(std=0.3)
-            for key in self.known[name].own:
+            for path in sorted(values.targets):
+                layer = self.model.get_submodule(path)
+                for role in values.roles:
+                    if role not in values.never:
+                        randomize(layer.get_parameter(f"lora_{role}{suffix}"), role)
+            for key in values.own:
                 self.model.state_dict(keep_vars=True)[key].add_(1)
 
     @rule(data=st.data(), weighted=st.booleans())
@@ -407,7 +442,10 @@ class Adapters(RuleBasedStateMachine):
         some = self.mostly_plain(data)
         names = data.draw(st.lists(st.sampled_from([None, *some]), min_size=3, max_size=3))
         if any(self.known[name].own for name in names if name):
-            self.refused(ArgumentError, per_row(self.model, names).__enter__)
+            self.refused(LoRAInjectError, per_row(self.model, names).__enter__)
+            return
+        if any("weight" in self.known[name].ways.values() for name in names if name):
+            self.refused(UnsupportedLayerError, per_row(self.model, names).__enter__)
             return
         alone = [self.expected({name: 1.0} if name else {})[i] for i, name in enumerate(names)]
         before = run(self.model)
@@ -424,11 +462,15 @@ class Adapters(RuleBasedStateMachine):
         if any(self.known[other].own for other in mix):
             self.refused(ArgumentError, combine, self.model, mix, name)
             return
-        combine(self.model, mix, name)
+        options = data.draw(st.sampled_from([{}, {"how": "svd", "r": FULL}]))
+        if not options and any(self.known[other].variant == "dora" for other in mix):
+            self.refused(UnsupportedLayerError, combine, self.model, mix, name)
+            return
+        combine(self.model, mix, name, **options)
         assert torch.equal(run(self.model), before)
         expected = self.expected(mix)
-        targets = set.union(*(placed(self.known[other].targets) for other in mix))
-        self.known[name] = Values(1.0, targets)
+        ways = {path: way for other in mix for path, way in self.known[other].ways.items()}
+        self.known[name] = Values(1.0, set(ways), ways=ways)
         self.read(name)
         torch.testing.assert_close(self.expected({name: 1.0}), expected, **CLOSE)
 
@@ -456,11 +498,26 @@ class Adapters(RuleBasedStateMachine):
     def save_and_load(self, data):
         saved = data.draw(st.sampled_from(sorted(n for n, v in self.known.items() if not v.frozen)))
         name, before, values = self.new_name(), run(self.model), self.known[saved]
+        options = data.draw(st.sampled_from([{}, {}, PORTABLE, {**PORTABLE, "r": FULL}]))
         with tempfile.TemporaryDirectory() as folder:
-            save(self.model, folder, adapter=saved)
+            if self.has_no_file(values, options):
+                self.refused(FormatError, save, self.model, folder, adapter=saved, **options)
+                return
+            save(self.model, folder, adapter=saved, **options)
             load(self.model, folder, adapter=name)
-        self.known[name] = Values(values.scaling, values.targets, own=copy.copy(values.own))
+        self.known[name] = copy.copy(values)
+        self.known[name].own, self.known[name].pairs = copy.copy(values.own), {}
+        if options:
+            plain = Values(1.0, values.targets, ways=values.ways, own=copy.copy(values.own))
+            self.known[name] = plain
         self.read(name)
+        new = self.known[name]
+        new.turned = frozenset(
+            path
+            for path in TIED & new.pairs.keys()  # whichever leads: the table, or the layer
+            if (new.pairs[path]["A"].shape[1] != values.pairs[path]["A"].shape[1])
+            is not (path in values.turned)
+        )
         expected = self.expected({saved: 1.0})
         torch.testing.assert_close(self.expected({name: 1.0}), expected, **CLOSE)
         if self.in_use:
@@ -468,6 +525,12 @@ class Adapters(RuleBasedStateMachine):
         else:
             self.in_use = {name: 1.0}
             self.training.add(name)
+
+    def has_no_file(self, values, options):
+        """Whether PEFT has no word for it: no LoHa of a table or with biases, no B A of DoRA."""
+        if values.variant == "loha" and not options:
+            return bool(values.own or TIED & values.targets)
+        return values.variant == "dora" and options == PORTABLE
 
     # --- the way back ---------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ import warnings
 
 import pytest
 import torch
+from adapters_by_formula import change, methods, randomize
 from helpers import Faults, examples
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
@@ -59,6 +60,7 @@ injections = st.fixed_dictionaries({
     "bias": biases,
     "also": train_also,
     "alpha": st.sampled_from([None, 0.5]),
+    "method": st.one_of(st.just({}), methods),
 })  # fmt: skip
 
 
@@ -166,8 +168,8 @@ def homes(m):
     if state is None:
         return
     for adapter in state.adapters:
-        for name in adapter.parameters:
-            yield name, name, adapter.name, adapter.name in state.use.trains
+        for name, trains in adapter.parameters.items():
+            yield name, name, adapter.name, trains and adapter.name in state.use.trains
     for trained in state.trained:
         for who, name in state.homes(trained).items():
             if who in trained.owners:
@@ -241,11 +243,13 @@ class Parts(RuleBasedStateMachine):
                             t[key] = self.values[path, trained.name, owner]
             for adapter in state.adapters:
                 if adapter.name in weights:
-                    A, B = (self.values[path, n, adapter.name] for n in adapter.parameters)
-                    scaling = adapter.settings.scaling * weights[adapter.name]
-                    deltas.append((f"{path}.weight", scaling * (B @ A)))
+                    who, s, key = adapter.name, adapter.settings, f"{path}.weight"
+                    ((_, names),) = adapter.pairs
+                    own = {role: self.values[path, name, who] for role, name in names.items()}
+                    delta = change(self.base[key], own, s.variant.name, s.scaling)
+                    deltas.append((key, delta * weights[who]))
         for key, delta in deltas:
-            t[key] = t[key] + (delta if delta.shape == t[key].shape else delta.T)
+            t[key] = t[key] + delta
         return by_hand(t, IDS[row : row + 1])
 
     def tied(self, key):
@@ -271,7 +275,8 @@ class Parts(RuleBasedStateMachine):
             self.the_output_is_the_oracles()
             self.what_trains_is_what_should()
             if not self.blocks:
-                assert self.model.enc["embed"].weight is self.model.dec["out"].weight
+                enc, dec = self.model.enc["embed"], self.model.dec["out"]  # as they keep it
+                assert enc._parameters["weight"] is dec._parameters["weight"]
 
     def the_output_is_the_oracles(self):
         torch.testing.assert_close(self.forward(), self.expected(), **CLOSE)
@@ -352,10 +357,10 @@ class Parts(RuleBasedStateMachine):
     def inject(self, data, arguments):
         self.try_inject(lambda call: self.go(call, data), **arguments)
 
-    def try_inject(self, go, path, layers, name, bias, also, alpha):
+    def try_inject(self, go, path, layers, name, bias, also, alpha, method):
         path, here = self.path(path), [p.rpartition(".")[2] for p in self.below(path)]
         options = {
-            "r": 1, "alpha": alpha, "adapter": name, "bias": bias,
+            "r": 1, "alpha": alpha, "adapter": name, "bias": bias, **method,
             "train_also": [top for top in also if top in here],
         }  # fmt: skip
         chosen = sorted(layers & set(here)) or nn.Linear
@@ -368,9 +373,9 @@ class Parts(RuleBasedStateMachine):
             new = self.read()
             with torch.no_grad():
                 for where, m in self.modules.items():
-                    for own, what, who, _ in homes(m):
-                        if (where, what, who) not in self.values and "lora_B" in own:
-                            m._parameters[own].normal_(std=0.3)
+                    for own, what, who, trains in homes(m):
+                        if (where, what, who) not in self.values and trains and "lora_" in own:
+                            randomize(m._parameters[own], "magnitude" if "magn" in own else "")
             self.values = {k: v for k, v in self.values.items() if k in new}
 
     def reaches_half_of_the_tie(self, path):

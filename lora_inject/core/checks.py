@@ -78,8 +78,13 @@ def require_free_places(look: Look, adapter: str, tensors: Collection[Place]) ->
 
 
 def require_alive(sites: Sequence[Site]) -> None:
-    """Refuse new adapters that could never learn: the factor that starts at zero would stay so."""
+    """Refuse new adapters that could never learn: the factor that starts at zero would stay so.
+
+    What is tied has the values of the site that it follows, whatever its own kind starts with.
+    """
     for site in sites:
+        if site.follows:
+            continue
         zero = site.settings.start.zero(site.kind)
         if zero is not None and site.settings.variant.fixed == zero:
             other = "A" if zero == "B" else "B"

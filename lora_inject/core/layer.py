@@ -142,14 +142,17 @@ class BranchLayer(LoRALayer):
         at, name = self._lora_input
         x: Tensor = args[at] if len(args) > at else kwargs[name]
         state: State = self.__dict__[STATE]
-        compiles = torch.compiler.is_compiling()
-        if not compiles:
+        if not torch.compiler.is_compiling():
             note_run(self)
         if state.rows is not None:
             return cast(Tensor, state.rows.add(self, x, y))
+        return self._lora_added(x, y, y, state.running)
+
+    def _lora_added(self, x: Tensor, former: Tensor, y: Tensor, terms: Sequence[Term]) -> Tensor:
+        """An output y with what these terms add to it; ``former`` is the layer's own."""
         # A compiler makes a constant of a number, and compiles again when it changes.
-        former = y
-        for term in state.running:
+        compiles = torch.compiler.is_compiling()
+        for term in terms:
             factor = self.__dict__[SCALES][term.adapter][1] if compiles else term.factor
             tensors = {role: getattr(self, name) for role, name in term.names.items()}
             require_values(self, x, tensors.values())
@@ -163,7 +166,9 @@ class BranchLayer(LoRALayer):
 class WholeLayer(BranchLayer):
     """A branch layer whose own forward is ``W x + b``, which it computes with the adapters at once.
 
-    Only where that is known to be the same (``may_run_whole``).
+    Only where that is known to be the same (``may_run_whole``), and with those that stand first and
+    are a ``B A``. Others are added to that: an adapter that is new, and stands last, then changes
+    nothing of how the former ones are computed, and no bit of the output.
     """
 
     _lora_transposed: ClassVar[bool]
@@ -180,34 +185,43 @@ class WholeLayer(BranchLayer):
         if state.running and "bias" in own and cls.forward is known:  # nobody has patched it since
             W, training = own.get("weight"), self.training
             branches = _branches(own, state.running, training)
-            if branches is not None and may_run_whole(x, W, branches):
+            if branches and may_run_whole(x, W, branches):
                 note_run(self)
-                W_OI = W.t() if self._lora_transposed else W
+                W_OI, rest = W.t() if self._lora_transposed else W, state.running[len(branches) :]
                 y = adapted_linear(x, W_OI, own["bias"], branches)
-                return finished(self, state.running, own, y)
+                y = finished(self, state.running[0], own, y)
+                if not rest:
+                    return y
+                plain = all(term.variant.additive for term in rest)
+                former = y if plain else adapted_linear(x, W_OI, own["bias"], ())
+                return self._lora_added(x, former, y, rest)
         return super().forward(*args, **kwargs)
 
 
-def _branches(own: Any, terms: Sequence[Term], training: bool) -> list[Branch] | None:
-    """What ``adapted_linear`` is to add; None where a change is more than a ``B A``."""
-    found = []
+def _branches(own: Any, terms: Sequence[Term], training: bool) -> list[Branch]:
+    """What ``adapted_linear`` is to add: the first terms, as long as they are a ``B A``.
+
+    Or the first alone, where it finishes the output.
+    """
+    found: list[Branch] = []
     for _, spec, A_name, B_name, factor, dropout, _, part, _, _, _, plain, drops, finishes in terms:
         drops = drops if training else None
-        if not (plain or (finishes and len(terms) == 1 and not drops)):
-            return None
+        if not (plain or (finishes and not found and not drops)):
+            break
         A, B = own.get(A_name), own.get(B_name)
         if drops and A is not None and B is not None:
             B = drops.folded({"B": B})["B"]
         if spec.swapped and A is not None and B is not None:
             A, B = oriented(spec, A, B)
         found.append((A, B, factor, dropout if training else 0.0, part))
+        if finishes:
+            break
     return found
 
 
-def finished(layer: nn.Module, terms: Sequence[Term], own: Any, y: Tensor) -> Tensor:
-    """The output of a layer to which ``adapted_linear`` added the ``B A`` of its terms."""
-    term = terms[0]
-    if term.plain:
+def finished(layer: nn.Module, term: Term, own: Any, y: Tensor) -> Tensor:
+    """The output of a layer to which ``adapted_linear`` added the ``B A`` of its first term."""
+    if not term.finishes:
         return y
     tensors = {role: own[name] for role, name in term.names.items()}
     require_values(layer, y, tensors.values())

@@ -87,8 +87,9 @@ class Resolver:
         return ParameterKind(target.parameter, layout or "") if known else None
 
     def _way(self, target: Target, kind: Kind, settings: Settings) -> Way:
-        """Branch, or weight where the user asks for it or something reads the weight uncalled."""
-        ways = settings.how, settings.variant.way, kind.way(target.module)
+        """Branch, or weight where that is asked for or done already, or something reads it."""
+        others = (adapter.way for adapter in adapters_of(target.module))
+        ways = settings.how, settings.variant.way, kind.way(target.module), *others
         if "weight" in ways:
             return "weight"
         return "weight" if self._is_read(target) else "branch"

@@ -55,7 +55,8 @@ def save(
         format: "peft", "loralib" (a .pt file), "kohya" or "diffusers".
         portable: write a plain LoRA with one rank and a scaling of 1 for all layers, for readers
             that know nothing else (vLLM, llama.cpp): ranks are padded with zeros, scalings folded
-            into B, and what is no product of low rank (DoRA) becomes the best one of rank r.
+            into B, and what is no product of low rank (DoRA) becomes the best one of rank r. Loaded
+            again, all of it trains.
         r: for ``portable``, the largest rank to write; None writes all of it, where it has a rank.
         error: how much of the change of a weight may be lost by that, relative to its norm.
 

@@ -96,6 +96,7 @@ def folded(look: Look, adapters: Any, keep: Keep) -> Folded:
         for weight in _weights(state, new)
     ]
     _check_mergeable(look, places)
+    _check_left(todo)
     states, values, rows = dict[nn.Module, State](), list[Edit](), list[MergedWeight]()
     for path, (layer, state, new) in todo.items():
         merged = state.merged or Merged(frozenset(), {})
@@ -181,6 +182,22 @@ def _check_mergeable(look: Look, places: list[tuple[str, nn.Module, str]]) -> No
             raise UnsupportedLayerError(
                 reason, path=path, remedy="Leave it unmerged: it computes the same."
             )
+
+
+def _check_left(todo: Mapping[str, tuple[nn.Module, State, frozenset[str]]]) -> None:
+    """Refuse to leave an adapter unmerged that reads the former weight, which it would not find."""
+    for path, (_, state, new) in todo.items():
+        names = new if state.merged is None else new | state.merged.adapters
+        merged = {spec.weight for a in state.adapters if a.name in names for spec in a.specs}
+        for adapter in state.adapters:
+            variant = adapter.settings.variant
+            left = adapter.name in state.use.weights.keys() - names
+            if left and variant.of_base and any(s.weight in merged for s in adapter.specs):
+                raise UnsupportedLayerError(
+                    f"{adapter.name!r} is a {variant.name}, a change of the former weight.",
+                    path=path,
+                    remedy=f"Merge {adapter.name!r} too, or put it out of use first.",
+                )
 
 
 @torch.no_grad()

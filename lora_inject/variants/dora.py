@@ -31,6 +31,7 @@ class DoRA(Variant):
     more: ClassVar[tuple[str, ...]] = ("magnitude",)
     additive = False
     finishes = True
+    of_base = True
     peft = {"use_dora": True}  # noqa: RUF012 (a constant of the class)
     keys = {"magnitude": "lora_magnitude_vector"}  # noqa: RUF012
 

@@ -52,6 +52,8 @@ class Variant:
         derived: those of ``more`` that follow from the base alone; files do not have them.
         additive: whether changes of several adapters may stand beside each other row by row, and be
             computed together with the layer's own product: whether the change is a ``B A``.
+        of_base: whether the change depends on the former weight, so that it cannot stay beside one
+            into which others are merged.
         way: "weight" for what can act in the weight alone; None for what can act either way.
         own_shapes: whether its tensors have shapes and starting values of its own, whatever the
             kind of layer says of A and B.
@@ -67,6 +69,7 @@ class Variant:
     derived: ClassVar[tuple[str, ...]] = ()
     additive: ClassVar[bool] = True
     finishes: ClassVar[bool] = False
+    of_base: ClassVar[bool] = False
     way: ClassVar[Literal["weight"] | None] = None
     own_shapes: ClassVar[bool] = False
     peft: ClassVar[Mapping[str, Any]] = {}

@@ -330,3 +330,25 @@ def test_loralib_files_mean_the_same_with_the_alpha_of_the_adapter(scaling, init
     again = wide()
     load(again, tmp_path / "a.pt", alpha=6)
     torch.testing.assert_close(again(x), model(x))
+
+
+def test_what_is_loaded_acts_as_those_that_stand_there(tmp_path):
+    model = trained(several(), TOKENS, variant="loha", adapter="loha")
+    save(model, tmp_path / "plain", portable=True)
+    load(model, tmp_path / "plain", adapter="plain")
+    inject(model, LAYERS, r=2, adapter="fresh")
+    ways = {layer: {a.way for a in adapters_of(getattr(model, layer))} for layer in LAYERS}
+    assert list(ways.values()) == [{"weight"}] * len(LAYERS)
+    use(model, "loha")
+    expected = model(TOKENS)
+    use(model, "plain")
+    torch.testing.assert_close(model(TOKENS), expected)
+
+
+@pytest.mark.parametrize("r", [None, 1])
+def test_a_portable_file_is_of_no_fixed_factor(r, tmp_path):
+    model = trained(several(), TOKENS, init="mica")
+    save(model, tmp_path / "a", portable=True, r=r, error=1.0)
+    again = several()
+    load(again, tmp_path / "a")
+    assert all(p.requires_grad for n, p in again.named_parameters() if "lora_" in n)

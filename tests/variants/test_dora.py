@@ -16,6 +16,7 @@ from lora_inject import (
     load,
     load_lora_state_dict,
     lora_state_dict,
+    merge,
     param_groups,
     per_row,
     plan,
@@ -290,3 +291,21 @@ def test_rows_have_a_dora_each(kind):
     torch.testing.assert_close(output, torch.stack(expected), rtol=1e-4, atol=1e-5)
     assert torch.equal(output[1], base[1])
     assert layer.lora_magnitude_fr.grad.any()
+
+
+def test_others_are_not_merged_into_the_weight_that_it_is_a_change_of():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"layer": nn.Linear(4, 4)})
+    inject(model, "layer", r=2, adapter="plain")
+    inject(model, "layer", r=2, adapter="dora", variant="dora")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.2).add_(0.1)
+    x = torch.randn(3, 4)
+    expected = model["layer"](x)
+    with pytest.raises(UnsupportedLayerError, match=r"layer: 'dora' is a dora.*Merge 'dora' too"):
+        merge(model, "plain")
+    assert torch.equal(model["layer"](x), expected)
+    merge(model, "dora")
+    merge(model, "plain")
+    torch.testing.assert_close(model["layer"](x), expected)

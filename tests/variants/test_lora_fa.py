@@ -13,6 +13,7 @@ from helpers import (
     train_steps,
     trainable_names,
 )
+from stored_models import Tied
 from torch import nn
 
 from lora_inject import (
@@ -126,6 +127,15 @@ def test_a_fixed_zero_could_never_learn_and_is_refused():
     with pytest.raises(UnsupportedLayerError, match=r"embed: fixed='A'.*fixed='B'"):
         inject(model, ["q_proj", "embed"], fixed="A")
     assert changed_parts(before, snapshot(model)) == []
+
+
+def test_what_is_tied_begins_as_what_it_follows():
+    model = Tied()
+    inject(model, "head", r=2, fixed="A")  # its B is zero, a table's own would be its A
+    assert trainable_names(model) == {"emb.lora_B"}  # one tensor on both
+    strip(model)
+    with pytest.raises(UnsupportedLayerError, match=r"head: fixed='B'.*fixed='A'"):
+        inject(model, "head", r=2, fixed="B")
 
 
 @pytest.mark.parametrize("kept", ["out_in", "in_out"])

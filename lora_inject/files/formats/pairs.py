@@ -20,12 +20,14 @@ from lora_inject.kinds.parameter import layout_of
 def as_portable(data: AdapterData) -> AdapterData:
     """The same updates with one rank and a scaling of 1 for all, for readers of no patterns.
 
-    Ranks are padded with zeros, and scalings are folded into B.
+    Ranks are padded with zeros, and scalings are folded into B. No factor is fixed: those of other
+    ranks are not what was.
     """
     data.require_no_rows("a file for readers of no patterns")
     pairs = whole_layers(data.pairs)
     r = max(config_rank(pair) for pair in pairs)
-    return replace(data, pairs=tuple(_padded(pair, r) for pair in pairs), dtype="")
+    plain = tuple(replace(_padded(pair, r), fixed="") for pair in pairs)
+    return replace(data, pairs=plain, dtype="")
 
 
 def _padded(pair: PairData, r: int) -> PairData:
