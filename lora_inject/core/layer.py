@@ -199,10 +199,7 @@ class WholeLayer(BranchLayer):
 
 
 def _branches(own: Any, terms: Sequence[Term], training: bool) -> list[Branch]:
-    """What ``adapted_linear`` is to add: the first terms, as long as they are a ``B A``.
-
-    Or the first alone, where it finishes the output.
-    """
+    """What ``adapted_linear`` is to add: the first terms that are a ``B A``, or one to finish."""
     found: list[Branch] = []
     for _, spec, A_name, B_name, factor, dropout, _, part, _, _, _, plain, drops, finishes in terms:
         drops = drops if training else None
