@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +180,13 @@ def peak(action: Callable[[], object]) -> int:
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    return max(e["args"]["Total Allocated"] for e in events if e.get("name") == "[memory]")
+    # The changes and not the totals, which go on from one profiler to the next.
+    changes = sorted(
+        (e["ts"], i, e["args"]["Bytes"])
+        for i, e in enumerate(events)
+        if e.get("name") == "[memory]"
+    )
+    return max(accumulate((n_bytes for *_, n_bytes in changes), initial=0))
 
 
 def search() -> dict[str, dict[float, float]]:

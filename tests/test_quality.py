@@ -39,9 +39,10 @@ def test_minilm_learns_the_same_with_peft(dtype, bound):
 @pytest.mark.usefixtures("_small_batches", "demo_packages")
 @pytest.mark.parametrize("method", [name for name in IN_PEFT if name != "LoRA"])
 def test_minilm_learns_the_same_with_every_method_that_peft_has(method):
-    curves = compared(steps=6, dtype=torch.float64, method=method)
+    moved = method in ("PiSSA", "OLoRA")  # which PEFT has in float32 alone, and rounds the base
+    curves = compared(steps=6, dtype=torch.float32 if moved else torch.float64, method=method)
     assert len(set(curves["ours"])) == 6
-    assert curves["max_difference"] <= 1e-6  # PEFT makes DoRA's lengths in another order
+    assert curves["max_difference"] <= (2e-5 if moved else 1e-6)
 
 
 @pytest.mark.usefixtures("_small_batches", "demo_packages")
