@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as tf
 
-from lora_inject import inject, save
+from lora_inject import inject, load, save
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
          "intermediate_size": 32, "vocab_size": 32}  # fmt: skip
@@ -54,3 +54,19 @@ def test_without_its_head_in_the_adapter_the_word_is_left_out(tmp_path):
     inject(model, "query", r=2)
     save(model, tmp_path / "a")
     assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["task_type"] is None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_peft_knows_by_its_class_gets_no_task(tmp_path):
+    model = CASES["SEQ_2_SEQ_LM"][0]()
+    model.save_pretrained(tmp_path / "base")
+    theirs = type(model).from_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["q"])  # without a task: PEFT says the class
+    peft.get_peft_model(theirs, config).save_pretrained(tmp_path / "a")
+    again = type(model).from_pretrained(tmp_path / "base")
+    load(again, tmp_path / "a")
+    save(again, tmp_path / "b")
+    said = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+    assert said["task_type"] is None
+    assert said["auto_mapping"]["base_model_class"] == "T5ForConditionalGeneration"
+    peft.AutoPeftModel.from_pretrained(str(tmp_path / "b"))

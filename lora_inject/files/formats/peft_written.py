@@ -25,9 +25,10 @@ def to_config(data: AdapterData, pairs: list[PairData]) -> dict[str, Any]:
     r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     dropouts = {p.dropout for p in pairs}
     transposed = [p.layout == "in_out" for p in modules if p.form == "linear"]
+    said = still_said(data)
     return {
         "peft_type": "LORA",
-        "task_type": data.task or None,
+        "task_type": None if said.get("auto_mapping") else data.task or None,  # PEFT wants one
         "base_model_name_or_path": data.base_name or None,
         "r": r,
         "lora_alpha": alpha,
@@ -44,7 +45,7 @@ def to_config(data: AdapterData, pairs: list[PairData]) -> dict[str, Any]:
         "init_lora_weights": True,
         "inference_mode": True,
         **rule.peft,
-        **still_said(data),
+        **said,
     }
 
 
