@@ -52,6 +52,7 @@ from lora_inject import (
 pytestmark = [
     pytest.mark.usefixtures("device"),
     pytest.mark.filterwarnings("ignore:.*more parameters than what is adapted"),
+    pytest.mark.filterwarnings("ignore:the adapter was trained with"),
 ]
 
 NAMES = ["default", "fr", "fr_x", "A"]

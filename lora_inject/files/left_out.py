@@ -58,7 +58,10 @@ def warn_of_missing_others(data: AdapterData, look: Look, name: str) -> None:
     """Warn where adapters are not in the model that were in use while a loaded one trained."""
     if missing := [other for other in data.beside if other not in look.known]:
         together = ", ".join(map(repr, [*missing, name]))
+        remedy = f"load them too, and say use(model, {together})."
+        if name in missing:
+            remedy = "load it under another name (adapter=), and them too, and use them together."
         warn(
             f"the adapter was trained with {missing} in use, and is right on top of them alone: "
-            f"load them too, and say use(model, {together})."
+            f"{remedy}"
         )
