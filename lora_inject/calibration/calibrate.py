@@ -15,7 +15,7 @@ from lora_inject.core.site import Site
 from lora_inject.errors import ArgumentError, LoRAInjectError, UnsupportedLayerError
 from lora_inject.plan import plan
 from lora_inject.printing import tracked
-from lora_inject.starts.pissa import matrix_shape
+from lora_inject.starts.default import matrix_shape
 
 Mask = str | bool | Callable[[Any], Tensor] | None
 

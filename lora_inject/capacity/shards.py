@@ -14,6 +14,7 @@ from lora_inject.core.look import Look
 from lora_inject.core.roles import ADAPTER_ROLES, roles
 from lora_inject.core.state import adapters_of
 from lora_inject.report.bytes import stored_tensors
+from lora_inject.variants import SIDES
 
 # What tensor parallelism makes of the products of a divided weight: each device has some of their
 # features ("split"), or all of them after a sum over the devices ("whole").
@@ -35,7 +36,6 @@ class Share(NamedTuple):
 
 
 _UNDIVIDED = Share()
-_SIDES = {"A": "in", "B": "out", "A0": "in", "B0": "out"}  # of the weight that a tensor follows
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -72,7 +72,7 @@ def shares(model: nn.Module) -> dict[Tensor, Share]:
                 base, first = own.get(spec.weight, _UNDIVIDED), 1 if spec.experts else 0
                 dims = {"in": first + 1, "out": first}
                 for role, name in names.items():
-                    side = _SIDES.get(role, "")
+                    side = SIDES.get(role, "")
                     follows = base.side == side
                     share = Share(dims[side], base.products) if follows else _UNDIVIDED
                     found[module.get_parameter(name)] = share

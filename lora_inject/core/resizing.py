@@ -21,9 +21,8 @@ from lora_inject.core.state import State
 from lora_inject.core.state_parts import Trained
 from lora_inject.errors import UnsupportedLayerError
 from lora_inject.own import own_tensor
-from lora_inject.variants import Spec
+from lora_inject.variants import SIDES, Spec
 
-_ROLES = {"A", "B", "A0", "B0"}
 _Fresh = dict[nn.Module, dict[tuple[str, str], Tensor | None]]  # what commit calls Fresh
 
 
@@ -60,7 +59,7 @@ def _require_resizable(look: Look, path: str, table: nn.Module) -> None:
         UnsupportedLayerError: an adapter is more than ``B A`` for all rows.
     """
     for adapter in look.states[table].adapters if table in look.states else ():
-        more = set(adapter.settings.variant.roles) - _ROLES
+        more = set(adapter.settings.variant.roles) - SIDES.keys()
         if more or any(spec.part for spec in adapter.specs) or adapter.way == "weight":
             raise UnsupportedLayerError(
                 f"its adapter {adapter.name!r} cannot have rows added: it is no plain A and B.",

@@ -9,6 +9,7 @@ from lora_inject.compat.marks import is_fully_sharded
 from lora_inject.core.adapter import Adapter
 from lora_inject.errors import LoRAInjectError
 from lora_inject.sharding import is_distributed, redistributed
+from lora_inject.variants import SIDES
 
 
 def is_of_fsdp(layer: nn.Module) -> bool:
@@ -37,7 +38,9 @@ def following(
                 _require_whole_rows(adapter, adapter.kind.placements(parameter, spec)[0])
             if name in roles and weight is not None and is_distributed(weight):
                 A, B = adapter.kind.placements(weight, spec)
-                return redistributed(parameter, A if roles[name] in ("A", "A0") else B)
+                # What is no factor, as a magnitude, has a number for each output feature.
+                side = SIDES.get(roles[name], "out")
+                return redistributed(parameter, A if side == "in" else B)
     return parameter
 
 

@@ -14,6 +14,7 @@ from lora_inject.core.state import state_of
 from lora_inject.errors import UnsupportedLayerError
 from lora_inject.kinds import Kind, Spec
 from lora_inject.sharding import is_distributed, shards
+from lora_inject.variants import SIDES
 
 
 def pair_parameters(
@@ -73,9 +74,8 @@ def as_parameters(
     """
     weight = kind.weight(layer, spec.weight)
     if is_distributed(weight):
-        A, B = kind.placements(weight, spec)
-        places = {"A": A, "B": B, "A0": A, "B0": B}
-        tensors = {role: shards(t, weight, places[role], 0) for role, t in tensors.items()}
+        places = dict(zip(("in", "out"), kind.placements(weight, spec), strict=True))
+        tensors = {role: shards(t, weight, places[SIDES[role]], 0) for role, t in tensors.items()}
     return {role: nn.Parameter(t, requires_grad=trains[role]) for role, t in tensors.items()}
 
 

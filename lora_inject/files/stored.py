@@ -12,7 +12,6 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from lora_inject.arithmetic.low_rank import side_by_side
 from lora_inject.changes.edits import filling, run
 from lora_inject.compat.marks import is_fully_sharded
 from lora_inject.core.company import company
@@ -208,11 +207,7 @@ class Stored:
         own = held.oriented({role: whole(t.detach()) for role, t in held.tensors.items()})
         A, B = own["A"], own["B"]
         if variant.offset:  # any reader's LoRA of twice the rank
-            pair = side_by_side([
-                kind.to_matrices(held.layer, A, B),
-                kind.to_matrices(held.layer, own["A0"], -own["B0"]),
-            ])  # fmt: skip
-            A, B = kind.from_matrices(held.layer, *pair)
+            A, B = kind.from_matrices(held.layer, *variant.with_start(kind, held.layer, own))
         rank = spec.rank * (2 if variant.offset else 1)
         fixed, turned = variant.fixed or "", spec.swapped
         layout = "in_out" if kind.transposes else ""

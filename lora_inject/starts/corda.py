@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.errors import ArgumentError
-from lora_inject.starts.default import of_matrices, rank_refusal, rows_of
+from lora_inject.starts.default import balanced, of_matrices, rank_refusal, rows_of
 from lora_inject.starts.measured import Measured
 from lora_inject.starts.pissa import MiLoRA, PiSSA
 from lora_inject.variants import LayerKind, Spec
@@ -61,5 +61,4 @@ class CorDA(Measured):
         product = (W_OI.to(wide) @ C_II).to(W_OI.dtype)
         U_OR, S_R, V_IR = start.directions(product, spec.rank, generator)
         V_IR = torch.cholesky_solve(V_IR.to(wide), torch.linalg.cholesky(C_II)).to(W_OI.dtype)
-        root_R = (S_R / scaling).sqrt().unsqueeze(-2)
-        return of_matrices(kind, layer, (V_IR * root_R).mT, U_OR * root_R)
+        return of_matrices(kind, layer, *balanced(U_OR, S_R, V_IR, scaling))

@@ -3,6 +3,7 @@
 This is what the other files of this room differ from.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -70,6 +71,23 @@ class Start:
         return kind.initial(spec, generator)
 
 
+@dataclass(frozen=True)
+class Decomposed(Start):
+    """A start from r directions of the weight: what is common to them."""
+
+    reads = True
+
+    def refusal(self, kind: LayerKind, layer: nn.Module, spec: Spec) -> str | None:
+        """A matrix has no more directions than its smaller side."""
+        return rank_refusal(self.name, spec, matrix_shape(kind, layer, spec))
+
+
+def balanced(U_OR: Tensor, S_R: Tensor, V_IR: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """A and B of equal lengths, whose product times the scaling is ``U S V``."""
+    root_R = (S_R / scaling).sqrt().unsqueeze(-2)
+    return (V_IR * root_R).mT, U_OR * root_R
+
+
 def of_matrices(kind: LayerKind, layer: nn.Module, A: Any, B: Any) -> tuple[Tensor, Tensor]:
     """A (..., r, in) and B (..., out, r) in the shapes that the layer's kind has."""
     made = kind.from_matrices(layer, A, B)
@@ -83,7 +101,7 @@ def rows_of(kind: LayerKind, layer: nn.Module, W: Tensor | None, spec: Spec) -> 
     return W_OI.narrow(-2, spec.start, spec.n_out) if spec.part else W_OI
 
 
-def rank_refusal(name: str, spec: Spec, shape: torch.Size) -> str | None:
+def rank_refusal(name: str, spec: Spec, shape: Sequence[int]) -> str | None:
     """Why a decomposition of a matrix (..., out, in) has no r directions."""
     most = min(shape[-2:])
     if spec.rank <= most:
@@ -92,3 +110,11 @@ def rank_refusal(name: str, spec: Spec, shape: torch.Size) -> str | None:
         f'init="{name}" has {most} directions here, fewer than r={spec.rank}. Give it a smaller r '
         "by a pattern of its own, or exclude it."
     )
+
+
+def matrix_shape(kind: LayerKind, layer: nn.Module, spec: Spec) -> tuple[int, int]:
+    """(out, in) of the matrix that a pair is for, from the shapes of its A and B."""
+    A, B = kind.to_matrices(
+        layer, torch.empty(spec.A_shape, device="meta"), torch.empty(spec.B_shape, device="meta")
+    )
+    return B.shape[-2], A.shape[-1]

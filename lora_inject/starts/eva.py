@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_inject.starts.default import of_matrices
+from lora_inject.starts.default import matrix_shape, of_matrices
 from lora_inject.starts.measured import Measured
-from lora_inject.starts.pissa import matrix_shape
 from lora_inject.variants import LayerKind, Spec
 
 

@@ -13,17 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.errors import LoRAInjectError
-from lora_inject.printing import Section, Tables
-from lora_inject.starts.default import Start, of_matrices, rank_refusal, rows_of
+from lora_inject.printing import Section, Shown, Tables
+from lora_inject.starts.default import (
+    Start,
+    balanced,
+    matrix_shape,
+    of_matrices,
+    rank_refusal,
+    rows_of,
+)
 from lora_inject.starts.original import Original
-from lora_inject.starts.pissa import PiSSA, matrix_shape
+from lora_inject.starts.pissa import PiSSA
 from lora_inject.variants import LayerKind, Spec
 
 _DIRECTIONS = PiSSA(power=8)  # what quantizing loses is nearly as large in every direction
 
 
 @dataclass(frozen=True)
-class LoftQ(Start):
+class LoftQ(Shown, Start):
     """What quantizing has lost, to rank r; ``print`` shows it for each layer, once it is used.
 
     Example:
@@ -57,10 +64,10 @@ class LoftQ(Start):
     def __deepcopy__(self, memo: Any) -> "LoftQ":
         return self
 
-    def __str__(self) -> str:
+    def _tables(self) -> Tables:
         rows = [(path, f"{a:.4f}", f"{b:.4f}") for path, (a, b) in self.errors.items()]
         columns = ("path", ">quantized", ">with s B A")
-        return Tables([Section("LoftQ: what is lost, of the weight", columns, rows)]).text()
+        return Tables([Section("LoftQ: what is lost, of the weight", columns, rows)])
 
     @property
     def note(self) -> str:
@@ -93,7 +100,7 @@ class LoftQ(Start):
         shape = self.original.shape(key)
         if shape is None:
             return f'init="loftq": the original {key} is quantized itself.'
-        own = torch.Size(matrix_shape(kind, layer, spec))
+        own = matrix_shape(kind, layer, spec)
         weight = layer._parameters.get(spec.weight)
         if weight is not None and weight.is_floating_point():  # packed ones show their shape too
             fits = shape == tuple(weight.shape)
@@ -121,8 +128,7 @@ class LoftQ(Start):
         left = max(0.0, lost**2 - float(S_R.square().sum())) ** 0.5
         label = f"{self.path} ({spec.part})" if spec.part else self.path
         self.errors[label] = (lost / max(size, 1e-30), left / max(size, 1e-30))
-        root_R = (S_R / scaling).sqrt().unsqueeze(-2)
-        A_RI, B_OR = (V_IR * root_R).mT, U_OR * root_R
+        A_RI, B_OR = balanced(U_OR, S_R, V_IR, scaling)
         # Where nothing was lost, A starts as usual: two zeros would never learn.
         usual, _ = kind.to_matrices(layer, *kind.initial(spec, generator))
         learns = (S_R / max(size, 1e-30) > torch.finfo(S_R.dtype).eps).unsqueeze(-1)

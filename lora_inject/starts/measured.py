@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from lora_inject.arithmetic.moments import Moments
 from lora_inject.errors import ArgumentError, LoRAInjectError
-from lora_inject.starts.default import Start
-from lora_inject.starts.pissa import matrix_shape
+from lora_inject.starts.default import Start, matrix_shape
 from lora_inject.variants import LayerKind, Spec
 
 

@@ -8,22 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_inject.starts.default import Start, of_matrices, rank_refusal, rows_of
-from lora_inject.starts.pissa import matrix_shape
+from lora_inject.starts.default import Decomposed, of_matrices, rows_of
 from lora_inject.variants import LayerKind, Spec
 
 
 @dataclass(frozen=True)
-class OLoRA(Start):
+class OLoRA(Decomposed):
     """The first columns of Q and rows of R."""
 
     name = "olora"
-    reads = True
     offset = True
-
-    def refusal(self, kind: LayerKind, layer: nn.Module, spec: Spec) -> str | None:
-        """A matrix has no more directions than its smaller side."""
-        return rank_refusal(self.name, spec, torch.Size(matrix_shape(kind, layer, spec)))
 
     def values(
         self, kind: LayerKind, layer: nn.Module, W: Tensor | None, spec: Spec, scaling: float,

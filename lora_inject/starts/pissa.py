@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.arithmetic.low_rank import dominant
-from lora_inject.starts.default import Start, of_matrices, rank_refusal, rows_of
+from lora_inject.starts.default import Decomposed, balanced, of_matrices, rows_of
 from lora_inject.variants import LayerKind, Spec
 
 _EXACT = 2048  # with a smaller side, all singular values are computed
 
 
 @dataclass(frozen=True)
-class PiSSA(Start):
+class PiSSA(Decomposed):
     """The largest singular values.
 
     Those of a large matrix are found by a randomized decomposition (Halko et al. 2009), with random
@@ -34,13 +34,7 @@ class PiSSA(Start):
     power: int = 2
     exact: bool | None = None
     name = "pissa"
-    reads = True
     offset = True
-
-    def refusal(self, kind: LayerKind, layer: nn.Module, spec: Spec) -> str | None:
-        """A matrix has no more directions than its smaller side."""
-        shape = torch.Size(matrix_shape(kind, layer, spec))
-        return rank_refusal(self.name, spec, shape)
 
     def values(
         self, kind: LayerKind, layer: nn.Module, W: Tensor | None, spec: Spec, scaling: float,
@@ -48,8 +42,7 @@ class PiSSA(Start):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """``B = U_r sqrt(S_r / s)``, ``A = sqrt(S_r / s) V_r``."""
         U_OR, S_R, V_IR = self.directions(rows_of(kind, layer, W, spec), spec.rank, generator)
-        root_R = (S_R / scaling).sqrt().unsqueeze(-2)
-        return of_matrices(kind, layer, (V_IR * root_R).mT, U_OR * root_R)
+        return of_matrices(kind, layer, *balanced(U_OR, S_R, V_IR, scaling))
 
     def directions(
         self, W_OI: Tensor, r: int, generator: torch.Generator
@@ -75,11 +68,3 @@ class MiLoRA(PiSSA):
         """U, S and V of the r smallest singular values."""
         U_OQ, S_Q, Vh_QI = torch.linalg.svd(W_OI, full_matrices=False)
         return U_OQ[..., -r:], S_Q[..., -r:], Vh_QI[..., -r:, :].mT
-
-
-def matrix_shape(kind: LayerKind, layer: nn.Module, spec: Spec) -> tuple[int, int]:
-    """(out, in) of the matrix that a pair is for, from the shapes of its A and B."""
-    A, B = kind.to_matrices(
-        layer, torch.empty(spec.A_shape, device="meta"), torch.empty(spec.B_shape, device="meta")
-    )
-    return B.shape[-2], A.shape[-1]

@@ -4,7 +4,7 @@ A new one is a file of its own and a line in a table here. What files call it st
 (``peft``); what a format has no word for, it says in its metadata or refuses.
 """
 
-from lora_inject.variants.change import Change, LayerKind, Spec, name_prefix
+from lora_inject.variants.change import SIDES, Change, LayerKind, Spec, name_prefix
 from lora_inject.variants.dora import DoRA, PackedDoRA
 from lora_inject.variants.dora_columns import ColumnDoRA
 from lora_inject.variants.loha import LoHa
@@ -16,8 +16,8 @@ from lora_inject.variants.rslora import RankStabilized
 from lora_inject.variants.tucker import Tucker
 
 __all__ = [
-    "FIXED", "OTHER", "ROLES", "SCALINGS", "VARIANTS", "Change", "ColumnDoRA", "DoRA", "LayerKind",
-    "LoHa", "LoKr", "Rows", "Scaling", "Spec", "Tucker", "Variant", "name_prefix",
+    "FIXED", "OTHER", "ROLES", "SCALINGS", "SIDES", "VARIANTS", "Change", "ColumnDoRA", "DoRA",
+    "LayerKind", "LoHa", "LoKr", "Rows", "Scaling", "Spec", "Tucker", "Variant", "name_prefix",
 ]  # fmt: skip
 
 SCALINGS: dict[str, Scaling] = {scaling.name: scaling for scaling in (Scaling(), RankStabilized())}

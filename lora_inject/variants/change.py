@@ -8,6 +8,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+# Which features of the weight a factor of ``B A`` has, by its role.
+SIDES: Mapping[str, str] = {"A": "in", "B": "out", "A0": "in", "B0": "out"}
+
 
 def name_prefix(weight: str, part: str) -> str:
     """What stands before ``lora_A`` in a parameter's name: nothing for a plain weight."""

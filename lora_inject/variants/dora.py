@@ -144,15 +144,18 @@ class DoRA(Variant):
     def add_to_weight(
         self, kind: LayerKind, layer: nn.Module, W: Tensor, total: Tensor, c: Change
     ) -> Tensor:
-        """``diag(m / n) V - W`` is added."""
+        """V with its rows scaled is added, less W."""
         f = self.ratio(kind, layer, W, c)
         update = self.update(kind, layer, W, c) * c.scaling
-        V = kind.to_matrix(layer, W + update)
-        if c.spec.part:
-            outside = V.shape[-2] - c.spec.start - c.spec.n_out
-            f = nn.functional.pad(f, (c.spec.start, outside), value=1.0)
-        f = f.reshape(*V.shape[:-1], 1)
-        return total + (update + kind.from_matrix(layer, (f - 1) * V, W.shape)) * c.weight
+        more = self.scaled(f - 1, kind.to_matrix(layer, W + update), c.spec)
+        return total + (update + kind.from_matrix(layer, more, W.shape)) * c.weight
+
+    def scaled(self, factors: Tensor, V_OI: Tensor, spec: Spec) -> Tensor:
+        """The rows of a weight times a factor each; those of other parts times zero."""
+        if spec.part:
+            outside = V_OI.shape[-2] - spec.start - spec.n_out
+            factors = nn.functional.pad(factors, (spec.start, outside))
+        return factors.reshape(*V_OI.shape[:-1], 1) * V_OI
 
 
 @dataclass(frozen=True)

@@ -53,15 +53,10 @@ class ColumnDoRA(DoRA):
             lengths: Tensor = torch.linalg.vector_norm(_by_columns(V, c.spec), dim=(-3, -1))
         return lengths
 
-    def add_to_weight(
-        self, kind: LayerKind, layer: nn.Module, W: Tensor, total: Tensor, c: Change
-    ) -> Tensor:
-        """``V diag(m / n) - W`` is added."""
-        f = self.ratio(kind, layer, W, c)
-        update = self.update(kind, layer, W, c) * c.scaling
-        V = kind.to_matrix(layer, W + update)
-        scaled = ((f - 1)[..., None, :, None] * _by_columns(V, c.spec)).reshape(V.shape)
-        return total + (update + kind.from_matrix(layer, scaled, W.shape)) * c.weight
+    def scaled(self, factors: Tensor, V_OI: Tensor, spec: Spec) -> Tensor:
+        """The columns of a weight times a factor each."""
+        own: Tensor = factors[..., None, :, None] * _by_columns(V_OI, spec)
+        return own.reshape(V_OI.shape)
 
 
 def _by_columns(matrix: Tensor, spec: Spec) -> Tensor:

@@ -208,6 +208,12 @@ class Variant:
         self, kind: LayerKind, layer: nn.Module, tensors: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor] | None:
         """The change before scaling as one A (..., r, in) and one B (..., out, r), if it is one."""
+        return self.with_start(kind, layer, tensors)
+
+    def with_start(
+        self, kind: LayerKind, layer: nn.Module, tensors: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """A and B as matrices, with a start that is subtracted beside them: of twice the rank."""
         (A, B), *start = self.products(kind, layer, tensors)
         return side_by_side([(A, B), *((A0, -B0) for A0, B0 in start)]) if start else (A, B)
 
