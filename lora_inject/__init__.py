@@ -25,6 +25,7 @@ from lora_inject.errors import (
     NoMatchError,
     UnsupportedLayerError,
 )
+from lora_inject.files.pipeline import load_pipeline, save_pipeline
 from lora_inject.files.save_load import load, save
 from lora_inject.files.state_dict import load_lora_state_dict, lora_state_dict
 from lora_inject.inject import inject, strip
@@ -68,6 +69,7 @@ __all__ = [
     "inject",
     "load",
     "load_lora_state_dict",
+    "load_pipeline",
     "lora_parameters",
     "lora_state_dict",
     "mark_only_lora_as_trainable",
@@ -82,6 +84,7 @@ __all__ = [
     "report",
     "reset_lora_parameters",
     "save",
+    "save_pipeline",
     "strip",
     "unmerge",
     "use",
