@@ -58,6 +58,9 @@ class Loading:
     def apply(self) -> None:
         """Put it in, all of it or nothing."""
         self._apply()
+
+    def warn(self) -> None:
+        """Say what its user needs to know, once it is in."""
         left_out.warn_of_missing_others(self.data, self.look, self.adapter)
 
     def undo(self) -> None:

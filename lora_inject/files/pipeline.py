@@ -141,8 +141,10 @@ def load_pipeline(
         _apply(ready)
         nobodys = {front: n for front, n in left[0].items() if all(front in own for own in left)}
         left_out.warn_of_left_parts(AdapterData((), left=nobodys))
-        for loading in ready if not trainable else ():
-            freeze_adapter(loading.look.model, adapter)
+        for loading in ready:
+            loading.warn()
+            if not trainable:
+                freeze_adapter(loading.look.model, adapter)
     return pipe
 
 

@@ -155,7 +155,9 @@ def load(
             raise ArgumentError("config goes with tensors; a file has its own.")
         else:
             data = read_adapter(as_path(path), format, look.index, alpha)
-        Loading(look, data, adapter, dtype, other_base).apply()
+        loading = Loading(look, data, adapter, dtype, other_base)
+        loading.apply()
+        loading.warn()
         left_out.warn_of_left_parts(data)
         if not trainable:
             freeze_adapter(model, adapter)

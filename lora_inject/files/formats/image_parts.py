@@ -5,6 +5,7 @@ none is taken to pieces. What stands in front of one says for which part of a pi
 what stands behind it which tensor of an adapter.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,9 +144,7 @@ class ModelNames:
         places = {name: self.place(name) for name in names}
         labels = self._labels_in(places, fits)
         chosen = {n: p for n, p in places.items() if p.label in labels}
-        left: dict[str, int] = {}
-        for place in (p for n, p in places.items() if n not in chosen):
-            left[place.front] = left.get(place.front, 0) + 1
+        left = Counter(sorted(place.front for n, place in places.items() if n not in chosen))
         unknown = [name for name, place in chosen.items() if not place.slots]
         if unknown or not (chosen or self.component):
             shown, n = unknown or list(names), len(unknown or names)

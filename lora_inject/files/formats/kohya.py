@@ -188,6 +188,12 @@ def to_state(data: AdapterData) -> AdapterState:
             raise FormatError(f"{pair.name}: another module has the same flattened name, {name}.")
         tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in _tensors(pair).items()}
         fused |= {name: ranks} if len(ranks) > 1 else {}
+    if any(pair.variant == "dora" for pair in data.pairs):
+        warn(
+            "LyCORIS alone computes a DoRA of rows as it was trained: ComfyUI divides by the "
+            "lengths of the base's rows, A1111 by those of columns, and diffusers leaves them out. "
+            "A plain LoRA near to it is what all of them read: portable=True, r=16, error=0.1."
+        )
     dims = {pair.rank for pair in data.pairs}
     plain = all(pair.variant == "lora" for pair in data.pairs)
     metadata = {
