@@ -154,7 +154,26 @@ def of_style(style, conv=None):
     return name, tensors, expected
 
 
-@pytest.mark.parametrize("style", STYLES)
+COMFYUI, KOHYAS, A1111 = (
+    pytest.mark.client(name, rule=rule)
+    for name, rule in (("ComfyUI", "0.38"), ("sd-scripts", "0.9.1"), ("A1111", "1.10"))
+)
+DIFFUSERS = pytest.mark.client("diffusers", rule="its former versions")
+CLIENTS = {  # whose the files are
+    "kohya": [KOHYAS, A1111], "checkpoints": [A1111], "ComfyUI": [COMFYUI],
+    "ai-toolkit": [pytest.mark.client("ai-toolkit", rule="27a03a9")],
+    "OneTrainer": [pytest.mark.client("OneTrainer", rule="as ComfyUI reads it")],
+    "diffusers": [DIFFUSERS], "the same": [DIFFUSERS],
+}  # fmt: skip
+
+
+def with_clients(style):
+    front = next(front for front in CLIENTS if style.startswith(front))
+    marks = CLIENTS[front][:1] if "Flux" in style or "T5" in style else CLIENTS[front]
+    return pytest.param(style, marks=marks)
+
+
+@pytest.mark.parametrize("style", map(with_clients, STYLES))
 def test_a_file_adds_what_its_tool_adds(style, tmp_path):
     name, tensors, expected = of_style(style)
     save_tensors(tensors, tmp_path / "a.safetensors")

@@ -5,6 +5,7 @@ made by the table that is tested; diffusers reads the files itself.
 """
 
 import copy
+import re
 
 import pytest
 import torch
@@ -123,6 +124,14 @@ PIPELINES = {
 }
 
 
+COMFYUI, KOHYAS, A1111 = (("ComfyUI", "0.38"), ("sd-scripts", "0.9.1"), ("A1111", "1.10"))
+
+
+def client(tool, *outcome, **more):
+    return pytest.mark.client(tool[0], *outcome, rule=tool[1], **more)
+
+
+@client(COMFYUI)
 @pytest.mark.parametrize("kind", PIPELINES)
 def test_comfyui_finds_every_name_and_adds_the_same(kind, tmp_path):
     like, file = PIPELINES[kind], tmp_path / "a.safetensors"
@@ -184,7 +193,100 @@ def test_names_of_the_real_models():
     assert sum("blocks" in name for name in names) == 304
 
 
+KOHYAS_BLOCKS = {  # classes of networks/lora.py and lora_flux.py, in whose layers all names are
+    "SD 1.5": ("Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D"),
+    "SDXL": ("Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D"),
+    "Flux": ("FluxTransformerBlock", "FluxSingleTransformerBlock"),
+}
+KOHYAS_TEXT = ("CLIPAttention", "CLIPMLP", "T5Attention", "T5DenseActDense")
+
+
+@client(KOHYAS)
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_kohyas_scripts_have_a_module_for_every_name(kind, tmp_path):
+    """They make a module of each layer in these classes, and look for its name in the file."""
+    like, pipe = PIPELINES[kind], pipeline(**PIPELINES[kind])
+    expected = set()
+    for name, model in pipe.components.items():
+        classes = KOHYAS_TEXT if "text" in name else KOHYAS_BLOCKS[kind]
+        tops = [n for n, m in model.named_modules() if type(m).__name__ in classes]
+        inside = {
+            n for n, m in model.named_modules()
+            if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)
+            and any(f"{n}.".startswith(f"{top}.") for top in tops)
+        }  # fmt: skip
+        inject(model, lambda path, _, inside=inside: path in inside, r=1)
+        if like[name] == "t5":  # LORA_PREFIX_TEXT_ENCODER_T5
+            expected |= {f"lora_te3_{path.replace('.', '_')}" for path in inside}
+            continue
+        known = {n: paths for n, paths in known_names(like[name]).items() if inside & {*paths}}
+        if kind == "SD 1.5":  # LORA_PREFIX_TEXT_ENCODER, of one encoder
+            known = {n.replace("lora_te1_", "lora_te_"): paths for n, paths in known.items()}
+        expected |= known.keys()
+    save_pipeline(pipe, tmp_path / "a.safetensors", format="kohya")
+    assert {key.partition(".")[0] for key in load_file(tmp_path / "a.safetensors")} == expected
+
+
+def a1111_name(name):
+    """A1111's module of SD 1.5 for a name of kohya's (convert_diffusers_name_to_compvis)."""
+    side, x, part, i, inside = re.fullmatch(
+        r"lora_unet_(down|up)_blocks_(\d)_(attentions|resnets|downsamplers|upsamplers)_(\d)_(.+)",
+        name,
+    ).groups()
+    block = 3 * int(x)
+    if part == "downsamplers":
+        return f"diffusion_model_input_blocks_{block + 3}_0_op"
+    if part == "upsamplers":
+        return f"diffusion_model_output_blocks_{block + 2}_{2 if block else 1}_conv"
+    n = block + int(i) + (1 if side == "down" else 0)
+    if part == "resnets":
+        inside = RESNET[inside].replace(".", "_")
+    half = {"down": "input", "up": "output"}[side]
+    return f"diffusion_model_{half}_blocks_{n}_{int(part == 'attentions')}_{inside}"
+
+
+@client(A1111)
+def test_a1111_finds_the_blocks_of_the_real_sd(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        model = diffusers.UNet2DConditionModel(cross_attention_dim=768)
+    layers = [
+        n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)
+    ]
+    theirs = {f"diffusion_model_{name.replace('.', '_')}" for name in sai(dict.fromkeys(layers))}
+    blocks = [n for n in layers if n.startswith(("down_blocks", "up_blocks"))]
+    found = {a1111_name(f"lora_unet_{name.replace('.', '_')}") for name in blocks}
+    assert found <= theirs
+    assert len(found) == len(blocks)
+
+
+@client(COMFYUI, "otherwise", what="a DoRA: divided by the lengths of the base's rows")
+@client(A1111, "otherwise", what="a DoRA: divided by the lengths of columns")
+@pytest.mark.client("diffusers", "otherwise", what="a DoRA of kohya's: its lengths are left out")
 @PEFT_WARNS
+def test_a_dora_is_read_otherwise_and_said(tmp_path):
+    pipe, file = pipeline(unet="sd"), tmp_path / "a.safetensors"
+    model = pipe.components["unet"]
+    path = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    inject(model, path, r=2, variant="dora")
+    torch.nn.init.normal_(model.get_submodule(path).lora_B)
+    with pytest.warns(LoRAInjectWarning, match=r"DoRA of rows .*ComfyUI .*A1111 .*diffusers"):
+        save_pipeline(pipe, file, format="kohya")
+    own = {key.partition(".")[2]: t for key, t in load_file(file).items()}
+    W, scale = weights(build("sd"))[path], own["dora_scale"]
+    V = W + update(own["lora_down.weight"], own["lora_up.weight"], own["alpha"].item())
+    ours = W + changes(build("sd"), copy.deepcopy(model))[path]
+    torch.testing.assert_close(V * scale / V.norm(dim=1, keepdim=True), ours)  # LyCORIS
+    assert not torch.allclose(V * scale / W.norm(dim=1, keepdim=True), ours, rtol=0.01)
+    assert not torch.allclose(V * scale / V.norm(dim=0, keepdim=True), ours, rtol=0.01)
+    theirs = diffusers_pipeline("SD 1.5")
+    theirs.load_lora_weights(str(file))
+    layer = theirs.unet.get_submodule(path)
+    torch.testing.assert_close(W + layer.get_delta_weight("default_0"), V)
+
+
+@PEFT_WARNS
+@pytest.mark.client("diffusers")
 @pytest.mark.parametrize("format", ["kohya", "diffusers"])
 @pytest.mark.parametrize("kind", ["SD 1.5", "SDXL"])
 def test_diffusers_reads_them_as_we_do(kind, format, tmp_path):
@@ -217,6 +319,7 @@ def diffusers_pipeline(kind):
 
 
 @PEFT_WARNS
+@pytest.mark.client("diffusers")
 def test_what_diffusers_saves_is_read_component_by_component(tmp_path):
     import peft
 
@@ -247,6 +350,7 @@ def test_what_diffusers_saves_is_read_component_by_component(tmp_path):
 
 
 @PEFT_WARNS
+@pytest.mark.client("diffusers")
 @pytest.mark.parametrize("style", ["kohya", "bfl"])
 def test_diffusers_divides_flux_as_we_do(style, tmp_path):
     """Its conversion knows the sizes of the real Flux alone: one block of each, without weights."""
@@ -312,6 +416,8 @@ def test_unequal_ranks_and_scalings_of_what_is_fused(tmp_path):
         torch.testing.assert_close(change, other[path])
 
 
+@client(COMFYUI)
+@client(KOHYAS, "otherwise", what="a LoKr of one part of a fused layer: it has no such name")
 def test_what_cannot_be_fused_is_written_by_parts_and_said(tmp_path):
     model, file = build("flux"), tmp_path / "a.safetensors"
     inject(model, ["transformer_blocks.0.attn.to_q", "x_embedder"], r=2, variant="lokr")
