@@ -12,7 +12,7 @@ import torch
 from helpers import PEFT_WARNS
 from image_models import build, changes, pipeline, update, weights
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lora_inject import (
     FormatError,
@@ -296,7 +296,11 @@ def test_diffusers_reads_them_as_we_do(kind, format, tmp_path):
     save_pipeline(pipe, path, format=format)
     theirs = diffusers_pipeline(kind)
     theirs.load_lora_weights(path if format == "diffusers" else str(path))
+    again = diffusers_pipeline(kind)
+    load_pipeline(again, path)
     for name, own in own_changes(pipe, like).items():
+        mine = lora_state_dict(getattr(again, name)), lora_state_dict(pipe.components[name])
+        assert all(torch.equal(mine[0][key], value) for key, value in mine[1].items())
         deltas = {
             layer: module.get_delta_weight("default_0")
             for layer, module in getattr(theirs, name).named_modules()
@@ -409,6 +413,12 @@ def test_unequal_ranks_and_scalings_of_what_is_fused(tmp_path):
     back = load(build("flux"), file)
     assert lora_state_dict(back).keys() == lora_state_dict(model).keys()
     assert back.transformer_blocks[0].attn.to_v.lora_A.shape == (3, 16)
+    with safe_open(file, "pt") as opened:  # another tool makes other factors, and copies the rest
+        metadata = opened.metadata()
+    tensors["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"] = torch.randn(48, 5)
+    save_file(tensors, tmp_path / "b.safetensors", metadata)
+    dense = load(build("flux"), tmp_path / "b.safetensors")
+    assert dense.transformer_blocks[0].attn.to_k.lora_A.shape == (5, 16)
     load(model, file)  # into the adapter that is there
     one, other = (changes(build("flux"), m) for m in (back, model))
     assert one.keys() == other.keys()

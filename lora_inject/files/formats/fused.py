@@ -52,11 +52,12 @@ def divided(
 
 def _kept(pair: PairData, sizes: Sequence[int], ranks: Sequence[int]) -> list[Tensor]:
     """Which ranks are each module's, as a mask."""
-    if ranks and sum(ranks) == pair.rank and len(ranks) == len(sizes):
+    used = torch.stack([block.any(0) for block in torch.split(pair.B, [*sizes])])
+    if len(ranks) == len(sizes) and sum(ranks) == pair.rank:
         whose = torch.arange(len(ranks)).repeat_interleave(torch.tensor([*ranks]))
-        return [whose == i for i in range(len(ranks))]
-    blocks = torch.split(pair.B, [*sizes])
-    used = torch.stack([block.any(0) for block in blocks])
+        said = torch.stack([whose == i for i in range(len(ranks))])
+        if not (used & ~said).any():  # else another tool has made other factors of it since
+            return [*said]
     mine = used | ~used.any(0)
     # Of a decomposed one the lengths say something without any rank too.
     return [row if row.any() or pair.variant == "lora" else ~row for row in mine]

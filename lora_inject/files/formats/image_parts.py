@@ -35,6 +35,11 @@ _ENDINGS = {
         for last, kind in (("down.weight", DOWN), ("up.weight", UP), ("alpha", ALPHA))
     },
 }
+_FRONTS = sorted(
+    [(f"{front}.", label, False) for front, label in DOTTED.items()]
+    + [(f"{front}_", label, True) for front, label in FLAT.items()],
+    key=lambda item: -len(item[0]),
+)
 _LONGEST_FIRST = sorted(_ENDINGS.items(), key=lambda item: -len(item[0]))
 
 
@@ -120,11 +125,10 @@ class ModelNames:
         """What a name of a file means."""
         if name in self._dotted:
             return Place("", "", tuple(self._dotted[name]))
-        for sign, fronts, table in ((".", DOTTED, self._dotted), ("_", FLAT, self._flat)):
-            for front in sorted(fronts, key=len, reverse=True):
-                if name.startswith(front + sign):
-                    found = table.get(name[len(front) + 1 :], ())
-                    return Place(fronts[front], front, tuple(found))
+        for front, label, is_flat in _FRONTS:
+            if name.startswith(front):
+                table = self._flat if is_flat else self._dotted
+                return Place(label, front[:-1], tuple(table.get(name.removeprefix(front), ())))
         return Place("", "", ())
 
     def choose(
