@@ -17,6 +17,7 @@ from lora_inject.core.checks import (
     require_injectable,
     require_module,
     require_one_owner,
+    require_shaped,
 )
 from lora_inject.core.choosing import Limits, Skip, choose
 from lora_inject.core.commit import commit
@@ -250,6 +251,7 @@ def plan_for(
         require_alive(sites)
         trained = in_place(look, [s.module for s in sites], request.bias, [*in_full.values()])
         held = Content(request.bias, in_full, trained)
+    require_shaped(look, held.in_place)
     require_one_owner(look, held.in_place)
     if held.use:
         require_free_places(look, request.adapter, held.in_place)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import dtype, nn
+from torch.nn.parameter import is_lazy
 
 from lora_inject.changes.statistics import is_held
 from lora_inject.core.drift import drift, sentences
@@ -147,7 +148,7 @@ def report_of(look: Look, optimizer: str = "adamw") -> Report:
         else:
             still += n
             for tensor in stored_tensors(parameter):
-                stands[tensor.dtype] += whole_numel(tensor) * tensor.element_size()
+                stands[tensor.dtype] += whole_numel(tensor) * tensor.dtype.itemsize
         if role not in ADAPTER_ROLES and can_train(parameter) and id(parameter) not in waiting:
             base[trainable_dtype(parameter)] += n
     return Report(
@@ -191,6 +192,9 @@ def _pattern_rows(look: Look) -> tuple[PatternRow, ...]:
 
 def _notes(look: Look, trains: bool) -> tuple[str, ...]:
     notes = [] if trains else ["No parameter trains."]
+    lazy = sum(map(is_lazy, look.parameters))
+    if lazy:
+        notes.append(f"{plural(lazy, 'parameter')} of lazy layers have no shape yet: not counted.")
     added = sum(each.trains for each in drift(look, "came"))
     if added:
         notes.append(
