@@ -18,6 +18,7 @@ from lora_inject.core.checks import (
     require_module,
     require_one_owner,
     require_shaped,
+    warn_of_adapters_of_peft,
 )
 from lora_inject.core.choosing import Limits, Skip, choose
 from lora_inject.core.commit import commit
@@ -108,10 +109,11 @@ class Plan(Shown):
         """
         self.look.require_unchanged()
         look = self.look.again()  # its tensors may be others by now
+        warn_of_adapters_of_peft(look)
         made = adaptation(look, self.sites, self.adapter, self.seed, self.content)
 
         def shown() -> Report:
-            return _with_notes(report_of(look.again()), self)
+            return _with_notes(report_of(look.again(), skipped=self.skipped), self)
 
         return commit(  # type: ignore[no-any-return]
             look, made.states, fresh=made.fresh, values=made.values, then=shown

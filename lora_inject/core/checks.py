@@ -9,12 +9,14 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
 from lora_inject.changes.statistics import has_statistics
+from lora_inject.compat.marks import peft_modules
 from lora_inject.core.look import Look
 from lora_inject.core.site import Site
 from lora_inject.core.state import adapters_of, state_of
-from lora_inject.errors import ArgumentError, LoRAInjectError, UnsupportedLayerError
+from lora_inject.errors import ArgumentError, LoRAInjectError, UnsupportedLayerError, warn
 from lora_inject.kinds.refusals import LAZY
 from lora_inject.own import Place, own_tensor
+from lora_inject.printing import plural
 from lora_inject.settings import BASE, BiasMode, Settings
 
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
@@ -49,6 +51,22 @@ def require_injectable(look: Look) -> None:
                     path=place.path,
                     remedy="Build or load the model outside of torch.inference_mode.",
                 )
+
+
+def warn_of_adapters_of_peft(look: Look) -> None:
+    """Warn of adapters that PEFT has put into the model and that an injection freezes."""
+    layers = {
+        look.index.path(layer): None
+        for layer in look.index.modules
+        for module in (m for own in peft_modules(layer) for m in look.index.below(own))
+        if any(p is not None and p.requires_grad for p in module._parameters.values())
+    }
+    if layers:
+        warn(
+            f"{plural(len(layers), 'layer')} carry adapters of PEFT, such as {next(iter(layers))}: "
+            "they are part of the base now, go on acting and train no more. To train them here, "
+            "let PEFT unload() them and load(model, their directory)."
+        )
 
 
 def require_extensible(look: Look, adapter: str, bias: BiasMode) -> None:

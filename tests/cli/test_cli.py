@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import signal
 import subprocess
 import sys
 
@@ -206,6 +207,24 @@ def test_inspect(adapter, capsys):
     ]  # fmt: skip
     assert shown["elements"] == 2 * (4 + 4) + 2 * (4 + 2)
     assert shown["pairs"][0]["norm"] == 0.0
+
+
+def test_output_that_nobody_reads_to_its_end_is_no_error(adapter):
+    command = [sys.executable, "-m", "lora_inject", "inspect", str(adapter)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()  # as head does when it has its lines
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() == 128 + signal.SIGPIPE
+
+
+def test_an_interrupt_is_one_line(monkeypatch, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lora_inject.cli.main.load_model", interrupted)
+    assert main(["plan", "anything"]) == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "lora-inject: interrupted\n"
 
 
 def test_convert_there_and_back(adapter, capsys, tmp_path):
