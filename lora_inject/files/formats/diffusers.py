@@ -33,6 +33,7 @@ TENSORS = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
 COMPONENTS = {"UNet": "unet", "TextModel": "text_encoder", "Transformer": "transformer"}
 _ALL_COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
+SUFFIXES = ()  # it is a directory
 
 
 def looks_like(path: Path) -> bool:
