@@ -1,4 +1,4 @@
-"""Quality on real data: MiniLM learns the VADER words, as in the demo, in every way, ours and PEFT's.
+"""Quality on real data: MiniLM learns the VADER words, as in the demo, in our ways and in PEFT's.
 
 ``measure`` trains, ``lines`` and ``chart`` show what it found, ``search`` chose the learning rates.
 """
