@@ -111,10 +111,15 @@ def batches(words: Words, generator: torch.Generator) -> Iterator[Words]:
 
 
 def steps(
-    model: nn.Module, words: Words, epochs: int, seed: int, lr: float = LEARNING_RATE
+    model: nn.Module,
+    words: Words,
+    epochs: int,
+    seed: int,
+    lr: float = LEARNING_RATE,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> Iterator[float]:
-    """Train what is trainable; yields the loss of every step once it is done."""
-    optimizer = torch.optim.AdamW(param_groups(model, lr=lr))
+    """Train what is trainable, with AdamW or another; yields each step's loss once it is done."""
+    optimizer = optimizer or torch.optim.AdamW(param_groups(model, lr=lr))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, total_steps=epochs * (len(words) // BATCH)
     )
