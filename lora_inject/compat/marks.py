@@ -43,6 +43,11 @@ def has_accelerate_hook(module: nn.Module) -> bool:
     return "_hf_hook" in module.__dict__
 
 
+def never_rescales(module: nn.Module) -> bool:
+    """Whether a model of transformers has code that rescales weights, and does not use it: RWKV."""
+    return getattr(getattr(module, "config", None), "rescale_every", None) == 0
+
+
 def is_known_linear(cls: type[nn.Module]) -> bool:
     """Whether the forward of a Linear class is that of a library of quantized layers."""
     owner = next((base for base in cls.__mro__ if "forward" in vars(base)), cls)

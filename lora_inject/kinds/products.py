@@ -60,7 +60,9 @@ def _factors(cls: type[nn.Module]) -> frozenset[str]:
 def _multiplied(code: CodeType) -> Iterator[str]:
     own, product, of_self = set[str](), False, False
     for step in dis.get_instructions(code):
-        value = step.argval[-1] if isinstance(step.argval, tuple) else step.argval
+        value = step.argval
+        if isinstance(value, tuple) and step.opname.startswith("LOAD_FAST"):
+            value = value[-1]  # two variables at once
         if step.opname == "LOAD_ATTR" and of_self:
             own.add(str(value))
         product |= value in _PRODUCTS if isinstance(value, str) else False
