@@ -149,6 +149,14 @@ class PairData:
         return {**{role: tensor.contiguous() for role, tensor in own.items()}, **self.others}
 
     @property
+    def is_untrained(self) -> bool:
+        """Whether it changes nothing, since a factor is zero or the start is there still."""
+        own = self.tensors
+        if self.start:
+            return all(torch.equal(own[role], own[f"{role}0"]) for role in ("A", "B"))
+        return not all(tensor.any() for tensor in own.values())
+
+    @property
     def known_alpha(self) -> float:
         """Alpha.
 

@@ -62,6 +62,8 @@ from lora_inject.files.formats.storage import (
     write_tensors,
 )
 
+SUFFIXES = ()  # it is a directory
+
 
 def looks_like(path: Path) -> bool:
     """Whether it is a directory as PEFT writes it, or the file of tensors in one."""
