@@ -12,7 +12,7 @@ from lora_inject.core.look import Look
 from lora_inject.core.roles import ADAPTER_ROLES, ROLES, roles
 from lora_inject.kinds.bias import is_bias
 from lora_inject.own import own_tensor
-from lora_inject.printing import Section, Shown, Tables, count, plural
+from lora_inject.printing import STILL, TRAINS, Section, Shown, Tables, count, plural
 from lora_inject.report.bytes import (
     can_train,
     frozen_bytes,
@@ -28,7 +28,7 @@ from lora_inject.sharding import whole_numel
 _OF_VARIANTS = frozenset(ADAPTER_ROLES) - {"lora_A", "lora_B"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report(Shown):
     """Trainable parameters and training memory of a model; ``print`` shows it as a table.
 
@@ -99,7 +99,10 @@ class Report(Shown):
     def _tables(self) -> Tables:
         parts = [(name, count(n)) for name, n in self.split.items() if n]
         trains = Section(
-            self.line, ("trains", ">parameters"), [*parts, ("frozen", count(self.frozen))]
+            self.line,
+            ("trains", ">parameters"),
+            [*parts, ("frozen", count(self.frozen))],
+            styles=[*[TRAINS] * len(parts), STILL],
         )
         chosen = patterns_section(self.patterns)
         memory = memory_section(self.memory)
