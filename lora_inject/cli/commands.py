@@ -126,7 +126,7 @@ def _from_config(path: Path) -> nn.Module:
     except ImportError as error:
         raise ArgumentError(
             "MODEL: reading a config needs transformers.",
-            remedy='Install it: pip install "lora_inject[demo]".',
+            remedy="Install it: pip install transformers.",
         ) from error
     try:
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)

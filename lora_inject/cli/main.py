@@ -5,6 +5,8 @@ in the options are answered without torch.
 """
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -22,6 +24,7 @@ FORMATS = ("peft", "loralib", "kohya", "diffusers")
 OPTIMIZERS = (
     "adamw", "adam", "nadam", "radam", "adamax", "rmsprop", "adagrad", "sgd-momentum", "sgd",
 )  # fmt: skip
+_BROKEN_PIPE = 128 + 13  # SIGPIPE, which is no name of Windows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,6 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
         sys.stdout.flush()
+    except BrokenPipeError:  # who reads has seen enough (| head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more
+        return _BROKEN_PIPE
+    except KeyboardInterrupt:
+        print("lora-inject: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (LoRAInjectError, OSError) as error:
         print(f"lora-inject: error: {' '.join(str(error).split())[:1000]}", file=sys.stderr)
         return 2
