@@ -48,7 +48,7 @@ from lora_inject.starts import Function, Start
 from lora_inject.variants import Variant
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan(Shown):
     """What ``inject`` would do to a model; ``print`` shows it as a table, ``apply`` does it.
 

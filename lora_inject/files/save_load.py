@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from lora_inject.files import cautions, left_out
 from lora_inject.files.as_new import put_in
 from lora_inject.files.formats import named_format, read_adapter, read_state
 from lora_inject.files.formats.data import AdapterData
+from lora_inject.files.formats.storage import as_path
 from lora_inject.files.layout import Layout
 from lora_inject.files.portable import PortableReport
 from lora_inject.files.portable import portable as as_plain_lora
@@ -71,7 +72,7 @@ def save(
             adapter was replaced since.
     """
     named_format(format, "format")
-    file, stored = _path(path), Stored(model, adapter)
+    file, stored = as_path(path), Stored(model, adapter)
     whole = data = stored.data()
     report = None
     if portable:
@@ -155,18 +156,11 @@ def load(
         elif config is not None:
             raise ArgumentError("config goes with tensors; a file has its own.")
         else:
-            data = read_adapter(_path(path), format, look.index, alpha)
+            data = read_adapter(as_path(path), format, look.index, alpha)
         _load(look, data, adapter, dtype, other_base)
         if not trainable:
             freeze_adapter(model, adapter)
     return model
-
-
-def _path(path: Any) -> Path:
-    try:
-        return Path(fspath(path))
-    except TypeError as error:
-        raise ArgumentError(f"path must be a path, not {path!r}.") from error
 
 
 def _load(
