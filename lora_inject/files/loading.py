@@ -7,7 +7,7 @@ import torch
 from lora_inject.changes.edits import run, undo
 from lora_inject.core.look import Look
 from lora_inject.core.removal import remove_adapters
-from lora_inject.files import left_out
+from lora_inject.files import cautions, left_out
 from lora_inject.files.as_new import plan_to_put_in
 from lora_inject.files.formats.data import AdapterData
 from lora_inject.files.layout import Layout
@@ -61,6 +61,8 @@ class Loading:
 
     def warn(self) -> None:
         """Say what its user needs to know, once it is in."""
+        if self.look.used and self.adapter not in self.look.known:
+            cautions.warn_of_unused(self.look, self.adapter)
         left_out.warn_of_missing_others(self.data, self.look, self.adapter)
 
     def undo(self) -> None:

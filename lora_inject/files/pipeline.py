@@ -12,12 +12,12 @@ from torch import nn
 from lora_inject.core.drift import require_nothing_gone
 from lora_inject.core.look import Look
 from lora_inject.errors import ArgumentError, FormatError
-from lora_inject.files import left_out
+from lora_inject.files import cautions, left_out
 from lora_inject.files.formats import FORMATS, find_format, named_format
 from lora_inject.files.formats.data import AdapterData
 from lora_inject.files.formats.image_names import COMPONENTS
+from lora_inject.files.formats.storage import as_path
 from lora_inject.files.loading import Loading
-from lora_inject.files.save_load import as_path
 from lora_inject.files.stored import Stored
 from lora_inject.files.token_rows import warn_of_unsaved_rows
 from lora_inject.settings import check_adapter, check_alpha
@@ -73,11 +73,14 @@ def save_pipeline(
             )
         data = replace(own.data(), component=name, encoders=encoders)
         require_nothing_gone(own.look, own.name)
+        cautions.warn_of_untrained(data, own.name)
         left_out.warn_of_left_out(own.look, "the file")
         warn_of_unsaved_rows(own.look, own.paths, data.tensors)
         left_out.warn_of_unsaid_others(data, own.name, format)
         parts.append(data)
-    write = partial(writer.write_all, parts, as_path(path))
+    file = as_path(path)
+    cautions.warn_of_directory(file, format)
+    write = partial(writer.write_all, parts, file)
     if any(is_distributed(t) for own in stored.values() for t in own.tensors().values()):
         on_first_rank(write)
     else:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from lora_inject.core.drift import require_nothing_gone
 from lora_inject.core.look import Look
 from lora_inject.errors import ArgumentError
-from lora_inject.files import left_out
+from lora_inject.files import cautions, left_out
 from lora_inject.files.formats import named_format, read_adapter, read_state
 from lora_inject.files.formats.data import AdapterData
+from lora_inject.files.formats.storage import as_path
 from lora_inject.files.loading import Loading
 from lora_inject.files.portable import PortableReport
 from lora_inject.files.portable import portable as as_plain_lora
@@ -72,7 +73,8 @@ def save(
     """
     named_format(format, "format")
     file, stored = as_path(path), Stored(model, adapter)
-    data, report = stored.data(), None
+    whole = data = stored.data()
+    report = None
     if portable:
         data, report = as_plain_lora(
             stored, data, None if r is None else check_count(r, "r"), error
@@ -80,6 +82,8 @@ def save(
     elif r is not None or error:
         raise ArgumentError("r and error are for portable=True.")
     require_nothing_gone(stored.look, stored.name)
+    cautions.warn_of_directory(file, format)
+    cautions.warn_of_untrained(whole, stored.name)
     left_out.warn_of_left_out(stored.look, "the file")
     write(stored, data, file, format)
     return report
@@ -162,15 +166,3 @@ def load(
         if not trainable:
             freeze_adapter(model, adapter)
     return model
-
-
-def as_path(path: Any) -> Path:
-    """A path as it was given.
-
-    Raises:
-        ArgumentError: it is none.
-    """
-    try:
-        return Path(fspath(path))
-    except TypeError as error:
-        raise ArgumentError(f"path must be a path, not {path!r}.") from error

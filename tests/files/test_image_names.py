@@ -173,7 +173,7 @@ def with_clients(style):
     return pytest.param(style, marks=marks)
 
 
-@pytest.mark.parametrize("style", map(with_clients, STYLES))
+@pytest.mark.parametrize("style", [with_clients(style) for style in STYLES])
 def test_a_file_adds_what_its_tool_adds(style, tmp_path):
     name, tensors, expected = of_style(style)
     save_tensors(tensors, tmp_path / "a.safetensors")

@@ -34,6 +34,7 @@ from lora_inject.files.formats.storage import (
 
 TENSORS = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
+SUFFIXES = ()  # it is a directory
 
 
 def looks_like(path: Path) -> bool:
@@ -62,7 +63,7 @@ def read(
     if not owners:  # as diffusers' first files were, or kohya's in a directory
         return kohya.from_tensors(tensors, metadata, path, index, alpha, component)
     if index is None:
-        front = _only_front(owners, path)
+        front = _only_front(owners, metadata, path)
         own = {_without(key, front): t for key, t in tensors.items() if _is_under(key, front)}
         said = _said(metadata, front, path)
         return _from_tensors(*said, own, path, None, alpha)
@@ -101,11 +102,15 @@ def _from_tensors(
     """What the tensors of one component say, by keys without its prefix."""
     alphas = {key: own.pop(key) for key in list(own) if key.endswith(".alpha")}
     if not config:
-        ranks = {_owner(key): t.shape[1] for key, t in own.items() if ".lora_B" in key}
+        if wrong := [key for key, value in alphas.items() if value.numel() != 1]:
+            raise FormatError(f"{path}: {wrong[0]} must be one number.")
         given = {_owner(key): float(value) for key, value in alphas.items()}
+        # Of what has no such dimension, the reader of pairs tells.
+        ranks = {_owner(key): (*t.shape, 0, 0)[1] for key, t in own.items() if ".lora_B" in key}
         scale = {name: given.get(name, r if alpha is None else alpha) for name, r in ranks.items()}
         config = {"peft_type": "LORA", "lora_alpha": 1, **_each(ranks, scale)}
-    return peft.from_tensors(config, own, metadata, path, index, alpha)
+    data = peft.from_tensors(config, own, metadata, path, index, alpha)
+    return replace(data, facts={**data.facts, "format": "diffusers"})
 
 
 def _each(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
@@ -244,13 +249,18 @@ def _own_metadata_of(component: str) -> str:
     return f"{OWN_METADATA}.{component}" if component else OWN_METADATA
 
 
-def _only_front(owners: Iterable[str], path: Path) -> str:
+def _only_front(owners: Iterable[str], metadata: Mapping[str, str], path: Path) -> str:
     """The only component in a file.
+
+    A model may call a module of its own as a pipeline calls a component (GPT-2 has a
+    ``transformer``): in the keys of a config there are no modules.
 
     Raises:
         FormatError: there are several.
     """
-    fronts = {next((f for f in DOTTED if _is_under(name, f)), "") for name in owners}
+    config = parse_json(metadata.get(METADATA, "{}"), f"the metadata of {path}")
+    able = [f for f in DOTTED if not config or any(_is_under(key, f) for key in config)]
+    fronts = {next((f for f in able if _is_under(name, f)), "") for name in owners}
     if len(fronts) > 1:
         raise FormatError(
             f"{path} holds several components, {sorted(fronts)}, and which is meant is open."

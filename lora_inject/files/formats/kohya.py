@@ -53,6 +53,7 @@ from lora_inject.files.formats.storage import (
 from lora_inject.kinds.base import Form
 from lora_inject.printing import plural
 
+SUFFIXES = (".safetensors",)  # of its files
 METADATA = "lora_inject"  # the ranks of what is fused, by its name
 
 
@@ -63,7 +64,7 @@ def module_key(prefix: str, path: str) -> str:
 
 def looks_like(path: Path) -> bool:
     """Whether it is a single safetensors file."""
-    return path.is_file() and path.suffix == ".safetensors"
+    return path.is_file() and path.suffix in SUFFIXES
 
 
 def read(
@@ -188,7 +189,7 @@ def to_state(data: AdapterData) -> AdapterState:
             raise FormatError(f"{pair.name}: another module has the same flattened name, {name}.")
         tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in _tensors(pair).items()}
         fused |= {name: ranks} if len(ranks) > 1 else {}
-    if any(pair.variant == "dora" for pair in data.pairs):
+    if any(pair.variant.startswith("dora") for pair in data.pairs):
         warn(
             "LyCORIS alone computes a DoRA of rows as it was trained: ComfyUI divides by the "
             "lengths of the base's rows, A1111 by those of columns, and diffusers leaves them out. "
@@ -251,15 +252,13 @@ def _tensors(pair: PairData) -> dict[str, Tensor]:
     if lycoris.is_whole(pair):  # which is added as it is, whatever alpha
         B = (pair.B.double() * pair.scaling).to(pair.B.dtype) if pair.scaling != 1 else pair.B
         pair = replace(pair, B=B, alpha=float(pair.rank), rule="lora")
-    alpha = {"alpha": torch.tensor(pair.scaling * pair.rank)}
-    if pair.variant in ("loha", "lokr"):
-        return {**lycoris.tensors_of(pair), **alpha}
-    own = {DOWN: pair.A, UP: pair.B, **alpha}
+    own = {"alpha": torch.tensor(pair.scaling * pair.rank)}
+    own |= lycoris.tensors_of(pair) if lycoris.algorithm(pair) else {DOWN: pair.A, UP: pair.B}
+    if pair.variant in ("dora", "dora_loha", "dora_lokr"):
+        return {**own, SCALE: lycoris.scale_of(pair)}
     if pair.variant == "tucker":
         return {**own, MID: pair.others["mid"]}
-    if pair.variant == "dora":
-        return {**own, SCALE: lycoris.scale_of(pair)}
-    if pair.variant != "lora":
+    if pair.variant not in ("lora", "loha", "lokr"):
         raise FormatError(
             f"{pair.name} is a {pair.variant}, which kohya's format is not written with.",
             remedy="torch.save(lora_state_dict(model), ...) keeps it for load_lora_state_dict.",
@@ -295,11 +294,10 @@ def _pair(path: str, own: Mapping[str, Tensor], alpha: float | None, where: Path
     else:
         raise FormatError(f"{where}: {path} has only {sorted(rest)} of what makes an adapter.")
     if scale is not None:
-        if pair.variant != "lora":
+        if pair.variant == "tucker":
             raise FormatError(
-                f"{where}: {path} is a DoRA of a {pair.variant}, which is not supported.",
+                f"{where}: {path} is a DoRA of a tucker, which is not supported.",
                 remedy="Merge it where it was made.",
             )
-        variant, others = lycoris.with_magnitude(pair, scale, where)
-        pair = replace(pair, variant=variant, others=others)
+        pair = lycoris.with_magnitude(pair, scale, where)
     return pair if pair.alpha is not None else replace(pair, alpha=float(pair.rank))
