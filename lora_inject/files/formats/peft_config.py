@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import math
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -223,7 +223,7 @@ class Scalings:
         r, alpha = self.rank_of(path), self.alphas.find(path, self.alpha)
         if isinstance(alpha, bool) or not isinstance(alpha, int | float):
             raise FormatError(f"{self.path}: the alpha of {path} is {alpha!r}, which is no number.")
-        if not math.isfinite(alpha) or alpha == 0:
+        if not 0 < abs(alpha) <= sys.float_info.max:
             raise FormatError(f"{self.path}: the alpha of {path} is {alpha!r}.")
         if r != A_rank:
             raise FormatError(
