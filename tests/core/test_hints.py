@@ -65,14 +65,12 @@ def test_train_also_that_matches_nothing_names_candidates():
 def test_swapped_arguments(tmp_path):
     model = llama()
     inject(model, "q_proj", r=2)
-    with pytest.raises(
-        ArgumentError, match="path must be a path, not a LlamaForCausalLM. The model"
-    ):
+    with pytest.raises(ArgumentError, match=r"not a LlamaForCausalLM\. The model comes first"):
         save(tmp_path, model)
-    with pytest.raises(ArgumentError, match="not a str. The model comes first"):
+    with pytest.raises(ArgumentError, match=r"not a str\. The model comes first"):
         load(str(tmp_path), model)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ArgumentError, match="model must be an nn.Module, not a int"):
+    with pytest.raises(ArgumentError, match=r"model must be an nn\.Module, not a int"):
         save(5, tmp_path)
 
 
