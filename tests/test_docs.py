@@ -190,3 +190,10 @@ def test_public_docstrings_name_every_argument(function):
 
 def test_every_module_says_its_job():
     assert all(module.__doc__ and module.__doc__.strip() for module in MODULES)
+
+
+def test_the_tests_that_reports_name_are_there():
+    tests = Path(__file__).parent
+    there = "\n".join(file.read_text(encoding="utf-8") for file in tests.rglob("test_*.py"))
+    for name in re.findall(r"`(test_\w+)(?:\.\.\.)?`", (tests / "README.md").read_text("utf-8")):
+        assert f"def {name}" in there
