@@ -131,9 +131,7 @@ def test_resuming_without_inject_says_what_to_do_and_after_it_goes_on(tmp_path):
     trainer(adapted(), tmp_path).train()
     checkpoint = str(tmp_path / "checkpoint-3")
     model = llama()
-    with pytest.raises(
-        LoRAInjectError, match=r"model has none\. Call inject with the arguments of"
-    ):
+    with pytest.raises(LoRAInjectError, match=r"has none\. Call inject with the arguments of"):
         trainer(model, tmp_path).train(resume_from_checkpoint=checkpoint)
     model.load_state_dict(model.state_dict())
 
