@@ -1,6 +1,7 @@
 """``python -m benchmarks [ROW ...]``: measure, and write RESULTS.md, results.json and the chart.
 
-``python -m benchmarks gpu`` measures on a GPU (see ``benchmarks/gpu.py``).
+``python -m benchmarks gpu`` measures on a GPU (see ``benchmarks/gpu.py``), and
+``python -m benchmarks commands [tests]`` how long the README's commands take.
 """
 
 import argparse
@@ -11,6 +12,7 @@ from rich.progress import track
 from benchmarks import (  # noqa: F401 (they register their rows)
     adapters,
     arithmetic,
+    commands,
     compiled,
     control_plane,
     experts,
@@ -23,13 +25,20 @@ from benchmarks import (  # noqa: F401 (they register their rows)
 )
 from benchmarks.harness import REGISTRY, Result, as_section, write
 
-SECTIONS = {"gpu": gpu.lines, "quality": quality.lines}  # of RESULTS.md, after the CPU's
+SECTIONS = {  # of RESULTS.md, after the CPU's
+    "gpu": gpu.lines,
+    "quality": quality.lines,
+    "commands": commands.lines,
+}
 
 
 def main() -> None:
-    """Run rows on the CPU, the rows for a GPU, or the quality benchmark."""
+    """Run rows on the CPU, the rows for a GPU, the quality benchmark, or the commands."""
     if sys.argv[1:2] == ["gpu"]:
         gpu.main(sys.argv[2:], publish=lambda found: write("gpu", found, SECTIONS))
+        return
+    if sys.argv[1:2] == ["commands"]:
+        write("commands", commands.main(sys.argv[2:]), SECTIONS)
         return
     options = _options()
     if options.rows == ["quality"]:
