@@ -60,7 +60,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
         "rows", nargs="*", metavar="ROW",
-        help="gpu, quality (6 minutes), or some of those that are the default: "
+        help="gpu, quality (20 minutes), or some of those that are the default: "
         + ", ".join(REGISTRY),
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="3 rounds, and nothing is written")
