@@ -1,6 +1,7 @@
 """``python -m benchmarks [ROW ...]``: measure, and write RESULTS.md, results.json and the chart.
 
-``python -m benchmarks gpu`` measures on a GPU (see ``benchmarks/gpu.py``).
+``python -m benchmarks gpu`` measures on a GPU (see ``benchmarks/gpu.py``), and ``zoo`` adapts every
+class of transformers (see ``benchmarks/zoo``).
 """
 
 import argparse
@@ -22,14 +23,23 @@ from benchmarks import (  # noqa: F401 (they register their rows)
     variants,
 )
 from benchmarks.harness import REGISTRY, Result, as_section, write
+from benchmarks.zoo import command as zoo
 
-SECTIONS = {"gpu": gpu.lines, "quality": quality.lines}  # of RESULTS.md, after the CPU's
+SECTIONS = {
+    "gpu": gpu.lines,
+    "quality": quality.lines,
+    "zoo": zoo.lines,
+}  # of RESULTS.md, after the CPU's
 
 
 def main() -> None:
     """Run rows on the CPU, the rows for a GPU, or the quality benchmark."""
     if sys.argv[1:2] == ["gpu"]:
         gpu.main(sys.argv[2:], publish=lambda found: write("gpu", found, SECTIONS))
+        return
+    if sys.argv[1:2] == ["zoo"]:
+        if found := zoo.main(sys.argv[2:]):
+            write("zoo", found, SECTIONS)
         return
     options = _options()
     if options.rows == ["quality"]:
@@ -51,7 +61,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
         "rows", nargs="*", metavar="ROW",
-        help="gpu, quality (6 minutes), or some of those that are the default: "
+        help="gpu, zoo (an hour), quality (6 minutes), or some of those that are the default: "
         + ", ".join(REGISTRY),
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="3 rounds, and nothing is written")
