@@ -33,12 +33,19 @@ class Place(NamedTuple):
     pair: Pair
 
     @property
-    def weight(self) -> nn.Parameter:
-        """The weight that it is for."""
-        return self.layer.get_parameter(self.pair.spec.weight)
+    def is_computed(self) -> bool:
+        """Whether its weight is normed, say, so that nothing can be added to it by hand."""
+        return self.pair.spec.weight not in self.layer._parameters
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that it is for; of one that is computed a tensor that it is computed from."""
+        return self.adapter.kind.weight(self.layer, self.pair.spec.weight)
 
     def update(self) -> Tensor:
-        """S B A, in the shape of the weight."""
+        """The update s B A in the shape of the weight; nothing for one that is computed."""
+        if self.is_computed:
+            return torch.zeros_like(self.weight)
         A, B = (tensor.detach() for tensor in self.pair.tensors(self.layer).values())
         kind, spec = self.adapter.kind, self.pair.spec
         return self.adapter.settings.scaling * kind.update(self.layer, self.weight, spec, A, B)
@@ -148,10 +155,15 @@ def _places(model: nn.Module) -> list[Place]:
 
 
 def _randomize(places: list[Place]) -> None:
-    """Give A and B values with which each changes its weight by about a tenth."""
+    """Give A and B values with which each changes its weight by about a tenth.
+
+    Those on computed weights stay as they start, and add nothing.
+    """
     torch.manual_seed(2)
     with torch.no_grad():
         for place in places:
+            if place.is_computed:
+                continue
             for tensor in place.pair.tensors(place.layer).values():
                 tensor.normal_()
             ratio = 0.1 * place.weight.norm() / place.update().norm().clamp_min(1e-9)
@@ -218,11 +230,11 @@ def _judged(
     place: Place, own: list[Tensor | None], G: Tensor | None, D: Tensor, least: float
 ) -> str:
     """Whether the gradients of A and B are those that the gradient G of W + D makes."""
-    if G is None or G.norm() * D.norm() <= least:
+    if G is None or not G.any() or (D.any() and G.norm() * D.norm() <= least):
         return "idle"
     alive = [tensor for tensor in own if tensor is not None and tensor.any()]
-    if not alive:
-        return "dead"
+    if not alive or place.is_computed:
+        return "right" if alive else "dead"
     # For A and for B alike, what they are times their gradient is D times that of the weight.
     wanted, size = (G * D).sum(), G.norm() * D.norm()
     for tensor, gradient in zip(place.pair.tensors(place.layer).values(), own, strict=True):
