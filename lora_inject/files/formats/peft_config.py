@@ -152,7 +152,7 @@ def own_metadata(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     lists = ("targets", "train_also", "padding", "names", "beside")
     wrong = [key for key in lists if not _is_names(own.get(key, []))]
     wrong += ["dtype"] if own.get("dtype", "") not in ("", "base") else []
-    maps = ("base", "rows", "parts", "dropout", "fixed", "drops")
+    maps = ("base", "rows", "untouched", "parts", "dropout", "fixed", "drops")
     wrong += [key for key in maps if not isinstance(own.get(key, {}), dict)]
     if not wrong and not set(own.get("fixed", {}).values()) <= set(FIXED):
         wrong.append("fixed")
