@@ -256,6 +256,19 @@ def test_braces_name_exactly_the_numbers(numbers):
     assert read == numbers
 
 
+def test_the_flags_of_a_compiled_expression_count():
+    model = tree("é", "a", "b\nc")
+    assert paths(model, re.compile(r"\w")) == ["é", "a"]
+    assert paths(model, re.compile(r"\w", re.A)) == ["a"]
+    assert paths(model, re.compile("b.c", re.S)) == ["b\nc"]
+    assert paths(model, re.compile("b$\nc", re.M)) == ["b\nc"]
+
+
+def test_blocks_lie_anywhere_in_a_model():
+    model = nn.ModuleDict({"net": nn.ModuleDict({"body": Net()})})
+    assert paths(model, "q_proj", layers=-1) == ["net.body.layers.1.q_proj"]
+
+
 def test_one_number_stands_alone_in_braces():
     assert braces({5}) == "{5}"
     assert braces({5, 6, 8}) == "{5..6,8}"
