@@ -17,7 +17,7 @@ from lora_inject.core.site import Site
 from lora_inject.errors import ArgumentError, UnsupportedLayerError
 from lora_inject.own import own_tensor
 from lora_inject.plan import plan_for
-from lora_inject.printing import Section, Shown, Tables
+from lora_inject.printing import REFUSED, Section, Shown, Tables
 from lora_inject.settings import check_adapter, check_dtype, check_layers, check_word
 from lora_inject.sharding import is_partial
 from lora_inject.variants import Spec
@@ -38,7 +38,7 @@ class ExtractedWeight(NamedTuple):
     lost: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ExtractReport(Shown):
     """What ``extract`` found, weight by weight; ``print`` shows it as a table.
 
@@ -57,10 +57,12 @@ class ExtractReport(Shown):
 
     def _tables(self) -> Tables:
         rows = [(weight.path, str(weight.r), f"{weight.lost:.2%}") for weight in self.weights]
-        sections = [Section(f"Extracted {len(rows)} weights", ("weight", ">r", ">lost"), rows)]
+        sections = [Section(f"Extracted {len(rows)} weights", ("~weight", ">r", ">lost"), rows)]
         if self.others:
             title = f"Differ too and are not in the adapter: {len(self.others)}"
-            sections.append(Section(title, ("",), [(name,) for name in self.others]))
+            sections.append(
+                Section(title, (), (), notes=self.others, styles=[REFUSED] * len(self.others))
+            )
         return Tables(sections)
 
 

@@ -108,6 +108,18 @@ def is_encoder_decoder(module: nn.Module) -> bool:
     return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
 
 
+def peft_modules(module: nn.Module) -> list[nn.Module]:
+    """The modules that hold the tensors of PEFT's adapters on a layer of PEFT; else none."""
+    names = _attribute(module, "adapter_layer_names")
+    own = [module._modules.get(name) for name in names] if isinstance(names, tuple) else []
+    return [child for child in own if child is not None]
+
+
+def came_from_checkpoint(parameter: nn.Parameter) -> bool:
+    """Whether transformers has loaded a parameter, and not made it anew; no of one of another's."""
+    return bool(getattr(parameter, "_is_hf_initialized", False))
+
+
 def rows_of_checkpoint(module: nn.Module) -> int | None:
     """How many tokens the checkpoint has that a model of transformers was loaded from.
 

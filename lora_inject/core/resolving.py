@@ -21,7 +21,7 @@ from lora_inject.errors import ArgumentError, UnsupportedLayerError
 from lora_inject.kinds import Kind, Spec
 from lora_inject.kinds.base import Way, is_packed, is_plain
 from lora_inject.kinds.parameter import ParameterKind, layout_of
-from lora_inject.kinds.refusals import general_refusal, weight_refusal
+from lora_inject.kinds.refusals import general_refusal, lazy_refusal, weight_refusal
 from lora_inject.own import own_class
 from lora_inject.settings import Parts, Settings
 from lora_inject.sharding import is_distributed, is_placeholder, whole_numel
@@ -46,6 +46,8 @@ class Resolver:
 
     def resolve(self, target: Target, pattern: Pattern) -> Site | Refusal:
         """The site that the target is for this pattern, or why it cannot be one."""
+        if lazy := lazy_refusal(target.module):
+            return Refusal(lazy)
         module, settings = target.module, self._settings(target, pattern)
         if module in self.limits.in_full:
             return Refusal(

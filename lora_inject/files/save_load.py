@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from lora_inject.core.drift import require_nothing_gone
 from lora_inject.core.look import Look
 from lora_inject.errors import ArgumentError
-from lora_inject.files import left_out
+from lora_inject.files import cautions, left_out
 from lora_inject.files.as_new import put_in
 from lora_inject.files.formats import named_format, read_adapter, read_state
 from lora_inject.files.formats.data import AdapterData
+from lora_inject.files.formats.storage import as_path
 from lora_inject.files.layout import Layout
 from lora_inject.files.portable import PortableReport
 from lora_inject.files.portable import portable as as_plain_lora
@@ -71,8 +72,9 @@ def save(
             adapter was replaced since, or something was thawed or came since and trains.
     """
     named_format(format, "format")
-    file, stored = _path(path), Stored(model, adapter)
-    data, report = stored.data(), None
+    file, stored = as_path(path), Stored(model, adapter)
+    whole = data = stored.data()
+    report = None
     if portable:
         data, report = as_plain_lora(
             stored, data, None if r is None else check_count(r, "r"), error
@@ -81,6 +83,8 @@ def save(
         raise ArgumentError("r and error are for portable=True.")
     require_nothing_gone(stored.look, stored.name)
     left_out.require_nothing_left_out(stored.look, "the file")
+    cautions.warn_of_directory(file, format)
+    cautions.warn_of_untrained(whole, stored.name)
     write(stored, data, file, format)
     return report
 
@@ -152,18 +156,11 @@ def load(
         elif config is not None:
             raise ArgumentError("config goes with tensors; a file has its own.")
         else:
-            data = read_adapter(_path(path), format, look.index, alpha)
+            data = read_adapter(as_path(path), format, look.index, alpha)
         _load(look, data, adapter, dtype, other_base)
         if not trainable:
             freeze_adapter(model, adapter)
     return model
-
-
-def _path(path: Any) -> Path:
-    try:
-        return Path(fspath(path))
-    except TypeError as error:
-        raise ArgumentError(f"path must be a path, not {path!r}.") from error
 
 
 def _load(
@@ -185,4 +182,6 @@ def _load(
         stored.fill({**wanted.tensors, **pairs}, wanted.scalings)
     else:
         put_in(wanted, adapter, dtype, use=not look.used)
+        if look.used:
+            cautions.warn_of_unused(look, adapter)
     left_out.warn_of_missing_others(data, look, adapter)

@@ -34,8 +34,9 @@ PREFIXES = {
     "": "lycoris",
 }
 _ALL_PREFIXES = ("lora_unet", "lora_te1", "lora_te2", "lora_te", "lora_transformer", "lycoris")
+SUFFIXES = (".safetensors",)  # of its files
 _DOWN, _UP, _MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
-_SUFFIXES = (_DOWN, _UP, _MID, "alpha", "dora_scale", *lycoris.KEYS)
+_LAST = (_DOWN, _UP, _MID, "alpha", "dora_scale", *lycoris.KEYS)
 
 
 def module_key(prefix: str, path: str) -> str:
@@ -45,7 +46,7 @@ def module_key(prefix: str, path: str) -> str:
 
 def looks_like(path: Path) -> bool:
     """Whether it is a single safetensors file."""
-    return path.is_file() and path.suffix == ".safetensors"
+    return path.is_file() and path.suffix in SUFFIXES
 
 
 def read(path: Path, index: Index | None = None, alpha: float | None = None) -> AdapterData:
@@ -82,7 +83,7 @@ def _from_tensors(
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, suffix = key.partition(".")
-        if suffix not in _SUFFIXES:
+        if suffix not in _LAST:
             raise FormatError(f"{path}: the tensor {key} is of no kind that is supported.")
         layers.setdefault(name, {})[suffix] = tensor
     names = {name: [name] for name in layers} if index is None else _names(index)
@@ -158,15 +159,13 @@ def _tensors(pair: PairData) -> dict[str, Tensor]:
     if lycoris.is_whole(pair):  # which is added as it is, whatever alpha
         B = (pair.B.double() * pair.scaling).to(pair.B.dtype) if pair.scaling != 1 else pair.B
         pair = replace(pair, B=B, alpha=float(pair.rank), rule="lora")
-    alpha = {"alpha": torch.tensor(pair.scaling * pair.rank)}
-    if pair.variant in ("loha", "lokr"):
-        return {**lycoris.tensors_of(pair), **alpha}
-    own = {_DOWN: pair.A, _UP: pair.B, **alpha}
+    own = {"alpha": torch.tensor(pair.scaling * pair.rank)}
+    own |= lycoris.tensors_of(pair) if lycoris.algorithm(pair) else {_DOWN: pair.A, _UP: pair.B}
+    if pair.variant in ("dora", "dora_loha", "dora_lokr"):
+        return {**own, "dora_scale": lycoris.scale_of(pair)}
     if pair.variant == "tucker":
         return {**own, _MID: pair.others["mid"]}
-    if pair.variant == "dora":
-        return {**own, "dora_scale": lycoris.scale_of(pair)}
-    if pair.variant != "lora":
+    if pair.variant not in ("lora", "loha", "lokr"):
         raise FormatError(
             f"{pair.name} is a {pair.variant}, which kohya's format is not written with.",
             remedy="torch.save(lora_state_dict(model), ...) keeps it for load_lora_state_dict.",
@@ -208,11 +207,10 @@ def _pair(path: str, own: Mapping[str, Tensor], alpha: float | None, where: Path
     else:
         raise FormatError(f"{where}: {path} has only {sorted(rest)} of what makes an adapter.")
     if scale is not None:
-        if pair.variant != "lora":
+        if pair.variant == "tucker":
             raise FormatError(
-                f"{where}: {path} is a DoRA of a {pair.variant}, which is not supported.",
+                f"{where}: {path} is a DoRA of a tucker, which is not supported.",
                 remedy="Merge it where it was made.",
             )
-        variant, others = lycoris.with_magnitude(pair, scale, where)
-        pair = replace(pair, variant=variant, others=others)
+        pair = lycoris.with_magnitude(pair, scale, where)
     return pair if pair.alpha is not None else replace(pair, alpha=float(pair.rank))

@@ -10,15 +10,29 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from os import fspath
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_inject.errors import FormatError, warn
+from lora_inject.errors import ArgumentError, FormatError, warn
 
 MOST_TENSORS = 200_000  # far above any adapter; a header of millions is an attack
+MOST_BYTES = 200 * MOST_TENSORS  # of the header, which is read into memory before it is known
+
+
+def as_path(path: Any, argument: str = "path") -> Path:
+    """A path from what a user gives for one.
+
+    Raises:
+        ArgumentError: it is none.
+    """
+    try:
+        return Path(fspath(path))
+    except TypeError as error:
+        raise ArgumentError(f"{argument} must be a path, not {path!r:.100}.") from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -49,6 +63,9 @@ def _opened(path: Path) -> Iterator[Any]:
 
     require_file(path)
     try:
+        with path.open("rb") as start:
+            if (size := int.from_bytes(start.read(8), "little")) > MOST_BYTES:
+                raise FormatError(f"{path} has a header of {size:,} bytes, which is no adapter.")
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             if (count := len(file.keys())) > MOST_TENSORS:
                 raise FormatError(f"{path} holds {count:,} tensors, which is no adapter.")
