@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         NoMatchError,
         UnsupportedLayerError,
     )
+    from lora_inject.files.convert import convert, inspect
     from lora_inject.files.pipeline import load_pipeline, save_pipeline
     from lora_inject.files.save_load import load, save
     from lora_inject.files.state_dict import load_lora_state_dict, lora_state_dict
@@ -72,10 +73,12 @@ __all__ = [
     "capacity",
     "clip_norms",
     "combine",
+    "convert",
     "disabled",
     "extract",
     "freeze",
     "inject",
+    "inspect",
     "load",
     "load_lora_state_dict",
     "load_pipeline",
@@ -120,6 +123,7 @@ _HOMES = {
         "NoMatchError",
         "UnsupportedLayerError",
     ],
+    "files.convert": ["convert", "inspect"],
     "files.pipeline": ["load_pipeline", "save_pipeline"],
     "files.save_load": ["load", "save"],
     "files.state_dict": ["load_lora_state_dict", "lora_state_dict"],

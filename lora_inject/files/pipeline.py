@@ -74,7 +74,7 @@ def save_pipeline(
         data = replace(own.data(), component=name, encoders=encoders)
         require_nothing_gone(own.look, own.name)
         cautions.warn_of_untrained(data, own.name)
-        left_out.warn_of_left_out(own.look, "the file")
+        left_out.require_nothing_left_out(own.look, "the file")
         warn_of_unsaved_rows(own.look, own.paths, data.tensors)
         left_out.warn_of_unsaid_others(data, own.name, format)
         parts.append(data)

@@ -12,16 +12,13 @@ them: ``formats.lycoris``.
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lora_inject.core.index import Index
 from lora_inject.errors import FormatError, warn
-from lora_inject.files.formats import lycoris
 from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.fused import divided, joined
 from lora_inject.files.formats.image_names import (
@@ -31,16 +28,13 @@ from lora_inject.files.formats.image_names import (
     flat_prefix,
 )
 from lora_inject.files.formats.image_parts import (
-    DOWN,
-    LENGTHS,
-    MID,
-    SCALE,
     UP,
     Choice,
     ModelNames,
     Slots,
     layers_of,
 )
+from lora_inject.files.formats.kohya_pairs import pair_of, tensors_of
 from lora_inject.files.formats.one_place import Given, is_repeated_pair
 from lora_inject.files.formats.pairs import whole_layers
 from lora_inject.files.formats.state import IN_MEMORY, AdapterState
@@ -50,7 +44,6 @@ from lora_inject.files.formats.storage import (
     replaced_together,
     write_tensors,
 )
-from lora_inject.kinds.base import Form
 from lora_inject.printing import plural
 
 SUFFIXES = (".safetensors",)  # of its files
@@ -114,7 +107,7 @@ def from_tensors(
     pairs, given, ranks = [], Given(), _ranks(metadata, path)
     for name, slots in choice.slots.items():
         title = slots[0].path if len(slots) == 1 else name
-        pair = _pair(title, layers[name], alpha, path)
+        pair = pair_of(title, layers[name], alpha, path)
         for part in divided(pair, slots, names.sizes(slots) if names else [], ranks.get(name, ())):
             if not is_repeated_pair(given, part.path, name, part):
                 pairs.append(part)
@@ -187,7 +180,7 @@ def to_state(data: AdapterData) -> AdapterState:
     for name, pair, ranks in _named(data):
         if f"{name}.alpha" in tensors:
             raise FormatError(f"{pair.name}: another module has the same flattened name, {name}.")
-        tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in _tensors(pair).items()}
+        tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in tensors_of(pair).items()}
         fused |= {name: ranks} if len(ranks) > 1 else {}
     if any(pair.variant.startswith("dora") for pair in data.pairs):
         warn(
@@ -241,63 +234,3 @@ def _checked(pair: PairData) -> PairData:
     if pair.form not in ("linear", "conv") or not whole or pair.weight != "weight" or not pair.path:
         raise FormatError(f"{pair.name}: kohya's format has no word for this kind of layer.")
     return pair
-
-
-def _tensors(pair: PairData) -> dict[str, Tensor]:
-    """The tensors of a layer by what stands behind its name.
-
-    Raises:
-        FormatError: the format has no word for its variant.
-    """
-    if lycoris.is_whole(pair):  # which is added as it is, whatever alpha
-        B = (pair.B.double() * pair.scaling).to(pair.B.dtype) if pair.scaling != 1 else pair.B
-        pair = replace(pair, B=B, alpha=float(pair.rank), rule="lora")
-    own = {"alpha": torch.tensor(pair.scaling * pair.rank)}
-    own |= lycoris.tensors_of(pair) if lycoris.algorithm(pair) else {DOWN: pair.A, UP: pair.B}
-    if pair.variant in ("dora", "dora_loha", "dora_lokr"):
-        return {**own, SCALE: lycoris.scale_of(pair)}
-    if pair.variant == "tucker":
-        return {**own, MID: pair.others["mid"]}
-    if pair.variant not in ("lora", "loha", "lokr"):
-        raise FormatError(
-            f"{pair.name} is a {pair.variant}, which kohya's format is not written with.",
-            remedy="torch.save(lora_state_dict(model), ...) keeps it for load_lora_state_dict.",
-        )
-    return own
-
-
-def _pair(path: str, own: Mapping[str, Tensor], alpha: float | None, where: Path) -> PairData:
-    """The pair of a layer, of its tensors by what stands behind its name.
-
-    Raises:
-        FormatError: they are no adapter of a kind that is supported.
-    """
-    rest = dict(own)
-    value, scale = rest.pop("alpha", None), rest.pop(SCALE, None)
-    if LENGTHS in rest:  # of rows
-        lengths = rest.pop(LENGTHS)
-        scale = lengths.reshape(-1, *(1,) * (rest[UP].dim() - 1 if UP in rest else 1))
-    if value is not None and value.numel() != 1:
-        raise FormatError(f"{path}: alpha must be one number, not {tuple(value.shape)}.")
-    if value is not None and value.item() != 0:  # the scripts read 0 as none
-        alpha = value.item()
-    if rest and rest.keys() <= {*lycoris.KEYS}:
-        pair = lycoris.pair_of(path, rest, alpha, None, where)
-        if lycoris.is_whole(pair):  # alpha is its rank then, and changes nothing
-            r = int(alpha) if alpha and 1 <= alpha < 2**31 and alpha == int(alpha) else 1
-            pair = replace(pair, r=r, alpha=float(r))
-    elif {DOWN, UP} <= rest.keys() <= {DOWN, UP, MID}:
-        A, B, mid = rest[DOWN], rest[UP], rest.get(MID)
-        form: Form = "conv" if A.dim() > 2 else "linear"
-        more = {} if mid is None else {"mid": mid}
-        pair = PairData(path, A, B, alpha, form, variant="tucker" if more else "lora", others=more)
-    else:
-        raise FormatError(f"{where}: {path} has only {sorted(rest)} of what makes an adapter.")
-    if scale is not None:
-        if pair.variant == "tucker":
-            raise FormatError(
-                f"{where}: {path} is a DoRA of a tucker, which is not supported.",
-                remedy="Merge it where it was made.",
-            )
-        pair = lycoris.with_magnitude(pair, scale, where)
-    return pair if pair.alpha is not None else replace(pair, alpha=float(pair.rank))
