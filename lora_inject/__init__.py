@@ -11,6 +11,9 @@ from lora_inject.adapters.disabled import disabled
 from lora_inject.adapters.extract import ExtractReport, extract
 from lora_inject.adapters.per_row import per_row
 from lora_inject.adapters.use import remove, use
+from lora_inject.audit.audit import audit
+from lora_inject.audit.findings import Audit, Finding
+from lora_inject.audit.monitor import Monitor, monitor
 from lora_inject.calibration.allocate import allocate
 from lora_inject.calibration.calibrate import calibrate
 from lora_inject.calibration.statistics import Statistics
@@ -42,15 +45,18 @@ from lora_inject.training.reset import reset_lora_parameters
 __all__ = [
     "AlreadyAdaptedError",
     "ArgumentError",
+    "Audit",
     "Capacity",
     "CombineReport",
     "ExtractReport",
+    "Finding",
     "FormatError",
     "Kind",
     "LoRAInjectError",
     "LoRAInjectWarning",
     "LoRALayer",
     "MergeReport",
+    "Monitor",
     "NoMatchError",
     "Plan",
     "Report",
@@ -58,6 +64,7 @@ __all__ = [
     "Statistics",
     "UnsupportedLayerError",
     "allocate",
+    "audit",
     "calibrate",
     "capacity",
     "clip_norms",
@@ -73,6 +80,7 @@ __all__ = [
     "mark_only_lora_as_trainable",
     "merge",
     "merged",
+    "monitor",
     "param_groups",
     "per_row",
     "plan",
