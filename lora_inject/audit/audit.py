@@ -42,8 +42,9 @@ def audit(
         >>> _ = inject(model, "0", r=2)
         >>> print(audit(model, torch.randn(3, 4)))
         Audit of Sequential (1 adapted layer), on one batch: nothing found.
-        >>> model[0].lora_B.requires_grad_(False), audit(model).codes
-        (Parameter containing:...('frozen',))
+        >>> _ = model[1].requires_grad_(True)
+        >>> audit(model).codes
+        ('thawed',)
 
     Args:
         model: any ``nn.Module``.
@@ -103,20 +104,20 @@ def _run(look: Look, batch: Any, call: Callable[[Any], Any], loss: Loss | None) 
             seen.forward = True
             value = _loss(call(own), own, loss)
             seen.forward = False
-        reaches = _reaches(value, seen)
+        reached = _below(value)
         if value.requires_grad:
             value.backward()  # type: ignore[no-untyped-call]
-        return _ran(look, seen, kept, value.detach(), value.requires_grad, reaches)
+        return _ran(look, seen, kept, value, reached)
 
 
-def _ran(look: Look, seen: Seen, kept: Kept, value: Tensor, has_graph: bool, reaches: bool) -> Ran:
+def _ran(look: Look, seen: Seen, kept: Kept, value: Tensor, reached: set[Any]) -> Ran:
     came = [p for p in look.parameters if p.grad is not None and p.grad.numel()]
     largest = numbers(_largest(p.grad) for p in came)
     return Ran(
         seen=seen,
-        has_graph=has_graph,
-        is_finite=bool(value.isfinite().all()),
-        reaches=reaches,
+        has_graph=value.requires_grad,
+        is_finite=bool(value.detach().isfinite()),
+        reached=reached,
         gradients=dict(zip(came, largest, strict=True)),
         moved=tuple(kept.moved()),
         written=tuple(kept.written()),
@@ -161,23 +162,15 @@ def _mean(tensor: Tensor) -> Tensor:
     return (tensor.float() * weights).mean()
 
 
-def _reaches(value: Tensor, seen: Seen) -> bool:
-    """Whether the graph of a loss goes through what a module inside of the model has returned.
-
-    Where no module has a graph, or nothing was seen, there is nothing to miss.
-    """
-    if not seen.nodes or seen.compiled:
-        return True
-    wanted, known, left = set(seen.nodes), set[Any](), [value.grad_fn]
+def _below(value: Tensor) -> set[Any]:
+    """The nodes of the graph that a loss hangs on."""
+    known, left = set[Any](), [value.grad_fn]
     while left:
         node = left.pop()
-        if node is None or node in known:
-            continue
-        if node in wanted:
-            return True
-        known.add(node)
-        left += [following for following, _ in node.next_functions]
-    return False
+        if node is not None and node not in known:
+            known.add(node)
+            left += [following for following, _ in node.next_functions]
+    return known
 
 
 def _unreduced(model: nn.Module) -> AbstractContextManager[Any]:

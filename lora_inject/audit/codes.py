@@ -165,6 +165,11 @@ CODES: dict[str, Code] = {
         "The layer was never called, and its adapter adds nothing.",
         'Audit with a batch that reaches it, exclude it, or inject with how="weight".',
     ),
+    "bypassed": Code(
+        "error",
+        "The layer ran and its adapter did not: another forward was called in its place.",
+        "Look at class-changed and forward-changed; take off what keeps the former forward.",
+    ),
     "compiled-without": Code(
         "error",
         "A compiled graph or a trace runs the layer without its adapter.",

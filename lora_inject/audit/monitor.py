@@ -85,7 +85,7 @@ class Monitor:
         found = [*self._found, *(self._of_steps() if self._done else ())]
         self.result = result_of(self._look, f"in {plural(self._done, 'step')}", in_order(found))
         self._begun = {}
-        if self.result.failed:
+        if any(each.severity != "note" for each in found[len(self._found) :]):  # not told yet
             warn(str(self.result))
 
     def _stepped(self, optimizer: Any, _: Any, __: Any) -> None:
@@ -112,7 +112,7 @@ class Monitor:
 
     def _of_steps(self) -> Iterator[Finding]:
         look = self._look.again()
-        ran = Ran(self._seen, True, True, True, {}, (), ())
+        ran = Ran(self._seen, True, True, set(), {}, (), ())
         yield from sizes(Subject(look, None, ran))
         now = _values(look)
         for path, B in self._begun.items():

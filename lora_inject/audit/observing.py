@@ -31,6 +31,7 @@ class Runs:
     Attributes:
         calls: how many there were, in the forward pass.
         without_graph: how many of them ran with gradients off.
+        nodes: of the graph, those that made its output.
         checkpointed: whether one of those was in a reentrant checkpoint.
         used: the adapters, with their weights, of each call with gradients on.
         other_weight: whether a weight was another one than before the run.
@@ -41,6 +42,7 @@ class Runs:
         self.calls = self.without_graph = 0
         self.checkpointed = self.other_weight = False
         self.used: set[tuple[Any, ...]] = set()
+        self.nodes: list[Any] = []
         self.sizes = Sizes()
 
 
@@ -112,12 +114,15 @@ class Seen:
             return
         while self._stack.pop() is not module:
             pass
-        self.busy = True
+        self.busy, with_graph = True, torch.is_grad_enabled()
         try:
             with torch.no_grad():
                 self._note(module, output)
                 if module in self.runs:
-                    self._note_layer(module, args, kwargs, output)
+                    self._note_layer(module, with_graph, output)
+                    if self.measures:
+                        state, sizes = module.__dict__[STATE], self.runs[module].sizes
+                        measure(sizes, module, state, args, kwargs, output)
         finally:
             self.busy = False
 
@@ -133,19 +138,19 @@ class Seen:
             if tensor.requires_grad and not self._begun and own:
                 self.early[module] = None
 
-    def _note_layer(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _note_layer(self, layer: nn.Module, with_graph: bool, output: Any) -> None:
         runs, state = self.runs[layer], layer.__dict__[STATE]
         runs.calls += 1
-        if _has_graph(output):
+        if with_graph:
             runs.used.add(tuple((term.adapter, term.factor) for term in state.running))
         else:
             runs.without_graph += 1
             runs.checkpointed = runs.checkpointed or any(True for _ in checkpointed_parts())
+        if self.keeps_graph:
+            runs.nodes += [t.grad_fn for t in tensors_in(output) if t.grad_fn is not None]
         now = {name: own_tensor(layer, name) for name in self._own[layer]}
         swapped = any(t is not None and id(t) != self._own[layer][n] for n, t in now.items())
         runs.other_weight = runs.other_weight or swapped
-        if self.measures:
-            measure(runs.sizes, layer, state, args, kwargs, output)
 
     # --- calls of functions ---------------------------------------------------------------------
 
@@ -243,10 +248,6 @@ def _weights(look: Look) -> Iterator[tuple[Tensor, list[nn.Module]]]:
                 if layer not in layers:
                     layers.append(layer)
     yield from found.values()
-
-
-def _has_graph(output: Any) -> bool:
-    return any(tensor.requires_grad for tensor in tensors_in(output))
 
 
 def _few(value: Any) -> list[Tensor]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lora_inject.audit.findings import Finding
 from lora_inject.audit.subject import Subject, numbers
 from lora_inject.changes.recompute import is_needed_early
+from lora_inject.compat.marks import has_accelerate_hook, is_fully_sharded
 from lora_inject.core.adapter import Adapter
 from lora_inject.core.look import Look
 from lora_inject.variants import Rows
@@ -19,7 +20,7 @@ def loss(s: Subject) -> Iterator[Finding]:
     """What the loss depends on."""
     if not s.ran.has_graph:
         yield Finding("loss-detached", "")
-    elif not s.ran.reaches:
+    elif s.ran.seen.nodes and s.ran.reached.isdisjoint(s.ran.seen.nodes):
         yield Finding("loss-apart", "")
 
 
@@ -57,9 +58,11 @@ def layers_that_ran(s: Subject) -> Iterator[Finding]:
         elif not runs.calls:
             if not came and (trains or adapter.way == "branch"):
                 yield Finding("never-ran", path)
-        elif trains and not came:
+        elif trains and not came and len(runs.used) < 2:
             if runs.without_graph == runs.calls:
                 yield Finding("checkpoint-cut" if runs.checkpointed else "under-no-grad", path)
+            elif not runs.nodes or not s.ran.reached.isdisjoint(runs.nodes):
+                yield Finding("bypassed", path)
             elif s.ran.has_graph:
                 yield Finding("no-gradient", path)
 
@@ -83,8 +86,13 @@ def in_place(s: Subject) -> Iterator[Finding]:
 
 
 def zero_gradients(s: Subject) -> Iterator[Finding]:
-    """Gradients that are zero although everything that they are multiplied with is not."""
-    for layer, _, pair in s.pairs:
+    """Gradients that are zero although everything that they are multiplied with is not.
+
+    Not those of rows of a table, of which a batch may have none.
+    """
+    for layer, adapter, pair in s.readable:
+        if isinstance(adapter.settings.variant, Rows):
+            continue
         factors = s.factors(layer, pair)
         for role, tensor in factors.items():
             others = [t for other, t in factors.items() if other != role]
@@ -100,7 +108,8 @@ def weights(s: Subject) -> Iterator[Finding]:
     for layer, reader in seen.tied:
         yield Finding("tied-apart", s.path(layer), f"with {s.path(reader)}")
     for layer, runs in seen.runs.items():
-        if runs.other_weight:
+        swaps = is_fully_sharded(layer) or has_accelerate_hook(layer)  # shards, or what is on meta
+        if runs.other_weight and not swaps:
             yield Finding("other-weight", s.path(layer))
         if len(runs.used) > 1:
             names = sorted({" + ".join(dict(used)) or "none" for used in runs.used})
@@ -117,7 +126,7 @@ def sizes(s: Subject) -> Iterator[Finding]:
             yield Finding("update-lost", s.path(layer))
         ranks = {adapter.name: adapter.settings.r for adapter in state.adapters}
         for name, (used, most) in runs.sizes.ranks.items():
-            if used < most:
+            if 0 < used < most:
                 yield Finding("rank-unused", s.path(layer), f"{used} of {ranks[name]}")
 
 
@@ -126,7 +135,7 @@ def _should_add(s: Subject, layer: nn.Module) -> bool:
     running = s.look.states[layer].running
     sure = [t for t in running if not (isinstance(t.variant, Rows) or (t.drops and layer.training))]
     names = {term.adapter for term in sure}
-    pairs = [(a, pair) for module, a, pair in s.pairs if module is layer]
+    pairs = [(a, pair) for module, a, pair in s.readable if module is layer]
     return any(adapter.name in names and s.adds(layer, pair) for adapter, pair in pairs)
 
 
@@ -157,5 +166,5 @@ def early_graph(s: Subject) -> Iterator[Finding]:
         return
     whole = sum(seen.elements.values()) or 1
     share = sum(seen.elements[module] for module in seen.early) / whole
-    detail = f"{share:.0%} of the weights that run"
+    detail = f"{share:.1%} of the weights that run"
     yield Finding("graph-early", s.path(next(iter(seen.early))), detail)

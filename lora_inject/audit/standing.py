@@ -10,6 +10,7 @@ from lora_inject.audit.subject import Subject
 from lora_inject.compat.marks import has_accelerate_hook
 from lora_inject.core.company import company
 from lora_inject.core.drift import Kind, drift
+from lora_inject.core.state_parts import Injection
 from lora_inject.files.fingerprint import differs
 from lora_inject.own import own_class
 
@@ -59,23 +60,33 @@ def copies_without(s: Subject) -> Iterator[Finding]:
 
 
 def left_alone(s: Subject) -> Iterator[Finding]:
-    """What a pattern would have adapted and inject could not."""
-    for call in s.look.injections:
+    """What a pattern would have adapted and inject could not, and nobody has since."""
+    adapted = {s.look.target_path(layer, adapter) for layer, adapter in s.look.adapters}
+    for root, call in _calls(s):
         for path, reason in call.left.items():
-            yield Finding("left-alone", path, reason)
+            if s.path(root, path) not in adapted:
+                yield Finding("left-alone", s.path(root, path), reason)
 
 
 def another_base(s: Subject) -> Iterator[Finding]:
     """Weights that are not those that a loaded adapter was made for."""
+    for root, call in _calls(s):
+        for key, made_for in call.base.items():
+            path, _, name = s.path(root, key).rpartition(".")
+            layer = s.look.index.by_path.get(path)
+            state = None if layer is None else s.look.states.get(layer)
+            weight = None if layer is None else layer._parameters.get(name)
+            folded = state is not None and state.merged
+            if weight is not None and not folded and differs(made_for, weight):
+                yield Finding("other-base", s.path(root, key), f"of {call.adapter!r}")
+
+
+def _calls(s: Subject) -> Iterator[tuple[nn.Module, Injection]]:
+    """The calls that put adapters there, with the modules that they were on."""
     for root, state in s.look.states.items():
         for call in state.reach.injections if state.reach.roots else ():
-            for key, made_for in call.base.items() if call.id in state.reach.roots else ():
-                path, _, name = f"{s.path(root)}.{key}".strip(".").rpartition(".")
-                layer = s.look.index.by_path.get(path)
-                weight = None if layer is None else layer._parameters.get(name)
-                merged = layer in s.look.states and s.look.states[layer].merged
-                if weight is not None and not merged and differs(made_for, weight):
-                    yield Finding("other-base", s.path(root, key), f"of {call.adapter!r}")
+            if call.id in state.reach.roots:
+                yield root, call
 
 
 def missing_beside(s: Subject) -> Iterator[Finding]:
@@ -87,7 +98,7 @@ def missing_beside(s: Subject) -> Iterator[Finding]:
 
 def dead(s: Subject) -> Iterator[Finding]:
     """Pairs of which every factor is multiplied with another one that is zero."""
-    for layer, _, pair in s.pairs:
+    for layer, _, pair in s.readable:
         factors = s.factors(layer, pair)
         trains = [role for role, t in factors.items() if t.requires_grad] or [*factors]
         if len(factors) > 1 and all(
@@ -100,20 +111,13 @@ def unmoved(s: Subject) -> Iterator[Finding]:
     """Pairs that are as they began, of an adapter that was trained."""
     known = s.optimizer.state if s.optimizer is not None else {}
     stepped = {id(tensor) for tensor, own in known.items() if own}
-    trained = {adapter.name for layer, adapter, pair in s.pairs if s.adds(layer, pair)}
-    for layer, adapter, pair in s.pairs:
-        own = pair.tensors(layer).values()
-        if (adapter.name in trained or any(id(t) in stepped for t in own)) and not s.adds(
-            layer, pair
-        ):
-            yield Finding(
-                "unmoved", s.path(layer, pair.spec.prefix.rstrip("_")), _of(s, adapter.name)
-            )
-
-
-def _of(s: Subject, adapter: str) -> str:
-    """Which adapter it is, where there are several."""
-    return repr(adapter) if len(s.look.known) > 1 else ""
+    adding = [s.adds(layer, pair) for layer, _, pair in s.readable]
+    trained = {each[1].name for each, adds in zip(s.readable, adding, strict=True) if adds}
+    for (layer, adapter, pair), adds in zip(s.readable, adding, strict=True):
+        own = {id(tensor) for tensor in pair.tensors(layer).values()}
+        if not adds and (adapter.name in trained or not stepped.isdisjoint(own)):
+            which = repr(adapter.name) if len(s.look.known) > 1 else ""
+            yield Finding("unmoved", s.path(layer, pair.spec.prefix.rstrip("_")), which)
 
 
 def devices(s: Subject) -> Iterator[Finding]:

@@ -1,6 +1,6 @@
 """What the checks look at: a model as it stands, an optimizer, and what one run of it showed."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,7 +21,9 @@ class Ran:
 
     Attributes:
         seen: what was seen of the modules.
-        loss: whether the loss had a graph, was finite, and came from the output of a module.
+        has_graph: whether the loss had one.
+        is_finite: whether the loss was finite.
+        reached: the nodes of the graph that it hung on.
         gradients: the largest magnitude of each gradient that came, by parameter; NaN or infinity
             where there is one in it.
         moved: the buffers that have changed.
@@ -31,7 +33,7 @@ class Ran:
     seen: Seen
     has_graph: bool
     is_finite: bool
-    reaches: bool
+    reached: Set[Any]
     gradients: Mapping[nn.Parameter, float]
     moved: tuple[Tensor, ...]
     written: tuple[Tensor, ...]
@@ -71,12 +73,18 @@ class Subject:
         ]
 
     @cached_property
+    def readable(self) -> list[tuple[nn.Module, Adapter, Pair]]:
+        """Those of them whose values are all here."""
+        return [
+            each for each in self.pairs if all(map(has_values, each[2].tensors(each[0]).values()))
+        ]
+
+    @cached_property
     def _zero(self) -> set[int]:
         """The ids of the tensors of adapters that are zero throughout."""
-        own = [t for layer, _, pair in self.pairs for t in pair.tensors(layer).values()]
-        readable = [t for t in own if has_values(t)]
-        largest = numbers(t.detach().abs().max() for t in readable if t.numel())
-        filled = [t for t in readable if t.numel()]
+        own = [t for layer, _, pair in self.readable for t in pair.tensors(layer).values()]
+        filled = [t for t in own if t.numel()]
+        largest = numbers(t.detach().abs().max() for t in filled)
         return {id(t) for t, most in zip(filled, largest, strict=True) if most == 0}
 
     def factors(self, layer: nn.Module, pair: Pair) -> dict[str, nn.Parameter]:

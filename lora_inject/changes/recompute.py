@@ -53,9 +53,9 @@ def _is_on(module: nn.Module) -> bool:
 
 
 def is_needed_early(module: nn.Module) -> bool:
-    """Whether what a module reads or returns is to need a gradient for the sake of a checkpoint."""
+    """Whether gradients are let flow from before the first layer that trains, for checkpoints."""
     asked = any(hook is _let_output_need_gradient for hook in module._forward_hooks.values())
-    return asked or _is_on(module)
+    return asked or bool(checkpointing_switch(module))  # transformers has a hook of its own then
 
 
 def needing_edits(module: nn.Module, on: bool) -> list[Edit]:

@@ -1,4 +1,4 @@
-"""The command line: ``lora-inject plan``, ``inspect``, ``convert`` and ``demo``."""
+"""The command line: ``lora-inject plan``, ``audit``, ``inspect``, ``convert`` and ``demo``."""
 
 import argparse
 import importlib
@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from lora_inject.audit.audit import audit
 from lora_inject.capacity.capacity import capacity
 from lora_inject.core.request import ALL_LINEAR
 from lora_inject.errors import ArgumentError, LoRAInjectError
@@ -28,13 +29,14 @@ _CAPACITY = ("seq", "batch", "fsdp", "tp", "checkpointing")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; errors are one line on standard error and exit code 2."""
     options = _parser().parse_args(arguments)
+    code = 0
     try:
-        options.run(options)
+        code = options.run(options) or 0
         sys.stdout.flush()
     except (LoRAInjectError, OSError) as error:
         print(f"lora-inject: error: {' '.join(str(error).split())[:1000]}", file=sys.stderr)
         return 2
-    return 0
+    return code
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_plan(commands)
+    _add_audit(commands)
     _add_files(commands)
     _add_demo(commands)
     return parser
@@ -102,6 +105,23 @@ def _add_capacity(show: argparse.ArgumentParser) -> None:
     paper.add_argument(
         "--checkpointing", action="store_const", const=True, help="compute blocks again"
     )
+
+
+def _add_audit(commands: Any) -> None:
+    check = commands.add_parser(
+        "audit",
+        help="find out whether an adapted model really trains",
+        description="Run an adapted model once forward and backward and show what is wrong; the "
+        "exit code is 1 where that is more than notes.",
+    )
+    check.set_defaults(run=_audit)
+    check.add_argument(
+        "model",
+        metavar="MODEL",
+        help="package.module:callable, a function without arguments that returns an adapted "
+        "nn.Module, or (model, batch), or (model, batch, optimizer)",
+    )
+    check.add_argument("--json", action="store_true", help="print it as JSON")
 
 
 def _add_files(commands: Any) -> None:
@@ -167,6 +187,16 @@ def _plan(options: argparse.Namespace) -> None:
         print("\n\n".join(str(part) for part in (shown, counted, needed) if part))
 
 
+def _audit(options: argparse.Namespace) -> int:
+    built = _built(options.model)
+    model, batch, optimizer = (
+        (*built, None, None)[:3] if isinstance(built, tuple) else (built, None, None)
+    )
+    found = audit(_checked(model, options.model), batch, optimizer=optimizer)
+    print(json.dumps(found.to_dict(), indent=2) if options.json else found)
+    return int(found.failed)
+
+
 def _inspect(options: argparse.Namespace) -> None:
     model = load_model(options.model) if options.model else None
     shown = inspect(options.path, format=options.format, model=model)
@@ -198,8 +228,11 @@ def load_model(source: str) -> nn.Module:
         ArgumentError: there is no such file, module or function, or it makes no model.
     """
     path = Path(source)
-    if source and path.exists():
-        return _from_config(path)
+    return _from_config(path) if source and path.exists() else _checked(_built(source), source)
+
+
+def _built(source: str) -> Any:
+    """What the user's function returns, or what stands there."""
     module_name, colon, attribute = source.partition(":")
     if not colon or not module_name or not attribute or module_name.startswith("."):
         raise ArgumentError(
@@ -209,12 +242,15 @@ def load_model(source: str) -> nn.Module:
     sys.path.insert(0, "")
     try:
         build = getattr(importlib.import_module(module_name), attribute)
-        model = build() if callable(build) else build
+        return build if isinstance(build, nn.Module) or not callable(build) else build()
     except Exception as error:  # whatever the user's code raises
         reason = f"{type(error).__name__}: {error}"
         raise ArgumentError(f"MODEL: {source!r} cannot be built: {reason}.") from error
     finally:
         sys.path.remove("")
+
+
+def _checked(model: Any, source: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"MODEL: {source!r} gives a {type(model).__name__}, not an nn.Module.")
     return model
@@ -234,13 +270,8 @@ def _from_config(path: Path) -> nn.Module:
         named = getattr(transformers, str((config.architectures or [""])[0]), None)
         with torch.device("meta"):
             if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
-                return _checked(named._from_config(config))  # type: ignore[no-untyped-call]
-            return _checked(transformers.AutoModel.from_config(config))  # type: ignore[no-untyped-call]
+                return _checked(named._from_config(config), str(path))  # type: ignore[no-untyped-call]
+            return _checked(transformers.AutoModel.from_config(config), str(path))  # type: ignore[no-untyped-call]
     except Exception as error:  # a config can be wrong in as many ways as there are models
         reason = f"{type(error).__name__}: {error}"
         raise ArgumentError(f"MODEL: {str(path)!r} is no usable config: {reason}") from error
-
-
-def _checked(model: Any) -> nn.Module:
-    assert isinstance(model, nn.Module)
-    return model

@@ -336,6 +336,13 @@ def compiled_early():
     return Scene(model, inputs)
 
 
+@breaks("bypassed")
+def _(scene):
+    """As a hook does that has kept the forward of the layer's own class."""
+    layer = mlp(scene).up_proj
+    layer.forward = types.MethodType(nn.Linear.forward, layer)
+
+
 @breaks("compiled-without", compiled_early)
 def _(scene):
     inject(scene.model, ["up_proj"], r=2)
