@@ -57,8 +57,8 @@ def audit(
         strict: raise where there is more than notes.
 
     Returns:
-        The findings, the worst first, which ``print`` shows as a table; ``CODES.md`` in
-        ``lora_inject/audit`` lists all that there can be.
+        The findings, the worst first, which ``print`` shows as a table; the page ``audit_codes`` of
+        the guide lists all that there can be.
 
     Raises:
         ArgumentError: ``loss`` returned no number, or was given without a batch.

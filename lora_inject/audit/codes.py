@@ -1,6 +1,7 @@
 """Everything that an audit can find: stable codes, each with its meaning and the remedy.
 
-``page`` makes ``CODES.md`` of it. A code is never renamed or given another meaning.
+``page`` makes the page ``audit_codes`` of it, in the guide. No code is renamed or given another
+meaning.
 """
 
 from typing import Literal, NamedTuple
@@ -280,8 +281,9 @@ def page() -> str:
     lines = [
         "# What an audit can find",
         "",
-        "Made by `lora_inject.audit.codes.page()`; a test compares. Errors come first in an audit,",
-        "and `strict=True` raises on errors and warnings.",
+        "What each code of [an audit](audit.md) means, and what to do. Codes stay what they are.",
+        "Errors come first, and `strict=True` raises on errors and warnings. (Made by",
+        "`lora_inject.audit.codes.page`; a test compares.)",
         "",
         "| code | | meaning | remedy |",
         "|---|---|---|---|",

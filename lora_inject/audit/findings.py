@@ -19,7 +19,7 @@ class Finding(NamedTuple):
         'It trains, which inject had frozen: no file of an adapter holds it.'
 
     Attributes:
-        code: what it is; ``CODES.md`` lists all of them.
+        code: what it is; the page ``audit_codes`` of the guide lists all.
         path: of the module or parameter.
         detail: what was measured, or "".
     """

@@ -56,7 +56,8 @@ def layers_that_ran(s: Subject) -> Iterator[Finding]:
             if trains and not came and s.ran.has_graph:
                 yield Finding("compiled-without", path)
         elif not runs.calls:
-            if not came and (trains or adapter.way == "branch"):
+            elsewhere = any(reads is layer for reads, _ in s.ran.seen.outside)  # said as such
+            if not came and not elsewhere and (trains or adapter.way == "branch"):
                 yield Finding("never-ran", path)
         elif trains and not came and len(runs.used) < 2:
             if runs.without_graph == runs.calls:

@@ -333,7 +333,7 @@ def test_many_places_of_one_code_are_one_row():
 
 
 def test_the_page_of_codes_is_what_the_codes_say():
-    path = Path(lora_inject.__file__).parent / "audit" / "CODES.md"
+    path = Path(lora_inject.__file__).parent / "guide" / "audit_codes.md"
     assert path.read_text(encoding="utf-8") == page()
 
 
