@@ -19,6 +19,7 @@ from lora_inject.compat.torch_private import tree_map
 from lora_inject.core.checks import require_module
 from lora_inject.core.look import Look
 from lora_inject.errors import ArgumentError
+from lora_inject.sharding import is_distributed
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -126,7 +127,7 @@ def _ran(look: Look, seen: Seen, kept: Kept, value: Tensor, reached: set[Any]) -
 
 def _largest(gradient: Any) -> Tensor:
     dense = gradient.coalesce().values() if gradient.is_sparse else gradient
-    whole = dense.full_tensor() if hasattr(dense, "full_tensor") else dense
+    whole = dense.full_tensor() if is_distributed(dense) else dense
     return whole.abs().max() if whole.numel() else torch.zeros(())
 
 
@@ -157,9 +158,10 @@ def _loss(output: Any, batch: Any, loss: Loss | None) -> Tensor:
     return value.reshape(())
 
 
-def _mean(tensor: Tensor) -> Tensor:
-    weights = torch.arange(tensor.numel(), device=tensor.device).reshape(tensor.shape).cos()
-    return (tensor.float() * weights).mean()
+def _mean(tensor: Any) -> Tensor:
+    whole: Tensor = tensor.full_tensor() if is_distributed(tensor) else tensor
+    weights = torch.arange(whole.numel(), device=whole.device).reshape(whole.shape).cos()
+    return (whole.float() * weights).mean()
 
 
 def _below(value: Tensor) -> set[Any]:

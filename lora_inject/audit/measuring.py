@@ -34,7 +34,7 @@ class Sizes:
         """``||delta|| / ||y||``; None where it was not measured."""
         if self.added is None or self.output is None:
             return None
-        return float((self.added / self.output.clamp(min=torch.finfo(torch.float64).tiny)).sqrt())
+        return float((self.added / self.output.clamp(min=torch.finfo(torch.float32).tiny)).sqrt())
 
 
 def measure(
@@ -42,12 +42,11 @@ def measure(
 ) -> None:
     """Add one call to the sums: the layer is computed once more, without its adapters.
 
-    Not of layers whose values are on several ranks or belong to a transform.
+    Not of layers whose values are on several ranks.
     """
     made = next(tensors_in(output), None)
-    if made is None or not state.running or is_functorch_wrapped(made):
-        return
-    if any(p is not None and is_distributed(p) for p in layer._parameters.values()):
+    own = [p for p in layer._parameters.values() if p is not None]
+    if made is None or not state.running or any(map(is_distributed, (made, *own))):
         return
     layer.__dict__[STATE] = state.change(use=state.use._replace(weights={}))
     try:
@@ -55,7 +54,7 @@ def measure(
     finally:
         layer.__dict__[STATE] = state
     if bare is not None and bare.shape == made.shape:
-        y, delta = bare.double(), made.double() - bare.double()
+        y, delta = bare.float(), made.float() - bare.float()
         sizes.added = delta.square().sum() + (0 if sizes.added is None else sizes.added)
         sizes.output = y.square().sum() + (0 if sizes.output is None else sizes.output)
     _take_ranks(sizes, layer, state, args, kwargs, made)
@@ -95,8 +94,9 @@ def _rank(matrix: Tensor) -> int:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The floating-point tensors of what a module returns."""
-    leaves = [value] if isinstance(value, Tensor) else tree_leaves(value)
-    for leaf in leaves:
+    """The floating-point tensors of what a module returns, that are dense and of no transform."""
+    for leaf in [value] if isinstance(value, Tensor) else tree_leaves(value):
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dtype.itemsize > 1:
-            yield leaf
+            dense = leaf.layout is torch.strided and not leaf.is_meta
+            if dense and not is_functorch_wrapped(leaf):
+                yield leaf

@@ -5,13 +5,12 @@ used outside of its own layer. Nothing that is computed is changed, and nothing 
 has to be known of values is kept as tensors on their device.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lora_inject.audit.measuring import Sizes, measure, tensors_in
@@ -20,9 +19,14 @@ from lora_inject.compat.torch_private import checkpointed_parts
 from lora_inject.core.look import Look
 from lora_inject.core.state import State
 from lora_inject.own import STATE, own_tensor
+from lora_inject.sharding import is_distributed
 
-_DROPOUTS = {F.dropout, F.alpha_dropout, F.feature_alpha_dropout, F.dropout1d, F.dropout2d,
-             F.dropout3d}  # fmt: skip
+_DROPOUTS = {"dropout", "alpha_dropout", "feature_alpha_dropout", "dropout1d", "dropout2d",
+             "dropout3d"}  # fmt: skip
+# What reads no value of a tensor, but its dtype, device or shape; or so of the second one.
+_WITHOUT_VALUES = {"new_zeros", "new_ones", "new_full", "new_empty", "new_tensor", "zeros_like",
+                   "ones_like", "full_like", "empty_like", "rand_like", "randn_like"}  # fmt: skip
+_LIKE_THE_SECOND = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
 
 
 class Runs:
@@ -88,10 +92,7 @@ class Seen:
             if any(p is not None and p.requires_grad for p in module._parameters.values())
         }
         self._begun = False  # whether one of these has run
-        self._weights = dict(_weights(look))
-        self._aliases: dict[int, tuple[Tensor, list[nn.Module]]] = {
-            id(tensor): (tensor, layers) for tensor, layers in self._weights.items()
-        }
+        self._aliases = _weights(look)
         self._own = {
             layer: {n: id(own_tensor(layer, n)) for n in _weight_names(look.states[layer])}
             for layer in self.runs
@@ -127,15 +128,15 @@ class Seen:
             self.busy = False
 
     def _note(self, module: nn.Module, output: Any) -> None:
-        own = sum(p.numel() for p in module._parameters.values() if p is not None)
-        self.elements[module] = own
+        if module not in self.elements:
+            own = (p.numel() for p in module._parameters.values() if p is not None)
+            self.elements[module] = sum(own)
         for tensor in tensors_in(output):
-            if tensor.is_meta:
-                continue
-            self.flags.append((module, (tensor < torch.inf).all()))
+            values: Any = tensor.to_local() if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
+            self.flags.append((module, (values < torch.inf).all()))
             if self.keeps_graph and tensor.grad_fn is not None and module is not self.look.model:
                 self.nodes.append(tensor.grad_fn)
-            if tensor.requires_grad and not self._begun and own:
+            if tensor.requires_grad and not self._begun and self.elements[module]:
                 self.early[module] = None
 
     def _note_layer(self, layer: nn.Module, with_graph: bool, output: Any) -> None:
@@ -161,21 +162,20 @@ class Seen:
         """
         if not self._stack:
             return
-        given = [each for arg in (*args, *kwargs.values()) for each in _few(arg)]
-        met = [self._aliases[id(each)] for each in given if id(each) in self._aliases]
-        if met and any(layer not in self._stack for _, layers in met for layer in layers):
-            if len(given) == 1:
+        name, given = _name(function), [t for arg in (*args, *kwargs.values()) for t in _few(arg)]
+        for tensor in given[:1] if name in _LIKE_THE_SECOND else given:
+            _, layers = self._aliases.get(id(tensor), (tensor, ()))
+            if not layers or name in _WITHOUT_VALUES or not set(layers).isdisjoint(self._stack):
+                continue
+            if len(given) > 1 and name not in _LIKE_THE_SECOND:
+                self._used_by(self._stack[-1], tensor, layers)
+            else:
                 for each in _few(made):
-                    self._aliases.setdefault(id(each), (each, met[0][1]))
-            elif _few(made):
-                for tensor, layers in met:
-                    self._used_by(self._stack[-1], tensor, layers)
-        if function in _DROPOUTS and not self._stack[-1].training and _drops(args, kwargs):
+                    self._aliases.setdefault(id(each), (each, layers))
+        if name in _DROPOUTS and not self._stack[-1].training and _drops(args, kwargs):
             self.dropouts[self._stack[-1]] = None
 
-    def _used_by(self, reader: nn.Module, tensor: Tensor, layers: list[nn.Module]) -> None:
-        if any(layer in self._stack for layer in layers):
-            return
+    def _used_by(self, reader: nn.Module, tensor: Tensor, layers: Sequence[nn.Module]) -> None:
         own = any(tensor is parameter for parameter in reader._parameters.values())
         for layer in layers:
             (self.tied if own else self.outside)[layer, reader] = None
@@ -234,20 +234,21 @@ def _weight_names(state: State) -> list[str]:
     return [spec.weight for adapter in state.adapters for spec in adapter.specs]
 
 
-def _weights(look: Look) -> Iterator[tuple[Tensor, list[nn.Module]]]:
-    """The weights beside whose layer's forward something runs, with those layers."""
-    found: dict[int, tuple[Tensor, list[nn.Module]]] = {}
-    for layer in look.layers.values():
-        for term in look.states[layer].running:
-            tensor = own_tensor(layer, term.spec.weight)
-            branch = any(
-                a.name == term.adapter and a.way == "branch" for a in look.states[layer].adapters
-            )
-            if tensor is not None and branch:
-                layers = found.setdefault(id(tensor), (tensor, []))[1]
-                if layer not in layers:
-                    layers.append(layer)
-    yield from found.values()
+def _weights(look: Look) -> dict[int, tuple[Tensor, Sequence[nn.Module]]]:
+    """The weights beside whose layer's forward something runs, with those layers, by id."""
+    found: dict[int, tuple[Tensor, Sequence[nn.Module]]] = {}
+    for layer, adapter in look.adapters:
+        running = {term.adapter for term in look.states[layer].running}
+        for spec in adapter.specs if adapter.way == "branch" and adapter.name in running else ():
+            tensor = own_tensor(layer, spec.weight)
+            if tensor is not None:
+                _, layers = found.get(id(tensor), (tensor, ()))
+                found[id(tensor)] = (tensor, tuple(dict.fromkeys((*layers, layer))))
+    return found
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__name__", "")
 
 
 def _few(value: Any) -> list[Tensor]:

@@ -68,8 +68,9 @@ class Kept:
             own.update(items)
 
     def moved(self) -> list[Tensor]:
-        """The buffers, and tensors of adapters, that have other values now."""
-        return [kept.tensor for kept in self._tensors if kept.has_moved()]
+        """The buffers, and tensors of adapters, that have other values now, or others in place."""
+        replaced = [tensor for module in self._modules for tensor in module.replaced_buffers()]
+        return [kept.tensor for kept in self._tensors if kept.has_moved()] + replaced
 
     def written(self) -> list[nn.Parameter]:
         """The parameters that have been written to."""
@@ -103,6 +104,13 @@ class _Module:
             if not _same(_items(container), items):
                 container.clear()
                 container.extend(items) if isinstance(container, list) else container.update(items)
+
+    def replaced_buffers(self) -> Iterator[Tensor]:
+        """The former buffers in whose place others stand now."""
+        now = self.module._buffers
+        for name, buffer in next((items for own, items in self.held if own is now), ()):
+            if buffer is not None and now.get(name) is not buffer:
+                yield buffer
 
 
 _CONTAINERS = (dict, list, set)

@@ -143,14 +143,10 @@ def _should_add(s: Subject, layer: nn.Module) -> bool:
 def what_moved(s: Subject) -> Iterator[Finding]:
     """Buffers and parameters that the forward pass has written to."""
     moved, written = set(map(id, s.ran.moved)), set(map(id, s.ran.written))
-    for module in s.look.index.modules if s.look.states else ():
-        state = s.look.states.get(module)
-        known = {t.name for t in state.trained} if state else set()
-        if state is not None and state.statistics_move():
-            continue
-        for name, buffer in module._buffers.items() if len(module._buffers) else ():
-            kept = name not in module._non_persistent_buffers_set and name not in known
-            if id(buffer) in moved and kept:
+    for module, state in s.look.states.items():
+        known = {trained.name for trained in state.trained} | module._non_persistent_buffers_set
+        for name, buffer in module._buffers.items() if not state.statistics_move() else ():
+            if id(buffer) in moved and name not in known:
                 yield Finding("statistics-move", s.path(module, name))
     yield from (Finding("parameter-written", s.places[key]) for key in written if key in s.places)
 

@@ -362,7 +362,21 @@ def reading(self, x):
     return F.linear(self.act_fn(self.gate_proj(x)) * up, self.down_proj.weight)
 
 
-@breaks("read-outside")
+def minding(self, x):
+    """As careful code does, which asks a weight for its type and shape and reads no value."""
+    W = self.up_proj.weight
+    zeros = torch.zeros_like(W) @ W.new_zeros(W.shape[1], 1)
+    x = x.to(W).type_as(self.down_proj.weight.data) + zeros.sum().to(W.dtype)
+    return type(self).forward(self, x.to(self.down_proj.weight.device))
+
+
+def minded():
+    scene = sound()
+    mlp(scene).forward = types.MethodType(minding, mlp(scene))
+    return scene
+
+
+@breaks("read-outside", minded)
 def _(scene):
     mlp(scene).forward = types.MethodType(reading, mlp(scene))
 
@@ -418,6 +432,20 @@ def images():
 def _(scene):
     norm = next(m for m in scene.model.modules() if isinstance(m, nn.BatchNorm2d))
     norm.track_running_stats = True
+
+
+def test_a_buffer_that_is_replaced_moves_too():
+    scene = images()
+    norm = next(m for m in scene.model.modules() if isinstance(m, nn.BatchNorm2d))
+
+    def average(layer, _):
+        layer.running_mean = layer.running_mean * 0.9
+
+    assert scene.audit().clean
+    norm.register_forward_pre_hook(average)
+    with unchanged(scene.model):
+        (found,) = scene.audit().findings
+    assert (found.code, found.path.endswith("running_mean")) == ("statistics-move", True)
 
 
 @breaks("parameter-written")
