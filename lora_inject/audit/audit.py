@@ -1,5 +1,6 @@
 """``audit``: one forward and backward pass on a live model, and what it shows."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -18,7 +19,7 @@ from lora_inject.calibration.calibrate import called
 from lora_inject.compat.torch_private import tree_map
 from lora_inject.core.checks import require_module
 from lora_inject.core.look import Look
-from lora_inject.errors import ArgumentError
+from lora_inject.errors import ArgumentError, LoRAInjectWarning
 from lora_inject.sharding import is_distributed
 
 Loss = Callable[[Any, Any], Tensor]
@@ -95,11 +96,13 @@ def _run(look: Look, batch: Any, call: Callable[[Any], Any], loss: Loss | None) 
     """One forward and backward pass, and what it showed; the model is as before then."""
     seen = Seen(look, measures=True)
     with (
+        warnings.catch_warnings(),
         torch.inference_mode(False),
         torch.enable_grad(),
         restoring(look) as kept,
         _unreduced(look.model),
     ):
+        warnings.simplefilter("ignore", LoRAInjectWarning)  # what they tell of is found here
         own = _copied(batch)
         with watching(seen):
             seen.forward = True

@@ -4,11 +4,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from lora_inject.audit.codes import CODES, SEVERITIES, Code
+from lora_inject.audit.codes import CODES, SEVERITIES, Code, Severity
+from lora_inject.core.path_groups import grouped
 from lora_inject.errors import LoRAInjectError
-from lora_inject.printing import Section, Shown, Tables, plural
+from lora_inject.printing import REFUSED, STILL, Section, Shown, Tables, plural
 
-_NAMED = 3  # paths of a code that a table names
+_NAMED = 4  # rows of a code in a table
+_STYLES: dict[Severity, str] = {"error": REFUSED, "warning": "", "note": STILL}
 
 
 class Finding(NamedTuple):
@@ -34,7 +36,7 @@ class Finding(NamedTuple):
         return CODES[self.code]
 
     @property
-    def severity(self) -> str:
+    def severity(self) -> Severity:
         """How bad it is: "error", "warning" or "note"."""
         return self.of.severity
 
@@ -49,7 +51,7 @@ class Finding(NamedTuple):
         return self.of.remedy
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Audit(Shown):
     """What was found in a model; ``print`` shows it as a table, or in one line where it is clean.
 
@@ -104,25 +106,18 @@ class Audit(Shown):
         return {"model": self.model, "layers": self.layers, "seen": self.seen, "findings": rows}
 
     def _tables(self) -> Tables:
-        rows = [
-            (f"{code}\n{own[0].severity}", _where(own), f"{own[0].meaning}\n-> {own[0].remedy}")
-            for code in self.codes
-            for own in [[found for found in self.findings if found.code == code]]
-        ]
-        columns = ("found", "where", "what it means, and the remedy")
-        return Tables([Section(self.line, columns if rows else (), rows)])
-
-    def __str__(self) -> str:
-        return self.line if self.clean else super().__str__()
-
-
-def _where(found: list[Finding]) -> str:
-    more = [f"and {len(found) - _NAMED:,} more"] if found[_NAMED:] else []
-    named = [
-        f"{each.path or '(the model)'}" + (f"\n  {each.detail}" if each.detail else "")
-        for each in found[:_NAMED]
-    ]
-    return "\n".join([*named, *more])
+        rows, styles, notes = [], list[str](), list[str]()
+        for code in self.codes:
+            own = [found for found in self.findings if found.code == code]
+            places = grouped(own, lambda found: found.path, lambda found: found.detail)
+            shown = [(path, group[0].detail) for path, group in places[:_NAMED]]
+            if places[_NAMED:]:
+                shown.append((f"and {sum(len(group) for _, group in places[_NAMED:]):,} more", ""))
+            rows += [(own[0].severity, code, path, detail) for path, detail in shown]
+            styles += [_STYLES[own[0].severity]] * len(shown)
+            notes.append(f"{code}: {own[0].meaning} {own[0].remedy}")
+        columns = ("", "found", "~where", "measured") if rows else ()
+        return Tables([Section(self.line, columns, rows, notes, styles)])
 
 
 def in_order(found: Iterable[Finding]) -> tuple[Finding, ...]:

@@ -295,7 +295,7 @@ def test_it_prints_a_table_the_worst_first_or_one_line():
     assert str(found) == (
         "Audit of LlamaForCausalLM (2 adapted layers), on one batch: nothing found."
     )
-    assert found._repr_html_().startswith("<pre")
+    assert found._repr_html_().startswith("<div")
     model.lm_head.requires_grad_(True)
     model.lm_head.weight.grad = None
     model.model.norm.weight.grad = torch.zeros(16)
@@ -329,7 +329,10 @@ def test_many_places_of_one_code_are_one_row():
     for parameter in lora_parameters(model):
         parameter.requires_grad_(False)
     text = str(audit(model))
-    assert "and 9 more" in text
+    assert "model.layers.{0..1}.self_attn.q_proj.lora_B" in text
+    assert text.count("frozen: ") == 1
+    assert "and 4 more" in text
+    assert repr(audit(model)).startswith("<Audit: ")
 
 
 def test_the_page_of_codes_is_what_the_codes_say():
