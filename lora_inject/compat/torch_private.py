@@ -232,6 +232,11 @@ def reduced_parameters(wrapper: nn.parallel.DistributedDataParallel) -> list[Ten
     return [tensor for bucket in buckets() for tensor in bucket.parameters()]
 
 
+def hooks_after_accumulation(parameter: Tensor) -> dict[int, Any]:
+    """The hooks that run when a gradient has been accumulated; where torch does not say, none."""
+    return getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+
+
 def calls_on_stack(module: nn.Module) -> int:
     """How many calls of a module with hooks run now."""
     calls, frame = 0, sys._getframe(1)

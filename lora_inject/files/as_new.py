@@ -84,7 +84,8 @@ def _content(wanted: Layout, use: bool, sites: Sequence[Site]) -> Content:
     _check_tensors(wanted, trained, places)
     also = dict.fromkeys(places, False) | all_of_it
     said = json.dumps(dict(wanted.data.said)) if wanted.data.said else ""
-    return Content(bias, in_full, also, values, places, use, frozenset(wanted.data.beside), said)
+    beside, base = frozenset(wanted.data.beside), wanted.base
+    return Content(bias, in_full, also, values, places, use, beside, said, base=base)
 
 
 def _warn_of_dropout(wanted: Layout, sites: Sequence[Site]) -> None:
