@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lora_inject.arithmetic import starting_values as initial
 from lora_inject.kinds.base import Form, Kind, Way
-from lora_inject.kinds.experts import Changes, ExpertWeights, multiplied
+from lora_inject.kinds.experts import Changes, ExpertWeights
+from lora_inject.kinds.multiplied import multiplied, require_no_dropout
 from lora_inject.kinds.products import is_multiplied
 from lora_inject.settings import Settings
 from lora_inject.sharding import is_distributed
@@ -81,6 +82,7 @@ class ParameterKind(Kind):
         tensors = [W, *(t for _, change in changes for t in change.tensors.values())]
         if known and not any(map(is_distributed, tensors)):
             return multiplied(self, layer, W, changes)
+        require_no_dropout(layer, changes)
         return self.effective(layer, W, changes)
 
 

@@ -17,7 +17,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from lora_inject import inject, plan, strip, use
-from lora_inject.kinds.experts import ExpertWeights, MultipliedWeight
+from lora_inject.kinds.experts import ExpertWeights
+from lora_inject.kinds.multiplied import MultipliedWeight
 
 pytestmark = pytest.mark.usefixtures("device")
 
