@@ -1,14 +1,16 @@
 """Rows sorted by group, times a change of low rank for each group: of fused experts, as a Function.
 
 It keeps the rows as they are, the factors as they are and h, whatever the products are made in. A
-CPU makes such a product group by group, and has to be called for each.
+CPU makes torch's product by groups with a call for each group. In 16 bits a call takes longer than
+its arithmetic, so that the rows are rather stacked, as many for each group as the largest has.
 
 Shapes: N rows, of which the first ``ends[0]`` are of the first group, those up to ``ends[1]`` of
-the second and so on; G groups, I in features, O out features, R rank. t_NR is the gradient of h_NR.
+the second and so on; G groups, T rows of a group in a stack, I in features, O out features, R rank.
+t_NR is the gradient of h_NR.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,12 +21,12 @@ from lora_inject.arithmetic.linear import is_slow_on_cpu, may_use_function
 from lora_inject.arithmetic.product import cast_to, never_autocast
 
 Product = Callable[..., Tensor]  # (rows, matrices, offs=): one matrix for the rows of each group
-_ROWS_OF_A_GROUP = 16  # with fewer, a call in 16 bits costs a CPU more than its arithmetic
+_CALL = 16  # what a call for a group costs a CPU in 16 bits, in rows of the group
 
 
-def may_be_one_function(x_NI: Tensor, L_GIR: Tensor, R_GRO: Tensor) -> bool:
+def may_be_one_function(x_NI: Tensor, factors: Iterable[Tensor]) -> bool:
     """Whether ``grouped_change`` is right for these tensors: not where they are traced."""
-    return may_use_function(x_NI, L_GIR) and may_use_function(x_NI, R_GRO)
+    return all(may_use_function(x_NI, factor) for factor in factors)
 
 
 def grouped_change(
@@ -42,18 +44,76 @@ def grouped_change(
     Returns:
         A new tensor of shape (N, O).
     """
-    dtype = _dtype_of_products(x_NI, len(L_GIR))
-    delta_NO: Tensor = _GroupedChange.apply(x_NI, L_GIR, R_GRO, ends_G, product, dtype)  # type: ignore[no-untyped-call]
+    slow = x_NI.is_cpu and is_slow_on_cpu(x_NI.dtype)
+    dtype = torch.float32 if slow else x_NI.dtype
+    way = (_stacked(x_NI, ends_G) if dtype.itemsize < 4 else None) or _Grouped(ends_G, product)
+    delta_NO: Tensor = _GroupedChange.apply(x_NI, L_GIR, R_GRO, way, dtype)  # type: ignore[no-untyped-call]
     if delta_NO.grad_fn is not None:
         keep_factors(delta_NO, x_NI)
     return delta_NO
 
 
-def _dtype_of_products(x_NI: Tensor, groups: int) -> torch.dtype:
-    """That of the rows, or on a CPU float32 where that is faster, casts of rows included."""
-    dtype, few = x_NI.dtype, x_NI.shape[0] < _ROWS_OF_A_GROUP * groups
-    casts = x_NI.is_cpu and dtype.itemsize < 4 and (few or is_slow_on_cpu(dtype))
-    return torch.float32 if casts else dtype
+class _Grouped(NamedTuple):
+    """Products by torch's own product by groups."""
+
+    ends: Tensor
+    product: Product
+
+    def of_rows(self, x_NI: Tensor) -> Tensor:
+        return x_NI
+
+    def to_rows(self, y_NO: Tensor) -> Tensor:
+        return y_NO
+
+    def factors(self, L_GIR: Tensor, R_GRO: Tensor) -> tuple[Tensor, Tensor]:
+        return padded(L_GIR, R_GRO)
+
+    def times(self, x_NI: Tensor, M_GIO: Tensor) -> Tensor:
+        return self.product(x_NI, M_GIO, offs=self.ends)
+
+    def sums(self, left_NI: Tensor, right_NO: Tensor) -> Tensor:
+        """``left^T right`` of the rows of each group."""
+        return self.product(left_NI.mT, right_NO, offs=self.ends)
+
+
+class _Stacked(NamedTuple):
+    """Products of stacks of equally many rows, of which zeros fill up the smaller groups."""
+
+    places: Tensor
+    groups: int
+    rows: int
+
+    def of_rows(self, x_NI: Tensor) -> Tensor:
+        stack = x_NI.new_zeros(self.groups * self.rows, x_NI.shape[1])
+        return stack.index_copy_(0, self.places, x_NI).view(self.groups, self.rows, -1)
+
+    def to_rows(self, y_GTO: Tensor) -> Tensor:
+        return y_GTO.flatten(0, 1).index_select(0, self.places)
+
+    def factors(self, L_GIR: Tensor, R_GRO: Tensor) -> tuple[Tensor, Tensor]:
+        return L_GIR, R_GRO
+
+    def times(self, x_GTI: Tensor, M_GIO: Tensor) -> Tensor:
+        return torch.bmm(x_GTI, M_GIO)
+
+    def sums(self, left_GTI: Tensor, right_GTO: Tensor) -> Tensor:
+        """``left^T right`` of the rows of each group."""
+        return torch.bmm(left_GTI.mT, right_GTO)
+
+
+def _stacked(x_NI: Tensor, ends_G: Tensor) -> _Stacked | None:
+    """How rows are stacked on a CPU; None where calls for each group cost less, and elsewhere."""
+    if not (x_NI.is_cpu and ends_G.is_cpu):
+        return None
+    count, groups, ends_G = len(x_NI), len(ends_G), ends_G.long()
+    if groups == 0 or int(ends_G[-1]) != count:
+        return None
+    sizes_G = ends_G.diff(prepend=ends_G.new_zeros(1))
+    rows = -(-int(sizes_G.max()) // 4) * 4  # torch makes a program for each shape
+    if groups * rows > 2 * count + _CALL * groups:
+        return None
+    shifts_G = torch.arange(groups) * rows - (ends_G - sizes_G)
+    return _Stacked(torch.arange(count) + shifts_G.repeat_interleave(sizes_G), groups, rows)
 
 
 class _GroupedChange(torch.autograd.Function):
@@ -61,60 +121,47 @@ class _GroupedChange(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x_NI: Tensor,
-        L_GIR: Tensor,
-        R_GRO: Tensor,
-        ends_G: Tensor,
-        product: Product,
+        ctx: Any, x_NI: Tensor, L_GIR: Tensor, R_GRO: Tensor, way: "_Grouped | _Stacked",
         dtype: torch.dtype,
-    ) -> Tensor:
-        L, R = padded(L_GIR, R_GRO, dtype)
-        h_NR = product(cast_to(x_NI, dtype), L, offs=ends_G)
-        needs_x, needs_L, needs_R = ctx.needs_input_grad[:3]
-        ctx.save_for_backward(
-            x_NI if needs_L or needs_R else None, L_GIR, R_GRO, ends_G, h_NR if needs_R else None
-        )
-        ctx.product, ctx.dtype, ctx.of_x = product, dtype, x_NI.dtype
-        return product(h_NR, R, offs=ends_G)
+    ) -> Tensor:  # fmt: skip
+        L, R = way.factors(cast_to(L_GIR, dtype), cast_to(R_GRO, dtype))
+        h = way.times(way.of_rows(cast_to(x_NI, dtype)), L)
+        _, needs_L, needs_R = ctx.needs_input_grad[:3]
+        kept_x_NI = x_NI if needs_L or needs_R else None  # R's for second derivatives
+        ctx.save_for_backward(kept_x_NI, L_GIR, R_GRO, way.to_rows(h) if needs_R else None)
+        ctx.way, ctx.dtype, ctx.of_x = way, dtype, x_NI.dtype
+        return way.to_rows(way.times(h, R))
 
     @staticmethod
     @never_autocast
     def backward(ctx: Any, g_NO: Tensor) -> tuple[Tensor | None, ...]:
-        x_NI, L_GIR, R_GRO, ends_G, h_NR = ctx.saved_tensors
+        x_NI, L_GIR, R_GRO, h_NR = ctx.saved_tensors
         needs_x, needs_L, needs_R = ctx.needs_input_grad[:3]
-        product, dtype = ctx.product, ctx.dtype
-        L, R = padded(L_GIR, R_GRO, dtype)
+        way, dtype = ctx.way, ctx.dtype
+        L, R = way.factors(cast_to(L_GIR, dtype), cast_to(R_GRO, dtype))
+        g = way.of_rows(g_NO)
         dx_NI = dL_GIR = dR_GRO = None
-        if x_NI is not None:
-            x_NI = cast_to(x_NI, dtype)
-        if needs_R:
-            if torch.is_grad_enabled():  # h as a function of x and L
-                h_NR = product(x_NI, L, offs=ends_G)
-            dR_GRO = _by_group(h_NR, g_NO, R_GRO, ends_G, product)
+        if needs_L or torch.is_grad_enabled():
+            x = way.of_rows(cast_to(x_NI, dtype))
+        if needs_R:  # differentiated again, h is a function of x and L
+            h = way.times(x, L) if torch.is_grad_enabled() else way.of_rows(h_NR)
+            dR_GRO = _gradient(h, g, R_GRO, way)
         if needs_x or needs_L:
-            t_NR = product(g_NO, R.mT, offs=ends_G)
-            if needs_L:
-                dL_GIR = _by_group(x_NI, t_NR, L_GIR, ends_G, product)
-            if needs_x:
-                dx_NI = cast_to(product(t_NR, L.mT, offs=ends_G), ctx.of_x)
-        return dx_NI, dL_GIR, dR_GRO, None, None, None
+            t = way.times(g, R.mT)
+            dL_GIR = _gradient(x, t, L_GIR, way) if needs_L else None
+            dx_NI = cast_to(way.to_rows(way.times(t, L.mT)), ctx.of_x) if needs_x else None
+        return dx_NI, dL_GIR, dR_GRO, None, None
 
 
-def _by_group(
-    left: Tensor, right: Tensor, factor: Tensor, ends: Tensor, product: Product
-) -> Tensor:
-    """``left^T right`` of the rows of each group: the gradient of a factor, laid out as it is."""
-    if factor.mT.is_contiguous():
-        found = product(right.mT, left, offs=ends).mT
-    else:
-        found = product(left.mT, right, offs=ends)
+def _gradient(left: Tensor, right: Tensor, factor: Tensor, way: "_Grouped | _Stacked") -> Tensor:
+    """``left^T right``: the gradient of a factor, laid out as it is and without its padding."""
+    turned = factor.mT.is_contiguous()
+    found = way.sums(right, left).mT if turned else way.sums(left, right)
     rows, columns = factor.shape[-2:]
     return cast_to(found[:, :rows, :columns], factor.dtype)
 
 
-def padded(L_GIR: Tensor, R_GRO: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Both in a dtype, with a rank that has rows of whole 16 bytes, as grouped products want."""
-    L_GIR, R_GRO = cast_to(L_GIR, dtype), cast_to(R_GRO, dtype)
-    more = -L_GIR.shape[-1] % (16 // dtype.itemsize)
+def padded(L_GIR: Tensor, R_GRO: Tensor) -> tuple[Tensor, Tensor]:
+    """With a rank that has rows of whole 16 bytes, as products by groups want it."""
+    more = -L_GIR.shape[-1] % (16 // L_GIR.dtype.itemsize)
     return (F.pad(L_GIR, (0, more)), F.pad(R_GRO, (0, 0, 0, more))) if more else (L_GIR, R_GRO)

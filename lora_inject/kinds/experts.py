@@ -68,6 +68,7 @@ for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv"
 
 
 def as_tensor(value: Any) -> Any:
+    """The effective weight in place of a lazy one, and anything else as it is."""
     return value._tensor() if isinstance(value, LazyWeight) else value
 
 

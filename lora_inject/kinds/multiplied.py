@@ -128,21 +128,29 @@ class MultipliedWeight(LazyWeight):
 
     def _add_by_group(self, x: Tensor, y: Tensor, product: Any, ends: Tensor) -> Tensor:
         """The same for rows that are sorted by group, whose last ones are at these ends."""
+        factors = [t for change in self._changes for pair in change.products for t in pair]
+        if is_grouped_product(product) and may_be_one_function(x, factors):
+            times = lambda x, L, R: grouped_change(x, L, R, ends, product)  # noqa: E731
+            return self._added(x, y, times, in_place=True)
 
-        def times(x: Tensor, L: Tensor, R: Tensor) -> Tensor:
-            if is_grouped_product(product) and may_be_one_function(x, L, R):
-                return grouped_change(x, L, R, ends, product)
-            L, R = padded(L, R, x.dtype)
+        def composed(x: Tensor, L: Tensor, R: Tensor) -> Tensor:
+            L, R = padded(L.to(x.dtype), R.to(x.dtype))
             return cast(Tensor, product(product(x, L, offs=ends), R, offs=ends))
 
-        return self._added(x, y, times)
+        return self._added(x, y, composed)
 
-    def _added(self, x: Tensor, y: Tensor, times: Callable[..., Tensor]) -> Tensor:
+    def _added(
+        self, x: Tensor, y: Tensor, times: Callable[..., Tensor], in_place: bool = False
+    ) -> Tensor:
+        """An output with what ``times`` makes of x, an L and an R; in place where y is new."""
         for change in self._changes:
             seen = F.dropout(x, change.dropout) if change.dropout else x
             made = [times(seen, L, R) for L, R in change.products]
             delta = made[0] - made[1] if made[1:] else made[0]
-            y = add(y, delta, change.factor, change.spec)
+            if in_place:
+                y.add_(delta, alpha=cast(float, change.factor))
+            else:
+                y = add(y, delta, change.factor, change.spec)
         return y
 
     @classmethod
@@ -194,8 +202,8 @@ def require_no_dropout(layer: Any, changes: Changes) -> None:
     for _, change in changes:
         if change.dropout:
             raise LoRAInjectError(
-                f"its forward does more with {change.spec.weight} here than it is known to multiply "
-                f"by it, and dropout={change.dropout:g} acts on what it multiplies.",
+                f"its forward does more with {change.spec.weight} here than multiply by it, and "
+                f"dropout={change.dropout:g} acts on what it multiplies.",
                 path=layer.lora_adapters[0].path,
                 remedy="Use dropout 0, or another of transformers' experts_implementation.",
             )

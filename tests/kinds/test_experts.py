@@ -16,6 +16,7 @@ from transformers.integrations import moe
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from benchmarks.memory import bytes_kept
 from lora_inject import inject, plan, strip, use
 from lora_inject.kinds.experts import ExpertWeights
 from lora_inject.kinds.multiplied import MultipliedWeight
@@ -163,6 +164,23 @@ def test_no_more_of_the_size_of_one_expert_is_made_than_without_adapters(family,
             step(model, *args)
         made.append(watched.shapes)
     assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_grouped_products_keep_no_casts_of_adapters_and_no_product_that_can_be_made_again(
+    family, build
+):
+    model, args = build(family, "grouped_mm", torch.bfloat16), inputs(torch.bfloat16, 8)
+    least, rows = bytes_kept(lambda: model(*args)), 8 * TOP
+    inject(model, NAMES, r=8)
+    assert model.down_proj_lora_A.dtype == torch.float32
+    randomize_adapters(model)
+    for p in trained(model).values():
+        p.requires_grad_(True)
+    kept = bytes_kept(lambda: model(*args))
+    # The rows of the first product, both A x and the places of the rows; of what the second one
+    # reads the factors, act(gate) and up, are kept anyway.
+    assert kept - least <= 2 * rows * (H + 2 * 8) + 2 * 8 * rows
 
 
 @pytest.mark.parametrize("way", WAYS)
