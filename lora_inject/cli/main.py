@@ -3,6 +3,8 @@
 import argparse
 import importlib
 import json
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +24,7 @@ from lora_inject.report.bytes import OPTIMIZER_STATES
 from lora_inject.report.report import report
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_BROKEN_PIPE = 128 + 13  # SIGPIPE, which is no name of Windows
 _CAPACITY = ("seq", "batch", "fsdp", "tp", "checkpointing")
 
 
@@ -31,6 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
         sys.stdout.flush()
+    except BrokenPipeError:  # who reads has seen enough (| head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more
+        return _BROKEN_PIPE
+    except KeyboardInterrupt:
+        print("lora-inject: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (LoRAInjectError, OSError) as error:
         print(f"lora-inject: error: {' '.join(str(error).split())[:1000]}", file=sys.stderr)
         return 2
@@ -227,7 +236,7 @@ def _from_config(path: Path) -> nn.Module:
     except ImportError as error:
         raise ArgumentError(
             "MODEL: reading a config needs transformers.",
-            remedy='Install it: pip install "lora_inject[demo]".',
+            remedy="Install it: pip install transformers.",
         ) from error
     try:
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)

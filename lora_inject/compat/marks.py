@@ -43,6 +43,11 @@ def has_accelerate_hook(module: nn.Module) -> bool:
     return "_hf_hook" in module.__dict__
 
 
+def never_rescales(module: nn.Module) -> bool:
+    """Whether a model of transformers has code that rescales weights, and does not use it: RWKV."""
+    return getattr(getattr(module, "config", None), "rescale_every", None) == 0
+
+
 def is_known_linear(cls: type[nn.Module]) -> bool:
     """Whether the forward of a Linear class is that of a library of quantized layers."""
     owner = next((base for base in cls.__mro__ if "forward" in vars(base)), cls)
@@ -101,6 +106,18 @@ def may_be_reentrant(module: nn.Module) -> bool:
 def is_encoder_decoder(module: nn.Module) -> bool:
     """Whether a model of transformers has an encoder and a decoder, each with its own tokens."""
     return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
+
+
+def peft_modules(module: nn.Module) -> list[nn.Module]:
+    """The modules that hold the tensors of PEFT's adapters on a layer of PEFT; else none."""
+    names = _attribute(module, "adapter_layer_names")
+    own = [module._modules.get(name) for name in names] if isinstance(names, tuple) else []
+    return [child for child in own if child is not None]
+
+
+def came_from_checkpoint(parameter: nn.Parameter) -> bool:
+    """Whether transformers has loaded a parameter, and not made it anew; no of one of another's."""
+    return bool(getattr(parameter, "_is_hf_initialized", False))
 
 
 def rows_of_checkpoint(module: nn.Module) -> int | None:

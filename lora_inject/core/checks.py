@@ -5,13 +5,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
+from lora_inject.changes.statistics import has_statistics
+from lora_inject.compat.marks import peft_modules
 from lora_inject.core.look import Look
 from lora_inject.core.site import Site
 from lora_inject.core.state import adapters_of, state_of
-from lora_inject.errors import ArgumentError, LoRAInjectError, UnsupportedLayerError
+from lora_inject.errors import ArgumentError, LoRAInjectError, UnsupportedLayerError, warn
+from lora_inject.kinds.refusals import LAZY
 from lora_inject.own import Place, own_tensor
+from lora_inject.printing import plural
 from lora_inject.settings import BASE, BiasMode, Settings
 
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
@@ -37,17 +42,31 @@ def require_injectable(look: Look) -> None:
                 path=place.path,
                 remedy="Inject first, then wrap the model.",
             )
+        if isinstance(place.module, LazyModuleMixin) and has_statistics(place.module):
+            raise UnsupportedLayerError(LAZY, path=place.path)  # held, they would stay so
         for name, parameter in place.module._parameters.items():
-            if parameter is None:
-                continue
-            if is_lazy(parameter):
-                problem, remedy = "it is lazy and has no shape yet.", "Run one forward pass first."
-            elif parameter.is_inference():
-                problem = f"its {name} was made in inference mode and can never train again."
-                remedy = "Build or load the model outside of torch.inference_mode."
-            else:
-                continue
-            raise UnsupportedLayerError(problem, path=place.path, remedy=remedy)
+            if parameter is not None and not is_lazy(parameter) and parameter.is_inference():
+                raise UnsupportedLayerError(
+                    f"its {name} was made in inference mode and can never train again.",
+                    path=place.path,
+                    remedy="Build or load the model outside of torch.inference_mode.",
+                )
+
+
+def warn_of_adapters_of_peft(look: Look) -> None:
+    """Warn of adapters that PEFT has put into the model and that an injection freezes."""
+    layers = {
+        look.index.path(layer): None
+        for layer in look.index.modules
+        for module in (m for own in peft_modules(layer) for m in look.index.below(own))
+        if any(p is not None and p.requires_grad for p in module._parameters.values())
+    }
+    if layers:
+        warn(
+            f"{plural(len(layers), 'layer')} carry adapters of PEFT, such as {next(iter(layers))}: "
+            "they are part of the base now, go on acting and train no more. To train them here, "
+            "let PEFT unload() them and load(model, their directory)."
+        )
 
 
 def require_extensible(look: Look, adapter: str, bias: BiasMode) -> None:
@@ -93,6 +112,14 @@ def require_alive(sites: Sequence[Site]) -> None:
                 path=site.path,
                 remedy=f"Give it fixed={other!r} by a pattern of its own, or exclude it.",
             )
+
+
+def require_shaped(look: Look, tensors: Collection[Place]) -> None:
+    """Refuse to train in place what is lazy: there is no former value yet that could come back."""
+    for module, name in tensors:
+        tensor = own_tensor(module, name)
+        if tensor is not None and is_lazy(tensor):
+            raise UnsupportedLayerError(LAZY, path=look.index.path(module))
 
 
 def require_one_owner(look: Look, tensors: Collection[Place]) -> None:

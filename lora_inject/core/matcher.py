@@ -5,6 +5,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lora_inject.core.look import Look
 from lora_inject.core.output_heads import find_heads
@@ -91,7 +92,7 @@ class Matcher:
             for place in self.places
             if len(place.module._parameters)
             for name, parameter in place.module._parameters.items()
-            if parameter is not None and len(whole_shape(parameter)) > 1
+            if parameter is not None and not is_lazy(parameter) and len(whole_shape(parameter)) > 1
             if self.kind(place.module) is None and not is_bias(place.module, name)
         ]
 

@@ -16,6 +16,8 @@ HEAD_NAMES = frozenset(
     {"lm_head", "head", "heads", "classifier", "score", "qa_outputs", "output_layer", "embed_out"}
     | {"cls", "multiple_choice_head"}
 )
+OF_LANGUAGE_MODELS = frozenset({"lm_head", "embed_out"})  # of these, which nobody makes anew
+BY_NAME = "output head (by its name)"
 
 
 def find_heads(places: Iterable[NamedModule]) -> dict[nn.Module, str]:
@@ -32,7 +34,7 @@ def find_heads(places: Iterable[NamedModule]) -> dict[nn.Module, str]:
         if weights[place.module] is not None and id(weights[place.module]) in embeddings:
             heads.setdefault(place.module, "output head (shares its weight with an embedding)")
         elif any(_named_like_a_head(path) for path in place.paths):
-            heads.setdefault(place.module, "output head (by its name)")
+            heads.setdefault(place.module, BY_NAME)
     return heads
 
 

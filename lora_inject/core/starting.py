@@ -103,7 +103,7 @@ def starting_values(
     if variant.own_shapes:
         own = variant.begin(spec, generator)
         return {role: t.to(device, variant.dtype(role, dtype)) for role, t in own.items()}
-    W = kind.dense(layer, spec) if s.start.reads or variant.more else None
+    W = kind.dense(layer, spec) if reads_weight(adapter) else None
     tensors: dict[str, Tensor] = {}
     if "A" in variant.roles:
         A, B = s.start.values(kind, layer, W, spec, s.scaling, generator)
@@ -117,6 +117,12 @@ def starting_values(
         tensors |= {role: tensor.to(variant.dtype(role, dtype)) for role, tensor in more.items()}
     _require_alive(adapter, tensors)
     return tensors
+
+
+def reads_weight(adapter: Adapter) -> bool:
+    """Whether an adapter starts from the values of its weight."""
+    variant = adapter.settings.variant
+    return adapter.settings.start.reads or bool(variant.more and not variant.own_shapes)
 
 
 def _require_alive(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:

@@ -40,6 +40,17 @@ def fingerprints(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
     return {key: value for key, value in found.items() if value is not None}
 
 
+def is_fingerprint(value: Any) -> bool:
+    """Whether a value of a file is of the form of a fingerprint."""
+    if not isinstance(value, dict):
+        return False
+    shape, values = value.get("shape"), value.get("values")
+    shaped = isinstance(shape, list) and all(isinstance(size, int) for size in shape)
+    if not isinstance(values, list) or len(values) != SAMPLES:
+        return False
+    return shaped and all(isinstance(number, float) for number in values)
+
+
 @functools.cache
 def _places(elements: int) -> Tensor:
     """Where the samples are taken, spread over the whole weight."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_inject.core.drift import require_nothing_gone
 from lora_inject.core.look import Look
 from lora_inject.errors import ArgumentError
-from lora_inject.files import left_out
+from lora_inject.files import cautions, left_out
 from lora_inject.files.as_new import put_in
 from lora_inject.files.formats import named_format, read_adapter, read_state
 from lora_inject.files.formats.data import AdapterData
@@ -72,7 +72,8 @@ def save(
     """
     named_format(format, "format")
     file, stored = _path(path), Stored(model, adapter)
-    data, report = stored.data(), None
+    whole = data = stored.data()
+    report = None
     if portable:
         data, report = as_plain_lora(
             stored, data, None if r is None else check_count(r, "r"), error
@@ -80,6 +81,8 @@ def save(
     elif r is not None or error:
         raise ArgumentError("r and error are for portable=True.")
     require_nothing_gone(stored.look, stored.name)
+    cautions.warn_of_directory(file, format)
+    cautions.warn_of_untrained(whole, stored.name)
     left_out.warn_of_left_out(stored.look, "the file")
     write(stored, data, file, format)
     return report
@@ -185,4 +188,6 @@ def _load(
         stored.fill({**wanted.tensors, **pairs}, wanted.scalings)
     else:
         put_in(wanted, adapter, dtype, use=not look.used)
+        if look.used:
+            cautions.warn_of_unused(look, adapter)
     left_out.warn_of_missing_others(data, look, adapter)

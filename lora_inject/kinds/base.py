@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, ClassVar, Literal, TypeGuard
 
@@ -13,7 +14,7 @@ from lora_inject.arithmetic import starting_values as initial
 from lora_inject.kinds.shown import effective_property
 from lora_inject.own import own_class, own_tensor
 from lora_inject.settings import Settings
-from lora_inject.sharding import placements_of_pair, replicated, whole_shape
+from lora_inject.sharding import is_distributed, placements_of_pair, replicated, whole, whole_shape
 from lora_inject.variants import Change, Spec, Variant
 
 Way = Literal["branch", "weight"]
@@ -172,8 +173,8 @@ class Kind(ABC):
             total = variant.add_to_weight(self, layer, W, total, change)
         return total.to(W.dtype)
 
-    def multiplies(self, module: nn.Module, W: Tensor, variant: Variant) -> bool:
-        """Weight: whether it is known how the module's own forward multiplies by W."""
+    def multiplies(self, module: nn.Module, specs: Sequence[Spec], variant: Variant) -> bool:
+        """Weight: whether it is known how the module's own forward multiplies by these weights."""
         return False
 
     def multiplied(
@@ -190,8 +191,10 @@ class Kind(ABC):
         return None
 
     def dense(self, layer: nn.Module, spec: Spec) -> Tensor | None:
-        """The values of the weight, worked out where they are packed; None where they cannot be."""
+        """The whole weight, worked out where it is packed; None where it cannot be."""
         weight = layer._parameters.get(spec.weight)
+        if weight is not None and is_distributed(weight):
+            return whole(weight)
         return weight if weight is not None and is_plain(weight) else None
 
     def product(self, layer: nn.Module, spec: Spec, rows: Tensor) -> Tensor:

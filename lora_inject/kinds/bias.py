@@ -1,6 +1,7 @@
 """Which parameters are biases."""
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 
 def is_bias(owner: nn.Module, name: str) -> bool:
@@ -13,7 +14,7 @@ def is_bias(owner: nn.Module, name: str) -> bool:
     if not (name == "bias" or name.startswith("bias_") or name.endswith("_bias")):
         return False
     parameter = owner._parameters[name]
-    if parameter is None or parameter.dim() <= 1:
+    if parameter is None or is_lazy(parameter) or parameter.dim() <= 1:
         return True
     return name.removesuffix("_bias") in owner._parameters or (
         isinstance(owner, nn.MultiheadAttention)

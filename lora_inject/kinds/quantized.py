@@ -5,6 +5,7 @@ Found by what they have: the features of a Linear, and integer tensors where its
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lora_inject.kinds.base import Way
 from lora_inject.kinds.linear import LinearKind
@@ -62,6 +63,8 @@ class QuantizedLinearKind(LinearKind):
             for name, tensor in owned.items() if len(owned) else ():
                 if tensor is None or "weight" not in name:
                     continue
+                if is_lazy(tensor):
+                    return None
                 if tensor.is_floating_point() and tensor.dim() > 1 and "scale" not in name:
                     return None
                 if not tensor.is_floating_point() and tensor.dtype != torch.bool and found is None:

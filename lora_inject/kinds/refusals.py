@@ -4,11 +4,19 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lora_inject.compat.marks import has_accelerate_hook, is_fully_sharded
 from lora_inject.kinds.base import Way, is_plain
 from lora_inject.sharding import has_known_placements, is_distributed, is_placeholder
 from lora_inject.variants import Spec
+
+LAZY = "it is lazy and has no shape yet. Run one forward pass first."
+
+
+def lazy_refusal(module: nn.Module) -> str | None:
+    """Why nothing can be asked of a module's tensors yet, with the remedy; else None."""
+    return LAZY if any(p is not None and is_lazy(p) for p in module._parameters.values()) else None
 
 
 def general_refusal(module: nn.Module, new_names: Iterable[str], way: Way) -> str | None:

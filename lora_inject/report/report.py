@@ -1,12 +1,15 @@
 """What trains, counted from the live model: parameters, and the bytes that training them needs."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import dtype, nn
+from torch.nn.parameter import is_lazy
 
 from lora_inject.changes.statistics import is_held
+from lora_inject.core.choosing import Skip
 from lora_inject.core.drift import drift, sentences
 from lora_inject.core.look import Look
 from lora_inject.core.roles import ADAPTER_ROLES, ROLES, roles
@@ -22,6 +25,7 @@ from lora_inject.report.bytes import (
     trainable_dtype,
     training_bytes,
 )
+from lora_inject.report.new_parts import new_and_frozen
 from lora_inject.report.report_tables import Memory, PatternRow, memory_section, patterns_section
 from lora_inject.sharding import whole_numel
 
@@ -44,6 +48,7 @@ class Report(Shown):
         bias: the bias mode, or None where nothing was injected.
         memory: bytes for the optimizer asked about.
         notes: remarks for the reader.
+        alerts: remarks that stand first, since what trains will hardly be what was meant.
     """
 
     model: str
@@ -54,6 +59,7 @@ class Report(Shown):
     bias: str | None
     memory: Memory
     notes: tuple[str, ...] = ()
+    alerts: tuple[str, ...] = ()
 
     @property
     def total(self) -> int:
@@ -94,18 +100,21 @@ class Report(Shown):
                 "ratio_with_frozen": m.ratio_with_frozen,
             },
             "notes": list(self.notes),
+            "alerts": list(self.alerts),
         }
 
     def _tables(self) -> Tables:
         parts = [(name, count(n)) for name, n in self.split.items() if n]
         trains = Section(
-            self.line, ("trains", ">parameters"), [*parts, ("frozen", count(self.frozen))]
+            "\n".join((self.line, *self.alerts)),
+            ("trains", ">parameters"),
+            [*parts, ("frozen", count(self.frozen))],
         )
         chosen = patterns_section(self.patterns)
         memory = memory_section(self.memory)
         sections = [trains, *([chosen] if self.patterns else []), memory]
         if self.notes:
-            sections.append(Section("Notes", ("",), [(note,) for note in self.notes]))
+            sections.append(Section("Notes", (), (), notes=self.notes))
         return Tables(sections)
 
 
@@ -133,8 +142,8 @@ def report(model: nn.Module, optimizer: str = "adamw") -> Report:
     return report_of(Look(model), optimizer)
 
 
-def report_of(look: Look, optimizer: str = "adamw") -> Report:
-    """``report`` for a model that has been looked at."""
+def report_of(look: Look, optimizer: str = "adamw", skipped: Iterable[Skip] = ()) -> Report:
+    """``report`` for a model that has been looked at, and of which a plan has left something."""
     states = optimizer_states(optimizer)
     waiting = {id(own_tensor(module, name)) for module, _, name in look.waiting()}
     split, still = dict.fromkeys(ROLES, 0), 0  # elements that train, and that do not
@@ -147,7 +156,7 @@ def report_of(look: Look, optimizer: str = "adamw") -> Report:
         else:
             still += n
             for tensor in stored_tensors(parameter):
-                stands[tensor.dtype] += whole_numel(tensor) * tensor.element_size()
+                stands[tensor.dtype] += whole_numel(tensor) * tensor.dtype.itemsize
         if role not in ADAPTER_ROLES and can_train(parameter) and id(parameter) not in waiting:
             base[trainable_dtype(parameter)] += n
     return Report(
@@ -164,6 +173,7 @@ def report_of(look: Look, optimizer: str = "adamw") -> Report:
             full=training_bytes(base, states),
         ),
         notes=_notes(look, bool(trains)),
+        alerts=new_and_frozen(look, skipped),
     )
 
 
@@ -191,6 +201,9 @@ def _pattern_rows(look: Look) -> tuple[PatternRow, ...]:
 
 def _notes(look: Look, trains: bool) -> tuple[str, ...]:
     notes = [] if trains else ["No parameter trains."]
+    lazy = sum(map(is_lazy, look.parameters))
+    if lazy:
+        notes.append(f"{plural(lazy, 'parameter')} of lazy layers have no shape yet: not counted.")
     added = sum(each.trains for each in drift(look, "came"))
     if added:
         notes.append(

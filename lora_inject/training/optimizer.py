@@ -16,7 +16,11 @@ _UNDECAYED = ("bias", "lora_magnitude")
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Everything that trains, each parameter once: adapters, trainable biases, ``train_also``.
 
+    Build the optimizer after ``inject``: one that was built before has none of A and B, and what it
+    has is frozen, so that its steps change nothing.
+
     Example:
+        >>> report = inject(model, "q_proj")  # doctest: +SKIP
         >>> optimizer = torch.optim.AdamW(lora_parameters(model), lr=2e-4)  # doctest: +SKIP
 
     Raises:

@@ -2,15 +2,18 @@
 
 import contextlib
 import json
+import re
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
 import transformers as tf
+from helpers import randomize_adapters
 from transformers import GPT2Config, LlamaConfig
 
-from lora_inject import inject, save
+from lora_inject import inject, load, lora_state_dict, save, strip
 from lora_inject.cli.main import main
 from lora_inject.files.formats.storage import read_tensors
 
@@ -206,6 +209,24 @@ def test_inspect(adapter, capsys):
     assert shown["pairs"][0]["norm"] == 0.0
 
 
+def test_output_that_nobody_reads_to_its_end_is_no_error(adapter):
+    command = [sys.executable, "-m", "lora_inject", "inspect", str(adapter)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()  # as head does when it has its lines
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() == 128 + signal.SIGPIPE
+
+
+def test_an_interrupt_is_one_line(monkeypatch, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lora_inject.cli.main.load_model", interrupted)
+    assert main(["plan", "anything"]) == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "lora-inject: interrupted\n"
+
+
 def test_convert_there_and_back(adapter, capsys, tmp_path):
     own = f"{__name__}:small_model"
     steps = [
@@ -223,6 +244,25 @@ def test_convert_there_and_back(adapter, capsys, tmp_path):
     config = json.loads((tmp_path / "d" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (2, 3)
     assert "PEFT" in capsys.readouterr().out
+
+
+def test_a_model_with_a_module_called_as_a_component_converts_to_diffusers(tmp_path, capsys):
+    model = tf.GPT2LMHeadModel(
+        GPT2Config(n_embd=8, n_head=2, n_layer=2, vocab_size=9, bos_token_id=0, eos_token_id=0)
+    )
+    inject(model, "c_attn", r=2)
+    randomize_adapters(model)
+    save(model, tmp_path / "peft")
+    command = ["convert", str(tmp_path / "peft"), str(tmp_path / "diffusers"), "--to", "diffusers"]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert re.search("format +diffusers", shown)
+    assert "transformer.h.1.attn.c_attn" in shown
+    assert main(["inspect", str(tmp_path / "diffusers")]) == 0
+    assert capsys.readouterr().out == shown
+    own = lora_state_dict(model)
+    loaded = lora_state_dict(load(strip(model), tmp_path / "diffusers"))
+    assert all(torch.equal(loaded[key], value) for key, value in own.items())
 
 
 @pytest.mark.parametrize(

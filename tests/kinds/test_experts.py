@@ -17,7 +17,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from benchmarks.memory import bytes_kept
-from lora_inject import inject, plan, strip, use
+from lora_inject import LoRAInjectError, inject, load, plan, save, strip, use
+from lora_inject.errors import UnsupportedLayerError
 from lora_inject.kinds.experts import ExpertWeights
 from lora_inject.kinds.multiplied import MultipliedWeight
 
@@ -291,6 +292,89 @@ def test_functions_for_experts_that_may_do_anything_get_the_effective_weight(fun
     assert all(site.multiplies for site in plan(model, NAMES).sites)
     model.config._experts_implementation = function
     assert not any(site.multiplies for site in plan(model, NAMES).sites)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dropout_acts_on_what_experts_multiply(family, way, dtype, build, monkeypatch):
+    model, args = build(family, way, dtype), inputs(dtype)
+    base = model(*args)
+    inject(model, NAMES, r=3, dropout=0.5)
+    assert torch.equal(model.train()(*args), base)  # B is zero
+    randomize_adapters(model, 0.1)
+    expected, gradients = in_float64(model, *args)
+    require_close(model.eval()(*args), expected, CLOSE[dtype])
+    one, other = (model.train()(*args) for _ in range(2))
+    assert not torch.equal(one, other)
+    seen = []
+
+    def dropout(x, p):
+        seen.append((x.shape[-1 if x.shape[-1] > 1 else -2], p))
+        return x
+
+    monkeypatch.setattr(F, "dropout", dropout)
+    y, found = step(model, *args)
+    require_close(y, expected, CLOSE[dtype])
+    for name, gradient in gradients.items():
+        require_close(found[name], gradient, CLOSE[dtype])
+    assert set(seen) == {(H, 0.5)}  # the features of x, and no weight
+    calls = 2 if way != "eager" else 2 * len(args[1].unique())
+    assert len(seen) == calls
+
+
+def test_dropout_is_masked_and_scaled_as_elsewhere():
+    class Whole(Watched):
+        def forward(self, x):
+            return x @ self.w[1]
+
+    model, x = Whole(), torch.eye(4)
+    inject(model, "w", r=2, dropout=0.25)
+    randomize_adapters(model)
+    rows = (model.eval()(x) - x @ model._parameters["w"][1]).detach()
+    torch.manual_seed(3)
+    dropped = (model.train()(x) - x @ model._parameters["w"][1]).detach()
+    torch.manual_seed(3)
+    torch.testing.assert_close(dropped, F.dropout(x, 0.25) @ rows)
+
+
+@pytest.mark.parametrize(("build", "options"), [(Unknown, {}), (Multiplying, {"variant": "dora"})])
+def test_dropout_is_refused_where_no_product_is_known(build, options):
+    with pytest.raises(UnsupportedLayerError, match="there is no input for dropout"):
+        inject(nn.Sequential(build()), "0.w", r=2, dropout=0.1, **options)
+
+
+def test_where_dropout_cannot_act_after_all_training_is_refused_and_evaluation_is_not():
+    class Partly(Watched):
+        def forward(self, x):
+            return x @ self.w[1] if x.ndim == 2 else torch.einsum("i,io->o", x, self.w[1])
+
+    model = Partly()
+    inject(model, "w", r=2, dropout=0.1)
+    randomize_adapters(model)
+    assert model(torch.randn(2, 4)).shape == (2, 5)
+    with pytest.raises(LoRAInjectError, match="does more with w here than multiply by it"):
+        model(torch.randn(4))
+    assert model.eval()(torch.randn(4)).shape == (5,)
+
+
+def test_where_another_function_runs_the_experts_dropout_is_refused_in_training(build):
+    model, args = build("out_in", "eager"), inputs()
+    inject(model, NAMES, r=2, dropout=0.1)
+    model.config._experts_implementation = "sonicmoe"
+    with pytest.raises(LoRAInjectError, match="experts_implementation"):
+        model(*args)
+
+
+def test_an_adapter_with_dropout_comes_back_with_it(build, tmp_path):
+    model = nn.ModuleDict({"experts": build("out_in", "grouped_mm")})
+    inject(model, ["experts.down_proj"], r=2, dropout=0.1)
+    randomize_adapters(model)
+    save(model, tmp_path)
+    other = strip(copy.deepcopy(model))
+    load(other, tmp_path)
+    (adapter,) = other["experts"].lora_adapters
+    assert adapter.settings.dropout == 0.1
 
 
 def test_every_form_of_a_product_and_what_is_none():

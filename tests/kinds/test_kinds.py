@@ -17,7 +17,9 @@ from lora_inject import (
     Spec,
     UnsupportedLayerError,
     inject,
+    load,
     register_kind,
+    save,
     strip,
 )
 from lora_inject.arithmetic.linear import linear_down, linear_up
@@ -293,6 +295,49 @@ def test_what_cannot_work_is_refused_with_path_and_reason(name):
     assert caught.value.path == "1"
     assert str(caught.value).startswith("1: ")
     assert [(type(m), dict(vars(m))) for m in model] == before
+
+
+def with_a_lazy_layer():
+    return nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(3), nn.Linear(3, 2))
+
+
+@pytest.mark.parametrize("runs_first", [False, True])
+@pytest.mark.parametrize("targets", [["0", "2"], "all-linear"])
+def test_a_lazy_layer_that_is_no_target_is_left_alone(targets, runs_first, tmp_path):
+    model = with_a_lazy_layer()
+    before = {name: p for name, p in model.named_parameters() if not name.startswith("1")}
+    shown = inject(model, targets, r=2)
+    assert "2 parameters of lazy layers have no shape yet" in str(shown)
+    assert ("Not adapted: 1: it is lazy" in str(shown)) is (targets == "all-linear")
+    if runs_first:
+        model(torch.ones(2, 4)).sum().backward()
+        assert type(model[1]) is nn.Linear
+        assert model[1].weight.grad is None
+        assert model[0].lora_B.grad.any()
+    save(model, tmp_path / "adapter")
+    load(with_a_lazy_layer(), tmp_path / "adapter", other_base=True)
+    strip(model)
+    assert model(torch.ones(2, 4)).shape == (2, 2)
+    assert type(model[1]) is nn.Linear
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(dict(model.named_parameters())[name] is p for name, p in before.items())
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments"),
+    [
+        (with_a_lazy_layer, {"bias": "all"}),
+        (with_a_lazy_layer, {"train_also": "1"}),
+        (lambda: nn.Sequential(nn.Linear(4, 4), nn.LazyBatchNorm1d()), {}),
+    ],
+    ids=["bias", "train_also", "statistics"],
+)
+def test_a_lazy_layer_of_which_something_is_to_be_kept_is_refused(model, arguments):
+    model = model()
+    before = [dict(vars(m)) for m in model]
+    with pytest.raises(UnsupportedLayerError, match=r"1: it is lazy .* Run one forward pass first"):
+        inject(model, "0", r=2, **arguments)
+    assert [dict(vars(m)) for m in model] == before
 
 
 def test_zero_sized_layers_are_refused():

@@ -95,6 +95,9 @@ class PairData:
         for tensor in (self.A, self.B, *self.others.values()):
             if not is_usable(tensor, floating=True):
                 raise FormatError(f"A and B of {self.name} are no plain tensors: {tensor.dtype}.")
+        ranks = self.A.shape[1 if self.form == "experts" and dims[0] == 3 else 0]
+        if self.start and (self.rank % 2 or ranks % self.rank):
+            raise FormatError(f"A and B of {self.name} are no adapter beside a start of its rank.")
 
     @property
     def rank(self) -> int:
@@ -144,6 +147,14 @@ class PairData:
             B, B0 = torch.split(self.B, r, 1)
         own = {"A": A, "B": B, "A0": A0, "B0": -B0}
         return {**{role: tensor.contiguous() for role, tensor in own.items()}, **self.others}
+
+    @property
+    def is_untrained(self) -> bool:
+        """Whether it changes nothing, since a factor is zero or the start is there still."""
+        own = self.tensors
+        if self.start:
+            return all(torch.equal(own[role], own[f"{role}0"]) for role in ("A", "B"))
+        return not all(tensor.any() for tensor in own.values())
 
     @property
     def known_alpha(self) -> float:

@@ -7,6 +7,7 @@ nothing, as ``save_lora_adapter`` has it; PEFT's config stands in the metadata o
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ TENSORS = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
 COMPONENTS = {"UNet": "unet", "TextModel": "text_encoder", "Transformer": "transformer"}
 _ALL_COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
+SUFFIXES = ()  # it is a directory
 
 
 def looks_like(path: Path) -> bool:
@@ -53,12 +55,13 @@ def read(path: Path, index: Index | None = None, alpha: float | None = None) -> 
         FormatError: the file is not there or not whole, or holds other components only.
     """
     tensors, metadata = read_tensors(path / TENSORS if path.is_dir() else path)
-    component = _component_in(tensors, metadata, index, path)
-    own = {
-        key.removeprefix(component): t for key, t in tensors.items() if key.startswith(component)
-    }
-    config = _config(metadata, component, path)
-    return _from_tensors(config, own, metadata, path, index, alpha)
+    config = _config(metadata, path)
+    component = _component_in(tensors, config, index, path)
+    own, said = (
+        {key.removeprefix(component): v for key, v in of_all.items() if key.startswith(component)}
+        for of_all in (tensors, config)
+    )
+    return _from_tensors(said, own, metadata, path, index, alpha)
 
 
 def from_state(state: AdapterState, index: Index | None, alpha: float | None) -> AdapterData:
@@ -81,14 +84,18 @@ def _from_tensors(
     """What the tensors of one component say, by keys without its prefix."""
     alphas = {key: own.pop(key) for key in list(own) if key.endswith(".alpha")}
     if not config:
-        ranks = {_owner(key): t.shape[1] for key, t in own.items() if ".lora_B" in key}
+        if wrong := [key for key, value in alphas.items() if value.numel() != 1]:
+            raise FormatError(f"{path}: {wrong[0]} must be one number.")
         given = {_owner(key): float(value) for key, value in alphas.items()}
+        # Of what has no such dimension, the reader of pairs tells.
+        ranks = {_owner(key): (*t.shape, 0, 0)[1] for key, t in own.items() if ".lora_B" in key}
         scale = {name: given.get(name, r if alpha is None else alpha) for name, r in ranks.items()}
         patterns = {f"^{re.escape(name)}": value for name, value in ranks.items()}
         scales = {f"^{re.escape(name)}": value for name, value in scale.items()}
         config = {"peft_type": "LORA", "r": 0, "lora_alpha": 1, "rank_pattern": patterns,
                   "alpha_pattern": scales}  # fmt: skip
-    return peft.from_tensors(config, own, metadata, path, index, alpha)
+    data = peft.from_tensors(config, own, metadata, path, index, alpha)
+    return replace(data, facts={**data.facts, "format": "diffusers"})
 
 
 def write(data: AdapterData, path: Path) -> None:
@@ -127,14 +134,19 @@ def _owner(key: str) -> str:
 
 
 def _component_in(
-    tensors: dict[str, Tensor], metadata: dict[str, str], index: Index | None, path: Path
+    tensors: dict[str, Tensor], config: Mapping[str, Any], index: Index | None, path: Path
 ) -> str:
-    """The prefix of the component to read: the model's, or the only one in the file."""
-    config = metadata.get(METADATA, "")
+    """The prefix of the component to read: the model's, or the only one in the file.
+
+    A model may call a module of its own as a pipeline calls a component (GPT-2 has a
+    ``transformer``): in the keys of a config there are no modules.
+    """
+    said = config or tensors
     there = [
         c
         for c in _ALL_COMPONENTS
-        if any(key.startswith(f"{c}.") for key in tensors) and (not config or f'"{c}.' in config)
+        if any(key.startswith(f"{c}.") for key in tensors)
+        and any(key.startswith(f"{c}.") for key in said)
     ]
     modules = set() if index is None else set(bare_modules(index.by_path))
     fitting = [c for c in there if any(_owner(key.removeprefix(f"{c}.")) in modules
@@ -147,9 +159,8 @@ def _component_in(
     return f"{choice[0]}." if choice else ""
 
 
-def _config(metadata: dict[str, str], component: str, path: Path) -> dict[str, Any]:
-    """PEFT's config of the component."""
+def _config(metadata: dict[str, str], path: Path) -> dict[str, Any]:
+    """PEFT's configs of all components in one."""
     if METADATA not in metadata:
         return {}
-    config = parse_json(metadata[METADATA], f"the metadata of {path}")
-    return {k.removeprefix(component): v for k, v in config.items() if k.startswith(component)}
+    return parse_json(metadata[METADATA], f"the metadata of {path}")

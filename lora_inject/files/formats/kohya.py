@@ -34,8 +34,9 @@ PREFIXES = {
     "": "lycoris",
 }
 _ALL_PREFIXES = ("lora_unet", "lora_te1", "lora_te2", "lora_te", "lora_transformer", "lycoris")
+SUFFIXES = (".safetensors",)  # of its files
 _DOWN, _UP, _MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
-_SUFFIXES = (_DOWN, _UP, _MID, "alpha", "dora_scale", *lycoris.KEYS)
+_LAST = (_DOWN, _UP, _MID, "alpha", "dora_scale", *lycoris.KEYS)
 
 
 def module_key(prefix: str, path: str) -> str:
@@ -45,7 +46,7 @@ def module_key(prefix: str, path: str) -> str:
 
 def looks_like(path: Path) -> bool:
     """Whether it is a single safetensors file."""
-    return path.is_file() and path.suffix == ".safetensors"
+    return path.is_file() and path.suffix in SUFFIXES
 
 
 def read(path: Path, index: Index | None = None, alpha: float | None = None) -> AdapterData:
@@ -82,7 +83,7 @@ def _from_tensors(
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, suffix = key.partition(".")
-        if suffix not in _SUFFIXES:
+        if suffix not in _LAST:
             raise FormatError(f"{path}: the tensor {key} is of no kind that is supported.")
         layers.setdefault(name, {})[suffix] = tensor
     names = {name: [name] for name in layers} if index is None else _names(index)

@@ -24,11 +24,12 @@ from lora_inject.kinds.base import Form
 from lora_inject.variants import SCALINGS
 
 _KEY = r"(?:(.+)\.)?(?:(\w+?)_)?lora_([AB])"
+SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")  # of its files
 
 
 def looks_like(path: Path) -> bool:
     """Whether it is called as torch's checkpoints are."""
-    return path.is_file() and path.suffix in (".pt", ".pth", ".bin", ".ckpt")
+    return path.is_file() and path.suffix in SUFFIXES
 
 
 def read(path: Path, index: Index | None = None, alpha: float | None = None) -> AdapterData:

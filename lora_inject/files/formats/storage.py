@@ -19,6 +19,7 @@ from torch import Tensor
 from lora_inject.errors import FormatError, warn
 
 MOST_TENSORS = 200_000  # far above any adapter; a header of millions is an attack
+MOST_BYTES = 200 * MOST_TENSORS  # of the header, which is read into memory before it is known
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -49,6 +50,9 @@ def _opened(path: Path) -> Iterator[Any]:
 
     require_file(path)
     try:
+        with path.open("rb") as start:
+            if (size := int.from_bytes(start.read(8), "little")) > MOST_BYTES:
+                raise FormatError(f"{path} has a header of {size:,} bytes, which is no adapter.")
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             if (count := len(file.keys())) > MOST_TENSORS:
                 raise FormatError(f"{path} holds {count:,} tensors, which is no adapter.")

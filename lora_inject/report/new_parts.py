@@ -1,0 +1,69 @@
+"""Parts of a model that may be new, and that an injection leaves frozen: as random as they are.
+
+Such as the classifier that transformers puts on a pretrained encoder. Where a model came from a
+checkpoint transformers has marked what was in it; of others an output head may be new.
+"""
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from lora_inject.compat.marks import came_from_checkpoint, peft_modules, resizable_embeddings
+from lora_inject.core.choosing import Skip
+from lora_inject.core.look import Look
+from lora_inject.core.output_heads import BY_NAME, OF_LANGUAGE_MODELS
+from lora_inject.core.state import owned
+
+
+def new_and_frozen(look: Look, skipped: Iterable[Skip]) -> tuple[str, ...]:
+    """What to say of such parts, with the remedy.
+
+    Args:
+        look: the model after the injection.
+        skipped: what it has left alone.
+    """
+    loaded, new = _by_checkpoint(look)
+    if loaded:
+        around = {above for path in loaded for above in _above(path)}
+        tops = (next((a for a in _above(path) if a not in around), path) for path in new)
+        paths = dict.fromkeys(tops)
+        why = "was not in the checkpoint that the model came from: it is new, and frozen"
+    else:
+        heads = (skip.path for skip in skipped if skip.reason == BY_NAME)
+        paths = dict.fromkeys(p for p in heads if not OF_LANGUAGE_MODELS & {*p.split(".")})
+        why = "is taken for the output head and frozen; where it is new it would stay random"
+    if not paths:
+        return ()
+    names = list(paths)
+    more = f" and {len(names) - 3:,} more" if names[3:] else ""
+    said, also = f"{', '.join(names[:3])}{more} {why}.", f"train_also={names[:3]}"
+    return (f"{said} To train it: inject(..., {also}), or freeze(model, {also}) now.",)
+
+
+def _by_checkpoint(look: Look) -> tuple[list[str], list[str]]:
+    """The paths of modules with parameters that were in a checkpoint, and of frozen ones without.
+
+    Left out are quantized ones, whose tensors are others than those of the checkpoint, tables of
+    tokens, which may have been resized, and adapters of PEFT.
+    """
+    loaded, new = list[str](), list[str]()
+    others = {m for layer in look.index.modules for own in peft_modules(layer)
+              for m in look.index.below(own)}  # fmt: skip
+    others |= resizable_embeddings(look.model).keys()
+    for module in look.index.modules if look.own else ():
+        own = module._parameters
+        if not len(own) or module in others:
+            continue
+        ours = {name for name, *_ in owned(look.states.get(module))}
+        plain = [p for n, p in own.items() if type(p) is nn.Parameter and n not in ours]
+        if any(map(came_from_checkpoint, plain)):
+            loaded.append(look.index.path(module))
+        elif any(p.is_floating_point() and not p.requires_grad for p in plain):
+            new.append(look.index.path(module))
+    return loaded, new
+
+
+def _above(path: str) -> list[str]:
+    """The paths of the modules around one, the largest first, and its own."""
+    names = path.split(".")
+    return [".".join(names[: i + 1]) for i in range(len(names))]
