@@ -202,8 +202,9 @@ def require_no_dropout(layer: Any, changes: Changes) -> None:
     for _, change in changes:
         if change.dropout:
             raise LoRAInjectError(
-                f"its forward does more with {change.spec.weight} here than multiply by it, and "
-                f"dropout={change.dropout:g} acts on what it multiplies.",
+                f"{change.spec.weight} is read here, and not just multiplied by in a way that can "
+                f"be followed, and dropout={change.dropout:g} acts on what it multiplies.",
                 path=layer.lora_adapters[0].path,
-                remedy="Use dropout 0, or another of transformers' experts_implementation.",
+                remedy="Use dropout 0, or another experts_implementation (transformers'), or leave "
+                "the experts out of torch.compile; eval() has no dropout.",
             )

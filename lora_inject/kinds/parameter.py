@@ -69,8 +69,7 @@ class ParameterKind(Kind):
 
     def effective(self, layer: nn.Module, W: Tensor, changes: Changes) -> Any:
         """The sum; of a fused weight, expert by expert as they are asked for."""
-        if torch.compiler.is_compiling():  # which sees nothing of how it is multiplied
-            require_no_dropout(layer, changes)
+        require_no_dropout(layer, changes)
         if W.dim() < 3 or torch.compiler.is_compiling():
             return super().effective(layer, W, changes)
         return ExpertWeights(self, layer, W, changes)
@@ -86,7 +85,6 @@ class ParameterKind(Kind):
         tensors = [W, *(t for _, change in changes for t in change.tensors.values())]
         if known and not any(map(is_distributed, tensors)):
             return multiplied(self, layer, W, changes)
-        require_no_dropout(layer, changes)
         return self.effective(layer, W, changes)
 
 

@@ -64,7 +64,8 @@ def inputs(dtype=torch.float32, tokens=3):
 
 
 def trained(model):
-    return {name: p for name, p in model.named_parameters() if "lora_" in name}
+    named = ((n.removeprefix("_orig_mod."), p) for n, p in model.named_parameters())
+    return {name: p for name, p in named if "lora_" in name}
 
 
 def in_float64(model, x, index, weights, used=None):
@@ -214,6 +215,48 @@ def test_under_checkpointing(way, reentrant, build):
         assert torch.equal(parameter.grad, expected[name])
 
 
+WARNINGS = ["ignore:The .grad attribute of a Tensor that is not a leaf",
+            "ignore:Dynamo detected a call to a `functools.lru_cache`"]  # fmt: skip
+
+
+@pytest.fixture
+def afresh():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("afresh")
+@pytest.mark.filterwarnings(*WARNINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled(family, way, dtype, build):
+    model, args = build(family, way, dtype), inputs(dtype)
+    inject(model, NAMES, r=3)
+    randomize_adapters(model, 0.1)
+    expected, gradients = in_float64(model, *args)
+    # The loop over experts depends on values: no single graph, with adapters or without.
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=way != "eager")
+    y, found = step(compiled, *args)
+    require_close(y, expected, CLOSE[dtype])
+    for name, gradient in gradients.items():
+        require_close(found[name], gradient, CLOSE[dtype])
+
+
+@pytest.mark.usefixtures("afresh")
+@pytest.mark.filterwarnings(*WARNINGS)
+@pytest.mark.parametrize("way", ["eager", "batched_mm", "grouped_mm"])
+def test_compiled_experts_do_not_train_with_dropout(way, build):
+    model, args = build("out_in", way), inputs()
+    inject(model, NAMES, r=3, dropout=0.5)
+    randomize_adapters(model, 0.1)
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises(LoRAInjectError, match=r"leave the experts out of torch\.compile"):
+        compiled(*args)
+    torch.testing.assert_close(compiled.eval()(*args), model.eval()(*args))
+
+
 class Watched(nn.Module):
     """A fused weight (E, in, out), read by a function that says what it got."""
 
@@ -353,7 +396,7 @@ def test_where_dropout_cannot_act_after_all_training_is_refused_and_evaluation_i
     inject(model, "w", r=2, dropout=0.1)
     randomize_adapters(model)
     assert model(torch.randn(2, 4)).shape == (2, 5)
-    with pytest.raises(LoRAInjectError, match="does more with w here than multiply by it"):
+    with pytest.raises(LoRAInjectError, match="w is read here, and not just multiplied by"):
         model(torch.randn(4))
     assert model.eval()(torch.randn(4)).shape == (5,)
 
