@@ -12,6 +12,7 @@ from lora_inject.core.adaptation import Content
 from lora_inject.core.index import Index
 from lora_inject.core.layer import LoRALayer
 from lora_inject.core.look import Look
+from lora_inject.core.patterns import Targets
 from lora_inject.core.request import ALL_LINEAR, Request, optional_patterns, settings_by_pattern
 from lora_inject.core.site import Site
 from lora_inject.errors import ArgumentError, UnsupportedLayerError
@@ -69,7 +70,7 @@ class ExtractReport(Shown):
 def extract(
     base: nn.Module,
     tuned: nn.Module,
-    targets: Any = ALL_LINEAR,
+    targets: Targets = ALL_LINEAR,
     r: int = 8,
     *,
     variant: str = "lora",

@@ -23,6 +23,7 @@ from lora_inject.files.portable import portable as as_plain_lora
 from lora_inject.files.rows import values_for
 from lora_inject.files.stored import Stored
 from lora_inject.files.token_rows import warn_of_unsaved_rows
+from lora_inject.own import Model
 from lora_inject.settings import check_adapter, check_bias, check_count
 from lora_inject.sharding import is_distributed, on_first_rank
 from lora_inject.training.freeze import freeze_adapter
@@ -101,7 +102,7 @@ def write(stored: Stored, data: AdapterData, file: Path, format: str = "peft") -
 
 
 def load(
-    model: nn.Module,
+    model: Model,
     path: str | PathLike[str] | Mapping[str, Tensor],
     *,
     adapter: str = "default",
@@ -111,7 +112,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     other_base: bool = False,
     trainable: bool = True,
-) -> nn.Module:
+) -> Model:
     """Load an adapter, into the one of this name if the model has it, else as a new one.
 
     Values that fill an adapter keep its Parameters, so that an optimizer and a compiled model stay
@@ -124,8 +125,9 @@ def load(
 
     Args:
         model: any model.
-        path: what ``save``, PEFT, diffusers, loralib or kohya's scripts wrote; or the tensors
-            themselves, as ``lora_state_dict(model, format="peft")`` returns them.
+        path: what ``save``, PEFT, diffusers, loralib or kohya's scripts wrote; the directory of a
+            whole model with A and B in it, as ``save_pretrained`` and ``Trainer.save_model`` write
+            it; or the tensors themselves, as ``lora_state_dict(model, format="peft")`` gives them.
         adapter: the name to load it under.
         format: "peft", "loralib", "kohya" or "diffusers"; None finds out.
         config: for tensors that come without a file from PEFT or diffusers, their config as a
@@ -156,7 +158,9 @@ def load(
         elif config is not None:
             raise ArgumentError("config goes with tensors; a file has its own.")
         else:
-            data = read_adapter(as_path(path), format, look.index, alpha)
+            file = as_path(path)
+            data = read_adapter(file, format, look.index, alpha)
+            cautions.warn_of_checkpoint(data, file)
         _load(look, data, adapter, dtype, other_base)
         if not trainable:
             freeze_adapter(model, adapter)

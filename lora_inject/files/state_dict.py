@@ -13,6 +13,7 @@ from lora_inject.files.formats.state import AdapterState
 from lora_inject.files.left_out import require_nothing_left_out, warn_of_unsaid_others
 from lora_inject.files.stored import Stored
 from lora_inject.files.token_rows import warn_of_unsaved_rows
+from lora_inject.own import Model
 from lora_inject.settings import BiasMode
 from lora_inject.sharding import whole
 from lora_inject.variants import OTHER
@@ -106,8 +107,8 @@ def _in_format(stored: Stored, format: str, full: bool) -> AdapterState:
 
 
 def load_lora_state_dict(
-    model: nn.Module, state: Mapping[str, Tensor], *, adapter: str | None = None
-) -> nn.Module:
+    model: Model, state: Mapping[str, Tensor], *, adapter: str | None = None
+) -> Model:
     """Fill an adapter that is in the model with values, all of them or none.
 
     Parameters stay the same objects, so that an optimizer and a compiled model stay valid. A
