@@ -1,7 +1,8 @@
 """``python -m benchmarks [ROW ...]``: measure, and write RESULTS.md, results.json and the chart.
 
-``python -m benchmarks gpu`` measures on a GPU (see ``benchmarks/gpu.py``), and
-``python -m benchmarks commands [tests]`` how long the README's commands take.
+``python -m benchmarks gpu`` measures on a GPU (see ``benchmarks/gpu.py``), ``commands [tests]`` how
+long the README's commands take, and ``zoo`` adapts every class of transformers (``benchmarks/zoo``
+says how).
 """
 
 import argparse
@@ -24,11 +25,13 @@ from benchmarks import (  # noqa: F401 (they register their rows)
     variants,
 )
 from benchmarks.harness import REGISTRY, Result, as_section, write
+from benchmarks.zoo import command as zoo
 
 SECTIONS = {  # of RESULTS.md, after the CPU's
     "gpu": gpu.lines,
     "quality": quality.lines,
     "commands": commands.lines,
+    "zoo": zoo.lines,
 }
 
 
@@ -39,6 +42,10 @@ def main() -> None:
         return
     if sys.argv[1:2] == ["commands"]:
         write("commands", commands.main(sys.argv[2:]), SECTIONS)
+        return
+    if sys.argv[1:2] == ["zoo"]:
+        if found := zoo.main(sys.argv[2:]):
+            write("zoo", found, SECTIONS)
         return
     options = _options()
     if options.rows == ["quality"]:
@@ -60,8 +67,8 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
         "rows", nargs="*", metavar="ROW",
-        help="gpu, quality (6 minutes), or some of those that are the default: "
-        + ", ".join(REGISTRY),
+        help="gpu, commands, zoo (an hour), quality (20 minutes), or some of those that are the "
+        "default: " + ", ".join(REGISTRY),
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="3 rounds, and nothing is written")
     options = parser.parse_args()

@@ -43,9 +43,9 @@ def save(
 
     The default is a PEFT directory, which PEFT, vLLM and diffusers read. A save that is interrupted
     leaves the files that were there. Of a sharded model all ranks must call this; what is the
-    adapter's is gathered, and the first rank writes. What trains in the model and is not the
-    adapter's, such as a head beside what was injected, is not in the file: a ``LoRAInjectWarning``
-    names it.
+    adapter's is gathered, and the first rank writes. What trains beside what was injected, such as
+    the head of a backbone, is not in the file: a ``LoRAInjectWarning`` names it. What was thawed or
+    put into the injected part since would be lost, and is refused.
 
     Example:
         >>> save(model, "adapter")  # doctest: +SKIP
@@ -70,7 +70,7 @@ def save(
         FormatError: the format has no word for something of the adapter, or the path cannot be
             written to. Nothing has been written then.
         LoRAInjectError: the model has no adapters, is merged or inside a block, or a layer of the
-            adapter was replaced since.
+            adapter was replaced since, or something was thawed or came since and trains.
     """
     named_format(format, "format")
     file, stored = as_path(path), Stored(model, adapter)
@@ -83,9 +83,9 @@ def save(
     elif r is not None or error:
         raise ArgumentError("r and error are for portable=True.")
     require_nothing_gone(stored.look, stored.name)
+    left_out.require_nothing_left_out(stored.look, "the file")
     cautions.warn_of_directory(file, format)
     cautions.warn_of_untrained(whole, stored.name)
-    left_out.warn_of_left_out(stored.look, "the file")
     write(stored, data, file, format)
     return report
 
@@ -125,8 +125,9 @@ def load(
 
     Args:
         model: any model.
-        path: what ``save``, PEFT, diffusers, loralib or kohya's scripts wrote; or the tensors
-            themselves, as ``lora_state_dict(model, format="peft")`` returns them.
+        path: what ``save``, PEFT, diffusers, loralib or kohya's scripts wrote; the directory of a
+            whole model with A and B in it, as ``save_pretrained`` and ``Trainer.save_model`` write
+            it; or the tensors themselves, as ``lora_state_dict(model, format="peft")`` gives them.
         adapter: the name to load it under.
         format: "peft", "loralib", "kohya" or "diffusers"; None finds out.
         config: for tensors that come without a file from PEFT or diffusers, their config as a
@@ -157,7 +158,9 @@ def load(
         elif config is not None:
             raise ArgumentError("config goes with tensors; a file has its own.")
         else:
-            data = read_adapter(as_path(path), format, look.index, alpha)
+            file = as_path(path)
+            data = read_adapter(file, format, look.index, alpha)
+            cautions.warn_of_checkpoint(data, file)
         _load(look, data, adapter, dtype, other_base)
         if not trainable:
             freeze_adapter(model, adapter)

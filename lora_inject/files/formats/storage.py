@@ -18,6 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.errors import ArgumentError, FormatError, warn
+from lora_inject.files.formats.digests import (
+    DIGESTS,
+    digests_of,
+    require_as_written,
+    require_whole_archive,
+)
 
 MOST_TENSORS = 200_000  # far above any adapter; a header of millions is an attack
 MOST_BYTES = 200 * MOST_TENSORS  # of the header, which is read into memory before it is known
@@ -45,11 +51,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file, on the CPU, and its metadata.
 
     Raises:
-        FormatError: there is no such file, or it is no safetensors file that is whole.
+        FormatError: there is no such file, it is no safetensors file that is whole, or values are
+            not those that this library has written.
     """
     with _opened(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return _with_usable_dtypes(tensors, path), dict(file.metadata() or {})
+        metadata = dict(file.metadata() or {})
+    require_as_written(tensors, metadata.pop(DIGESTS, ""), path)
+    return _with_usable_dtypes(tensors, path), metadata
 
 
 def tensor_names(path: Path) -> list[str]:
@@ -98,9 +107,10 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     """The tensors of a file by ``torch.save``; nothing that could run code is unpickled.
 
     Raises:
-        FormatError: there is no such file, or it holds anything but a dict of tensors.
+        FormatError: there is no such file, it is not whole, or is no dict of tensors alone.
     """
     require_file(path)
+    require_whole_archive(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle's errors are of any type
@@ -228,11 +238,12 @@ def _umask() -> int:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """A safetensors file of contiguous copies on the CPU."""
+    """A safetensors file of contiguous copies on the CPU, with a digest of each."""
     import safetensors.torch
 
     whole = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    safetensors.torch.save_file(whole, path, metadata=metadata)
+    digests = {DIGESTS: digests_of(whole)}
+    safetensors.torch.save_file(whole, path, metadata=metadata | digests)
 
 
 def write_json(value: Mapping[str, Any], path: Path) -> None:
