@@ -117,13 +117,10 @@ class Plan(Shown):
         look = self.look.again()  # its tensors may be others by now
         warn_of_adapters_of_peft(look)
         made = adaptation(look, self.sites, self.adapter, self.seed, self.content)
-
-        def shown() -> Report:
-            return _with_notes(report_of(look.again(), skipped=self.skipped), self)
-
         return commit(  # type: ignore[no-any-return]
-            look, made.states, fresh=made.fresh, values=made.values, then=shown
-        )
+            look, made.states, fresh=made.fresh, values=made.values,
+            then=lambda: _with_notes(report_of(look.again(), skipped=self.skipped), self),
+        )  # fmt: skip
 
     def _tables(self) -> Tables:
         sections = [sites_section(self)]
@@ -136,11 +133,10 @@ class Plan(Shown):
 
 def _hinting(function: Callable[P, Plan]) -> Callable[P, Plan]:
     """Let an argument that there is not be an error that says what it is called here."""
-    known = inspect.signature(function).parameters
 
     @wraps(function)
     def hinted(*args: P.args, **kwargs: P.kwargs) -> Plan:
-        require_known(kwargs, known)
+        require_known(kwargs, inspect.signature(function).parameters)
         return function(*args, **kwargs)
 
     return hinted
@@ -291,8 +287,7 @@ def _with_notes(shown: Report, plan: Plan) -> Report:
         for why in dict.fromkeys(skip.reason for skip in missed)
         for paths in [[skip.path for skip in missed if skip.reason == why]]
     ]
-    starts = dict.fromkeys(site.settings.start.note for site in plan.sites)
-    notes += [note for note in starts if note]
+    notes += filter(None, dict.fromkeys(site.settings.start.note for site in plan.sites))
     if plan.oversized:
         site = plan.oversized[0]
         text = (
