@@ -17,6 +17,7 @@ from lora_inject.core.index import Index
 from lora_inject.core.paths import bare_modules
 from lora_inject.errors import FormatError
 from lora_inject.files.formats import peft
+from lora_inject.files.formats.card import CARD, card, is_ours
 from lora_inject.files.formats.data import AdapterData
 from lora_inject.files.formats.peft_config import METADATA as OWN_METADATA
 from lora_inject.files.formats.peft_keys import PREFIX, pair_key
@@ -27,6 +28,7 @@ from lora_inject.files.formats.storage import (
     replaced_together,
     tensor_names,
     write_tensors,
+    write_text,
 )
 
 TENSORS = "pytorch_lora_weights.safetensors"
@@ -96,7 +98,7 @@ def _from_tensors(
 
 
 def write(data: AdapterData, path: Path) -> None:
-    """Write a directory.
+    """Write a directory, with a model card.
 
     Raises:
         FormatError: the adapter holds what PEFT cannot read, or the directory cannot be written.
@@ -111,8 +113,11 @@ def write(data: AdapterData, path: Path) -> None:
     keys = {f"{prefix}{key}": value for key, value in state.items()}
     shown = {f"{prefix}{key}": value for key, value in state.config.items()}
     metadata = {"format": "pt", METADATA: json.dumps(shown, sort_keys=True), **state.metadata}
-    with replaced_together(path / TENSORS) as (file,):
+    cards = [path / CARD] if is_ours(path) else []
+    with replaced_together(path / TENSORS, *cards) as (file, *rest):
         write_tensors(keys, file, metadata)
+        for other in rest:
+            write_text(card(data, path, "diffusers"), other)
 
 
 def to_state(data: AdapterData) -> AdapterState:
