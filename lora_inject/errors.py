@@ -42,7 +42,29 @@ class AlreadyAdaptedError(LoRAInjectError):
 
 
 class FormatError(LoRAInjectError):
-    """A file cannot be read or written, or does not fit the model; nothing has changed."""
+    """A file cannot be read or written, or does not fit the model; nothing has changed.
+
+    What a file holds is not shown at any length, nor with what a terminal would obey.
+    """
+
+    def __init__(self, problem: str, *, path: str | None = None, remedy: str = "") -> None:
+        super().__init__(
+            shown(problem), path=None if path is None else shown(path), remedy=shown(remedy)
+        )
+
+
+def shown(text: str, most: int = 1000) -> str:
+    """Text from elsewhere for people, without its middle where it is long, and printable.
+
+    Args:
+        text: the text.
+        most: how many characters of it are shown.
+    """
+    if len(text) > most:
+        text = f"{text[: most // 2]} ... {text[-most // 2 :]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 class LoRAInjectWarning(UserWarning):
@@ -52,10 +74,11 @@ class LoRAInjectWarning(UserWarning):
 def warn(text: str) -> None:
     """Warn, at the line that called this library."""
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and _is_ours(frame):
+    while frame.f_back is not None and is_ours(frame):
         level, frame = level + 1, frame.f_back
     warnings.warn(text, LoRAInjectWarning, stacklevel=level)
 
 
-def _is_ours(frame: FrameType) -> bool:
+def is_ours(frame: FrameType) -> bool:
+    """Whether it is code of this library that runs there."""
     return str(frame.f_globals.get("__name__")).split(".")[0] == __package__

@@ -312,13 +312,13 @@ def fsdp_loads(folder):
         load(shard(other), folder)
 
 
-def fsdp_from_meta():
+def fsdp_from_meta(method):
     base = Net().double()
     alone = copy.deepcopy(base)
-    inject(alone, ["q_proj", "v_proj"], r=3, seed=5)
+    inject(alone, ["q_proj", "v_proj"], r=3, seed=5, **method)
     with torch.device("meta"):
         model = Net().double()
-    inject(model, ["q_proj", "v_proj"], r=3, seed=5)
+    inject(model, ["q_proj", "v_proj"], r=3, seed=5, **method)
     shard(model)
     model.to_empty(device="cpu")
     own = dict(model.named_parameters())
@@ -383,8 +383,9 @@ def test_a_peft_directory_is_loaded_into_an_fsdp2_model_and_its_base_is_checked(
     on_ranks(2, fsdp_loads, str(tmp_path))
 
 
-def test_from_meta_through_fsdp2_come_the_starting_values_of_one_process():
-    on_ranks(2, fsdp_from_meta)
+@every_method
+def test_from_meta_through_fsdp2_come_the_starting_values_of_one_process(method):
+    on_ranks(2, fsdp_from_meta, method)
 
 
 def test_fsdp2_trains_layers_that_are_adapted_in_their_weight():
@@ -685,6 +686,9 @@ def tp_methods(method):
     for mine, wanted in zip(lora_parameters(model), lora_parameters(alone), strict=True):
         torch.testing.assert_close(mine.grad.full_tensor(), wanted.grad, rtol=0, atol=1e-10)
     assert_close(lora_state_dict(model), lora_state_dict(alone), 0)
+    for each in (model, alone):
+        reset_lora_parameters(each)
+    assert_close(lora_state_dict(model), lora_state_dict(alone), 0)
     inject(alone, "2", r=3, **method)
     if "variant" in method:
         with pytest.raises(LoRAInjectError, match=r"2: its adapter .* is a dora.*whole rows"):
@@ -959,6 +963,22 @@ def test_what_zero3_has_partitioned_and_must_be_whole_is_refused(model, targets,
     with pytest.raises(UnsupportedLayerError, match="ZeRO-3"):
         inject(model, targets, r=2, **arguments)
     assert [type(module) for module in model.modules()] == before
+
+
+@pytest.mark.parametrize("method", METHODS[1:], ids=str)
+def test_what_starts_from_a_weight_that_zero3_has_partitioned_asks_for_it(method):
+    model = nn.Sequential(nn.Linear(8, 8))
+    inject(model, "0", r=2, seed=1, **method)
+    wanted = {name: tensor.clone() for name, tensor in lora_state_dict(model).items()}
+    randomize_adapters(model)
+    base = [model[0].weight, model[0].bias]
+    values = partition(base)
+    with pytest.raises(LoRAInjectError, match=r"^0: .*its weight.*GatheredParameters\(\[\*model"):
+        reset_lora_parameters(model)
+    for parameter, value in values.items():
+        parameter.data = value
+    reset_lora_parameters(model)
+    assert_close(lora_state_dict(model), wanted, 0)
 
 
 def test_zero3_and_the_conv1d_of_gpt2():

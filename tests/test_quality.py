@@ -9,7 +9,7 @@ from helpers import PEFT_WARNS
 from rich.progress import Progress
 
 from benchmarks import quality
-from benchmarks.methods import IN_PEFT
+from benchmarks.methods import IN_PEFT, PEFT
 from lora_inject.cli import demo
 
 pytestmark = [PEFT_WARNS, pytest.mark.cpu("it is slow")]
@@ -79,7 +79,10 @@ def test_everything_is_measured_and_shown(tmp_path, monkeypatch):
     assert all(own["met"] for own in found["curves"].values())
     by_name = {m["method"]: m for m in found["methods"]}
     trainable = {name: m["trainable"] for name, m in by_name.items()}
-    assert trainable == {
+    theirs = {name: n for name, n in trainable.items() if name.endswith(PEFT)}
+    assert theirs == {name: trainable[name.removesuffix(PEFT)] for name in theirs}
+    assert len(theirs) == 6
+    assert {name: n for name, n in trainable.items() if name not in theirs} == {
         "head only": 17,
         "LoRA r=1": 17 + 2 * 2 * 32,
         "LoRA r=4": 17 + 4 * 2 * 2 * 32,
@@ -97,7 +100,7 @@ def test_everything_is_measured_and_shown(tmp_path, monkeypatch):
     section = quality.lines(found)
     assert section[0] == "## Quality: MiniLM on the VADER words"
     table = [line for line in section if line.startswith("|")]
-    assert len(table) == 2 + 10
+    assert len(table) == 2 + 10 + 6
     assert len({line.count("|") for line in table}) == 1
     assert "Ours and PEFT coincide" in "\n".join(section)
     quality.chart(found, tmp_path / "quality.png")

@@ -17,7 +17,7 @@ from lora_inject.arithmetic.product import without_autocast
 
 _EXACT = 2048  # features, up to which all directions are computed
 _DOUBLE = 1024  # features, up to which float64 costs nothing to speak of
-_BLOCK = 256  # features at a time, where there are many
+_BLOCK = 128  # features, of which both halves of the squares are as fast as one
 _POWER = 4  # iterations beyond that: squares of singular values fall fast
 
 
@@ -59,8 +59,8 @@ class Moments:
         count = self.count + other.count
         apart_I = (other.mean - self.mean).unsqueeze(-1)
         share = other.count / max(1, count)
-        scatter = self.scatter + other.scatter
-        scatter.add_(apart_I @ apart_I.mT, alpha=self.count * share)
+        scatter = torch.addcmul(self.scatter, apart_I, apart_I.mT, value=self.count * share)
+        scatter.add_(other.scatter)
         return Moments(count, self.mean + share * apart_I.squeeze(-1), scatter)
 
     def is_like(self, other: "Moments") -> bool:
@@ -75,6 +75,11 @@ class Moments:
     def to(self, device: torch.device | str) -> "Moments":
         """The same on a device."""
         return Moments(self.count, self.mean.to(device), self.scatter.to(device))
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all is: no square is larger than those of its features alone."""
+        return bool(self.scatter.diagonal(dim1=-2, dim2=-1).isfinite().all())
 
     @property
     def second(self) -> Tensor:
@@ -134,14 +139,22 @@ class Moments:
 
 
 def _squares(x_NI: Tensor) -> Tensor:
-    """``x^T x``, of which one half is the other turned round and need not be computed."""
+    """``x^T x``, of which one half is the other turned round and is not computed."""
     features = x_NI.shape[-1]
-    if features <= 2 * _BLOCK:
-        return x_NI.mT @ x_NI
     made = x_NI.new_empty(*x_NI.shape[:-2], features, features)
-    for start in range(0, features, _BLOCK):
-        end = min(start + _BLOCK, features)
-        rows = x_NI[..., start:end].mT @ x_NI[..., :end]
-        made[..., start:end, :end] = rows
-        made[..., :start, start:end] = rows[..., :start].mT
+    _fill_squares(made, x_NI)
     return made
+
+
+def _fill_squares(made_II: Tensor, x_NI: Tensor) -> None:
+    """Write ``x^T x``: the squares of each half of the features, and one product of the halves."""
+    half = x_NI.shape[-1] // 2
+    if 2 * half <= _BLOCK:
+        made_II.copy_(x_NI.mT @ x_NI)
+        return
+    left, right = x_NI[..., :half], x_NI[..., half:]
+    _fill_squares(made_II[..., :half, :half], left)
+    _fill_squares(made_II[..., half:, half:], right)
+    below = right.mT @ left
+    made_II[..., half:, :half] = below
+    made_II[..., :half, half:] = below.mT

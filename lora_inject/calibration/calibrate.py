@@ -14,7 +14,7 @@ from lora_inject.core.patterns import parse
 from lora_inject.core.site import Site
 from lora_inject.errors import ArgumentError, LoRAInjectError, UnsupportedLayerError
 from lora_inject.plan import plan
-from lora_inject.printing import tracked
+from lora_inject.progress import tracked
 from lora_inject.starts.default import matrix_shape
 
 Mask = str | bool | Callable[[Any], Tensor] | None
@@ -192,8 +192,7 @@ def _require_seen(stats: Statistics, gradients: bool) -> None:
             raise LoRAInjectError(
                 "the loss does not depend on it.", path=path, remedy="Exclude it."
             )
-        tensors = (moments.scatter, *(() if gradient is None else (gradient,)))
-        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        if not moments.is_finite or not (gradient is None or bool(gradient.isfinite().all())):
             raise LoRAInjectError(
                 "what it read or its gradient was not finite.",
                 path=path,

@@ -216,15 +216,16 @@ class Arranging:
         now = self.look.everywhere(tensor)
         before = [fact for m, name in now if (fact := _fact(self._old(m), name))]
         former = self._former(tensor, places)
+        is_adapters = any(fact.is_adapters for fact in facts)
+        was_adapters = any(fact.is_adapters for fact in before)
+        if was_adapters and not is_adapters and tensor.grad is not None:  # a switch keeps it
+            yield (put_gradient, tensor, None, tensor.grad, None)
         if not facts:  # no call reaches it any more
             if former is not None:
                 yield from training_edits(tensor, former)
-            if former and tensor.grad is not None and any(fact.is_adapters for fact in before):
-                yield (put_gradient, tensor, None, tensor.grad, None)
             yield from unmarking_edits(tensor)
             return
         trains = any(fact.trains for fact in facts)
-        is_adapters = any(fact.is_adapters for fact in facts)
         is_new = not before or any(fact.trains for fact in before) is not trains  # else the user's
         sets = self.flags in ("owned", "switched") and is_adapters
         if is_new or self.flags == "all" or sets:

@@ -1,11 +1,12 @@
 """The modules of a model, found in one walk: each once, in registration order, with its paths."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 
 from torch import nn
 
 from lora_inject.core.patterns import NamedModule
+from lora_inject.errors import UnsupportedLayerError
 
 
 class Index:
@@ -31,6 +32,7 @@ class Index:
                 named = [(m, at, name) for name, m in children.items() if m is not None]
                 open_ends += reversed(named)
             visits.append(visit)
+        _require_identity(module for module, _, _ in visits)
         return visits
 
     @cached_property
@@ -80,6 +82,26 @@ class Index:
     def below(self, top: nn.Module) -> list[nn.Module]:
         """A module of the model with everything inside of it."""
         return self.modules if top is self.model else _inside(top)
+
+
+def _require_identity(modules: Iterable[nn.Module]) -> None:
+    """Refuse modules that compare by value, of which torch too takes two equal ones for one.
+
+    Raises:
+        UnsupportedLayerError: there are such.
+    """
+    own = {id(m): m for m in modules if type(m).__eq__ is not object.__eq__}
+    try:
+        apart = len(set(own.values())) == len(own)
+    except TypeError:  # which torch cannot walk
+        apart = False
+    if not apart:
+        names = ", ".join(sorted({type(module).__name__ for module in own.values()}))
+        raise UnsupportedLayerError(
+            f"modules of the model compare by value ({names}), so that torch takes equal ones for "
+            "one, in parameters() too.",
+            remedy="Let them compare by identity: @dataclass(eq=False), no __eq__.",
+        )
 
 
 def _inside(top: nn.Module) -> list[nn.Module]:

@@ -7,21 +7,22 @@ several paths, and a pattern selects it by any of them.
 import difflib
 import fnmatch
 import re
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from lora_inject.core.expressions import Expression, Limits
 from lora_inject.errors import ArgumentError
 
 Predicate = Callable[[str, nn.Module], bool]
 
-# A regular expression may come from a downloaded file. It gets this much time for a whole model,
-# and this much text; `regex` can be stopped, the standard library's `re` cannot.
-REGEX_SECONDS = 2.0
-REGEX_CHARACTERS = 2000
+
+# What a user may write.
+PatternLike = str | re.Pattern[str] | type[nn.Module] | Predicate
+Patterns = PatternLike | Iterable[PatternLike]
+Targets = Patterns | Mapping[Any, Mapping[str, Any]]
 
 
 class NamedModule(NamedTuple):
@@ -143,46 +144,15 @@ def _is_wide(text: str) -> bool:
 
 def _text_test(text: str, argument: str) -> Predicate:
     if text.startswith("re:"):
-        return _regex_test(text, argument)
+        expression = text.removeprefix("re:")
+        matches = Expression(expression, argument, ArgumentError, Limits()).matches
+        return lambda path, _: matches(path)
     if not text.strip():
         raise ArgumentError(f"{argument} holds an empty string, which names no module.")
     if _is_wide(text):
         return lambda path, _: fnmatch.fnmatchcase(path, text)
     suffix = "." + text
     return lambda path, _: path == text or path.endswith(suffix)
-
-
-def _regex_test(text: str, argument: str) -> Predicate:
-    import regex  # which takes long to import, and few calls need it
-
-    expression = text.removeprefix("re:")
-    if not expression or len(expression) > REGEX_CHARACTERS:
-        raise ArgumentError(
-            f"{argument}: a regular expression has 1 to {REGEX_CHARACTERS} characters, "
-            f"{text[:40]!r} has {len(expression)}."
-        )
-    try:
-        compiled = regex.compile(expression)
-    except (regex.error, RecursionError, OverflowError) as error:
-        raise ArgumentError(
-            f"{argument}: {text!r} is not a regular expression: {error}."
-        ) from error
-    remaining = REGEX_SECONDS
-
-    def test(path: str, _: nn.Module) -> bool:
-        nonlocal remaining
-        started = time.perf_counter()
-        try:
-            return compiled.fullmatch(path, timeout=max(remaining, 1e-3)) is not None
-        except TimeoutError as error:
-            raise ArgumentError(
-                f"{argument}: {text!r} takes longer than {REGEX_SECONDS:g} s on {path!r}.",
-                remedy="Nested repetitions cause this; use a glob or a simpler expression.",
-            ) from error
-        finally:
-            remaining -= time.perf_counter() - started
-
-    return test
 
 
 def in_blocks(

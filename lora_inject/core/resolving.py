@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +13,15 @@ from lora_inject.core.choosing import Limits
 from lora_inject.core.class_swap import class_refusal
 from lora_inject.core.matcher import Matcher, Target
 from lora_inject.core.patterns import NamedModule, Pattern
+from lora_inject.core.reads import Reads
 from lora_inject.core.request import Request
 from lora_inject.core.site import Refusal, Site
 from lora_inject.core.state import adapters_of
 from lora_inject.errors import ArgumentError, UnsupportedLayerError
 from lora_inject.kinds import Kind, Spec
 from lora_inject.kinds.base import Way, is_packed, is_plain
-from lora_inject.kinds.bytecode import Read, is_meant
 from lora_inject.kinds.parameter import ParameterKind, layout_of
 from lora_inject.kinds.refusals import general_refusal, lazy_refusal, weight_refusal
-from lora_inject.kinds.weight_reads import weights_read_below
 from lora_inject.own import own_class
 from lora_inject.settings import Parts, Settings
 from lora_inject.sharding import is_distributed, is_placeholder, whole_numel
@@ -44,6 +42,7 @@ class Resolver:
         self, matcher: Matcher, request: Request, parts: Mapping[nn.Module, Parts], limits: Limits
     ) -> None:
         self.matcher, self.request, self.parts, self.limits = matcher, request, parts, limits
+        self.reads = Reads(matcher.look.index)
 
     def resolve(self, target: Target, pattern: Pattern) -> Site | Refusal:
         """The site that the target is for this pattern, or why it cannot be one."""
@@ -69,6 +68,11 @@ class Resolver:
             )
         if _is_adapted(target, self.request.adapter):
             return Refusal(f"it already carries the adapter {self.request.adapter!r}.", True)
+        if writer := self.reads.writer(target):
+            return Refusal(
+                f"{writer} writes to its weight while it runs, and an adapter would not follow. "
+                "Exclude it, or switch that off before (RWKV: model.config.rescale_every = 0)."
+            )
         return self._site(target, kind, settings, pattern.label)
 
     def _settings(self, target: Target, pattern: Pattern) -> Settings:
@@ -94,26 +98,7 @@ class Resolver:
         ways = settings.how, settings.variant.way, kind.way(target.module), *others
         if "weight" in ways:
             return "weight"
-        return "weight" if self._is_read(target) else "branch"
-
-    @cached_property
-    def _readers(self) -> dict[str, frozenset[Read]]:
-        """By the path of a module: of what inside of it its methods read the weights."""
-        index = self.matcher.look.index
-        classes = {own_class(module) for module in index.modules}
-        reads = {cls: read for cls in classes if (read := weights_read_below(cls))}
-        paths = index.by_path.items() if reads else ()
-        return {p: reads[own_class(m)] for p, m in paths if own_class(m) in reads}
-
-    def _is_read(self, target: Target) -> bool:
-        """Whether a module above the target reads its weight."""
-        for path in target.paths if self._readers else ():
-            components = tuple(path.split("."))
-            for depth in range(len(components)):
-                reads = self._readers.get(".".join(components[:depth]), ())
-                if any(is_meant(read, components[depth:]) for read in reads):
-                    return True
-        return False
+        return "weight" if self.reads.is_read(target) else "branch"
 
     def _site(self, target: Target, kind: Kind, settings: Settings, label: str) -> Site | Refusal:
         """The site of a target of which kind and settings are known."""

@@ -100,23 +100,27 @@ def starting_values(
     path = f"{adapter.path}/{spec.prefix}" if spec.prefix else adapter.path
     generator = initial.site_generator(adapter.seed, adapter.name, path, used)
     device = kind.weight(layer, spec.weight).device
+    W = kind.dense(layer, spec) if reads_weight(adapter) else None
+    tensors: dict[str, Tensor] = {}
     if variant.own_shapes:
         own = variant.begin(spec, generator)
-        return {role: t.to(device, variant.dtype(role, dtype)) for role, t in own.items()}
-    W = kind.dense(layer, spec) if s.start.reads or variant.more else None
-    tensors: dict[str, Tensor] = {}
-    if "A" in variant.roles:
+        tensors = {role: t.to(device, variant.dtype(role, dtype)) for role, t in own.items()}
+    elif "A" in variant.roles:
         A, B = s.start.values(kind, layer, W, spec, s.scaling, generator)
         if not (A.device == B.device == device and A.dtype is B.dtype is dtype):
             A, B = A.to(device, dtype), B.to(device, dtype)
         tensors = {"A": A, "B": B}
     if variant.offset:
         tensors |= {"A0": A.clone(), "B0": B.clone()}
-    if variant.more:
-        more = variant.starting(kind, layer, W, spec, tensors, s.scaling)
-        tensors |= {role: tensor.to(variant.dtype(role, dtype)) for role, tensor in more.items()}
+    more = variant.starting(kind, layer, W, spec, tensors, s.scaling)
+    tensors |= {role: t.to(device, variant.dtype(role, dtype)) for role, t in more.items()}
     _require_alive(adapter, tensors)
     return tensors
+
+
+def reads_weight(adapter: Adapter) -> bool:
+    """Whether an adapter starts from the values of its weight."""
+    return adapter.settings.start.reads or adapter.settings.variant.of_base
 
 
 def _require_alive(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:

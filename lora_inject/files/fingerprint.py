@@ -42,6 +42,17 @@ def fingerprints(
     return {key: value for key, value in found.items() if value is not None}
 
 
+def is_fingerprint(value: Any, samples: int = SAMPLES) -> bool:
+    """Whether a value of a file is of the form of a fingerprint with so many values."""
+    if not isinstance(value, dict):
+        return False
+    shape, values = value.get("shape"), value.get("values")
+    shaped = isinstance(shape, list) and all(isinstance(size, int) for size in shape)
+    if not isinstance(values, list) or len(values) != samples:
+        return False
+    return shaped and all(isinstance(number, float) for number in values)
+
+
 @functools.cache
 def _places(elements: int, samples: int) -> Tensor:
     """Where the samples are taken, spread over the whole weight."""

@@ -166,12 +166,24 @@ class Layout:
         if wrong := self._differing(self.data.base):
             hows, names = {how for _, how in wrong.values()}, list(wrong)
             raise FormatError(
-                f"{len(wrong):,} of {len(self.data.base):,} adapted weights are not those that the "
-                f"adapter was made for: {', '.join(names[:3])}{', ...' if names[3:] else ''}.",
+                f"{self._other_shape(wrong)}{len(wrong):,} of {len(self.data.base):,} adapted "
+                "weights are not those that the adapter was made for: "
+                f"{', '.join(names[:3])}{', ...' if names[3:] else ''}.",
                 remedy=_OTHER_BASE[hows.pop() if len(hows) == 1 else ""],
             )
         warn_of_other_rows(self.data.rows, self._differing(self.data.rows))
         warn_of_other_weights(self.look, self.modules, self.data.untouched)
+
+    def _other_shape(self, wrong: Mapping[str, tuple[Tensor, str]]) -> str:
+        """The first of these weights that has another shape than it had, if there is one."""
+        for key, (weight, _) in wrong.items():
+            former = tuple(self.data.base[key].get("shape", ()))
+            if former != tuple(weight.shape):
+                return (
+                    f"{key} has the shape {tuple(weight.shape)} here, and {former} in the model of "
+                    "the adapter: "
+                )
+        return ""
 
     def _differing(self, prints: Mapping[str, Any]) -> dict[str, tuple[Tensor, str]]:
         """The weights that are not those of which fingerprints were taken, and how, by name."""

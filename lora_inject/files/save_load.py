@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ from lora_inject.files import cautions, hub, left_out
 from lora_inject.files.as_new import put_in
 from lora_inject.files.formats import named_format, read_adapter, read_state
 from lora_inject.files.formats.data import AdapterData
+from lora_inject.files.formats.storage import as_path
 from lora_inject.files.layout import Layout
 from lora_inject.files.portable import PortableReport
 from lora_inject.files.portable import portable as as_plain_lora
 from lora_inject.files.rows import values_for
 from lora_inject.files.stored import Stored
 from lora_inject.files.token_rows import warn_of_unsaved_rows
+from lora_inject.own import Model
 from lora_inject.settings import check_adapter, check_bias, check_count
 from lora_inject.sharding import is_distributed, on_first_rank
 from lora_inject.training.freeze import freeze_adapter
@@ -41,11 +43,11 @@ def save(
     """Save an adapter: A, B, and the biases and modules that it trained.
 
     The default is a PEFT directory, which PEFT, vLLM and diffusers read, with a model card
-    (``README.md``) that says what the adapter is. A save that is interrupted
-    leaves the files that were there. Of a sharded model all ranks must call this; what is the
-    adapter's is gathered, and the first rank writes. What trains in the model and is not the
-    adapter's, such as a head beside what was injected, is not in the file: a ``LoRAInjectWarning``
-    names it.
+    (``README.md``) that says what the adapter is. A save that is interrupted leaves the files that
+    were there. Of a sharded model all ranks must call this; what is the adapter's is gathered, and
+    the first rank writes. What trains beside what was injected, such as the head of a backbone, is
+    not in the file: a ``LoRAInjectWarning`` names it. What was thawed or put into the injected part
+    since would be lost, and is refused.
 
     Example:
         >>> save(model, "adapter")  # doctest: +SKIP
@@ -72,12 +74,13 @@ def save(
         FormatError: the format has no word for something of the adapter, or the path cannot be
             written to. Nothing has been written then.
         LoRAInjectError: the model has no adapters, is merged or inside a block, or a layer of the
-            adapter was replaced since; or the upload failed, of what is saved then.
+            adapter was replaced since, or something was thawed or came since and trains; or the
+            upload failed, of what is saved then.
     """
     named_format(format, "format")
     if push_to_hub is not None:
         hub.require_uploadable(push_to_hub, format)
-    file, stored = _path(path), Stored(model, adapter)
+    file, stored = as_path(path), Stored(model, adapter)
     whole = data = stored.data()
     report = None
     if portable:
@@ -87,9 +90,9 @@ def save(
     elif r is not None or error:
         raise ArgumentError("r and error are for portable=True.")
     require_nothing_gone(stored.look, stored.name)
+    left_out.require_nothing_left_out(stored.look, "the file")
     cautions.warn_of_directory(file, format)
     cautions.warn_of_untrained(whole, stored.name)
-    left_out.warn_of_left_out(stored.look, "the file")
     write(stored, data, file, format)
     if push_to_hub is not None:
         _on_one_rank(stored, partial(hub.upload, file, push_to_hub))
@@ -112,7 +115,7 @@ def _on_one_rank(stored: Stored, action: Callable[[], object]) -> None:
 
 
 def load(
-    model: nn.Module,
+    model: Model,
     path: str | PathLike[str] | Mapping[str, Tensor],
     *,
     adapter: str = "default",
@@ -122,7 +125,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     other_base: bool = False,
     trainable: bool = True,
-) -> nn.Module:
+) -> Model:
     """Load an adapter, into the one of this name if the model has it, else as a new one.
 
     Values that fill an adapter keep its Parameters, so that an optimizer and a compiled model stay
@@ -170,20 +173,13 @@ def load(
         elif config is not None:
             raise ArgumentError("config goes with tensors; a file has its own.")
         else:
-            file = hub.found(_path(path))
+            file = hub.found(as_path(path))
             data = read_adapter(file, format, look.index, alpha)
             cautions.warn_of_checkpoint(data, file)
         _load(look, data, adapter, dtype, other_base)
         if not trainable:
             freeze_adapter(model, adapter)
     return model
-
-
-def _path(path: Any) -> Path:
-    try:
-        return Path(fspath(path))
-    except TypeError as error:
-        raise ArgumentError(f"path must be a path, not {path!r}.") from error
 
 
 def _load(

@@ -13,7 +13,7 @@ from lora_inject.arithmetic import starting_values as initial
 from lora_inject.kinds.shown import effective_property
 from lora_inject.own import own_class, own_tensor
 from lora_inject.settings import Settings
-from lora_inject.sharding import placements_of_pair, replicated, whole_shape
+from lora_inject.sharding import is_distributed, placements_of_pair, replicated, whole, whole_shape
 from lora_inject.variants import Change, Spec, Variant
 
 Way = Literal["branch", "weight"]
@@ -190,8 +190,10 @@ class Kind(ABC):
         return None
 
     def dense(self, layer: nn.Module, spec: Spec) -> Tensor | None:
-        """The values of the weight, worked out where they are packed; None where they cannot be."""
+        """The whole weight, worked out where it is packed; None where it cannot be."""
         weight = layer._parameters.get(spec.weight)
+        if weight is not None and is_distributed(weight):
+            return whole(weight)
         return weight if weight is not None and is_plain(weight) else None
 
     def product(self, layer: nn.Module, spec: Spec, rows: Tensor) -> Tensor:
@@ -258,7 +260,7 @@ class Kind(ABC):
         # A parametrized weight is computed when it is read, and spectral_norm moves then.
         originals = getattr(getattr(module, "parametrizations", None), name, None)
         if isinstance(originals, nn.Module):
-            return next(originals.parameters())
+            return max(originals.parameters(), key=Tensor.numel)  # beside norms of its rows
         value = getattr(module, name)
         assert isinstance(value, Tensor)
         return value

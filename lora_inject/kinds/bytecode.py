@@ -12,9 +12,12 @@ from functools import cached_property, partial
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+from torch import Tensor
+
 # What tells something about a weight without using its values.
 _FACTS = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_grad", "is_meta",
           "is_cuda", "is_quantized", "element_size", "_is_hf_initialized"}  # fmt: skip
+WRITING = frozenset(name for name in dir(Tensor) if name.endswith("_") and not name.startswith("_"))
 _OF_CONTAINERS = {"items", "values", "get"}
 _SKIPPED = ("EXTENDED_ARG", "CACHE", "PRECALL", "RESUME", "NOP", "COPY_FREE_VARS", "MAKE_CELL")
 _ENDS = ("POP_TOP", "RETURN_VALUE", "RETURN_CONST", "YIELD_VALUE")
@@ -59,10 +62,36 @@ def names_in(code: CodeType) -> frozenset[str]:
     return frozenset(code.co_names).union(*inner)
 
 
+def steps_of(code: CodeType) -> list[dis.Instruction]:
+    """The instructions of a function that do something."""
+    return [step for step in dis.get_instructions(code) if step.opname not in _SKIPPED]
+
+
+def tells_a_fact(steps: Sequence[dis.Instruction], at: int) -> bool:
+    """Whether a weight is read for something other than its values: its dtype, say, or its type."""
+    following = [(step.opname, step.argval) for step in steps[at + 1 : at + 3]]
+    first, argument = following[0] if following else ("", None)
+    if first in ("LOAD_ATTR", "LOAD_METHOD") and argument in _FACTS:
+        return True
+    if "NONE" in first or (("LOAD_CONST", None) in following[:1] and "IS_OP" in dict(following)):
+        return True
+    # isinstance(self.wo.weight, ...) asks for the type alone.
+    return any(s.argval == "isinstance" for s in steps[max(0, at - 3) : at])
+
+
 def weights_read(function: FunctionType, owner: type | None = None) -> frozenset[Read]:
     """What of its first argument a function reads the weight of; of a class's method its owner."""
     first = function.__code__.co_varnames[:1]
     return _read(function, {name: frozenset([()]) for name in first}, owner)
+
+
+def weights_written(function: FunctionType) -> frozenset[Read]:
+    """What of its first argument a method writes to the weight of, as in ``p.weight.mul_(2)``."""
+    first = function.__code__.co_varnames[:1]
+    reader = _Reader(function, None)
+    for _ in reader.run(function.__code__, {name: frozenset([()]) for name in first}):
+        pass
+    return frozenset(reader.writes)
 
 
 def may_read(function: FunctionType, owner: type, mentions: frozenset[str]) -> bool:
@@ -117,6 +146,7 @@ class _Reader:
         self.globals = function.__globals__
         self.owner = owner
         self.first = function.__code__.co_varnames[:1]
+        self.writes: set[Read] = set()
 
     def run(self, code: CodeType, values: dict[str, Values]) -> Iterator[Read]:
         """Go through a function, twice since loops use what they set, then what is inside of it."""
@@ -140,8 +170,7 @@ class _Pass:
 
     def __init__(self, reader: _Reader, code: CodeType, values: dict[str, Values]) -> None:
         self.reader, self.values = reader, values
-        steps = dis.get_instructions(code)
-        self.steps = [step for step in steps if step.opname not in _SKIPPED]
+        self.steps = steps_of(code)
         self.reads: set[Read] = set()
         self.looped: set[Read] = set()
         self._begin()
@@ -216,14 +245,11 @@ class _Pass:
             self.loaded[-1] = self.top
 
     def _weight(self, at: int, top: Values) -> None:
-        following = self.steps[at + 1] if at + 1 < len(self.steps) else None
-        fact = following is not None and (
-            following.opname in ("LOAD_ATTR", "LOAD_METHOD") and following.argval in _FACTS
-        )
-        # isinstance(self.wo.weight, ...) asks for the type alone.
-        asked = any(s.argval == "isinstance" for s in self.steps[max(0, at - 3) : at])
-        if not (fact or asked):
+        if not tells_a_fact(self.steps, at):
             self.reads |= top
+        following = self.steps[at + 1].argval if at + 1 < len(self.steps) else None
+        if following in WRITING:
+            self.reader.writes |= top
         self.top = NOTHING
 
     def _method(self, name: str, top: Values) -> None:

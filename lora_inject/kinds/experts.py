@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from lora_inject.compat.marks import is_fallback_of_grouped_product
 from lora_inject.compat.torch_private import is_grouped_product, tree_map
 from lora_inject.kinds.base import Kind
-from lora_inject.kinds.shown import WRITING, shown
+from lora_inject.kinds.bytecode import WRITING
+from lora_inject.kinds.shown import shown
 from lora_inject.variants import Change, Spec, Variant
 from lora_inject.variants.lora import add
 

@@ -60,12 +60,13 @@ def _factors(cls: type[nn.Module]) -> frozenset[str]:
 def _multiplied(code: CodeType) -> Iterator[str]:
     own, product, of_self = set[str](), False, False
     for step in dis.get_instructions(code):
-        value = step.argval[-1] if isinstance(step.argval, tuple) else step.argval
         if step.opname == "LOAD_ATTR" and of_self:
-            own.add(str(value))
-        product |= value in _PRODUCTS if isinstance(value, str) else False
+            own.add(str(step.argval))
+        product |= step.opcode in dis.hasname and step.argval in _PRODUCTS
         product |= step.argrepr == "@" or step.opname == "BINARY_MATRIX_MULTIPLY"
-        of_self = step.opname.startswith("LOAD_FAST") and (value,) == code.co_varnames[:1]
+        is_local = step.opname.startswith("LOAD_FAST")
+        value = step.argval[-1] if is_local and isinstance(step.argval, tuple) else step.argval
+        of_self = is_local and (value,) == code.co_varnames[:1]
         if step.opname.startswith(("STORE_", "POP_TOP", "RETURN_")):
             yield from own if product else ()
             own, product = set(), False

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lora_inject.compat.torch_private import is_transformed, replaces_weights, wants_parameter
 from lora_inject.errors import LoRAInjectError
+from lora_inject.kinds.bytecode import WRITING
 
 
 def effective_property(name: str) -> property:
@@ -111,7 +112,6 @@ def _writing(name: str) -> Any:
     return write
 
 
-WRITING = frozenset(name for name in dir(Tensor) if name.endswith("_") and not name.startswith("_"))
 _OPERATORS = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__")
 for _name in (*WRITING, *_OPERATORS):
     setattr(ShownWeight, _name, _writing(_name))

@@ -10,7 +10,15 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from lora_inject.kinds.bytecode import Read, function_of, may_read, names_in, weights_read
+from lora_inject.kinds.bytecode import (
+    WRITING,
+    Read,
+    function_of,
+    may_read,
+    names_in,
+    weights_read,
+    weights_written,
+)
 
 # How the names of methods begin that run when a model is made, changed or stored: what these read
 # is no part of a forward pass, unless a forward comes to them by their names.
@@ -22,6 +30,7 @@ class _Method(NamedTuple):
     name: str
     mentions: frozenset[str]
     reads: frozenset[Read]
+    writes: frozenset[Read]
 
 
 def weights_read_below(cls: type[nn.Module]) -> frozenset[Read]:
@@ -30,6 +39,12 @@ def weights_read_below(cls: type[nn.Module]) -> frozenset[Read]:
         above = [c for c in cls.__mro__ if c not in (nn.Module, object)]
         _known_below[cls] = frozenset(filter(None, _reads(above)))
     return _known_below[cls]
+
+
+def weights_written_below(cls: type[nn.Module]) -> frozenset[Read]:
+    """What of the modules inside of it a class writes to the weights of, while it runs."""
+    above = [c for c in cls.__mro__ if c not in (nn.Module, object)]
+    return frozenset(filter(None, (read for m in _running(above) for read in m.writes)))
 
 
 def reads_own_weight(cls: type[nn.Module], base: type[nn.Module]) -> bool:
@@ -56,10 +71,15 @@ _known_below: WeakKeyDictionary[type, frozenset[Read]] = WeakKeyDictionary()
 
 def _reads(classes: Iterable[type]) -> set[Read]:
     """What the methods of these classes read in a forward pass."""
+    return {read for method in _running(classes) for read in method.reads}
+
+
+def _running(classes: Iterable[type]) -> list[_Method]:
+    """Those of the methods of these classes that a forward pass may come to."""
     methods = [method for cls in classes for method in _methods(cls)]
     setup = [m for m in methods if m.reads and m.name.strip("_").startswith(_OUTSIDE)]
     reached = _reached(methods) if setup else set()
-    return {r for m in methods if m not in setup or m.name in reached for r in m.reads}
+    return [m for m in methods if m not in setup or m.name in reached]
 
 
 def _reached(methods: Sequence[_Method]) -> set[str]:
@@ -81,5 +101,6 @@ def _methods(cls: type) -> list[_Method]:
                 mentions = names_in(function.__code__)
                 may = may_read(function, cls, mentions)
                 reads = weights_read(function, cls) if may else frozenset()
-                _known[cls].append(_Method(name, mentions, reads))
+                writes = weights_written(function) if reads and mentions & WRITING else frozenset()
+                _known[cls].append(_Method(name, mentions, reads, writes))
     return _known[cls]

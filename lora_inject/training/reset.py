@@ -10,19 +10,22 @@ from lora_inject.core.adaptation import former_value
 from lora_inject.core.adapter import Adapter
 from lora_inject.core.commit import commit
 from lora_inject.core.look import Look
-from lora_inject.core.starting import starting_values
+from lora_inject.core.starting import reads_weight, starting_values
 from lora_inject.core.state import State
 from lora_inject.core.state_parts import Trained
 from lora_inject.errors import LoRAInjectError
 from lora_inject.own import own_tensor
-from lora_inject.sharding import require_whole, reshard
+from lora_inject.sharding import is_placeholder, require_whole, reshard
 
 
 def reset_lora_parameters(model: nn.Module) -> None:
     """Give every A and B the starting values again that ``inject`` gave or would have given.
 
     After ``inject`` on the meta device this makes the adapters real. The order is then: build on
-    meta, inject, ``to_empty``, load the base weights, ``reset_lora_parameters``, train.
+    meta, inject, ``to_empty``, load the base weights, ``reset_lora_parameters``, train. What starts
+    from the values of its weight (PiSSA, DoRA) waits for that; ``fully_shard`` or
+    ``parallelize_module`` may come before ``to_empty``: each weight is gathered in its turn, for
+    which all ranks must call this.
 
     Example:
         >>> reset_lora_parameters(model)  # doctest: +SKIP
@@ -49,6 +52,12 @@ def _starting(path: str, layer: nn.Module, adapter: Adapter) -> Iterator[Edit]:
     for pair in adapter.pairs:
         spec, tensors = pair.spec, pair.tensors(layer)
         shapes = adapter.settings.variant.shapes(spec)
+        if reads_weight(adapter) and is_placeholder(adapter.kind.weight(layer, spec.weight)):
+            raise LoRAInjectError(
+                "its adapter starts from its weight, which ZeRO-3 has partitioned.",
+                path=path,
+                remedy="Do this inside deepspeed.zero.GatheredParameters([*model.parameters()]).",
+            )
         for role, tensor in tensors.items():
             require_whole(f"lora_{role} of {path}", tensor, shapes[role])
         if any(tensor.is_meta for tensor in tensors.values()):

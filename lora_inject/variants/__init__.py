@@ -7,6 +7,12 @@ A new one is a file of its own and a line in a table here. What files call it st
 from lora_inject.variants.change import SIDES, Change, LayerKind, Spec, name_prefix
 from lora_inject.variants.dora import DoRA, PackedDoRA
 from lora_inject.variants.dora_columns import ColumnDoRA
+from lora_inject.variants.dora_lycoris import (
+    ColumnDoRALoHa,
+    ColumnDoRALoKr,
+    DoRALoHa,
+    DoRALoKr,
+)
 from lora_inject.variants.loha import LoHa
 from lora_inject.variants.lokr import LoKr
 from lora_inject.variants.lora import Scaling, Variant
@@ -22,8 +28,12 @@ __all__ = [
 
 SCALINGS: dict[str, Scaling] = {scaling.name: scaling for scaling in (Scaling(), RankStabilized())}
 VARIANTS: dict[str, type[Variant]] = {
-    variant.name: variant for variant in (Variant, DoRA, ColumnDoRA, LoHa, LoKr, Tucker)
-}
+    variant.name: variant
+    for variant in (
+        Variant, DoRA, ColumnDoRA, LoHa, LoKr, Tucker,
+        DoRALoHa, DoRALoKr, ColumnDoRALoHa, ColumnDoRALoKr,
+    )
+}  # fmt: skip
 # What a variant becomes on some layers, and what is asked for by ids and not by name.
 _OTHERS: tuple[type[Variant], ...] = (PackedDoRA, Rows)
 # Every tensor that some adapter has.

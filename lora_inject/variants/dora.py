@@ -96,6 +96,16 @@ class DoRA(Variant):
         lengths = squares.clamp_min(0).sqrt()
         return lengths if c.spec.experts else lengths.flatten()
 
+    def whole(self, kind: LayerKind, layer: nn.Module, W: Tensor | None, c: Change) -> Tensor:
+        """V as matrices (..., out, in) in at least float32, for lengths that need it."""
+        assert W is not None
+        wide = torch.promote_types(W.dtype, torch.float32)
+        tensors = {role: tensor.to(wide) for role, tensor in c.tensors.items()}
+        with without_autocast(W.device.type):
+            W = W.to(wide)
+            V = W + self.update(kind, layer, W, c._replace(tensors=tensors)) * c.scaling
+            return kind.to_matrix(layer, V)
+
     def rows(
         self, kind: LayerKind, layer: nn.Module, W: Tensor | None, c: Change
     ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

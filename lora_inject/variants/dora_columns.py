@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_inject.arithmetic.product import without_autocast
 from lora_inject.variants.change import Change, LayerKind, Spec
 from lora_inject.variants.dora import DoRA
 from lora_inject.variants.matrices import sizes
@@ -37,20 +36,15 @@ class ColumnDoRA(DoRA):
     ) -> str | None:
         """Where a column is not of all rows."""
         if spec.groups > 1:
-            return f"variant={self.name!r} has no columns of grouped channels. Use 'dora'."
+            rows = self.name.replace("_columns", "")
+            return f"variant={self.name!r} has no columns of grouped channels. Use {rows!r}."
         return super().refusal(kind, layer, spec, beside, dropout)
 
     @torch.no_grad()
     def lengths(self, kind: LayerKind, layer: nn.Module, W: Tensor | None, c: Change) -> Tensor:
         """The lengths of the columns of ``W + s B A``: (in,), or (E, in)."""
-        assert W is not None
-        wide = torch.promote_types(W.dtype, torch.float32)
-        tensors = {role: tensor.to(wide) for role, tensor in c.tensors.items()}
-        with without_autocast(W.device.type):
-            W = W.to(wide)
-            V = W + self.update(kind, layer, W, c._replace(tensors=tensors)) * c.scaling
-            V = kind.to_matrix(layer, V)
-            lengths: Tensor = torch.linalg.vector_norm(_by_columns(V, c.spec), dim=(-3, -1))
+        V_OI = self.whole(kind, layer, W, c)
+        lengths: Tensor = torch.linalg.vector_norm(_by_columns(V_OI, c.spec), dim=(-3, -1))
         return lengths
 
     def scaled(self, factors: Tensor, V_OI: Tensor, spec: Spec) -> Tensor:

@@ -11,6 +11,7 @@ Starting values are those of its authors: normal ones, and B2 zero.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ class LoHa(Variant):
 
     cores: bool = False
     name = "loha"
-    more = ("A2", "B2", "mid", "mid2")
+    more: ClassVar[tuple[str, ...]] = ("A2", "B2", "mid", "mid2")
     additive = False
     way = "weight"
     own_shapes = True
@@ -56,7 +57,7 @@ class LoHa(Variant):
         """Normal values, and B2 zero."""
         return {
             role: initial.normal(shape, generator) * _SPREAD[role]
-            for role, shape in self.shapes(spec).items()
+            for role, shape in LoHa.shapes(self, spec).items()  # and none of what a DoRA adds
         }
 
     def update(self, kind: LayerKind, layer: nn.Module, W: Tensor, c: Change) -> Tensor:

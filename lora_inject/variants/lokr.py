@@ -15,7 +15,7 @@ It acts in the weight. At the start A is zero.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ class LoKr(Variant):
     both: bool = False
     given: Factors | None = None
     name = "lokr"
-    more = ("A2", "B2", "mid")
+    more: ClassVar[tuple[str, ...]] = ("A2", "B2", "mid")
     additive = False
     way = "weight"
     own_shapes = True
@@ -115,7 +115,7 @@ class LoKr(Variant):
             role: initial.zeros(shape)
             if role == "A"
             else initial.kaiming_uniform(shape, math.prod(shape[rows + 1 :]), generator)
-            for role, shape in self.shapes(spec).items()
+            for role, shape in LoKr.shapes(self, spec).items()  # and none of what a DoRA adds
         }
 
     def update(self, kind: LayerKind, layer: nn.Module, W: Tensor, c: Change) -> Tensor:

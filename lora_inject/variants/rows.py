@@ -105,8 +105,7 @@ class Rows(Variant):
         tensors: Mapping[str, Tensor], scaling: float,
     ) -> dict[str, Tensor]:  # fmt: skip
         """Nothing is added at first."""
-        assert W is not None
-        return {"rows": torch.zeros(self.shapes(spec)["rows"], device=W.device)}
+        return {"rows": torch.zeros(self.shapes(spec)["rows"], device="cpu")}
 
     def low_rank(
         self, kind: LayerKind, layer: nn.Module, tensors: Mapping[str, Tensor]

@@ -690,3 +690,15 @@ def test_switching_keeps_gradients_and_freezing_drops_them(bias):
         torch.testing.assert_close(model(x), apart(x), rtol=1e-12, atol=1e-12)
     freeze(model)
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def test_a_gradient_that_a_switch_kept_goes_with_its_adapter():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    inject(model, "0", r=1, adapter="a", bias="all")
+    inject(model, "0", r=1, adapter="b")
+    model(torch.randn(4, 3)).sum().backward()
+    use(model, "b")  # keeps the gradients of a, for a step that comes later
+    remove(model, "a")
+    assert model[0].bias.grad is None
+    strip(model)
+    assert all(parameter.grad is None for parameter in model.parameters())

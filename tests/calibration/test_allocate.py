@@ -139,6 +139,15 @@ def test_no_layer_gets_more_than_its_inputs_vary_in():
     assert max(ranks(allocate(stats, r=50)).values()) == 3
 
 
+def test_the_plan_shows_them():
+    targets = allocate(statistics(), r=2)
+    planned = plan(Ladder(), targets)
+    assert {site.path: site.settings.r for site in planned.sites} == ranks(targets)
+    shown = [line.split() for line in str(planned).splitlines()]
+    for path, r in ranks(targets).items():
+        assert any(path in line and str(r) in line for line in shown)
+
+
 def test_statistics_that_tell_nothing_are_refused():
     stats = calibrate(nn.Linear(4, 4), nn.Linear, [torch.randn(1, 4)], progress=False)
     with pytest.raises(ArgumentError, match=r"^stats: they are of one vector"):

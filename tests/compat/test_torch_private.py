@@ -68,6 +68,7 @@ for name in private:
         private[name] = owner, last, getattr(owner, last)
         delattr(owner, last)
 import lora_inject
+from lora_inject import *
 for owner, last, value in filter(None, private.values()):
     setattr(owner, last, value)  # torch itself needs them when it runs
 assert sum(map(bool, private.values())) > 5

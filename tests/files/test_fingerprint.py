@@ -47,6 +47,18 @@ def test_an_adapter_on_the_wrong_base_is_refused(tmp_path):
     assert torch.equal(load(bare(), tmp_path)(x), model(x))
 
 
+def test_a_model_of_another_size_says_the_shapes_first(tmp_path):
+    def model(width):
+        return nn.Sequential(nn.Linear(width, width))
+
+    small = model(4)
+    inject(small, "0", r=2)
+    save(small, tmp_path)
+    said = r"^0\.weight has the shape \(8, 8\) here, and \(4, 4\) in the model of the adapter"
+    with pytest.raises(FormatError, match=said):
+        load(model(8), tmp_path)
+
+
 def test_a_default_device_changes_nothing_about_files(tmp_path):
     model, x = trained(), ids()
     fingerprint._places.cache_clear()

@@ -149,6 +149,52 @@ def test_dora_scale_is_of_rows_or_of_columns_by_its_shape(name, by, tmp_path):
     assert all(map(torch.equal, model(INPUTS), base(INPUTS)))
 
 
+DECOMPOSED = [
+    name for name, (layer, *_) in CASES.items() if name.startswith("lo") and layer != "conv"
+]
+
+
+@pytest.mark.parametrize("by", ["dora", "dora_columns"])
+@pytest.mark.parametrize("case", [*DECOMPOSED, "loha of a grouped kernel", "lokr with a core"])
+def test_dora_scale_beside_a_loha_or_lokr_is_of_the_weight_with_it(case, by, tmp_path):
+    name, own, change = CASES[case]
+    base, model = layers(), layers()
+    W = base.get_submodule(name).weight.detach()
+    dim = 1 if "columns" in by else 0
+    scale = rand(W.shape[dim]).abs() + 0.5
+    scale = scale.reshape([-1 if i == dim else 1 for i in range(W.dim())])
+    tensors = written(tmp_path / "a.safetensors", name, {**own, "dora_scale": scale})
+    if name == "conv" and dim:
+        with pytest.raises(LoRAInjectError, match=r"no columns of grouped channels\. Use 'dora_lo"):
+            load(model, tmp_path / "a.safetensors")
+        return
+    load(model, tmp_path / "a.safetensors")
+    V = W + change.reshape(W.shape)
+    close(model(INPUTS), of_weights(base, {name: V * scale / lengths(V, dim)}))
+    variant = adapters_of(model.get_submodule(name))[0].settings.variant.name
+    assert variant == f"{by}_{case[:4]}"
+    if dim:
+        with pytest.raises(FormatError, match=f"{name} is a {variant}.*not written"):
+            save(model, tmp_path / "b.safetensors", format="kohya")
+    else:
+        save(model, tmp_path / "b.safetensors", format="kohya")
+        again = load_file(tmp_path / "b.safetensors")
+        for key, tensor in tensors.items():
+            if not key.endswith("alpha"):
+                assert torch.equal(again[key], tensor)
+        other = layers()
+        load(other, tmp_path / "b.safetensors")
+        assert all(map(torch.equal, other(INPUTS), model(INPUTS)))
+    with pytest.raises(FormatError, match=f"PEFT has no {variant}"):
+        save(model, tmp_path / "c")
+    save(model, tmp_path / "d", portable=True, r=min(W.shape[0], W[0].numel()))
+    plain = layers()
+    load(plain, tmp_path / "d")
+    close(plain(INPUTS), model(INPUTS))
+    strip(model)
+    assert all(map(torch.equal, model(INPUTS), base(INPUTS)))
+
+
 def test_a_square_layer_is_told_by_shape_and_a_flat_tensor_refused(tmp_path):
     model = nn.ModuleDict({"sq": nn.Linear(5, 5)})
     own = {"lora_up.weight": rand(5, 2), "lora_down.weight": rand(2, 5)}
@@ -170,7 +216,8 @@ def test_a_square_layer_is_told_by_shape_and_a_flat_tensor_refused(tmp_path):
     [
         ({"hada_w1_a": rand(18, 2)}, r"lin has \['hada_w1_a'\], which is no loha"),
         ({**CASES["loha"][1], "hada_t1": rand(3, 3, 1)}, "which is no loha"),
-        ({**CASES["loha"][1], "dora_scale": rand(18, 1)}, "DoRA of a loha.*Merge it"),
+        ({**CASES["loha"][1], "dora_scale": rand(4, 1)}, "is .4, 1., where 18 .* and 12 come in"),
+        ({**CASES["lokr of products"][1], "dora_scale": rand(1, 4)}, "where 18 .* and 12 come in"),
         ({"lokr_w1": rand(3, 4)}, "which is no lokr"),
         ({"lokr_w1": rand(3, 4), "lokr_w1_a": rand(3, 1), "lokr_w2": rand(6, 3)}, "is no lokr"),
         ({"lokr_w1": rand(3, 4), "lokr_w2": rand(6, 3), "lokr_t2": rand(1, 1, 1)}, "is no lokr"),
@@ -212,8 +259,13 @@ def test_a_file_shows_its_variant(tmp_path):
 ALGORITHMS = [
     *((algo, more) for algo in ("loha", "lokr", "locon") for more in ({}, {"use_tucker": True})),
     ("lokr", {"decompose_both": True, "factor": 3}),
-    ("locon", {"weight_decompose": True}),
-    ("locon", {"weight_decompose": True, "wd_on_out": False}),
+    *(
+        (algo, {"weight_decompose": True, "wd_on_out": on_out})
+        for algo in ("locon", "loha", "lokr")
+        for on_out in (True, False)
+    ),
+    ("loha", {"weight_decompose": True, "use_tucker": True}),
+    ("lokr", {"weight_decompose": True, "decompose_both": True, "factor": 3}),
 ]
 
 

@@ -352,3 +352,20 @@ def test_a_portable_file_is_of_no_fixed_factor(r, tmp_path):
     again = several()
     load(again, tmp_path / "a")
     assert all(p.requires_grad for n, p in again.named_parameters() if "lora_" in n)
+
+
+def test_a_file_of_the_orthogonal_start_is_plain_lora(tmp_path):
+    base, x = wide(), torch.randn(2, 7, 24)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["lin"], init_lora_weights="orthogonal"
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path)
+    model = load(wide(), tmp_path)
+    torch.testing.assert_close(model(x), theirs(x), rtol=1e-4, atol=1e-5)
+    assert adapters_of(model.lin)[0].settings.variant.text == ""
+    assert torch.equal(strip(model)(x), base(x))

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import transformers as tf
 from helpers import randomize_adapters
 from torch import nn
 from torch.nn import functional as F
 
-from lora_inject import inject, plan
+from lora_inject import inject, merge, merged, plan
+from lora_inject.errors import UnsupportedLayerError
 
 pytestmark = pytest.mark.usefixtures("device")
 N = 4
@@ -219,3 +221,67 @@ def test_the_attention_of_a_unet_stands_beside_its_forward():
     model = nn.Sequential(attention(8, heads=2, dim_head=4))
     assert {s.way for s in plan(model, ["to_q", "to_k", "to_v"], r=2).sites} == {"branch"}
     inject(model, ["to_q", "to_k", "to_v"], r=2, dropout=0.1)
+
+
+def rwkv(every):
+    torch.manual_seed(0)
+    config = tf.RwkvConfig(
+        vocab_size=64, hidden_size=16, attention_hidden_size=16, num_hidden_layers=3,
+        rescale_every=every,
+    )  # fmt: skip
+    model = tf.RwkvForCausalLM(config).eval()
+    with torch.no_grad():
+        for block in model.rwkv.blocks:  # which begin at zero
+            block.attention.output.weight.normal_(std=0.3)
+            block.feed_forward.value.weight.normal_(std=0.3)
+    return model
+
+
+RESCALED = ["rwkv.blocks.*.attention.output", "rwkv.blocks.*.feed_forward.value"]
+IDS = torch.tensor([[3, 4, 5]])
+
+
+def test_weights_that_a_model_rescales_as_it_runs_are_left_alone_and_refused_when_named():
+    """RWKV divides them by two every few blocks, in evaluation and in place."""
+    model = rwkv(every=1)
+    for pattern in RESCALED:
+        with pytest.raises(UnsupportedLayerError, match="RwkvModel writes to its weight") as raised:
+            plan(model, pattern)
+        assert "rescale_every = 0" in str(raised.value)
+    inject(model, "all-linear", r=2)
+    randomize_adapters(model)
+    for training in (False, True, False):
+        model.train(training)
+        expected = model(IDS, use_cache=False).logits
+        with merged(model):
+            torch.testing.assert_close(model(IDS, use_cache=False).logits, expected)
+
+
+def test_a_model_that_does_not_rescale_has_all_its_layers_adapted():
+    model = rwkv(every=1)
+    model.config.rescale_every = 0
+    assert len(inject(model, RESCALED, r=2).patterns) == 2
+    randomize_adapters(model)
+    expected = model(IDS, use_cache=False).logits
+    torch.testing.assert_close(model.train()(IDS, use_cache=False).logits, expected)
+    merge(model)
+    torch.testing.assert_close(model.eval()(IDS, use_cache=False).logits, expected)
+
+
+class Initialised(nn.Module):
+    """Writes to a weight when it is made, and never when it runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(4, 4)
+        self._init_weights()
+
+    def _init_weights(self):
+        self.proj.weight.normal_(std=0.02) if torch.is_inference_mode_enabled() else None
+
+    def forward(self, x):
+        return self.proj(x)
+
+
+def test_what_initialises_a_weight_is_no_writer():
+    assert [site.path for site in plan(Initialised(), "proj").sites] == ["proj"]

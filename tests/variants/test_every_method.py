@@ -45,7 +45,7 @@ REFUSED = {
     **{("variant tucker", kind): "variant='lora'" for kind in KINDS if kind not in KERNELS},
     **{(f"variant {name}", "Linear in parts"): "parts= is for" for name in IN_THE_WEIGHT},
     ("lokr of two products", "Linear in parts"): "parts= is for",
-    ("variant dora_columns", "Conv2d"): "Use 'dora'",
+    **{(f"variant {name}", "Conv2d"): "Use 'dora" for name in VARIANTS if "columns" in name},
 }
 every_method_and_kind = pytest.mark.parametrize(
     ("method", "kind"), [(m, k) for m in METHODS for k in KINDS if (m, k) not in REFUSED]
@@ -95,6 +95,10 @@ FORMULAS = {
 }
 
 
+def in_shape_of(kind, module, W, matrix):
+    return kind.from_matrix(module, matrix.reshape(kind.to_matrix(module, W).shape), W.shape)
+
+
 def column_ratio(kind, module, V, magnitude):
     """What the columns of a weight are multiplied by, in its own shape."""
     if isinstance(module, nn.ConvTranspose2d):
@@ -108,16 +112,16 @@ def changed_weight(module, adapter, spec, names):
     """The change of a weight, written out: what the papers say, every matrix made."""
     kind, settings, W = adapter.kind, adapter.settings, module._parameters[spec.weight]
     own = {role: module.get_parameter(name) for role, name in names.items()}
-    formula = FORMULAS.get(settings.variant.name)
-    if formula is not None:
-        matrix = settings.scaling * formula(own, 1 if spec.experts else 0)
-        return kind.from_matrix(module, matrix.reshape(kind.to_matrix(module, W).shape), W.shape)
-    V = W + low_rank(kind, module, W, spec, own, settings)
-    if settings.variant.name == "lora":
+    name = settings.variant.name.rpartition("_")[2]  # "lokr" of "dora_lokr"
+    if name in FORMULAS:
+        matrix = settings.scaling * FORMULAS[name](own, 1 if spec.experts else 0)
+        V = W + in_shape_of(kind, module, W, matrix)
+    else:
+        V = W + low_rank(kind, module, W, spec, own, settings)
+    if "dora" not in settings.variant.name:
         return V - W
-    if settings.variant.name == "dora_columns":
+    if "columns" in settings.variant.name:
         return V * column_ratio(kind, module, V, own["magnitude"]) - W
-    assert settings.variant.name == "dora"
     rows = kind.to_matrix(module, V)
     length = rows.detach().norm(dim=-1)
     ratio = torch.ones_like(length)

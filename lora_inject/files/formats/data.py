@@ -95,6 +95,9 @@ class PairData:
         for tensor in (self.A, self.B, *self.others.values()):
             if not is_usable(tensor, floating=True):
                 raise FormatError(f"A and B of {self.name} are no plain tensors: {tensor.dtype}.")
+        ranks = self.A.shape[1 if self.form == "experts" and dims[0] == 3 else 0]
+        if self.start and (self.rank % 2 or ranks % self.rank):
+            raise FormatError(f"A and B of {self.name} are no adapter beside a start of its rank.")
 
     @property
     def rank(self) -> int:

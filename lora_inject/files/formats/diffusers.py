@@ -86,8 +86,11 @@ def _from_tensors(
     """What the tensors of one component say, by keys without its prefix."""
     alphas = {key: own.pop(key) for key in list(own) if key.endswith(".alpha")}
     if not config:
-        ranks = {_owner(key): t.shape[1] for key, t in own.items() if ".lora_B" in key}
+        if wrong := [key for key, value in alphas.items() if value.numel() != 1]:
+            raise FormatError(f"{path}: {wrong[0]} must be one number.")
         given = {_owner(key): float(value) for key, value in alphas.items()}
+        # Of what has no such dimension, the reader of pairs tells.
+        ranks = {_owner(key): (*t.shape, 0, 0)[1] for key, t in own.items() if ".lora_B" in key}
         scale = {name: given.get(name, r if alpha is None else alpha) for name, r in ranks.items()}
         patterns = {f"^{re.escape(name)}": value for name, value in ranks.items()}
         scales = {f"^{re.escape(name)}": value for name, value in scale.items()}

@@ -159,15 +159,13 @@ def _tensors(pair: PairData) -> dict[str, Tensor]:
     if lycoris.is_whole(pair):  # which is added as it is, whatever alpha
         B = (pair.B.double() * pair.scaling).to(pair.B.dtype) if pair.scaling != 1 else pair.B
         pair = replace(pair, B=B, alpha=float(pair.rank), rule="lora")
-    alpha = {"alpha": torch.tensor(pair.scaling * pair.rank)}
-    if pair.variant in ("loha", "lokr"):
-        return {**lycoris.tensors_of(pair), **alpha}
-    own = {_DOWN: pair.A, _UP: pair.B, **alpha}
+    own = {"alpha": torch.tensor(pair.scaling * pair.rank)}
+    own |= lycoris.tensors_of(pair) if lycoris.algorithm(pair) else {_DOWN: pair.A, _UP: pair.B}
+    if pair.variant in ("dora", "dora_loha", "dora_lokr"):
+        return {**own, "dora_scale": lycoris.scale_of(pair)}
     if pair.variant == "tucker":
         return {**own, _MID: pair.others["mid"]}
-    if pair.variant == "dora":
-        return {**own, "dora_scale": lycoris.scale_of(pair)}
-    if pair.variant != "lora":
+    if pair.variant not in ("lora", "loha", "lokr"):
         raise FormatError(
             f"{pair.name} is a {pair.variant}, which kohya's format is not written with.",
             remedy="torch.save(lora_state_dict(model), ...) keeps it for load_lora_state_dict.",
@@ -209,11 +207,10 @@ def _pair(path: str, own: Mapping[str, Tensor], alpha: float | None, where: Path
     else:
         raise FormatError(f"{where}: {path} has only {sorted(rest)} of what makes an adapter.")
     if scale is not None:
-        if pair.variant != "lora":
+        if pair.variant == "tucker":
             raise FormatError(
-                f"{where}: {path} is a DoRA of a {pair.variant}, which is not supported.",
+                f"{where}: {path} is a DoRA of a tucker, which is not supported.",
                 remedy="Merge it where it was made.",
             )
-        variant, others = lycoris.with_magnitude(pair, scale, where)
-        pair = replace(pair, variant=variant, others=others)
+        pair = lycoris.with_magnitude(pair, scale, where)
     return pair if pair.alpha is not None else replace(pair, alpha=float(pair.rank))

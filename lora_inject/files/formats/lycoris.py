@@ -3,11 +3,12 @@
 Both call them the same (``hada_w1_a``, ``lokr_w2``), and lay them out the same: what differs is the
 factor of a LoKr of which both matrices are whole, and is the business of each format.
 
-A DoRA's ``dora_scale`` may stand beside the A and B of kohya's files: (out, 1, ..), the lengths of
-rows, or in older files (1, in, 1, ..), those of columns.
+A DoRA's ``dora_scale`` may stand beside these, and beside the A and B of kohya's files: (out, 1,
+..), the lengths of rows, or in older files (1, in, 1, ..), those of columns.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -79,13 +80,19 @@ def _rank(variant: str, tensors: Mapping[str, Tensor]) -> int | None:
     return int(tensors["B2"].shape[0]) if "B2" in tensors else None
 
 
+def algorithm(pair: PairData) -> str:
+    """Which of both a pair is, or is a DoRA of, "loha" or "lokr"; else ""."""
+    name = pair.variant.rpartition("_")[2]
+    return name if name in _NAMES else ""
+
+
 def tensors_of(pair: PairData) -> dict[str, Tensor]:
-    """The tensors of a LoHa or LoKr by their names in files."""
-    tensors = pair.tensors
+    """The tensors of a LoHa or LoKr by their names in files, without a magnitude."""
+    tensors, name = pair.tensors, algorithm(pair)
     if "mid" in tensors:
-        tensors |= {role: tensors[role].mT for role in _TURNED[pair.variant]}
-    names = dict(_NAMES[pair.variant])
-    if pair.variant == "lokr":
+        tensors |= {role: tensors[role].mT for role in _TURNED[name]}
+    names = dict(_NAMES[name])
+    if name == "lokr":
         for role, one, several in (("B2", "lokr_w1", "lokr_w1_a"), ("A2", "lokr_w2", "lokr_w2_b")):
             del names[one if role in tensors else several]
     return {key: tensors[role].contiguous() for key, role in names.items() if role in tensors}
@@ -93,18 +100,16 @@ def tensors_of(pair: PairData) -> dict[str, Tensor]:
 
 def is_whole(pair: PairData) -> bool:
     """Whether it is a LoKr of two whole matrices, which LyCORIS adds as they are."""
-    return pair.variant == "lokr" and not pair.others
+    return algorithm(pair) == "lokr" and not pair.others.keys() - {"magnitude"}
 
 
-def with_magnitude(pair: PairData, scale: Tensor, where: object) -> tuple[str, dict[str, Tensor]]:
-    """The variant that a ``dora_scale`` beside A and B means, and its magnitude.
+def with_magnitude(pair: PairData, scale: Tensor, where: object) -> PairData:
+    """The DoRA that a ``dora_scale`` makes of a pair.
 
     Raises:
         FormatError: it is neither of rows nor of columns, or nothing tells of which.
     """
-    n_out, n_in, shape = pair.B.shape[0], pair.A.shape[1], tuple(scale.shape)
-    rows = [shape == (n_out, *(1,) * n) for n in range(1, pair.A.dim())]
-    columns = [shape == (1, n_in, *(1,) * n) for n in range(pair.A.dim() - 1)]
+    (n_out, n_in), shape = _features(pair), tuple(scale.shape)
     flat = len(shape) == 1 and shape[0] in (n_out, n_in)
     if flat and n_out == n_in:
         raise FormatError(
@@ -112,16 +117,33 @@ def with_magnitude(pair: PairData, scale: Tensor, where: object) -> tuple[str, d
             "of columns.",
             remedy=f"Reshape it to ({n_out}, 1) for rows or (1, {n_in}) for columns.",
         )
-    if any(rows) or (flat and shape[0] == n_out):
-        return "dora", {"magnitude": scale.flatten()}
-    if any(columns) or flat:
-        return "dora_columns", {"magnitude": scale.flatten()}
-    raise FormatError(
-        f"{where}: dora_scale of {pair.name} is {shape}, where {n_out} features go out and {n_in} "
-        "come in."
-    )
+    # Factors hold a kernel's columns with those of its features.
+    with_kernel = len(shape) > 2 and algorithm(pair) and n_in % shape[1] == 0
+    if shape[:1] == (n_out,) and scale.numel() == n_out:
+        by = "dora"
+    elif flat or (scale.numel() == shape[1] and (shape[1] == n_in or with_kernel)):
+        by = "dora_columns"
+    else:
+        raise FormatError(
+            f"{where}: dora_scale of {pair.name} is {shape}, where {n_out} features go out and "
+            f"{n_in} come in."
+        )
+    name = algorithm(pair)
+    others = {**pair.others, "magnitude": scale.flatten()}
+    return replace(pair, variant=f"{by}_{name}" if name else by, others=others)
+
+
+def _features(pair: PairData) -> tuple[int, int]:
+    """How many features go out, and how many come in, without a kernel."""
+    own = pair.tensors
+    if algorithm(pair) != "lokr":
+        return own["B"].shape[0], own["A"].shape[1]
+    first, second = own["B"], own.get("A2", own["A"])
+    columns = own.get("B2", first).shape[1] * own["A"].shape[1]
+    return first.shape[0] * second.shape[0], columns
 
 
 def scale_of(pair: PairData) -> Tensor:
     """A DoRA's magnitude as ``dora_scale``: (out, 1, ..)."""
-    return pair.others["magnitude"].reshape(-1, *(1,) * (pair.A.dim() - 1))
+    kernel = len(pair.kernel) or pair.A.dim() - 2
+    return pair.others["magnitude"].reshape(-1, *(1,) * (kernel + 1))

@@ -96,8 +96,11 @@ def divided(pair: PairData, parts: Any, path: Path) -> Iterable[PairData]:
     try:
         rows = [(str(p), int(s), int(n), int(r), float(a)) for p, s, n, r, a in parts["parts"]]
         total = int(parts["total"])
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
         raise FormatError(f"{path}: the parts of {pair.name} cannot be read.") from error
+    inside = all(min(s, n - 1, r - 1) >= 0 and s + n <= total for _, s, n, r, _ in rows)
+    if not rows or not inside or (total, sum(r for _, _, _, r, _ in rows)) != pair.B.shape:
+        raise FormatError(f"{path}: the parts of {pair.name} are not those of its B.")
     first = 0
     for part, start, size, r, alpha in rows:
         A, B = pair.A[first : first + r], pair.B[start : start + size, first : first + r]

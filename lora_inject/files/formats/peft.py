@@ -28,6 +28,7 @@ from lora_inject.files.formats.peft_config import (
     TENSORS,
     Scalings,
     check_config,
+    check_words,
     config_digest,
     own_metadata,
     said_besides,
@@ -102,6 +103,7 @@ def from_tensors(
 ) -> AdapterData:
     """What PEFT's config and tensors say; ``path`` is for errors."""
     config = with_numbers(config)
+    check_words(config, path / CONFIG)
     if config.get("peft_type") in peft_lycoris.TYPES:
         return peft_lycoris.from_tensors(config, tensors, metadata, path, index, alpha)
     check_config(config, path / CONFIG)

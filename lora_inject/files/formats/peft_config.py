@@ -2,16 +2,19 @@
 
 import hashlib
 import json
-import math
-from collections.abc import Mapping
-from itertools import chain
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+from lora_inject.core.expressions import Limits
 from lora_inject.errors import FormatError
+from lora_inject.files.fingerprint import is_fingerprint
+from lora_inject.files.formats.peft_patterns import Patterns
 from lora_inject.files.formats.peft_rows import ALONE
-from lora_inject.files.formats.peft_targets import is_match
+from lora_inject.files.formats.peft_targets import CHARACTERS, SECONDS
 from lora_inject.files.formats.storage import parse_json
+from lora_inject.files.untouched import SAMPLES
 from lora_inject.settings import BiasMode
 from lora_inject.variants import FIXED
 
@@ -66,6 +69,17 @@ def check_config(config: Mapping[str, Any], path: Path) -> None:
             "...).",
         )
     _check_values(config, path)
+
+
+def check_words(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse anything but words for keys that have them.
+
+    Raises:
+        FormatError: there is such.
+    """
+    for key in ("peft_type", "task_type", "base_model_name_or_path", "revision"):
+        if not isinstance(config.get(key), str | None):
+            raise FormatError(f"{path}: {key} must be a word, not {config[key]!r}.")
 
 
 def _check_values(config: Mapping[str, Any], path: Path) -> None:
@@ -139,6 +153,29 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 <= value < 1
+
+
+def _map_of(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """The test of an object of which all values pass one."""
+    return lambda value: isinstance(value, dict) and all(map(is_right, value.values()))
+
+
+# What may stand in our metadata, and the test of it; of parts, the reader of parts tells.
+_OWN: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("targets", "train_also", "padding", "names", "beside"), _is_names),
+    **dict.fromkeys(("base", "rows"), _map_of(is_fingerprint)),
+    "untouched": _map_of(lambda value: is_fingerprint(value, SAMPLES)),
+    "parts": lambda value: isinstance(value, dict),
+    "dropout": _map_of(_is_share),
+    "drops": _map_of(lambda d: isinstance(d, list) and len(d) == 2 and all(map(_is_share, d))),
+    "fixed": _map_of(lambda factor: isinstance(factor, str) and factor in FIXED),
+    "start": _map_of(lambda word: isinstance(word, str)),
+    "dtype": lambda value: value in ("", "base"),
+}
+
+
 def own_metadata(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     """What we wrote beside PEFT's own; empty for a file of another's.
 
@@ -148,19 +185,11 @@ def own_metadata(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     if METADATA not in metadata:
         return {}
     own = parse_json(metadata[METADATA], f"the metadata of {path / TENSORS}")
-    dropouts, drops = own.get("dropout", {}), own.get("drops", {})
-    lists = ("targets", "train_also", "padding", "names", "beside")
-    wrong = [key for key in lists if not _is_names(own.get(key, []))]
-    wrong += ["dtype"] if own.get("dtype", "") not in ("", "base") else []
-    maps = ("base", "rows", "untouched", "parts", "dropout", "fixed", "drops")
-    wrong += [key for key in maps if not isinstance(own.get(key, {}), dict)]
-    if not wrong and not set(own.get("fixed", {}).values()) <= set(FIXED):
-        wrong.append("fixed")
-    if not wrong and not all(isinstance(d, list) and len(d) == 2 for d in drops.values()):
-        wrong.append("drops")
-    numbers = [] if wrong else [*dropouts.values(), *chain.from_iterable(drops.values())]
-    if wrong or not all(isinstance(p, int | float) and 0 <= p < 1 for p in numbers):
-        raise FormatError(f"{path / TENSORS}: its metadata cannot be read: {wrong or dropouts}.")
+    if wrong := [key for key, is_right in _OWN.items() if key in own and not is_right(own[key])]:
+        raise FormatError(
+            f"{path / TENSORS}: its metadata cannot be read: {', '.join(wrong)}.",
+            remedy="It was edited, or is damaged: save again.",
+        )
     return own
 
 
@@ -177,37 +206,32 @@ class Scalings:
         self.alpha = config.get("lora_alpha", alpha)
         self.r = config.get("r", 8)
         self.rule = "rslora" if config.get("use_rslora") else "lora"
-        self.ranks = self._patterns(config, "rank_pattern")
-        self.alphas = self._patterns(config, "alpha_pattern")
+        limits = Limits(SECONDS, CHARACTERS)
+        self.ranks = self._patterns(config, "rank_pattern", limits)
+        self.alphas = self._patterns(config, "alpha_pattern", limits)
 
-    def _patterns(self, config: Mapping[str, Any], key: str) -> dict[str, Any]:
-        value = config.get(key) or {}
-        if not isinstance(value, dict):
-            raise FormatError(f"{self.path}: {key} must be an object, not {value!r}.")
-        return value
+    def _patterns(self, config: Mapping[str, Any], key: str, limits: Limits) -> Patterns:
+        given = config.get(key) or {}
+        if not isinstance(given, dict):
+            raise FormatError(f"{self.path}: {key} must be an object, not {given!r}.")
+        return Patterns(given, self.path, limits)
 
     def rank_of(self, path: str) -> Any:
         """What the config calls the rank of a layer."""
-        return self._find(self.ranks, path, self.r)
+        return self.ranks.find(path, self.r)
 
     def alpha_of(self, path: str, A_rank: int) -> float:
         """The alpha of a layer, to be divided by what the config calls its rank."""
-        r, alpha = self.rank_of(path), self._find(self.alphas, path, self.alpha)
+        r, alpha = self.rank_of(path), self.alphas.find(path, self.alpha)
         if isinstance(alpha, bool) or not isinstance(alpha, int | float):
             raise FormatError(f"{self.path}: the alpha of {path} is {alpha!r}, which is no number.")
-        if not math.isfinite(alpha) or alpha == 0:
+        if not 0 < abs(alpha) <= sys.float_info.max:
             raise FormatError(f"{self.path}: the alpha of {path} is {alpha!r}.")
         if r != A_rank:
             raise FormatError(
                 f"{self.path} gives {path} the rank {r!r}, and its tensors have {A_rank}."
             )
         return float(alpha)
-
-    def _find(self, patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-        for pattern, value in patterns.items():
-            if is_match(rf"(.*\.)?({pattern})", path, self.path):
-                return value
-        return default
 
 
 def config_digest(config: Mapping[str, Any]) -> str:

@@ -1,12 +1,14 @@
 """PEFT's ``target_modules``: which modules it selects, and what it has to be to select these."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_inject.core.patterns import REGEX_SECONDS
+from lora_inject.core.expressions import Expression, Limits
 from lora_inject.errors import FormatError
+
+SECONDS, CHARACTERS = 10.0, 100_000  # for the expressions of a file: names of all layers may be one
 
 
 def target_labels(target_modules: Any) -> tuple[str, ...]:
@@ -32,23 +34,16 @@ def target_names(paths: list[str], modules: Iterable[str] | None) -> list[str] |
     return "|".join(map(re.escape, sorted(paths)))
 
 
-def is_match(pattern: str, path: str, where: Path) -> bool:
-    """Whether a regular expression of a file is the whole of a path; ``where`` is for errors.
+def expression(text: str, where: Path, limits: Limits | None = None) -> Expression:
+    """A regular expression of a file; ``where`` is for errors.
 
     Raises:
         FormatError: it cannot be used.
     """
-    import regex  # which takes long to import, and few calls need it
-
-    try:
-        return regex.fullmatch(pattern, path, timeout=REGEX_SECONDS) is not None
-    except (regex.error, TimeoutError, RecursionError) as error:
-        raise FormatError(
-            f"{where}: the pattern {pattern[:80]!r} cannot be used: {error}."
-        ) from error
+    return Expression(text, str(where), FormatError, limits or Limits(SECONDS, CHARACTERS))
 
 
-def require_targets(config: Mapping[str, Any], paths: Iterable[str], where: Path) -> None:
+def require_targets(config: Mapping[str, Any], paths: Sequence[str], where: Path) -> None:
     """Refuse adapted modules that a config does not select.
 
     PEFT saves an adapter that it has put on another PEFT model with the other's tensors, and with
@@ -58,12 +53,13 @@ def require_targets(config: Mapping[str, Any], paths: Iterable[str], where: Path
         FormatError: it does not select one of them.
     """
     modules = config.get("target_modules")
+    pattern = expression(modules, where) if paths and isinstance(modules, str) else None
     names = list(target_labels(modules)) if isinstance(modules, list) else []
     names += [name.rpartition(".")[0] for name in config.get("target_parameters") or ()]
     for path in paths:
         selected = any(f".{path}".endswith(f".{name}") for name in names)
-        if isinstance(modules, str):
-            selected |= modules == "all-linear" or is_match(modules, path, where)
+        if pattern is not None:
+            selected |= modules == "all-linear" or pattern.matches(path)
         if not selected:
             raise FormatError(
                 f"{where}: PEFT put the adapter on top of another one, and {path} is of that one, "

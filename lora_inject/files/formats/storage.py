@@ -10,13 +10,14 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from os import fspath
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lora_inject.errors import FormatError, warn
+from lora_inject.errors import ArgumentError, FormatError, warn
 from lora_inject.files.formats.digests import (
     DIGESTS,
     digests_of,
@@ -25,6 +26,25 @@ from lora_inject.files.formats.digests import (
 )
 
 MOST_TENSORS = 200_000  # far above any adapter; a header of millions is an attack
+MOST_BYTES = 200 * MOST_TENSORS  # of the header, which is read into memory before it is known
+
+
+_LFS = b"version https://git-lfs."  # how the spec says that a pointer begins
+
+
+def as_path(path: Any, argument: str = "path") -> Path:
+    """A path from what a user gives for one.
+
+    Raises:
+        ArgumentError: it is none.
+    """
+    try:
+        return Path(fspath(path))
+    except TypeError as error:
+        swapped = "The model comes first." if isinstance(path, nn.Module) else ""
+        raise ArgumentError(
+            f"{argument} must be a path, not a {type(path).__name__}.", remedy=swapped
+        ) from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -58,6 +78,9 @@ def _opened(path: Path) -> Iterator[Any]:
 
     require_file(path)
     try:
+        with path.open("rb") as start:
+            if (size := int.from_bytes(start.read(8), "little")) > MOST_BYTES:
+                raise FormatError(f"{path} has a header of {size:,} bytes, which is no adapter.")
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             if (count := len(file.keys())) > MOST_TENSORS:
                 raise FormatError(f"{path} holds {count:,} tensors, which is no adapter.")
@@ -143,6 +166,12 @@ def require_file(path: Path) -> None:
         raise FormatError(f"{path} is a directory, and a file is needed.")
     if not path.is_file():
         raise FormatError(f"there is no file {path}.")
+    with path.open("rb") as file:
+        if file.read(len(_LFS)) == _LFS:
+            raise FormatError(
+                f"{path} is a pointer of git-lfs, and not the file that it stands for.",
+                remedy="Run git lfs pull where it was cloned.",
+            )
 
 
 @contextmanager
