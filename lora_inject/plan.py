@@ -45,6 +45,7 @@ from lora_inject.core.site import Site
 from lora_inject.core.tables import choose_tables
 from lora_inject.errors import warn
 from lora_inject.printing import Shown, Tables, plural
+from lora_inject.report.new_parts import frozen_heads
 from lora_inject.report.plan_tables import sites_section, skipped_section, train_also_section
 from lora_inject.report.report import Report, report_of
 from lora_inject.settings import BiasMode
@@ -117,10 +118,14 @@ class Plan(Shown):
         look = self.look.again()  # its tensors may be others by now
         warn_of_adapters_of_peft(look)
         made = adaptation(look, self.sites, self.adapter, self.seed, self.content)
+
+        def shown() -> Report:
+            now = look.again()
+            return _with_notes(report_of(now), self, now)
+
         return commit(  # type: ignore[no-any-return]
-            look, made.states, fresh=made.fresh, values=made.values,
-            then=lambda: _with_notes(report_of(look.again(), skipped=self.skipped), self),
-        )  # fmt: skip
+            look, made.states, fresh=made.fresh, values=made.values, then=shown
+        )
 
     def _tables(self) -> Tables:
         sections = [sites_section(self)]
@@ -277,7 +282,7 @@ def plan_for(
     return Plan(look, sites, tuple(skips), request.adapter, request.seed, held)
 
 
-def _with_notes(shown: Report, plan: Plan) -> Report:
+def _with_notes(shown: Report, plan: Plan, now: Look) -> Report:
     """The report with what the plan wanted and could not, and what it does that is no use."""
     missed = [skip for skip in plan.skipped if skip.wanted]
     notes = [
@@ -297,4 +302,5 @@ def _with_notes(shown: Report, plan: Plan) -> Report:
         )
         warn(text)
         notes.append(text)
-    return replace(shown, notes=(*shown.notes, *notes))
+    alerts = (*shown.alerts, *frozen_heads(now, plan.skipped))
+    return replace(shown, notes=(*shown.notes, *notes), alerts=alerts)
