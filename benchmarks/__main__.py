@@ -1,6 +1,8 @@
 """``python -m benchmarks [ROW ...]``: measure, and write RESULTS.md, results.json and the chart.
 
-``python -m benchmarks gpu`` measures on a GPU (see ``benchmarks/gpu.py``).
+``python -m benchmarks gpu`` measures on a GPU (see ``benchmarks/gpu.py``), ``commands [tests]`` how
+long the README's commands take, and ``zoo`` adapts every class of transformers (``benchmarks/zoo``
+says how).
 """
 
 import argparse
@@ -11,6 +13,7 @@ from rich.progress import track
 from benchmarks import (  # noqa: F401 (they register their rows)
     adapters,
     arithmetic,
+    commands,
     compiled,
     control_plane,
     experts,
@@ -22,14 +25,27 @@ from benchmarks import (  # noqa: F401 (they register their rows)
     variants,
 )
 from benchmarks.harness import REGISTRY, Result, as_section, write
+from benchmarks.zoo import command as zoo
 
-SECTIONS = {"gpu": gpu.lines, "quality": quality.lines}  # of RESULTS.md, after the CPU's
+SECTIONS = {  # of RESULTS.md, after the CPU's
+    "gpu": gpu.lines,
+    "quality": quality.lines,
+    "commands": commands.lines,
+    "zoo": zoo.lines,
+}
 
 
 def main() -> None:
-    """Run rows on the CPU, the rows for a GPU, or the quality benchmark."""
+    """Run rows on the CPU, the rows for a GPU, the quality benchmark, or the commands."""
     if sys.argv[1:2] == ["gpu"]:
         gpu.main(sys.argv[2:], publish=lambda found: write("gpu", found, SECTIONS))
+        return
+    if sys.argv[1:2] == ["commands"]:
+        write("commands", commands.main(sys.argv[2:]), SECTIONS)
+        return
+    if sys.argv[1:2] == ["zoo"]:
+        if found := zoo.main(sys.argv[2:]):
+            write("zoo", found, SECTIONS)
         return
     options = _options()
     if options.rows == ["quality"]:
@@ -51,8 +67,8 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
         "rows", nargs="*", metavar="ROW",
-        help="gpu, quality (20 minutes), or some of those that are the default: "
-        + ", ".join(REGISTRY),
+        help="gpu, commands, zoo (an hour), quality (20 minutes), or some of those that are the "
+        "default: " + ", ".join(REGISTRY),
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="3 rounds, and nothing is written")
     options = parser.parse_args()

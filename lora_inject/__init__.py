@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         NoMatchError,
         UnsupportedLayerError,
     )
+    from lora_inject.files.convert import convert, inspect
     from lora_inject.files.save_load import load, save
     from lora_inject.files.state_dict import load_lora_state_dict, lora_state_dict
     from lora_inject.inject import inject, strip
@@ -71,10 +72,12 @@ __all__ = [
     "capacity",
     "clip_norms",
     "combine",
+    "convert",
     "disabled",
     "extract",
     "freeze",
     "inject",
+    "inspect",
     "load",
     "load_lora_state_dict",
     "lora_parameters",
@@ -117,6 +120,7 @@ _HOMES = {
         "NoMatchError",
         "UnsupportedLayerError",
     ],
+    "files.convert": ["convert", "inspect"],
     "files.save_load": ["load", "save"],
     "files.state_dict": ["load_lora_state_dict", "lora_state_dict"],
     "inject": ["inject", "strip"],

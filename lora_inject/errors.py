@@ -74,10 +74,11 @@ class LoRAInjectWarning(UserWarning):
 def warn(text: str) -> None:
     """Warn, at the line that called this library."""
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and _is_ours(frame):
+    while frame.f_back is not None and is_ours(frame):
         level, frame = level + 1, frame.f_back
     warnings.warn(text, LoRAInjectWarning, stacklevel=level)
 
 
-def _is_ours(frame: FrameType) -> bool:
+def is_ours(frame: FrameType) -> bool:
+    """Whether it is code of this library that runs there."""
     return str(frame.f_globals.get("__name__")).split(".")[0] == __package__

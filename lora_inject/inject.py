@@ -4,13 +4,12 @@ import inspect
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
-from torch import nn
-
 from lora_inject.core.drift import warn_of_drift
 from lora_inject.core.look import Look
 from lora_inject.core.removal import remove_adapters
 from lora_inject.errors import warn
 from lora_inject.merging.folding import folded
+from lora_inject.own import Model
 from lora_inject.plan import Plan, plan
 from lora_inject.report.report import Report
 
@@ -118,7 +117,7 @@ def inject(*args: Any, **kwargs: Any) -> Report:  # noqa: D417 (those of plan)
     return plan(*args, **kwargs).apply()
 
 
-def strip(model: nn.Module, merge: bool = False) -> nn.Module:
+def strip(model: Model, merge: bool = False) -> Model:
     """Undo every ``inject`` on the model: afterwards it is the model from before, bit for bit.
 
     Back come classes, the keys, order and bytes of ``state_dict``, every ``requires_grad`` and

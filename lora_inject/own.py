@@ -1,9 +1,12 @@
 """What is a module's own: its class without adapters, its tensors, and where its state stands."""
 
+from typing import TypeVar
+
 from torch import Tensor, nn
 
 STATE = "_lora_inject_state"  # what is known of a module, in its __dict__
 
+Model = TypeVar("Model", bound=nn.Module)  # what a call gives back as it was given
 Place = tuple[nn.Module, str]  # a module and the name of a parameter or buffer of it
 
 

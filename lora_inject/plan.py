@@ -1,8 +1,10 @@
 """What an injection would do: targets and kinds put together and checked, nothing changed."""
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec
 
 import torch
 from torch import nn
@@ -23,10 +25,12 @@ from lora_inject.core.checks import (
 from lora_inject.core.choosing import Limits, Skip, choose
 from lora_inject.core.commit import commit
 from lora_inject.core.followers import with_followers
+from lora_inject.core.hints import require_known
 from lora_inject.core.in_place import in_place
 from lora_inject.core.look import Look
 from lora_inject.core.matcher import Matcher
 from lora_inject.core.parts import parts_by_module, require_parts_used
+from lora_inject.core.patterns import Patterns, Targets
 from lora_inject.core.request import (
     ALL_LINEAR,
     Request,
@@ -47,8 +51,10 @@ from lora_inject.settings import BiasMode
 from lora_inject.starts import Function, Start
 from lora_inject.variants import Variant
 
+P = ParamSpec("P")
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Plan(Shown):
     """What ``inject`` would do to a model; ``print`` shows it as a table, ``apply`` does it.
 
@@ -128,9 +134,22 @@ class Plan(Shown):
         return Tables(sections)
 
 
+def _hinting(function: Callable[P, Plan]) -> Callable[P, Plan]:
+    """Let an argument that there is not be an error that says what it is called here."""
+    known = inspect.signature(function).parameters
+
+    @wraps(function)
+    def hinted(*args: P.args, **kwargs: P.kwargs) -> Plan:
+        require_known(kwargs, known)
+        return function(*args, **kwargs)
+
+    return hinted
+
+
+@_hinting
 def plan(
     model: nn.Module,
-    targets: Any = ALL_LINEAR,
+    targets: Targets = ALL_LINEAR,
     *,
     r: int = 8,
     alpha: float | None = None,
@@ -140,9 +159,9 @@ def plan(
     init: str | Start | Function = "default",
     fixed: str | None = None,
     bias: BiasMode = "none",
-    exclude: Any = (),
-    layers: Any = None,
-    train_also: Any = (),
+    exclude: Patterns = (),
+    layers: int | Iterable[int] | None = None,
+    train_also: Patterns = (),
     dtype: torch.dtype | str | None = None,
     seed: int | None = None,
     adapter: str = "default",

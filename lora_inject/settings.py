@@ -18,6 +18,10 @@ BiasMode = Literal["none", "all", "lora_only"]
 How = Literal["auto", "weight"]
 Layout = Literal["out_in", "in_out"]
 BASE = "base"
+DTYPES = {
+    "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16,
+    "float16": torch.float16, "fp32": torch.float32, "float32": torch.float32,
+}  # fmt: skip
 Parts = tuple[tuple[str | None, int | None], ...]
 
 
@@ -219,11 +223,12 @@ def check_dtype(dtype: Any) -> torch.dtype | Literal["base"] | None:
     """An adapter dtype is None, "base" or a floating-point dtype that can be trained."""
     if dtype is None or dtype == "base":
         return dtype  # type: ignore[no-any-return]
+    dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1:
         return dtype
     raise ArgumentError(
-        f'dtype must be None, "base" or a floating-point torch.dtype of 16 bits or more, '
-        f"not {dtype!r}."
+        f'dtype must be None, "base", "bf16", "fp16", "fp32" or a floating-point torch.dtype of 16 '
+        f"bits or more, not {dtype!r}."
     )
 
 

@@ -33,7 +33,7 @@ def places(value, path=()):
     """The paths to everything inside of a JSON value."""
     yield path
     if isinstance(value, dict | list):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        for key, item in sorted(value.items()) if isinstance(value, dict) else enumerate(value):
             yield from places(item, (*path, key))
 
 
@@ -54,7 +54,7 @@ def changed_json(random, value):
     elif how == "drop" or isinstance(owner, list):
         owner.pop(path[-1])
     else:
-        name = new if isinstance(new, str) else random.choice(list(owner))
+        name = new if isinstance(new, str) else random.choice(sorted(owner))
         owner[name] = owner[path[-1]] if random.random() < 0.5 else owner.pop(path[-1])
     return value
 
@@ -81,11 +81,11 @@ def changed_bytes(random, data):
 
 def changed_tensors(random, tensors):
     """Tensors of which some are replaced, renamed, dropped, put twice, spoilt or turned."""
-    tensors = dict(tensors)
+    tensors = dict(sorted(tensors.items()))  # files hold them in any order
     for _ in range(random.randint(1, 3)):
         if not tensors:
             break
-        name = random.choice(list(tensors))
+        name = random.choice(sorted(tensors))
         how = random.choice(["replace", "drop", "rename", "twice", "spoil", "turn"])
         pieces = name.split(".")
         if how == "replace":
@@ -127,7 +127,7 @@ def _changed_metadata(random, data):
     """The JSON that stands as text in the metadata of a safetensors file."""
     header, rest = _parts(data)
     told = header.get("__metadata__", {})
-    nested = [key for key, text in told.items() if text.startswith("{")]
+    nested = sorted(key for key, text in told.items() if text.startswith("{"))
     if not nested:
         return _changed_header(random, data)
     key = random.choice(nested)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks import __main__ as command
-from benchmarks import compiled, experts, gpu, harness, memory
+from benchmarks import commands, compiled, experts, gpu, harness, memory
 from benchmarks.bench import working
 from benchmarks.harness import Result, Timings, as_section, interleaved
 from benchmarks.limits import Ceilings, adapter_parts, adapter_passes
@@ -118,6 +118,20 @@ def test_an_unknown_row_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         command.main()
     assert "no such row: nothing; there are" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("written")
+def test_commands_are_timed_beside_others_and_published(monkeypatch):
+    quick = [sys.executable, "-c", "sum(range(3_000_000))"]
+    monkeypatch.setattr(commands, "COMMANDS", {"lora-inject demo": quick, "pytest": quick})
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "commands", "tests"])
+    command.main()
+    alone, beside, tests = json.loads(harness.DATA.read_text())["commands"]["runs"]
+    assert (alone["beside"], tests["beside"]) == (0, 0)
+    assert beside["beside"] >= 4
+    assert all(run["cpu"] > 0 and run["wall"] > 0 for run in (alone, beside, tests))
+    assert beside["cpu"] < 10 * alone["cpu"]  # of the command, and not of those beside it
+    assert "| `lora-inject demo` | no busy processes |" in harness.TABLES.read_text()
 
 
 def run_gpu(monkeypatch, *arguments):

@@ -165,16 +165,17 @@ def test_the_grammar_table_of_the_guide_selects():
         assert lora_inject.plan(model, target).sites
 
 
+PUBLIC_NAMES = {name: getattr(lora_inject, name) for name in lora_inject.__all__}
+
+
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
 def test_docstring_examples(module):
-    space = {"torch": torch, "nn": nn, **vars(lora_inject), **vars(module)}
+    space = {"torch": torch, "nn": nn, **PUBLIC_NAMES, **vars(module)}
     failed, _ = doctest.testmod(module, globs=space, optionflags=doctest.ELLIPSIS)
     assert failed == 0
 
 
-PUBLIC = [
-    value for name in lora_inject.__all__ if inspect.isfunction(value := getattr(lora_inject, name))
-]
+PUBLIC = [value for value in PUBLIC_NAMES.values() if inspect.isfunction(value)]
 
 
 @pytest.mark.parametrize("function", PUBLIC, ids=lambda function: function.__name__)

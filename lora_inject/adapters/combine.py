@@ -54,7 +54,7 @@ class CombinedLayer(NamedTuple):
     off: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CombineReport(Shown):
     """What ``combine`` made, layer by layer; ``print`` shows it as a table."""
 
@@ -69,7 +69,7 @@ class CombineReport(Shown):
     def _tables(self) -> Tables:
         rows = [(layer.path, str(layer.r), f"{layer.off:.2%}") for layer in self.layers]
         title = f"Adapter {self.adapter!r} on {len(rows)} layers"
-        return Tables([Section(title, ("layer", ">r", ">off the weighted sum"), rows)])
+        return Tables([Section(title, ("~layer", ">r", ">off the weighted sum"), rows)])
 
 
 def combine(

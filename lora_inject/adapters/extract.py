@@ -12,12 +12,13 @@ from lora_inject.core.adaptation import Content
 from lora_inject.core.index import Index
 from lora_inject.core.layer import LoRALayer
 from lora_inject.core.look import Look
+from lora_inject.core.patterns import Targets
 from lora_inject.core.request import ALL_LINEAR, Request, optional_patterns, settings_by_pattern
 from lora_inject.core.site import Site
 from lora_inject.errors import ArgumentError, UnsupportedLayerError
 from lora_inject.own import own_tensor
 from lora_inject.plan import plan_for
-from lora_inject.printing import Section, Shown, Tables
+from lora_inject.printing import REFUSED, Section, Shown, Tables
 from lora_inject.settings import check_adapter, check_dtype, check_layers, check_word
 from lora_inject.sharding import is_partial
 from lora_inject.variants import Spec
@@ -38,7 +39,7 @@ class ExtractedWeight(NamedTuple):
     lost: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ExtractReport(Shown):
     """What ``extract`` found, weight by weight; ``print`` shows it as a table.
 
@@ -57,17 +58,19 @@ class ExtractReport(Shown):
 
     def _tables(self) -> Tables:
         rows = [(weight.path, str(weight.r), f"{weight.lost:.2%}") for weight in self.weights]
-        sections = [Section(f"Extracted {len(rows)} weights", ("weight", ">r", ">lost"), rows)]
+        sections = [Section(f"Extracted {len(rows)} weights", ("~weight", ">r", ">lost"), rows)]
         if self.others:
             title = f"Differ too and are not in the adapter: {len(self.others)}"
-            sections.append(Section(title, ("",), [(name,) for name in self.others]))
+            sections.append(
+                Section(title, (), (), notes=self.others, styles=[REFUSED] * len(self.others))
+            )
         return Tables(sections)
 
 
 def extract(
     base: nn.Module,
     tuned: nn.Module,
-    targets: Any = ALL_LINEAR,
+    targets: Targets = ALL_LINEAR,
     r: int = 8,
     *,
     variant: str = "lora",

@@ -13,10 +13,11 @@ from lora_inject.core.removal import remove_adapters
 from lora_inject.core.state import State
 from lora_inject.core.state_parts import Trained
 from lora_inject.errors import ArgumentError
+from lora_inject.own import Model
 from lora_inject.settings import check_names, check_weights
 
 
-def use(model: nn.Module, *adapters: Any, train: Any = None) -> nn.Module:
+def use(model: Model, *adapters: Any, train: Any = None) -> Model:
     """Choose the adapters that run: one, several that add up, weighted ones, or none.
 
     Biases and ``train_also`` modules that an adapter trained are swapped in with it. Layers on
@@ -77,7 +78,7 @@ def use(model: nn.Module, *adapters: Any, train: Any = None) -> nn.Module:
     return model
 
 
-def remove(model: nn.Module, adapters: Any) -> nn.Module:
+def remove(model: Model, adapters: Any) -> Model:
     """Take adapters out, exactly: what is left is as if they had never been there.
 
     The base's own tensors get back the values from before, for biases and modules that only these

@@ -32,7 +32,7 @@ class Layer(NamedTuple):
     most: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Statistics(Shown):
     """What was seen of a model's layers; ``print`` shows it as a table.
 
@@ -135,7 +135,7 @@ class Statistics(Shown):
             f"{plural(len(rows), 'input')}, in {plural(self.batches, 'call')} of the model: "
             f"{size(self.bytes)}"
         )
-        columns = ("read by", ">features", ">vectors", ">variance", ">dimensions", ">gradient")
+        columns = ("~read by", ">features", ">vectors", ">variance", ">dimensions", ">gradient")
         note = "dimensions: how many directions of equal variance would be as even."
         return Tables([Section(title, columns, rows, [note])])
 

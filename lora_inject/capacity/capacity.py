@@ -42,7 +42,7 @@ class Fit:
     total: int | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Capacity(Shown):
     """Bytes that training needs on each device; ``print`` shows it as a table.
 
@@ -111,18 +111,16 @@ class Capacity(Shown):
         )
         rows = [(line, size(n)) for line, n in [*self._lines(), ("total", self.total)]]
         fits = [
-            (fit.device, size(fit.usable), "none", "-", "-")
-            if fit.fsdp is None or fit.devices is None or fit.total is None
-            else (
+            (
                 fit.device,
+                size(DEVICES[fit.device]),
                 size(fit.usable),
-                count(fit.devices),
-                count(fit.fsdp),
-                size(fit.total),
+                *("none" if n is None else count(n) for n in (fit.devices, fit.fsdp)),
+                "-" if fit.total is None else size(fit.total),
             )
             for fit in self.fits
         ]
-        columns = ("device", ">usable", ">devices", ">FSDP", ">on each")
+        columns = ("device", "?>reports", ">usable", ">devices", ">FSDP", ">on each")
         return Tables(
             [
                 Section(title, ("", ">on each device"), rows),
@@ -244,8 +242,12 @@ def _notes(model: nn.Module, fsdp: int, tp: int, fits: tuple[Fit, ...]) -> tuple
         "exist at a time are twice the largest tensor that is kept.",
         "FSDP divides rows, block by block; what is in no block stays gathered, and one block is "
         "fetched while another runs.",
-        f"Of the {' and '.join(str(n // 2**30) for n in DEVICES.values())} GiB that such devices "
-        f"report, {100 * RESERVE:.0f} % is left for the context and fragmentation.",
+        "What a device reports is given in the unit of all else: "
+        + ", ".join(
+            f"one sold as {name} has {n // 2**30} GiB, which are {size(n)}"
+            for name, n in DEVICES.items()
+        )
+        + f". {100 * RESERVE:.0f} % is left for the context and fragmentation.",
     ]
     experts = {p.shape[0] for p in model.parameters() if p.dim() == 3 and p.shape[0] > 1}
     if getattr(config, "_experts_implementation", None) and experts:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lora_inject.errors import ArgumentError
 from lora_inject.inject import inject, strip
 from lora_inject.plan import plan
+from lora_inject.progress import doing, tracked
 from lora_inject.training.optimizer import param_groups
 
 HELD_OUT = 1000
@@ -25,6 +26,7 @@ BATCH = 64
 LEARNING_RATE = 2e-3
 TARGETS = ["query", "value"]
 RANK = 4
+SMOOTHED = 20  # losses of the plotted curve
 
 
 @dataclass(frozen=True)
@@ -136,15 +138,10 @@ def steps(
 
 
 def train(model: nn.Module, words: Words, epochs: int, seed: int) -> list[float]:
-    """Train what is trainable, under a progress bar; returns the loss of every step."""
-    from rich.progress import Progress
-
-    losses = []
-    with Progress() as progress:
-        task = progress.add_task("training", total=epochs * (len(words) // BATCH))
-        for loss in steps(model, words, epochs, seed):
-            losses.append(loss)
-            progress.update(task, advance=1, description=f"training, loss {loss:.3f}")
+    """Train what is trainable, and show how far it is; returns the loss of every step."""
+    number = epochs * (len(words) // BATCH)
+    going = steps(model, words, epochs, seed)
+    losses = list(tracked(going, "training", number=number, said=lambda loss: f", loss {loss:.2f}"))
     model.eval()
     return losses
 
@@ -167,7 +164,7 @@ def run(epochs: int = 2, seed: int = 0, plot: Path | None = None) -> dict[str, f
     Args:
         epochs: passes over the training words.
         seed: of the head, the adapters, dropout and the data order.
-        plot: where to write a PNG of the loss curve and the held-out scatter.
+        plot: where to write a PNG of the loss, and of the held-out words before and after training.
 
     Returns:
         Held-out Pearson correlation before and after training, and the seconds training took.
@@ -178,7 +175,8 @@ def run(epochs: int = 2, seed: int = 0, plot: Path | None = None) -> dict[str, f
     if epochs < 1:
         raise ArgumentError(f"epochs must be at least 1, not {epochs}.")
     torch.manual_seed(seed)
-    model, training, held_out = load()
+    with doing("reading MiniLM and the words"):
+        model, training, held_out = load()
     model.eval()
     original = snapshot(model)
     print(f"{len(training):,} words to train on, {len(held_out):,} held out.\n")
@@ -187,7 +185,8 @@ def run(epochs: int = 2, seed: int = 0, plot: Path | None = None) -> dict[str, f
     print(plan(model, **arguments), "\n")
     print(inject(model, **arguments), "\n")
 
-    before = pearson(predict(model, held_out), held_out.ratings)
+    untrained = predict(model, held_out)
+    before = pearson(untrained, held_out.ratings)
     started = time.perf_counter()
     losses = train(model, training, epochs, seed)
     seconds = time.perf_counter() - started
@@ -196,7 +195,7 @@ def run(epochs: int = 2, seed: int = 0, plot: Path | None = None) -> dict[str, f
     print(f"Trained for {epochs} epochs in {seconds:.0f} s.")
     print(f"Pearson correlation on held-out words: before {before:.3f}, after {after:.3f}.")
     if plot is not None:
-        draw(plot, losses, held_out.ratings, predicted)
+        draw(plot, losses, held_out.ratings, untrained, predicted)
         print(f"Wrote {plot}.")
 
     strip(model)
@@ -228,22 +227,37 @@ def compare(one: dict[str, Any], other: dict[str, Any]) -> int:
     return len(one)
 
 
-def draw(path: Path, losses: list[float], ratings: Tensor, predicted: Tensor) -> None:
-    """Write a PNG: the loss of every step, and predicted against rated held-out words."""
+def draw(
+    path: Path, losses: list[float], ratings: Tensor, untrained: Tensor, predicted: Tensor
+) -> None:
+    """Write a PNG: the loss, and predicted against rated held-out words before and after."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    left.plot(losses, linewidth=0.8)
-    left.set(xlabel="step", ylabel="mean squared error", title="Training loss")
-    right.scatter(ratings, predicted, s=6, alpha=0.5)
-    right.plot([-4, 4], [-4, 4], color="grey", linewidth=0.8)
-    right.set(
-        xlabel="mean human rating",
-        ylabel="predicted",
-        title=f"Held-out words, r = {pearson(predicted, ratings):.3f}",
-    )
+    figure, (left, *scatters) = pyplot.subplots(1, 3, figsize=(14, 4.5), layout="constrained")
+    left.plot(losses, linewidth=0.6, alpha=0.4, label="each step")
+    left.plot(smoothed(losses), linewidth=2, color="C0", label=f"mean of {SMOOTHED}")
+    left.set(xlabel="step", ylabel="mean squared error", title="Training loss", ylim=(0, None))
+    left.legend()
+    for panel, found, when in zip(
+        scatters, (untrained, predicted), ("before", "after"), strict=True
+    ):
+        panel.scatter(ratings, found, s=6, alpha=0.5)
+        panel.plot([-4, 4], [-4, 4], color="grey", linewidth=0.8)
+        panel.set(
+            xlabel="mean human rating",
+            ylabel="predicted",
+            xlim=(-4, 4),
+            ylim=(-4, 4),
+            title=f"Held-out words {when} training\ncorrelation {pearson(found, ratings):.2f}",
+        )
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def smoothed(losses: list[float]) -> list[float]:
+    """The mean of each loss and of those before it, as many as are smoothed."""
+    last = [losses[max(0, i + 1 - SMOOTHED) : i + 1] for i in range(len(losses))]
+    return [sum(some) / len(some) for some in last]

@@ -191,3 +191,20 @@ def _attribute(module: nn.Module, name: str) -> Any:
     """``getattr``, which is slow for what a module has not; of a model every module is asked."""
     own = module.__dict__
     return own[name] if name in own else getattr(type(module), name, None)
+
+
+def config_of_peft(value: Any) -> dict[str, Any] | None:
+    """What a LoraConfig of PEFT says, in our words; None of anything else."""
+    if not (hasattr(value, "target_modules") and hasattr(value, "lora_alpha")):
+        return None
+    targets = value.target_modules
+    if isinstance(targets, str):
+        targets = targets if targets == "all-linear" else f"re:{targets}"
+    said = {
+        "targets": sorted(targets) if isinstance(targets, set) else targets,
+        "r": value.r,
+        "alpha": value.lora_alpha,
+        "dropout": getattr(value, "lora_dropout", 0.0) or None,
+        "train_also": getattr(value, "modules_to_save", None),
+    }
+    return {name: part for name, part in said.items() if part is not None}

@@ -241,6 +241,11 @@ def calls_on_stack(module: nn.Module) -> int:
     return calls
 
 
+def is_call_of_module(frame: FrameType) -> bool:
+    """Whether a module is called there, whose forward runs above it."""
+    return frame.f_code is _call_of_module
+
+
 def is_removing_parametrizations() -> bool:
     """Whether the caller's caller is torch's ``remove_parametrizations``, or what it asks first."""
     caller = sys._getframe(2)

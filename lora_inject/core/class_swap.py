@@ -19,6 +19,7 @@ from lora_inject.changes.edits import Edit, attribute_edit, put_class
 from lora_inject.compat.marks import forward_below, kept_forwards
 from lora_inject.core.adapter import Adapter
 from lora_inject.core.layer import BranchLayer, LoRALayer, WeightLayer, WholeLayer
+from lora_inject.core.outside import noticing_property
 from lora_inject.core.state import State, state_of
 from lora_inject.kinds.base import Kind, Way
 
@@ -46,6 +47,9 @@ def _make(base: type[nn.Module], key: Any, adapters: tuple[Adapter, ...]) -> typ
     body: dict[str, Any] = {"__module__": base.__module__, "__qualname__": name}
     for adapter in adapters if way == "weight" else ():
         body |= adapter.kind.members(tuple(spec.weight for spec in adapter.specs))
+    for weight in {spec.weight for spec in adapters[0].specs} if way == "branch" else ():
+        if inspect.getattr_static(base, weight, None) is None:  # and not parametrized, say
+            body[weight] = noticing_property(weight, base, (BranchLayer, WholeLayer))
     body["_lora_rebuild"], body["_lora_base"] = staticmethod(_rebuild), base
     body["_lora_transposed"] = kind.transposes
     at = kind.branches_at(base) or base

@@ -30,12 +30,12 @@ from lora_inject.core.module_edits import (
     add_class_and_scales,
     edge_edits,
     lent_edits,
+    root_edits,
     statistics_edits,
 )
 from lora_inject.core.recomputing import note_commit, note_parts
 from lora_inject.core.reduced import require_reduced
 from lora_inject.core.state import State, owned
-from lora_inject.core.travelling import travelling_edits
 from lora_inject.own import STATE
 
 
@@ -205,4 +205,4 @@ def _add_still_edits(
     if old.reach is not state.reach or state.reach.in_full:
         edits += statistics_edits(module, old, state)
         edits += lent_edits(module, old, state)
-        edits += travelling_edits(module, old, state)
+        edits += root_edits(module, old, state)

@@ -29,7 +29,7 @@ class Drift(NamedTuple):
             knows of; "thawed" and "frozen", parameters that train or not, unlike what a call said;
             "class" and "forward", of an adapted layer, that are not its own any more.
         path: of the module or parameter; of what is gone, where it was.
-        trains: of what came, how many parameters train.
+        trains: of what came or was thawed, how many parameters train.
     """
 
     kind: Kind
@@ -193,7 +193,7 @@ def _thawed(look: Look) -> Iterator[Drift]:
                 places = look.everywhere(parameter) if mark_of(parameter) is not None else []
                 if places and not any(_is_owned(*place) for place in places):
                     path = f"{look.index.path(module)}.{name}".lstrip(".")
-                    yield Drift("thawed", path)
+                    yield Drift("thawed", path, 1)
 
 
 def _is_owned(module: nn.Module, name: str) -> bool:

@@ -54,7 +54,8 @@ class Expression:
         try:
             self.compiled = regex.compile(text)
         except (regex.error, ValueError, RecursionError, OverflowError, MemoryError) as problem:
-            raise error(f"{what}: {text!r} is not a regular expression: {problem}.") from problem
+            why = f"cannot be used, as it is not a regular expression: {problem}"
+            raise error(f"{what}: {text!r} {why}.") from problem
 
     def matches(self, path: str) -> bool:
         """Whether it matches the whole path.

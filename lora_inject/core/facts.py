@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from os import PathLike
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from lora_inject.core.index import Index
 from lora_inject.core.marks import mark_of, places_of
 from lora_inject.core.state import State
 from lora_inject.core.state_parts import Injection, Trained
-from lora_inject.errors import LoRAInjectError
+from lora_inject.errors import ArgumentError, LoRAInjectError
 from lora_inject.own import STATE, Place, own_tensor
 from lora_inject.settings import BASE, BiasMode
 from lora_inject.sharding import is_partial
@@ -26,6 +27,11 @@ class Facts:
     """
 
     def __init__(self, model: nn.Module, index: Index | None = None) -> None:
+        if not isinstance(model, nn.Module):
+            swapped = "The model comes first." if isinstance(model, str | PathLike) else ""
+            raise ArgumentError(
+                f"model must be an nn.Module, not a {type(model).__name__}.", remedy=swapped
+            )
         self.model = model
         self.index = index or Index(model)
 

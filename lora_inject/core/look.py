@@ -51,8 +51,16 @@ class Look(Facts):
         Raises:
             LoRAInjectError: it has none.
         """
-        if not self.own:
-            raise LoRAInjectError("the model has no adapters.", remedy="Call inject first.")
+        if self.own:
+            return
+        calls = [call for state in self.states.values() for call in state.reach.injections]
+        if lost := sorted({path for call in calls for path in call.layers}):
+            shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3:,} more" if lost[3:] else "")
+            raise LoRAInjectError(
+                f"the model has no adapters any more: {shown} were replaced or taken out since.",
+                remedy="Put them back, or call inject on what took their place.",
+            )
+        raise LoRAInjectError("the model has no adapters.", remedy="Call inject first.")
 
     def require_whole(self, names: Iterable[str]) -> None:
         """Refuse a part of a model for what only the whole can answer.

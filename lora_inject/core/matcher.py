@@ -16,6 +16,8 @@ from lora_inject.kinds.bias import is_bias
 from lora_inject.kinds.products import is_factor
 from lora_inject.sharding import whole_numel, whole_shape
 
+_EXPRESSION = frozenset("|()^$+\\")  # what is in no path and no glob
+
 
 class Target(NamedTuple):
     """Something that a pattern can select: a module, or with a name one of its own parameters."""
@@ -114,8 +116,18 @@ class Matcher:
         named = pattern.by_name and any(
             pattern.names(path) for t in self.matrices for path in t.paths
         )
+        problem = f"{argument}: {self.no_match(pattern)}"
         remedy = "It names a parameter; name the module that owns it." if named else ""
-        raise NoMatchError(f"{argument}: {self.no_match(pattern)}", remedy=remedy)
+        if not remedy and problem.endswith("nothing."):  # without a hint
+            remedy = f"There are {listed(self._parts(), 8)}."
+        raise NoMatchError(problem, remedy=remedy)
+
+    def _parts(self) -> list[str]:
+        """The paths of the output heads and of the parts that the model is made of."""
+        heads = [self.look.index.path(head) for head in self.heads]
+        parts = [p for p in self.places if p.path and "." not in p.path]
+        able = [place.path for place in parts if self._can_train(place.module)]
+        return list(dict.fromkeys((*heads, *able)))
 
     def _selected(self, pattern: Pattern) -> list[NamedModule]:
         """The modules that a pattern selects; of a plain name only those that end so are asked."""
@@ -149,6 +161,10 @@ class Matcher:
         names = [path for path in self.by_path if path] + [t.path for t in self.matrices]
         close = close_names(pattern.label, names) if pattern.by_name else []
         hint = f" Close names: {', '.join(close)}." if close else ""
+        named = pattern.by_name and not pattern.label.startswith("re:")
+        if named and not _EXPRESSION.isdisjoint(pattern.label):
+            text = pattern.label if pattern.label.startswith(".*") else f".*({pattern.label})"
+            hint = f' A regular expression begins with "re:" and matches whole paths: "re:{text}".'
         return f"{pattern.label!r} matches nothing.{hint}"
 
     def subtrees(self, argument: str, patterns: Iterable[Pattern]) -> dict[nn.Module, str]:

@@ -14,6 +14,7 @@ from lora_inject.core.resizing import Resizing
 from lora_inject.core.scales import SCALES, Scales, scales_of
 from lora_inject.core.state import State
 from lora_inject.core.travelling import travelling_edits
+from lora_inject.core.unreached import unreached_edits
 from lora_inject.own import STATE
 
 
@@ -29,7 +30,7 @@ def edge_edits(
     add_class_and_scales(edits, module, old, state, own)
     edits += statistics_edits(module, old, state)
     edits += lent_edits(module, old, state)
-    edits += travelling_edits(module, old, state)
+    edits += root_edits(module, old, state)
     edits += tied_edits(module, old, state)
     if (old is None) != (state is None):
         if can_resize(module):
@@ -66,6 +67,11 @@ def add_class_and_scales(
     known_state = old or state
     if known_state is not None:
         add_class_edits(edits, module, known_state.before.cls, state)
+
+
+def root_edits(module: nn.Module, old: State | None, state: State | None) -> list[Edit]:
+    """The hooks of what ``inject`` was called on."""
+    return [*travelling_edits(module, old, state), *unreached_edits(module, old, state)]
 
 
 def tied_edits(module: nn.Module, old: State | None, state: State | None) -> list[Edit]:

@@ -19,6 +19,12 @@ from lora_inject.errors import ArgumentError
 Predicate = Callable[[str, nn.Module], bool]
 
 
+# What a user may write.
+PatternLike = str | re.Pattern[str] | type[nn.Module] | Predicate
+Patterns = PatternLike | Iterable[PatternLike]
+Targets = Patterns | Mapping[Any, Mapping[str, Any]]
+
+
 class NamedModule(NamedTuple):
     """One module and every path that leads to it, the first in registration order first."""
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lora_inject import settings as check
+from lora_inject.core.hints import require_no_config
 from lora_inject.core.patterns import Pattern, parse
 from lora_inject.errors import ArgumentError
 from lora_inject.kinds import find_kind
@@ -64,6 +65,7 @@ def settings_by_pattern(targets: Any, values: Mapping[str, Any]) -> dict[Pattern
     Raises:
         ArgumentError: a pattern or a value cannot be used.
     """
+    require_no_config(targets)
     values = {**_DEFAULTS, **values}
     default = check.settings(values)
     return {

@@ -213,6 +213,6 @@ def _read(value: Any) -> Settings:
         each = {str(key): Described(*settings) for key, settings in value.items()}
         if all(math.isfinite(s.factor) and isinstance(s.variant, str) for s in each.values()):
             return each
-    except (AttributeError, TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError, OverflowError):
         pass
     raise FormatError("the settings that come with the values cannot be read.")

@@ -1,24 +1,28 @@
 """Adapter files on their own, without weights: from one format into another, and what is in one."""
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_inject.arithmetic.low_rank import product_norm
 from lora_inject.core.index import Index
+from lora_inject.core.path_groups import grouped, natural
 from lora_inject.errors import ArgumentError, FormatError
 from lora_inject.files.formats import find_format, named_format, read_adapter
-from lora_inject.files.formats.data import AdapterData, PairData
+from lora_inject.files.formats.data import AdapterData, PairData, RowsData
 from lora_inject.files.formats.pairs import as_portable
+from lora_inject.files.formats.storage import as_path
 from lora_inject.printing import Section, Shown, Tables, count, size
 
 
 def convert(
-    source: Path,
-    target: Path,
+    source: str | PathLike[str],
+    target: str | PathLike[str],
     to: str,
     *,
     format: str | None = None,
@@ -29,7 +33,7 @@ def convert(
     """Write an adapter in another format, with the same values.
 
     Example:
-        >>> convert(Path("adapter"), Path("adapter.pt"), "loralib")  # doctest: +SKIP
+        >>> convert("adapter", "adapter.pt", "loralib")  # doctest: +SKIP
 
     Args:
         source: the file or directory to read.
@@ -45,7 +49,7 @@ def convert(
         ArgumentError: a format is not known, or the model is needed.
         FormatError: the source cannot be read, or the target has no word for something in it.
     """
-    writer = named_format(to, "to")
+    writer, source, target = named_format(to, "to"), as_path(source), as_path(target, "target")
     data = read_adapter(source, format, None if model is None else Index(model), alpha)
     if data.added:
         raise FormatError(
@@ -66,7 +70,7 @@ def convert(
     writer.write(as_portable(data) if portable else data, target)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Inspection(Shown):
     """What is in an adapter file; ``print`` shows it as a table."""
 
@@ -102,48 +106,79 @@ class Inspection(Shown):
         }
 
     def _tables(self) -> Tables:
-        d = self.data
-        pairs = [tensor for pair in d.pairs for tensor in (pair.A, pair.B)]
-        tensors = [*pairs, *(own.rows for own in d.tables), *d.tensors.values()]
-        facts = [
-            ("format", str(d.facts.get("format"))),
-            ("base", d.base_name or "-"),
-            ("fingerprint of the base", "yes" if d.base else "no"),
-            ("targets", ", ".join(d.targets) or "-"),
-            ("bias", d.bias or "-"),
-            ("elements", count(d.elements)),
-            ("size", size(sum(t.numel() * t.element_size() for t in tensors))),
-        ]
-        rows = [
-            (
-                p.name,
-                p.form if p.variant == "lora" else f"{p.form}, {p.variant}",
-                str(p.rank),
-                "-" if p.alpha is None else f"{p.alpha:g}",
-                _dtype(p.A),
-                "-" if (norm := self.norms[p.name]) is None else f"{norm:.4g}",
-            )
-            for p in d.pairs
-        ]
-        sections = [
-            Section(str(self.path), ("what", "value"), facts),
-            Section("Layers", ("layer", "form", ">r", ">alpha", "dtype", ">norm of s B A"), rows),
-        ]
-        if d.tables:
-            tables = [(r.path, count(len(r.ids)), f"{r.ids[0]}..{r.ids[-1]}", _dtype(r.rows))
-                      for r in d.tables]  # fmt: skip
-            sections.append(Section("Rows", ("table", ">rows", "ids", "dtype"), tables))
-        if d.tensors:
-            others = [(name, f"{tuple(t.shape)}", _dtype(t)) for name, t in d.tensors.items()]
-            sections.append(Section("Trained in place", ("tensor", "shape", "dtype"), others))
+        sections = [_facts(self.path, self.data), _layers(self.data.pairs, self.norms)]
+        if self.data.tables:
+            sections.append(_rows(self.data.tables))
+        if self.data.tensors:
+            sections.append(_others(self.data.tensors))
         return Tables(sections)
 
 
-def inspect(path: Path, *, format: str | None = None, model: nn.Module | None = None) -> Inspection:
+def _facts(path: Path, data: AdapterData) -> Section:
+    pairs = [tensor for pair in data.pairs for tensor in (pair.A, pair.B)]
+    tensors = [*pairs, *(own.rows for own in data.tables), *data.tensors.values()]
+    facts = [
+        ("format", str(data.facts.get("format"))),
+        ("base", data.base_name or "-"),
+        ("fingerprint of the base", "yes" if data.base else "no"),
+        ("targets", ", ".join(data.targets) or "-"),
+        ("bias", data.bias or "-"),
+        ("elements", count(data.elements)),
+        ("size", size(sum(t.numel() * t.element_size() for t in tensors))),
+    ]
+    return Section(str(path), ("what", "value"), facts)
+
+
+def _layers(pairs: Iterable[PairData], norms: Mapping[str, float | None]) -> Section:
+    """One row for all layers that differ in nothing but the numbers in their paths and the norm."""
+    ordered = sorted(pairs, key=lambda pair: natural(pair.name))
+    rows = [
+        (path, *_texts(same[0]), count(len(same)), _range([norms[pair.name] for pair in same]))
+        for path, same in grouped(ordered, lambda pair: pair.name, _texts)
+    ]
+    columns = ("~layer", "form", ">r", ">alpha", "?dtype", ">layers", ">norm of s B A")
+    return Section("Layers", columns, rows)
+
+
+def _texts(pair: PairData) -> tuple[str, ...]:
+    """What is said of a layer beside its path: form, r, alpha, dtype."""
+    form = pair.form if pair.variant == "lora" else f"{pair.form}, {pair.variant}"
+    alpha = "-" if pair.alpha is None else f"{pair.alpha:g}"
+    return form, str(pair.rank), alpha, _dtype(pair.A)
+
+
+def _range(norms: Sequence[float | None]) -> str:
+    """The smallest and the largest of some norms; nothing where one is not known."""
+    known = [norm for norm in norms if norm is not None]
+    if len(known) < len(norms):
+        return "-"
+    return " to ".join(dict.fromkeys(f"{norm:.3g}" for norm in (min(known), max(known))))
+
+
+def _rows(tables: Iterable[RowsData]) -> Section:
+    rows = [
+        (own.path, count(len(own.ids)), f"{own.ids[0]}..{own.ids[-1]}", _dtype(own.rows))
+        for own in tables
+    ]
+    return Section("Rows", ("~table", ">rows", "ids", "dtype"), rows)
+
+
+def _others(tensors: Mapping[str, Tensor]) -> Section:
+    def text(name: str) -> tuple[str, str]:
+        return f"{tuple(tensors[name].shape)}", _dtype(tensors[name])
+
+    names = sorted(tensors, key=natural)
+    rows = [(path, *text(same[0]), count(len(same))) for path, same in grouped(names, str, text)]
+    return Section("Trained in place", ("~tensor", "shape", "?dtype", ">tensors"), rows)
+
+
+def inspect(
+    path: str | PathLike[str], *, format: str | None = None, model: nn.Module | None = None
+) -> Inspection:
     """Read an adapter file and say what is in it.
 
     Example:
-        >>> print(inspect(Path("adapter")))  # doctest: +SKIP
+        >>> print(inspect("adapter"))  # doctest: +SKIP
 
     Args:
         path: the file or directory.
@@ -156,7 +191,7 @@ def inspect(path: Path, *, format: str | None = None, model: nn.Module | None = 
     Raises:
         FormatError: it cannot be read.
     """
-    index = None if model is None else Index(model)
+    path, index = as_path(path), None if model is None else Index(model)
     data: AdapterData = find_format(path, format).read(path, index, None)
     return Inspection(path, data, {pair.name: _norm(pair) for pair in data.pairs})
 

@@ -19,6 +19,7 @@ from lora_inject.files.rows import reads_ids, tables_over
 from lora_inject.files.stored_pair import is_same_update
 from lora_inject.files.token_rows import warn_of_other_rows
 from lora_inject.files.turning import in_parts, turned
+from lora_inject.files.untouched import warn_of_other_weights
 from lora_inject.files.vocabulary import require_rows
 from lora_inject.kinds import find_kind
 from lora_inject.own import Place, own_tensor
@@ -157,7 +158,7 @@ class Layout:
                 )
 
     def check_base(self) -> None:
-        """Refuse a model that is not the base of the adapter, and warn of other rows for tokens.
+        """Refuse a model that is not the base of the adapter; warn of what else of it is another.
 
         Raises:
             FormatError: adapted weights differ, by path.
@@ -165,11 +166,24 @@ class Layout:
         if wrong := self._differing(self.data.base):
             hows, names = {how for _, how in wrong.values()}, list(wrong)
             raise FormatError(
-                f"{len(wrong):,} of {len(self.data.base):,} adapted weights are not those that the "
-                f"adapter was made for: {', '.join(names[:3])}{', ...' if names[3:] else ''}.",
+                f"{self._other_shape(wrong)}{len(wrong):,} of {len(self.data.base):,} adapted "
+                "weights are not those that the adapter was made for: "
+                f"{', '.join(names[:3])}{', ...' if names[3:] else ''}.",
                 remedy=_OTHER_BASE[hows.pop() if len(hows) == 1 else ""],
             )
         warn_of_other_rows(self.data.rows, self._differing(self.data.rows))
+        warn_of_other_weights(self.look, self.modules, self.data.untouched)
+
+    def _other_shape(self, wrong: Mapping[str, tuple[Tensor, str]]) -> str:
+        """The first of these weights that has another shape than it had, if there is one."""
+        for key, (weight, _) in wrong.items():
+            former = tuple(self.data.base[key].get("shape", ()))
+            if former != tuple(weight.shape):
+                return (
+                    f"{key} has the shape {tuple(weight.shape)} here, and {former} in the model of "
+                    "the adapter: "
+                )
+        return ""
 
     def _differing(self, prints: Mapping[str, Any]) -> dict[str, tuple[Tensor, str]]:
         """The weights that are not those of which fingerprints were taken, and how, by name."""

@@ -3,46 +3,86 @@
 That is what trains in the model and is no adapter's, and other adapters below this one.
 """
 
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from lora_inject.core.drift import drift
 from lora_inject.core.look import Look
 from lora_inject.core.state import owned
-from lora_inject.errors import warn
+from lora_inject.errors import LoRAInjectError, warn
 from lora_inject.files.formats.data import AdapterData
 from lora_inject.printing import plural
 from lora_inject.settings import BASE
 
 
-def warn_of_left_out(look: Look, what: str) -> None:
-    """Warn of parameters that train and that no adapter owns.
+def require_nothing_left_out(look: Look, what: str) -> None:
+    """Refuse to leave out what was thawed or put into the model since; warn of what was beside it.
 
-    They stand beside what was injected, or were thawed or put into the model since.
+    What was injected is known to hold all that trains, so that something trained would be lost in
+    silence. Of what stands beside nobody has said that it is to be saved.
 
     Args:
         look: the model that is saved.
         what: what they are not in, for the message.
+
+    Raises:
+        LoRAInjectError: parameters train that were frozen or not there after ``inject``.
     """
-    paths, in_full, number = list[str](), list[str](), 0
+    since = [each.path for each in drift(look, "came", "thawed") if each.trains]
+    lost, beside = [list[tuple[nn.Module, list[str]]]() for _ in range(2)]
+    for module, names in _left_out(look):
+        path = look.index.path(module)
+        known = any(_is_in(f"{path}.{name}".lstrip("."), top) for name in names for top in since)
+        (lost if known else beside).append((module, names))
+    if lost:
+        text, remedy = _said(look, lost, what)
+        raise LoRAInjectError(
+            f"{text}, though inject had frozen them or they came since.",
+            remedy=remedy or "Where you save them yourself, freeze(model) before this.",
+        )
+    if beside:
+        text, remedy = _said(look, beside, what)
+        warn(
+            f"{text}. {remedy} torch.save of their own state dicts keeps them beside it, and what "
+            "is not to train is to be frozen."
+        )
+
+
+def _left_out(look: Look) -> Iterator[tuple[nn.Module, list[str]]]:
+    """Modules with the names of their parameters that train and that no adapter owns."""
     for module in look.index.modules:
         own = module._parameters
-        if not len(own) or not any(p is not None and p.requires_grad for p in own.values()):
-            continue
-        state, path = look.states.get(module), look.index.path(module)
-        ours = {name for name, owner, _ in owned(state) if owner != BASE}
-        left = [n for n, p in own.items() if p is not None and p.requires_grad and n not in ours]
-        number += len(left)
-        if left:
-            paths.append(path)
-            below = (look.own.get(m) for m in look.index.below(module))
-            if path and not any(inside and inside.adapters for inside in below):
-                in_full.append(path)
-    if number:
-        shown = ", ".join(path or "the model itself" for path in paths[:3])
-        remedy = f"freeze(model, train_also={in_full[:3]}) before saving makes them the adapter's, "
-        warn(
-            f"{plural(number, 'parameter')} that train and are no adapter's are not in {what}: "
-            f"those of {shown}{', ...' if paths[3:] else ''}. {remedy if in_full else ''}"
-            "torch.save of their own state dicts keeps them beside it, and what is not to train "
-            "is to be frozen."
-        )
+        if len(own) and any(p is not None and p.requires_grad for p in own.values()):
+            state = look.states.get(module)
+            ours = {name for name, owner, _ in owned(state) if owner != BASE}
+            trains = [n for n, p in own.items() if p is not None and p.requires_grad]
+            if left := [name for name in trains if name not in ours]:
+                yield module, left
+
+
+def _is_in(path: str, top: str) -> bool:
+    return path == top or path.startswith(f"{top}.")
+
+
+def _said(look: Look, left: Sequence[tuple[nn.Module, list[str]]], what: str) -> tuple[str, str]:
+    """What is left out, in words, and the remedy; "" where an adapter cannot have it."""
+    paths = [look.index.path(module) for module, _ in left]
+    number = sum(len(names) for _, names in left)
+    shown = ", ".join(path or "the model itself" for path in paths[:3])
+    text = (
+        f"{plural(number, 'parameter')} that train and are no adapter's are not in {what}: "
+        f"those of {shown}{', ...' if paths[3:] else ''}"
+    )
+    in_full = [path for (module, _), path in zip(left, paths, strict=True) if path]
+    in_full = [path for path in in_full if not _holds_adapters(look, look.index.by_path[path])]
+    remedy = f"freeze(model, train_also={in_full[:3]}) before saving makes them the adapter's."
+    return text, remedy if in_full else ""
+
+
+def _holds_adapters(look: Look, module: nn.Module) -> bool:
+    inside = (look.own.get(m) for m in look.index.below(module))
+    return any(state is not None and state.adapters for state in inside)
 
 
 def warn_of_unsaid_others(data: AdapterData, name: str, format: str) -> None:

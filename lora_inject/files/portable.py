@@ -34,7 +34,7 @@ class PortableWeight(NamedTuple):
     lost: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PortableReport(Shown):
     """What ``save(portable=True)`` wrote, weight by weight; ``print`` shows it as a table."""
 
@@ -48,7 +48,7 @@ class PortableReport(Shown):
     def _tables(self) -> Tables:
         rows = [(w.path, str(w.r), f"{w.lost:.2%}") for w in self.weights]
         title = f"Plain LoRA of {len(rows)} weights"
-        return Tables([Section(title, ("weight", ">r", ">lost"), rows)])
+        return Tables([Section(title, ("~weight", ">r", ">lost"), rows)])
 
 
 def portable(

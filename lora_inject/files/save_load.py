@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ from lora_inject.files import cautions, left_out
 from lora_inject.files.as_new import put_in
 from lora_inject.files.formats import named_format, read_adapter, read_state
 from lora_inject.files.formats.data import AdapterData
+from lora_inject.files.formats.storage import as_path
 from lora_inject.files.layout import Layout
 from lora_inject.files.portable import PortableReport
 from lora_inject.files.portable import portable as as_plain_lora
 from lora_inject.files.rows import values_for
 from lora_inject.files.stored import Stored
 from lora_inject.files.token_rows import warn_of_unsaved_rows
+from lora_inject.own import Model
 from lora_inject.settings import check_adapter, check_bias, check_count
 from lora_inject.sharding import is_distributed, on_first_rank
 from lora_inject.training.freeze import freeze_adapter
@@ -41,9 +43,9 @@ def save(
 
     The default is a PEFT directory, which PEFT, vLLM and diffusers read. A save that is interrupted
     leaves the files that were there. Of a sharded model all ranks must call this; what is the
-    adapter's is gathered, and the first rank writes. What trains in the model and is not the
-    adapter's, such as a head beside what was injected, is not in the file: a ``LoRAInjectWarning``
-    names it.
+    adapter's is gathered, and the first rank writes. What trains beside what was injected, such as
+    the head of a backbone, is not in the file: a ``LoRAInjectWarning`` names it. What was thawed or
+    put into the injected part since would be lost, and is refused.
 
     Example:
         >>> save(model, "adapter")  # doctest: +SKIP
@@ -68,10 +70,10 @@ def save(
         FormatError: the format has no word for something of the adapter, or the path cannot be
             written to. Nothing has been written then.
         LoRAInjectError: the model has no adapters, is merged or inside a block, or a layer of the
-            adapter was replaced since.
+            adapter was replaced since, or something was thawed or came since and trains.
     """
     named_format(format, "format")
-    file, stored = _path(path), Stored(model, adapter)
+    file, stored = as_path(path), Stored(model, adapter)
     whole = data = stored.data()
     report = None
     if portable:
@@ -81,9 +83,9 @@ def save(
     elif r is not None or error:
         raise ArgumentError("r and error are for portable=True.")
     require_nothing_gone(stored.look, stored.name)
+    left_out.require_nothing_left_out(stored.look, "the file")
     cautions.warn_of_directory(file, format)
     cautions.warn_of_untrained(whole, stored.name)
-    left_out.warn_of_left_out(stored.look, "the file")
     write(stored, data, file, format)
     return report
 
@@ -100,7 +102,7 @@ def write(stored: Stored, data: AdapterData, file: Path, format: str = "peft") -
 
 
 def load(
-    model: nn.Module,
+    model: Model,
     path: str | PathLike[str] | Mapping[str, Tensor],
     *,
     adapter: str = "default",
@@ -110,7 +112,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     other_base: bool = False,
     trainable: bool = True,
-) -> nn.Module:
+) -> Model:
     """Load an adapter, into the one of this name if the model has it, else as a new one.
 
     Values that fill an adapter keep its Parameters, so that an optimizer and a compiled model stay
@@ -123,8 +125,9 @@ def load(
 
     Args:
         model: any model.
-        path: what ``save``, PEFT, diffusers, loralib or kohya's scripts wrote; or the tensors
-            themselves, as ``lora_state_dict(model, format="peft")`` returns them.
+        path: what ``save``, PEFT, diffusers, loralib or kohya's scripts wrote; the directory of a
+            whole model with A and B in it, as ``save_pretrained`` and ``Trainer.save_model`` write
+            it; or the tensors themselves, as ``lora_state_dict(model, format="peft")`` gives them.
         adapter: the name to load it under.
         format: "peft", "loralib", "kohya" or "diffusers"; None finds out.
         config: for tensors that come without a file from PEFT or diffusers, their config as a
@@ -155,18 +158,13 @@ def load(
         elif config is not None:
             raise ArgumentError("config goes with tensors; a file has its own.")
         else:
-            data = read_adapter(_path(path), format, look.index, alpha)
+            file = as_path(path)
+            data = read_adapter(file, format, look.index, alpha)
+            cautions.warn_of_checkpoint(data, file)
         _load(look, data, adapter, dtype, other_base)
         if not trainable:
             freeze_adapter(model, adapter)
     return model
-
-
-def _path(path: Any) -> Path:
-    try:
-        return Path(fspath(path))
-    except TypeError as error:
-        raise ArgumentError(f"path must be a path, not {path!r}.") from error
 
 
 def _load(

@@ -10,9 +10,10 @@ from lora_inject.core.travelling import Settings, said, saying
 from lora_inject.errors import ArgumentError, FormatError
 from lora_inject.files.formats import in_memory, named_format
 from lora_inject.files.formats.state import AdapterState
-from lora_inject.files.left_out import warn_of_left_out, warn_of_unsaid_others
+from lora_inject.files.left_out import require_nothing_left_out, warn_of_unsaid_others
 from lora_inject.files.stored import Stored
 from lora_inject.files.token_rows import warn_of_unsaved_rows
+from lora_inject.own import Model
 from lora_inject.settings import BiasMode
 from lora_inject.sharding import whole
 from lora_inject.variants import OTHER
@@ -77,13 +78,13 @@ def lora_state_dict(
             was trained.
         FormatError: the format has no word for something of the adapter.
         LoRAInjectError: the model has no adapters, is merged or inside a block, or a layer of the
-            adapter was replaced since.
+            adapter was replaced since, or something was thawed or came since and trains.
     """
     stored = Stored(model, adapter)
     if bias is not None:
         stored.check_bias(bias)
     require_nothing_gone(stored.look, stored.name)
-    warn_of_left_out(stored.look, "the state dict")
+    require_nothing_left_out(stored.look, "the state dict")
     if format is not None:
         return _in_format(stored, format, full)
     tensors = {**stored.tensors(), **stored.tied()}
@@ -106,8 +107,8 @@ def _in_format(stored: Stored, format: str, full: bool) -> AdapterState:
 
 
 def load_lora_state_dict(
-    model: nn.Module, state: Mapping[str, Tensor], *, adapter: str | None = None
-) -> nn.Module:
+    model: Model, state: Mapping[str, Tensor], *, adapter: str | None = None
+) -> Model:
     """Fill an adapter that is in the model with values, all of them or none.
 
     Parameters stay the same objects, so that an optimizer and a compiled model stay valid. A

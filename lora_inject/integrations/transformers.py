@@ -23,11 +23,10 @@ class AdapterCheckpoint(TrainerCallback):
     """Lets the ``Trainer`` write and resume checkpoints that hold adapter tensors alone.
 
     ``model.safetensors`` in a checkpoint then has what trains and the adapters' settings, which
-    must be the model's, and ``Trainer`` resumes from it by itself; its warning about missing keys
-    names those of the base model. Beside it lies the adapter as a PEFT directory, for ``load`` and
-    other libraries. For this the model has a ``save_pretrained`` of its own while it trains, which
-    ``Trainer`` alone notices, and a ``load_state_dict`` that refuses other adapters; ``strip``
-    takes both off.
+    must be the model's, and ``Trainer`` resumes from it by itself. Beside it lies the adapter as a
+    PEFT directory, for ``load`` and other libraries. For this the model has a ``save_pretrained``
+    of its own while it trains, which ``Trainer`` alone notices, and a ``load_state_dict`` that
+    refuses other adapters; ``strip`` takes both off. ``Trainer`` itself needs accelerate.
 
     Example:
         >>> trainer = Trainer(model, arguments, callbacks=[AdapterCheckpoint()])  # doctest: +SKIP
@@ -44,9 +43,7 @@ class AdapterCheckpoint(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Let the model refuse checkpoints of other adapters, which ``Trainer`` would half load."""
-        model = kwargs["model"]
-        if Look(model).states:
-            lend(model, "load_state_dict", partial(_load, model))
+        lend(kwargs["model"], "load_state_dict", partial(_load, kwargs["model"]))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -96,10 +93,21 @@ def _load(
     model: Any, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
 ) -> Any:
     """What ``load_state_dict`` does, but a checkpoint without the base model has to fit."""
+    if not Look(model).states:
+        if ENTRY in state_dict:
+            raise LoRAInjectError(
+                "the checkpoint holds adapters, and the model has none.",
+                remedy="Call inject with the arguments of the first run, and resume then.",
+            )
+        return type(model).load_state_dict(model, state_dict, strict, assign)
     base = model.state_dict().keys() - trained_tensors(model).keys()
-    if not strict and not base & state_dict.keys():
+    alone = not strict and not base & state_dict.keys()
+    if alone:
         require_trained(model, {key: t for key, t in state_dict.items() if key != ENTRY})
-    return type(model).load_state_dict(model, state_dict, strict, assign)
+    result = type(model).load_state_dict(model, state_dict, strict, assign)
+    if alone:  # that the base is in no checkpoint is no news
+        result.missing_keys[:] = [key for key in result.missing_keys if key not in base]
+    return result
 
 
 def _write(

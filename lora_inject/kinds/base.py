@@ -260,7 +260,7 @@ class Kind(ABC):
         # A parametrized weight is computed when it is read, and spectral_norm moves then.
         originals = getattr(getattr(module, "parametrizations", None), name, None)
         if isinstance(originals, nn.Module):
-            return next(originals.parameters())
+            return max(originals.parameters(), key=Tensor.numel)  # beside norms of its rows
         value = getattr(module, name)
         assert isinstance(value, Tensor)
         return value

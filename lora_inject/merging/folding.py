@@ -15,12 +15,13 @@ from lora_inject.core.adapter import Term
 from lora_inject.core.commit import commit
 from lora_inject.core.layer import changes_of
 from lora_inject.core.look import Look
+from lora_inject.core.path_groups import grouped
 from lora_inject.core.state import State, terms
 from lora_inject.core.state_parts import Merged
 from lora_inject.errors import ArgumentError, LoRAInjectError, UnsupportedLayerError
 from lora_inject.kinds.base import is_plain
 from lora_inject.own import own_class, own_tensor
-from lora_inject.printing import Section, Shown, Tables
+from lora_inject.printing import Section, Shown, Tables, count, plural
 from lora_inject.settings import check_names
 from lora_inject.sharding import is_partial
 
@@ -42,7 +43,7 @@ class MergedWeight(NamedTuple):
     lost: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MergeReport(Shown):
     """What ``merge`` did, weight by weight; ``print`` shows it as a table."""
 
@@ -55,10 +56,16 @@ class MergeReport(Shown):
 
     def _tables(self) -> Tables:
         rows = [
-            (w.path, str(w.dtype).removeprefix("torch."), f"{w.lost:.2%}") for w in self.weights
+            (
+                path,
+                str(same[0].dtype).removeprefix("torch."),
+                count(len(same)),
+                f"{max(w.lost for w in same):.2%}",
+            )
+            for path, same in grouped(self.weights, lambda w: w.path, lambda w: w.dtype)
         ]
-        columns = ("weight", "dtype", ">lost to rounding")
-        return Tables([Section(f"Merged {len(rows)} weights", columns, rows)])
+        columns = ("~weight", "dtype", ">weights", ">lost to rounding, at most")
+        return Tables([Section(f"Merged {plural(len(self.weights), 'weight')}", columns, rows)])
 
 
 class Folded(NamedTuple):

@@ -19,6 +19,7 @@ from lora_inject.core.look import Look
 from lora_inject.core.state_parts import Merged
 from lora_inject.errors import ArgumentError, LoRAInjectError
 from lora_inject.merging.folding import Folded, Keep, MergeReport, folded, unfold
+from lora_inject.own import Model
 
 
 def merge(model: nn.Module, adapters: Any = None, *, keep: Keep = "device") -> MergeReport:
@@ -56,7 +57,7 @@ def merge(model: nn.Module, adapters: Any = None, *, keep: Keep = "device") -> M
     return new.report
 
 
-def unmerge(model: nn.Module) -> nn.Module:
+def unmerge(model: Model) -> Model:
     """Give merged weights their former values, bit for bit, and the adapters their place.
 
     Example:

@@ -6,46 +6,40 @@ from typing import Any
 from torch import nn
 
 from lora_inject.core.choosing import Skip
-from lora_inject.core.patterns import braces
+from lora_inject.core.path_groups import grouped
 from lora_inject.core.site import Site
-from lora_inject.printing import Section, count, plural
+from lora_inject.printing import REFUSED, TRAINS, Section, count, plural
 
 
 def sites_section(plan: Any) -> Section:
     """One row for all layers that differ in nothing but the numbers in their paths."""
-    groups: dict[tuple[Any, ...], list[Site]] = {}
-    for site in plan.sites:
-        template = tuple(None if part.isdecimal() else part for part in site.path.split("."))
-        s = site.settings
-        alpha = f"{s.alpha:g}" + (f", dropout {s.dropout:g}" if s.dropout else "")
-        alpha += s.drops.text
-        alpha += s.variant.text
-        place = "in products with its weight" if site.multiplies else "in its weight"
-        kind = site.type + (f" ({place})" if site.way == "weight" else "")
-        parts = "+".join(spec.part for spec in site.specs if spec.part)
-        kind += f" ({parts})" if parts else ""
-        row = (kind, site.shape_text, f"{s.r}", alpha, site.pattern)
-        groups.setdefault((template, row), []).append(site)
     rows = []
-    for (_, (kind, shape, r, alpha, pattern)), sites in groups.items():
-        path = _common_path([site.path for site in sites])
+    for path, sites in grouped(plan.sites, lambda site: site.path, _texts):
+        *texts, pattern = _texts(sites[0])
         total = count(sum(site.parameters for site in sites))
-        rows.append((path, kind, shape, r, alpha, count(len(sites)), total, pattern))
+        rows.append((path, *texts, count(len(sites)), total, pattern))
     shared = [f"{s.path} is also {', '.join(s.paths[1:])}" for s in plan.sites if len(s.paths) > 1]
     return Section(
         f"Plan: adapter {plan.adapter!r} on {plural(len(plan.sites), 'layer')} of "
         f"{type(plan.model).__name__}, {count(plan.parameters)} parameters, bias={plan.bias!r}",
-        ("path", "layer", ">in x out", ">r", ">alpha", ">layers", ">parameters", "chosen by"),
+        ("~path", "layer", ">in x out", ">r", "?>alpha", ">layers", ">parameters", "?chosen by"),
         rows,
         notes=shared,
+        styles=[TRAINS] * len(rows),
     )
 
 
-def _common_path(paths: Sequence[str]) -> str:
-    """One path for several that differ in numbers only: 'layers.{0..31}.mlp'."""
-    columns = zip(*(path.split(".") for path in paths), strict=True)
-    merged = [c[0] if len(set(c)) == 1 else braces(map(int, set(c))) for c in columns]
-    return ".".join(merged) or "(the model itself)"
+def _texts(site: Site) -> tuple[str, ...]:
+    """What is said of a layer beside its path: layer, shape, r, alpha, pattern."""
+    s = site.settings
+    alpha = f"{s.alpha:g}" + (f", dropout {s.dropout:g}" if s.dropout else "")
+    alpha += s.drops.text
+    alpha += s.variant.text
+    place = "in products with its weight" if site.multiplies else "in its weight"
+    kind = site.type + (f" ({place})" if site.way == "weight" else "")
+    parts = "+".join(spec.part for spec in site.specs if spec.part)
+    kind += f" ({parts})" if parts else ""
+    return kind, site.shape_text, f"{s.r}", alpha, site.pattern
 
 
 def train_also_section(modules: Mapping[str, nn.Module]) -> Section:
@@ -54,7 +48,8 @@ def train_also_section(modules: Mapping[str, nn.Module]) -> Section:
         (path, type(module).__name__, count(sum(p.numel() for p in module.parameters())))
         for path, module in modules.items()
     ]
-    return Section("Train in full (train_also)", ("path", "type", ">parameters"), rows)
+    columns = ("~path", "type", ">parameters")
+    return Section("Train in full (train_also)", columns, rows, styles=[TRAINS] * len(rows))
 
 
 def skipped_section(skips: Sequence[Skip]) -> Section:
@@ -66,4 +61,5 @@ def skipped_section(skips: Sequence[Skip]) -> Section:
         (paths[0] + (f" and {len(paths) - 1} more" if paths[1:] else ""), kind, pattern, reason)
         for (kind, pattern, reason), paths in groups.items()
     ]
-    return Section("Skipped", ("path", "type", "selected by", "why"), rows)
+    columns = ("~path", "type", "?selected by", "why")
+    return Section("Skipped", columns, rows, styles=[REFUSED] * len(rows))

@@ -15,7 +15,7 @@ from lora_inject.core.look import Look
 from lora_inject.core.roles import ADAPTER_ROLES, ROLES, roles
 from lora_inject.kinds.bias import is_bias
 from lora_inject.own import own_tensor
-from lora_inject.printing import Section, Shown, Tables, count, plural
+from lora_inject.printing import STILL, TRAINS, Section, Shown, Tables, count, plural
 from lora_inject.report.bytes import (
     can_train,
     frozen_bytes,
@@ -32,7 +32,7 @@ from lora_inject.sharding import whole_numel
 _OF_VARIANTS = frozenset(ADAPTER_ROLES) - {"lora_A", "lora_B"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report(Shown):
     """Trainable parameters and training memory of a model; ``print`` shows it as a table.
 
@@ -109,6 +109,7 @@ class Report(Shown):
             "\n".join((self.line, *self.alerts)),
             ("trains", ">parameters"),
             [*parts, ("frozen", count(self.frozen))],
+            styles=[*[TRAINS] * len(parts), STILL],
         )
         chosen = patterns_section(self.patterns)
         memory = memory_section(self.memory)

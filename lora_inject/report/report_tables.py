@@ -69,7 +69,7 @@ def patterns_section(patterns: tuple[PatternRow, ...]) -> Section:
         (p.pattern, p.adapter, count(p.layers), p.rank_text, count(p.parameters), p.use_text)
         for p in patterns
     ]
-    columns = ("chosen by", "adapter", ">layers", ">r", ">parameters", "in use")
+    columns = ("~chosen by", "?adapter", ">layers", ">r", ">parameters", "in use")
     shown = len(columns) if any(p.weight != 1 for p in patterns) else len(columns) - 1
     return Section("Adapted layers", columns[:shown], [row[:shown] for row in rows])
 
@@ -92,7 +92,7 @@ def memory_section(memory: Memory) -> Section:
         ratios = f"Training state: {_times(memory.ratio)} than full fine-tuning"
     return Section(
         f"Memory with {memory.optimizer}, activations left out",
-        ("", ">trainable", ">frozen", ">full fine-tuning"),
+        ("", ">trainable", ">frozen", "?>full fine-tuning"),
         rows,
         notes=[f"{ratios}; with the frozen weights, {memory.ratio_with_frozen:.1f} times."],
     )

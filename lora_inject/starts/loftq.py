@@ -66,7 +66,7 @@ class LoftQ(Shown, Start):
 
     def _tables(self) -> Tables:
         rows = [(path, f"{a:.4f}", f"{b:.4f}") for path, (a, b) in self.errors.items()]
-        columns = ("path", ">quantized", ">with s B A")
+        columns = ("~path", ">quantized", ">with s B A")
         return Tables([Section("LoftQ: what is lost, of the weight", columns, rows)])
 
     @property

@@ -2,17 +2,16 @@
 
 from typing import Any
 
-from torch import nn
-
 from lora_inject.changes.recompute import needing_edits
 from lora_inject.core.commit import commit
 from lora_inject.core.look import Look
 from lora_inject.core.matcher import Matcher
 from lora_inject.core.request import optional_patterns
 from lora_inject.errors import ArgumentError
+from lora_inject.own import Model
 
 
-def reentrant_checkpointing(model: nn.Module, after: Any) -> nn.Module:
+def reentrant_checkpointing(model: Model, after: Any) -> Model:
     """Let the adapters in blocks train that are checkpointed in the reentrant form.
 
     ``torch.utils.checkpoint.checkpoint(block, x, use_reentrant=True)`` gives what is in the block a

@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
@@ -15,6 +14,7 @@ from lora_inject.core.drift import held_below, warn_of_drift
 from lora_inject.core.in_place import in_place
 from lora_inject.core.look import Look
 from lora_inject.core.matcher import Matcher
+from lora_inject.core.patterns import Patterns
 from lora_inject.core.request import optional_patterns
 from lora_inject.core.state import State
 from lora_inject.errors import ArgumentError, UnsupportedLayerError
@@ -23,7 +23,7 @@ from lora_inject.report.report import Report, report_of
 from lora_inject.settings import BiasMode, check_bias
 
 
-def freeze(model: nn.Module, bias: BiasMode = "none", train_also: Any = ()) -> Report:
+def freeze(model: nn.Module, bias: BiasMode = "none", train_also: Patterns = ()) -> Report:
     """Leave only A and B, the biases of this mode and ``train_also`` modules trainable.
 
     Everything else gets ``requires_grad=False`` and loses its ``.grad``, and the running statistics

@@ -24,12 +24,14 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
         >>> optimizer = torch.optim.AdamW(lora_parameters(model), lr=2e-4)  # doctest: +SKIP
 
     Raises:
-        LoRAInjectError: nothing trains, so that an optimizer would have nothing to do.
+        LoRAInjectError: nothing trains, so that an optimizer would have nothing to do, or the
+            model is merged, so that nothing would reach the adapters.
     """
     return _trainable(Look(model))
 
 
 def _trainable(look: Look) -> list[nn.Parameter]:
+    look.require_unmerged()
     warn_of_drift(look, "gone", "thawed", "frozen", "class")
     parameters = [p for p in look.parameters if p.requires_grad]
     if not parameters:
@@ -66,7 +68,7 @@ def param_groups(
 
     Raises:
         ArgumentError: a number is out of range.
-        LoRAInjectError: nothing trains.
+        LoRAInjectError: nothing trains, or the model is merged.
     """
     for name, value in (("lr", lr), ("lr_ratio", lr_ratio), ("lr_embedding", lr_embedding)):
         if value is not None and not value > 0:

@@ -13,9 +13,14 @@ import transformers as tf
 from helpers import randomize_adapters
 from transformers import GPT2Config, LlamaConfig
 
+import lora_inject
 from lora_inject import inject, load, lora_state_dict, save, strip
+from lora_inject.cli import main as commands
 from lora_inject.cli.main import main
+from lora_inject.files.formats import FORMATS
 from lora_inject.files.formats.storage import read_tensors
+from lora_inject.report.bytes import OPTIMIZER_STATES
+from lora_inject.settings import DTYPES
 
 pytestmark = pytest.mark.cpu("commands compute nothing")
 
@@ -173,6 +178,49 @@ def test_a_broken_config(tmp_path, capsys):
         assert capsys.readouterr().err.startswith("lora-inject: error: MODEL")
 
 
+def test_without_a_command_it_says_what_there_is_and_its_version(capsys):
+    assert main([]) == 0
+    assert {"plan", "inspect", "convert", "demo"} <= set(capsys.readouterr().out.split())
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"lora_inject {lora_inject.__version__} (torch {torch.__version__}")
+
+
+def test_words_of_options_are_those_of_the_library():
+    assert tuple(FORMATS) == commands.FORMATS
+    assert tuple(OPTIMIZER_STATES) == commands.OPTIMIZERS
+    assert set(commands.DTYPES) <= set(DTYPES)
+
+
+@pytest.mark.parametrize("arguments", ["['--help']", "['plan', '--help']", "['convert', 'x']"])
+def test_help_and_mistakes_are_answered_without_torch(arguments):
+    code = (
+        "import sys\nfrom lora_inject.cli.main import main\n"
+        f"try:\n    main({arguments})\nexcept SystemExit:\n    pass\n"
+        "print([m for m in ('torch', 'transformers', 'rich') if m in sys.modules])"
+    )
+    command = [sys.executable, "-c", code]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert shown.endswith("[]\n")
+
+
+def test_what_takes_long_is_said_beside_what_is_printed(config, capsys, monkeypatch):
+    monkeypatch.setattr("lora_inject.progress.PAUSE", 0.001)
+    assert main(["plan", str(config), "--seq", "64", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["capacity"]
+    assert "running its forward on the meta device ... 0 s" in captured.err
+
+
+def test_the_memory_of_devices_is_in_one_unit_and_explained(config, capsys):
+    assert main(["plan", str(config), "--seq", "64"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "device reports usable devices" in shown
+    assert "80 GB 84.83 GB 80.58 GB" in shown
+    assert "one sold as 80 GB has 79 GiB, which are 84.83 GB" in shown
+
+
 def test_as_a_module_and_what_importing_costs():
     code = "import sys, lora_inject; print([m for m in ('transformers', 'rich', 'safetensors') " \
         "if m in sys.modules])"  # fmt: skip
@@ -222,7 +270,7 @@ def test_an_interrupt_is_one_line(monkeypatch, capsys):
     def interrupted(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lora_inject.cli.main.load_model", interrupted)
+    monkeypatch.setattr("lora_inject.cli.commands.load_model", interrupted)
     assert main(["plan", "anything"]) == 128 + signal.SIGINT
     assert capsys.readouterr().err == "lora-inject: interrupted\n"
 
@@ -257,7 +305,7 @@ def test_a_model_with_a_module_called_as_a_component_converts_to_diffusers(tmp_p
     assert main(command) == 0
     shown = capsys.readouterr().out
     assert re.search("format +diffusers", shown)
-    assert "transformer.h.1.attn.c_attn" in shown
+    assert "transformer.h.{0..1}.attn.c_attn" in shown
     assert main(["inspect", str(tmp_path / "diffusers")]) == 0
     assert capsys.readouterr().out == shown
     own = lora_state_dict(model)

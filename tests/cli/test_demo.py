@@ -5,6 +5,7 @@ import torch
 
 from lora_inject import ArgumentError
 from lora_inject.cli import demo
+from lora_inject.cli.main import main
 
 pytestmark = pytest.mark.cpu("it is slow")
 
@@ -32,6 +33,27 @@ def test_it_learns_and_strips(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "37,249 of 22,750,465 parameters train" in out
     assert "all equal bit for bit" in out
+
+
+def test_the_command_takes_one_thread_unless_the_user_says_otherwise(monkeypatch):
+    before, seen = torch.get_num_threads(), []
+    monkeypatch.setattr(demo, "run", lambda **_: seen.append(torch.get_num_threads()))
+    try:
+        torch.set_num_threads(2)
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        assert main(["demo"]) == 0
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        assert main(["demo"]) == 0
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [2, 1]
+
+
+def test_the_plotted_loss_is_a_mean_of_the_last_ones():
+    losses = [float(i) for i in range(30)]
+    smoothed = demo.smoothed(losses)
+    assert smoothed[:2] == [0, 0.5]
+    assert smoothed[-1] == sum(losses[-demo.SMOOTHED :]) / demo.SMOOTHED
 
 
 def test_the_comparison_can_fail():

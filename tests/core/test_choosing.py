@@ -1,5 +1,7 @@
 """Which of the places are kept: blocks by number, and heads that all-linear leaves."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from helpers import randomize_adapters
@@ -151,3 +153,26 @@ def test_a_glob_that_selects_layers_names_the_matrices_that_it_leaves():
     assert [skip.path for skip in shown.skipped] == ["experts.gate_up_proj"]
     assert any("experts.gate_up_proj" in n for n in inject(model, "*up_proj", r=2).notes)
     assert not plan(odd_model(), "*fc", r=2).skipped
+
+
+def test_modules_that_compare_by_value_are_refused():
+    """torch takes equal ones for one: the second would be neither adapted nor frozen."""
+
+    @dataclass(unsafe_hash=True)
+    class Hashed(nn.Module):
+        size: int
+
+        def __post_init__(self):
+            super().__init__()
+            self.q = nn.Linear(self.size, self.size)
+
+    @dataclass
+    class Unhashed(Hashed):
+        pass
+
+    for cls in (Hashed, Unhashed):
+        model = nn.ModuleList([cls(4), cls(4)])
+        with pytest.raises(UnsupportedLayerError, match=f"compare by value .{cls.__name__}"):
+            inject(model, "q", r=2)
+        assert type(model[0].q) is nn.Linear
+    inject(nn.ModuleList([Hashed(4), Hashed(5)]), "q", r=2)  # which are not equal

@@ -256,6 +256,31 @@ def test_braces_name_exactly_the_numbers(numbers):
     assert read == numbers
 
 
+def test_the_flags_of_a_compiled_expression_count():
+    model = tree("é", "a", "b\nc")
+    assert paths(model, re.compile(r"\w")) == ["é", "a"]
+    assert paths(model, re.compile(r"\w", re.A)) == ["a"]
+    assert paths(model, re.compile("b.c", re.S)) == ["b\nc"]
+    assert paths(model, re.compile("b$\nc", re.M)) == ["b\nc"]
+
+
+def test_blocks_lie_anywhere_in_a_model():
+    model = nn.ModuleDict({"net": nn.ModuleDict({"body": Net()})})
+    assert paths(model, "q_proj", layers=-1) == ["net.body.layers.1.q_proj"]
+
+
+def test_one_number_stands_alone_in_braces():
+    assert braces({5}) == "{5}"
+    assert braces({5, 6, 8}) == "{5..6,8}"
+
+
+def test_of_a_list_the_first_pattern_that_selects_a_layer_decides_and_a_set_has_one_order():
+    assert {site.pattern for site in plan(Net(), ["q_proj", "*_proj"]).sites[:1]} == {"q_proj"}
+    assert {site.pattern for site in plan(Net(), ["*_proj", "embed"]).sites[1:]} == {"*_proj"}
+    several = {"q_proj", "*_proj", "embed"}
+    assert [pattern.label for pattern in parse(several, "targets")] == sorted(several)
+
+
 def test_a_compiled_expression_is_one():
     assert paths(Net(), re.compile(r"layers\.0\.q_proj")) == paths(Net(), r"re:layers\.0\.q_proj")
     assert paths(Net(), re.compile(r"LAYERS\.0\.Q_PROJ  # all", re.I | re.X)) == ["layers.0.q_proj"]

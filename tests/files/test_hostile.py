@@ -292,3 +292,20 @@ def test_a_killed_save_leaves_the_former_files(tmp_path):
     assert ended.returncode == -9
     expected, loaded = lora_state_dict(model), lora_state_dict(load(bare(), tmp_path))
     assert all(torch.equal(loaded[key], expected[key]) for key in expected)
+
+
+def test_a_pointer_of_git_lfs_is_said_to_be_one(folder):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"
+    for name in (SAFE, CONFIG):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(pointer)
+        with pytest.raises(FormatError, match=rf"{name} is a pointer of git-lfs.*Run git lfs pull"):
+            load(bare(), folder)
+        (folder / name).write_bytes(whole)
+
+
+def test_the_tensors_inside_of_a_directory_load_and_by_another_name_say_what_to_give(folder):
+    assert lora_state_dict(load(bare(), folder / SAFE))
+    (folder / SAFE).rename(folder / "other.safetensors")
+    with pytest.raises(FormatError, match=r"has the keys of PEFT.*Give the directory"):
+        load(bare(), folder / "other.safetensors")

@@ -115,6 +115,27 @@ def test_trainer_writes_adapters_alone_and_resumes_bit_for_bit(tmp_path, setting
     assert values(again) == values(model)
 
 
+def test_resuming_says_nothing_of_the_base_which_is_in_no_checkpoint(tmp_path, caplog):
+    trainer(adapted(), tmp_path).train()
+    checkpoint = str(tmp_path / "checkpoint-3")
+    caplog.clear()
+    tf.logging.enable_propagation()  # of transformers' loggers, to where pytest listens
+    try:
+        trainer(adapted(), tmp_path).train(resume_from_checkpoint=checkpoint)
+    finally:
+        tf.logging.disable_propagation()
+    assert "keys in the checkpoint" not in caplog.text
+
+
+def test_resuming_without_inject_says_what_to_do_and_after_it_goes_on(tmp_path):
+    trainer(adapted(), tmp_path).train()
+    checkpoint = str(tmp_path / "checkpoint-3")
+    model = llama()
+    with pytest.raises(LoRAInjectError, match=r"has none\. Call inject with the arguments of"):
+        trainer(model, tmp_path).train(resume_from_checkpoint=checkpoint)
+    model.load_state_dict(model.state_dict())
+
+
 def tied(**settings):
     torch.manual_seed(0)
     config = tf.LlamaConfig(

@@ -18,6 +18,7 @@ from lora_inject import (
     UnsupportedLayerError,
     inject,
     load,
+    plan,
     register_kind,
     save,
     strip,
@@ -510,3 +511,8 @@ def test_a_large_scaling_does_not_overflow_in_half_precision():
     expected = model(x)
     inject(model, nn.Linear, r=8, alpha=512)
     assert torch.equal(model(x), expected)
+
+
+def test_what_is_adapted_of_a_normed_weight_is_its_size_and_not_that_of_its_norms():
+    layer = nn.utils.parametrizations.weight_norm(nn.Conv1d(8, 8, 3), dim=2)
+    assert [site.base_elements for site in plan(nn.Sequential(layer), "0").sites] == [8 * 8 * 3]

@@ -347,3 +347,36 @@ def test_stripping_with_merge_leaves_the_mode_alone(mode):
     model.train(mode)
     strip(model, merge=True)
     assert all(module.training is mode for module in model.modules())
+
+
+def test_one_more_merge_rounds_once_too():
+    def model():
+        torch.manual_seed(0)
+        net = Net(dtype=torch.bfloat16)
+        for name in "ab":
+            inject(net, "q_proj", r=2, adapter=name, seed=1)
+        use(net, "a", "b")
+        torch.manual_seed(0)
+        randomize_adapters(net)
+        return net
+
+    at_once, after = model(), model()
+    merge(at_once)
+    merge(after, "a")
+    merge(after, "b")
+    weights = [net.layers[0].q_proj.weight for net in (at_once, after)]
+    assert torch.equal(*weights)
+
+
+def test_a_dora_of_another_weight_of_the_module_may_stay():
+    module = nn.Module()
+    module.up, module.down = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4, 4))
+    inject(module, "up", r=2, adapter="a")
+    inject(module, "down", r=2, adapter="b", variant="dora")
+    use(module, "a", "b")
+    randomize_adapters(module)
+    up, down = module.up + 0, module.down + 0
+    merge(module, "a")
+    torch.testing.assert_close(module.up + 0, up)
+    assert torch.equal(module.down + 0, down)
+    assert torch.equal(module._parameters["up"], module.up + 0)

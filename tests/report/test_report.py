@@ -50,7 +50,7 @@ def test_gpt2_small_as_it_prints(gpt2_small):
 def test_html_and_dict(gpt2_small):
     _, shown = gpt2_small
     html = shown._repr_html_()
-    assert html.startswith("<pre")
+    assert html.startswith("<div><p")
     assert "147,456" in html
     plain = json.loads(json.dumps(shown.to_dict()))
     assert plain["trainable"] == 147_456

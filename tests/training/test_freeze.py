@@ -3,7 +3,15 @@
 import pytest
 import torch
 from families import FAMILIES
-from helpers import Net, ids, linears, snapshot, train_steps, trainable_names
+from helpers import (
+    Net,
+    ids,
+    linears,
+    randomize_adapters,
+    snapshot,
+    train_steps,
+    trainable_names,
+)
 from torch import nn
 
 from lora_inject import (
@@ -15,7 +23,9 @@ from lora_inject import (
     mark_only_lora_as_trainable,
     report,
     strip,
+    use,
 )
+from lora_inject.training.freeze import freeze_adapter
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -200,6 +210,71 @@ def test_freeze_changes_the_mode_of_an_injected_model_and_strip_undoes_it():
     train_steps(model, ids())
     strip(model)
     assert snapshot(model) == before
+
+
+def two_in_use():
+    model = Net().eval()
+    for name in "ab":
+        inject(model, "q_proj", r=2, adapter=name)
+    randomize_adapters(model)
+    use(model, {"a": 0.5, "b": -1.0}, train="a")
+    return model
+
+
+def test_several_adapters_keep_their_weights_and_all_of_them_train():
+    model, x = two_in_use(), ids()
+    y, before = model(x), trainable_names(model)
+    freeze(model)
+    assert torch.equal(model(x), y)
+    assert trainable_names(model) == before | {
+        f"layers.{i}.q_proj.lora_{part}_b" for i in (0, 1) for part in "AB"
+    }
+    with pytest.raises(ArgumentError, match="2 adapters are in use"):
+        freeze(model, "all")
+
+
+def test_what_one_owner_trained_in_place_trains_no_more_and_others_wait_as_they_were():
+    model = Net()
+    inject(model, "q_proj", r=2, adapter="a", train_also="head")
+    use(model, train="a")  # in no use, and trains on
+    inject(model, "v_proj", r=2, adapter="b", train_also="layers.0.norm")
+    use(model, "b", train=["a", "b"])
+    former = report(model).to_dict()
+    freeze(model, train_also="layers.1.norm")
+    names = trainable_names(model)
+    assert {"layers.1.norm.weight", "layers.1.norm.bias"} <= names
+    assert not {"layers.0.norm.weight", "layers.0.norm.bias"} & names
+    use(model, "a")
+    assert model.head.weight.requires_grad
+    assert former["bias"] == report(model).to_dict()["bias"]
+
+
+def test_a_module_that_trains_in_full_no_more_has_statistics_that_stand_still():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4))
+    inject(model, "0", r=2, train_also="1")
+    freeze(model, train_also="2")
+    before = [model[i].running_mean.clone() for i in (1, 2)]
+    model.train()(torch.randn(8, 4))
+    assert torch.equal(model[1].running_mean, before[0])
+    assert not torch.equal(model[2].running_mean, before[1])
+
+
+def test_one_adapter_is_frozen_and_others_train_on():
+    model = two_in_use()
+    use(model, "a", "b")
+    both = trainable_names(model)
+    freeze_adapter(model, "a")
+    assert trainable_names(model) == {name for name in both if not name.endswith("_a")}
+    freeze_adapter(model, "a")
+    assert trainable_names(model) == {name for name in both if not name.endswith("_a")}
+
+
+def test_freeze_alone_leaves_frozen_biases_frozen():
+    model = Net()
+    model.head.bias.requires_grad_(False)
+    freeze(model, "all")
+    assert "head.bias" not in trainable_names(model)
+    assert "layers.0.q_proj.bias" in trainable_names(model)
 
 
 def test_adapters_do_not_train_in_full():

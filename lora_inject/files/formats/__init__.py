@@ -8,9 +8,12 @@ from torch import Tensor
 
 from lora_inject.core.index import Index
 from lora_inject.errors import ArgumentError, FormatError
-from lora_inject.files.formats import diffusers, kohya, loralib, peft
+from lora_inject.files.formats import checkpoint, diffusers, kohya, loralib, peft
 from lora_inject.files.formats.data import AdapterData
+from lora_inject.files.formats.peft_config import CONFIG, TENSORS
+from lora_inject.files.formats.peft_keys import PREFIX
 from lora_inject.files.formats.state import AdapterState
+from lora_inject.files.formats.storage import tensor_names
 from lora_inject.settings import check_alpha
 
 FORMATS: dict[str, Any] = {
@@ -19,7 +22,8 @@ FORMATS: dict[str, Any] = {
     "kohya": kohya,
     "diffusers": diffusers,
 }
-_BY_CONTENT = (peft, loralib, diffusers, kohya)  # kohya's: any other safetensors file
+# Kohya's: any other safetensors file.
+_BY_CONTENT = (peft, loralib, diffusers, checkpoint, kohya)
 
 
 def named_format(name: Any, argument: str) -> Any:
@@ -100,6 +104,12 @@ def find_format(path: Path, name: str | None = None) -> Any:
         raise FormatError(f"there is no file or directory {str(path)[:200]}.")
     for format in _BY_CONTENT:
         if format.looks_like(path):
+            if format is kohya and any(n.startswith(PREFIX) for n in tensor_names(path)):
+                raise FormatError(
+                    f"{path} has the keys of PEFT, and its config says what they mean.",
+                    remedy=f"Give the directory that has both, with the names {CONFIG} and "
+                    f"{TENSORS}.",
+                )
             return format
     raise FormatError(
         f"nothing tells the format of {path}.",

@@ -10,27 +10,55 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from os import fspath
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lora_inject.errors import FormatError, warn
+from lora_inject.errors import ArgumentError, FormatError, warn
+from lora_inject.files.formats.digests import (
+    DIGESTS,
+    digests_of,
+    require_as_written,
+    require_whole_archive,
+)
 
 MOST_TENSORS = 200_000  # far above any adapter; a header of millions is an attack
 MOST_BYTES = 200 * MOST_TENSORS  # of the header, which is read into memory before it is known
+
+
+_LFS = b"version https://git-lfs."  # how the spec says that a pointer begins
+
+
+def as_path(path: Any, argument: str = "path") -> Path:
+    """A path from what a user gives for one.
+
+    Raises:
+        ArgumentError: it is none.
+    """
+    try:
+        return Path(fspath(path))
+    except TypeError as error:
+        swapped = "The model comes first." if isinstance(path, nn.Module) else ""
+        raise ArgumentError(
+            f"{argument} must be a path, not a {type(path).__name__}.", remedy=swapped
+        ) from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file, on the CPU, and its metadata.
 
     Raises:
-        FormatError: there is no such file, or it is no safetensors file that is whole.
+        FormatError: there is no such file, it is no safetensors file that is whole, or values are
+            not those that this library has written.
     """
     with _opened(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return _with_usable_dtypes(tensors, path), dict(file.metadata() or {})
+        metadata = dict(file.metadata() or {})
+    require_as_written(tensors, metadata.pop(DIGESTS, ""), path)
+    return _with_usable_dtypes(tensors, path), metadata
 
 
 def tensor_names(path: Path) -> list[str]:
@@ -79,9 +107,10 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     """The tensors of a file by ``torch.save``; nothing that could run code is unpickled.
 
     Raises:
-        FormatError: there is no such file, or it holds anything but a dict of tensors.
+        FormatError: there is no such file, it is not whole, or is no dict of tensors alone.
     """
     require_file(path)
+    require_whole_archive(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle's errors are of any type
@@ -137,6 +166,12 @@ def require_file(path: Path) -> None:
         raise FormatError(f"{path} is a directory, and a file is needed.")
     if not path.is_file():
         raise FormatError(f"there is no file {path}.")
+    with path.open("rb") as file:
+        if file.read(len(_LFS)) == _LFS:
+            raise FormatError(
+                f"{path} is a pointer of git-lfs, and not the file that it stands for.",
+                remedy="Run git lfs pull where it was cloned.",
+            )
 
 
 @contextmanager
@@ -203,11 +238,12 @@ def _umask() -> int:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """A safetensors file of contiguous copies on the CPU."""
+    """A safetensors file of contiguous copies on the CPU, with a digest of each."""
     import safetensors.torch
 
     whole = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    safetensors.torch.save_file(whole, path, metadata=metadata)
+    digests = {DIGESTS: digests_of(whole)}
+    safetensors.torch.save_file(whole, path, metadata=metadata | digests)
 
 
 def write_json(value: Mapping[str, Any], path: Path) -> None:
