@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import fspath
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.errors import ArgumentError, FormatError, warn
+from lora_inject.files.formats.data import is_plain
 
 MOST_TENSORS = 200_000  # far above any adapter; a header of millions is an attack
 MOST_BYTES = 200 * MOST_TENSORS  # of the header, which is read into memory before it is known
@@ -102,8 +104,11 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     """
     require_file(path)
     try:
+        _require_as_large(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle's errors are of any type
+        if isinstance(error, FormatError):
+            raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         arrays = " Of numpy arrays torch.from_numpy makes tensors." if "numpy" in str(error) else ""
         raise FormatError(
@@ -114,7 +119,25 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
         isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
     ):
         raise FormatError(f"{path} does not hold a dict of tensors.")
+    if repeated := [name for name, tensor in state.items() if _repeats(tensor)]:
+        raise FormatError(
+            f"{path}: {repeated[0]} is larger than the values that the file has for it.",
+            remedy="Save a copy of it: tensor.clone().",
+        )
     return _with_usable_dtypes(dict(state), path)
+
+
+def _require_as_large(path: Path) -> None:
+    """Refuse an archive of which more comes out than is in it, as ``torch.save`` writes none."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if sum(each.file_size for each in archive.infolist()) > path.stat().st_size:
+                raise FormatError(f"{path} is compressed, which no file by torch.save is.")
+
+
+def _repeats(tensor: Tensor) -> bool:
+    """Whether a tensor shows values of its storage more than once, and so may be of any size."""
+    return is_plain(tensor) and tensor.nbytes > tensor.untyped_storage().nbytes()
 
 
 def read_json(path: Path) -> dict[str, Any]:
