@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import TypeVar
 
-PAUSE = 10.0  # seconds between two lines
+PAUSE = 10.0  # seconds before the first line
 T = TypeVar("T")
 
 
@@ -39,8 +39,9 @@ def doing(what: str) -> Iterator[None]:
 
 
 def _tell(what: str, over: threading.Event) -> None:
-    started = time.monotonic()
-    while not over.wait(PAUSE):
+    started, pause = time.monotonic(), PAUSE
+    while not over.wait(pause):
+        pause = min(2 * pause, 60.0)
         _line(f"{what} ... {time.monotonic() - started:.0f} s")
 
 

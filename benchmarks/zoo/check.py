@@ -157,7 +157,8 @@ def _places(model: nn.Module) -> list[Place]:
 def _randomize(places: list[Place]) -> None:
     """Give A and B values with which each changes its weight by about a tenth.
 
-    Those on computed weights stay as they start, and add nothing.
+    Those on computed weights stay as they start, and add nothing; so does the row of padding,
+    which never trains.
     """
     torch.manual_seed(2)
     with torch.no_grad():
@@ -166,6 +167,8 @@ def _randomize(places: list[Place]) -> None:
                 continue
             for tensor in place.pair.tensors(place.layer).values():
                 tensor.normal_()
+            if (padding := getattr(place.layer, "padding_idx", None)) is not None:
+                place.pair.tensors(place.layer)["A"][:, padding] = 0
             ratio = 0.1 * place.weight.norm() / place.update().norm().clamp_min(1e-9)
             for tensor in place.pair.tensors(place.layer).values():
                 tensor.mul_(ratio.clamp_min(1e-3).sqrt())

@@ -59,8 +59,8 @@ class Moments:
         count = self.count + other.count
         apart_I = (other.mean - self.mean).unsqueeze(-1)
         share = other.count / max(1, count)
-        scatter = self.scatter + other.scatter
-        scatter.add_(apart_I @ apart_I.mT, alpha=self.count * share)
+        scatter = torch.addcmul(self.scatter, apart_I, apart_I.mT, value=self.count * share)
+        scatter.add_(other.scatter)
         return Moments(count, self.mean + share * apart_I.squeeze(-1), scatter)
 
     def is_like(self, other: "Moments") -> bool:
@@ -75,6 +75,11 @@ class Moments:
     def to(self, device: torch.device | str) -> "Moments":
         """The same on a device."""
         return Moments(self.count, self.mean.to(device), self.scatter.to(device))
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all is: no square is larger than those of its features alone."""
+        return bool(self.scatter.diagonal(dim1=-2, dim2=-1).isfinite().all())
 
     @property
     def second(self) -> Tensor:

@@ -192,8 +192,7 @@ def _require_seen(stats: Statistics, gradients: bool) -> None:
             raise LoRAInjectError(
                 "the loss does not depend on it.", path=path, remedy="Exclude it."
             )
-        tensors = (moments.scatter, *(() if gradient is None else (gradient,)))
-        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        if not moments.is_finite or not (gradient is None or bool(gradient.isfinite().all())):
             raise LoRAInjectError(
                 "what it read or its gradient was not finite.",
                 path=path,

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from lora_inject.core.look import Look
 from lora_inject.errors import warn
-from lora_inject.files.formats import FORMATS
+from lora_inject.files.formats import FORMATS, checkpoint
 from lora_inject.files.formats.data import AdapterData
+from lora_inject.printing import plural
 
 
 def warn_of_untrained(data: AdapterData, name: str) -> None:
@@ -25,6 +26,16 @@ def warn_of_directory(path: Path, format: str) -> None:
         warn(
             f"{path} becomes a directory, which {format!r} is. For a single file say "
             f"format={files[0]!r}, else leave {path.suffix} out."
+        )
+
+
+def warn_of_checkpoint(data: AdapterData, path: Path) -> None:
+    """Say of a checkpoint of a whole model that it is one, and what of it was loaded."""
+    if data.facts.get("format") == checkpoint.NAME:
+        warn(
+            f"{path} is a {checkpoint.NAME}, of which from_pretrained leaves the adapter out. What "
+            f"is loaded is its adapter on {plural(len(data.pairs), 'layer')}, and of its base what "
+            "differs from this model. save(model, path) writes an adapter alone."
         )
 
 

@@ -16,8 +16,8 @@ from lora_inject.sharding import elements, has_known_placements, is_distributed,
 SAMPLES = 8
 
 
-def fingerprint(weight: Tensor) -> dict[str, Any] | None:
-    """Shape, dtype and sampled values of a weight; None where its values cannot be read.
+def fingerprint(weight: Tensor, samples: int = SAMPLES) -> dict[str, Any] | None:
+    """Shape, dtype and so many values of a weight; None where its values cannot be read.
 
     Quantized weights have other values on every machine, and those on meta have none. The values
     of a sharded one are on several ranks, all of which must call this.
@@ -30,36 +30,44 @@ def fingerprint(weight: Tensor) -> dict[str, Any] | None:
     return {
         "shape": list(weight.shape),
         "dtype": str(weight.dtype).removeprefix("torch."),
-        "values": elements(weight.detach(), _places(weight.numel())).double().tolist(),
+        "values": elements(weight.detach(), _places(weight.numel(), samples)).double().tolist(),
     }
 
 
-def fingerprints(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+def fingerprints(
+    weights: Mapping[str, Tensor], samples: int = SAMPLES
+) -> dict[str, dict[str, Any]]:
     """Those of all weights that can be read, by name."""
-    found = {key: fingerprint(weight) for key, weight in weights.items()}
+    found = {key: fingerprint(weight, samples) for key, weight in weights.items()}
     return {key: value for key, value in found.items() if value is not None}
 
 
-def is_fingerprint(value: Any) -> bool:
-    """Whether a value of a file is of the form of a fingerprint."""
+def is_fingerprint(value: Any, samples: int = SAMPLES) -> bool:
+    """Whether a value of a file is of the form of a fingerprint with so many values."""
     if not isinstance(value, dict):
         return False
     shape, values = value.get("shape"), value.get("values")
     shaped = isinstance(shape, list) and all(isinstance(size, int) for size in shape)
-    if not isinstance(values, list) or len(values) != SAMPLES:
+    if not isinstance(values, list) or len(values) != samples:
         return False
     return shaped and all(isinstance(number, float) for number in values)
 
 
 @functools.cache
-def _places(elements: int) -> Tensor:
+def _places(elements: int, samples: int) -> Tensor:
     """Where the samples are taken, spread over the whole weight."""
-    return torch.linspace(0, elements - 1, SAMPLES, dtype=torch.float64, device="cpu").long()
+    return torch.linspace(0, elements - 1, samples, dtype=torch.float64, device="cpu").long()
+
+
+def _again(saved: Mapping[str, Any], weight: Tensor) -> dict[str, Any] | None:
+    """The fingerprint of a weight with as many values as another has."""
+    values = saved.get("values")
+    return fingerprint(weight, len(values) if isinstance(values, list) else SAMPLES)
 
 
 def how_it_differs(saved: Mapping[str, Any], weight: Tensor) -> str:
     """In what a weight is not the one of a fingerprint that differs: "rows", "rounding" or ""."""
-    now, shape = fingerprint(weight), list(saved.get("shape", []))
+    now, shape = _again(saved, weight), list(saved.get("shape", []))
     if now is None:
         return ""
     if shape != now["shape"]:
@@ -79,7 +87,7 @@ def differs(saved: Mapping[str, Any], weight: Tensor) -> bool:
     Both are compared in the coarsest precision that either has seen, to which the finer is rounded:
     a model that is loaded in bfloat16 is the same base, and so is one that was cast back since.
     """
-    now = fingerprint(weight)
+    now = _again(saved, weight)
     if now is None:
         return False
     if dict(saved) == now:

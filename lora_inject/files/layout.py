@@ -19,6 +19,7 @@ from lora_inject.files.rows import reads_ids, tables_over
 from lora_inject.files.stored_pair import is_same_update
 from lora_inject.files.token_rows import warn_of_other_rows
 from lora_inject.files.turning import in_parts, turned
+from lora_inject.files.untouched import warn_of_other_weights
 from lora_inject.files.vocabulary import require_rows
 from lora_inject.kinds import find_kind
 from lora_inject.own import Place, own_tensor
@@ -157,7 +158,7 @@ class Layout:
                 )
 
     def check_base(self) -> None:
-        """Refuse a model that is not the base of the adapter, and warn of other rows for tokens.
+        """Refuse a model that is not the base of the adapter; warn of what else of it is another.
 
         Raises:
             FormatError: adapted weights differ, by path.
@@ -171,6 +172,7 @@ class Layout:
                 remedy=_OTHER_BASE[hows.pop() if len(hows) == 1 else ""],
             )
         warn_of_other_rows(self.data.rows, self._differing(self.data.rows))
+        warn_of_other_weights(self.look, self.modules, self.data.untouched)
 
     def _other_shape(self, wrong: Mapping[str, tuple[Tensor, str]]) -> str:
         """The first of these weights that has another shape than it had, if there is one."""

@@ -125,8 +125,9 @@ def load(
 
     Args:
         model: any model.
-        path: what ``save``, PEFT, diffusers, loralib or kohya's scripts wrote; or the tensors
-            themselves, as ``lora_state_dict(model, format="peft")`` returns them.
+        path: what ``save``, PEFT, diffusers, loralib or kohya's scripts wrote; the directory of a
+            whole model with A and B in it, as ``save_pretrained`` and ``Trainer.save_model`` write
+            it; or the tensors themselves, as ``lora_state_dict(model, format="peft")`` gives them.
         adapter: the name to load it under.
         format: "peft", "loralib", "kohya" or "diffusers"; None finds out.
         config: for tensors that come without a file from PEFT or diffusers, their config as a
@@ -157,7 +158,9 @@ def load(
         elif config is not None:
             raise ArgumentError("config goes with tensors; a file has its own.")
         else:
-            data = read_adapter(as_path(path), format, look.index, alpha)
+            file = as_path(path)
+            data = read_adapter(file, format, look.index, alpha)
+            cautions.warn_of_checkpoint(data, file)
         _load(look, data, adapter, dtype, other_base)
         if not trainable:
             freeze_adapter(model, adapter)

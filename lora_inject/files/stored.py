@@ -34,6 +34,7 @@ from lora_inject.files.rows import refused_rows, stored_rows
 from lora_inject.files.stored_pair import StoredPair, require_agreement
 from lora_inject.files.task import task_of
 from lora_inject.files.token_rows import token_tables
+from lora_inject.files.untouched import untouched
 from lora_inject.files.which_adapter import adapter_name
 from lora_inject.kinds.parameter import ParameterKind
 from lora_inject.settings import BiasMode
@@ -158,6 +159,7 @@ class Stored:
             targets=tuple(dict.fromkeys(held.adapter.pattern for held in others)),
             base=fingerprints(weights),
             rows=fingerprints(rows),
+            untouched=untouched(self.look, self.paths, {*trained, *weights, *rows}),
             base_name=name if isinstance(name, str) else "",
             model_class=kind,
             task=task_of(self.model, (self.paths[module] for module in tops)),

@@ -56,3 +56,13 @@ def test_sums_of_16_bits_are_float32(dtype):
     moments = Moments.of(x)
     assert moments.scatter.dtype is torch.float32
     torch.testing.assert_close(moments.mean.double(), x.double().mean(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("at", [0, 3])
+def test_what_is_not_finite_is_known_wherever_it_stands(value, at):
+    x = torch.randn(9, 5)
+    assert Moments.of(x).is_finite
+    x[4, at] = value
+    assert not Moments.of(x).is_finite
+    assert not Moments.of(torch.randn(3, 5)).plus(Moments.of(x)).is_finite

@@ -76,7 +76,8 @@ def test_the_file_says_it_and_load_warns_until_it_is_there(format, tmp_path):
             save(model, tmp_path / name, adapter=name, format=format)
         both = bare()
         load(both, tmp_path / "sft", adapter="sft")
-        load(both, tmp_path / "rl", adapter="rl")
+        with pytest.warns(LoRAInjectWarning, match="'rl' is loaded and not in use"):
+            load(both, tmp_path / "rl", adapter="rl")
         use(both, "sft", "rl")
         assert torch.equal(both(x), model(x))
     alone = bare()

@@ -1,15 +1,27 @@
 """The fingerprint of the base: which models are the one that an adapter was made for."""
 
 import copy
+import json
 
 import pytest
 import torch
 from helpers import Net, changed_parts, ids, snapshot
-from stored_models import bare, trained
+from stored_models import SAFE, bare, trained
 from torch import nn
 
-from lora_inject import FormatError, LoRAInjectError, inject, load, merge, save, strip
-from lora_inject.files import fingerprint
+from lora_inject import (
+    FormatError,
+    LoRAInjectError,
+    LoRAInjectWarning,
+    inject,
+    load,
+    merge,
+    save,
+    strip,
+    use,
+)
+from lora_inject.files import fingerprint, untouched
+from lora_inject.files.formats.storage import read_tensors
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -136,3 +148,43 @@ def test_what_to_do_about_another_base_depends_on_how_it_differs(change, remedy,
         load(other, tmp_path)
     mixed = fingerprint.how_it_differs({"shape": [8], "dtype": "float32"}, layer.weight)
     assert mixed == ""
+
+
+def with_head():
+    torch.manual_seed(0)
+    return nn.ModuleDict(
+        {"layers": nn.ModuleList(nn.Linear(8, 8) for _ in range(4)), "head": nn.Linear(8, 2)}
+    )
+
+
+def test_a_base_whose_other_weights_differ_is_loaded_with_a_warning(tmp_path):
+    model = with_head()
+    inject(model, "layers.1", r=2)
+    save(model, tmp_path)
+    other = with_head()
+    other["head"].reset_parameters()  # as a new head of a checkpoint without one
+    said = "2 weights beside the adapter .*: head.weight, head.bias. Outputs will be others"
+    with pytest.warns(LoRAInjectWarning, match=said):
+        load(other, tmp_path)
+    with pytest.warns(LoRAInjectWarning, match=said):
+        load(other, tmp_path)  # into the one that is there
+    load(strip(other), tmp_path, other_base=True)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        load(with_head().to(dtype), tmp_path)
+    fitting = with_head()
+    inject(fitting, "layers.0", r=2, bias="all", adapter="mine")
+    with torch.no_grad():
+        fitting["head"].bias.add_(1)  # trained by another adapter: the base is the same
+    use(fitting)
+    load(fitting, tmp_path)
+
+
+def test_the_sample_of_a_large_base_is_a_sample(tmp_path, monkeypatch):
+    monkeypatch.setattr(untouched, "MOST", 3)
+    model = with_head()
+    inject(model, "layers.1", r=2)
+    save(model, tmp_path)
+    own = json.loads(read_tensors(tmp_path / SAFE)[1]["lora_inject"])
+    assert list(own["untouched"]) == ["layers.0.weight", "layers.2.bias", "head.bias"]
+    assert all(len(each["values"]) == untouched.SAMPLES for each in own["untouched"].values())
+    load(strip(model), tmp_path)

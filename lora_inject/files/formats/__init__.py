@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lora_inject.core.index import Index
 from lora_inject.errors import ArgumentError, FormatError
-from lora_inject.files.formats import diffusers, kohya, loralib, peft
+from lora_inject.files.formats import checkpoint, diffusers, kohya, loralib, peft
 from lora_inject.files.formats.data import AdapterData
 from lora_inject.files.formats.peft_config import CONFIG, TENSORS
 from lora_inject.files.formats.peft_keys import PREFIX
@@ -22,7 +22,8 @@ FORMATS: dict[str, Any] = {
     "kohya": kohya,
     "diffusers": diffusers,
 }
-_BY_CONTENT = (peft, loralib, diffusers, kohya)  # kohya's: any other safetensors file
+# Kohya's: any other safetensors file.
+_BY_CONTENT = (peft, loralib, diffusers, checkpoint, kohya)
 
 
 def named_format(name: Any, argument: str) -> Any:

@@ -222,6 +222,7 @@ class AdapterData:
         targets: what chose the layers, for people; a reader of files may not know it.
         base: the fingerprint of the base model, empty where there is none.
         rows: that of layers with a row for each token, which it does not adapt.
+        untouched: that of a sample of the other weights of the base.
         base_name: where the base model came from, or "".
         model_class: the class of the base model, or "".
         task: PEFT's word for what the base model does, or "".
@@ -242,6 +243,7 @@ class AdapterData:
     targets: tuple[str, ...] = ()
     base: Mapping[str, Any] = field(default_factory=dict)
     rows: Mapping[str, Any] = field(default_factory=dict)
+    untouched: Mapping[str, Any] = field(default_factory=dict)
     base_name: str = ""
     model_class: str = ""
     task: str = ""

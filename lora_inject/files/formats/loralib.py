@@ -7,6 +7,7 @@ projection are adapted: that is looked up in the adapter that the model has.
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,9 +44,20 @@ def read(path: Path, index: Index | None = None, alpha: float | None = None) -> 
     Raises:
         FormatError: the file is not there, not whole or no dict of tensors.
     """
+    return from_tensors(read_pickled(path), path, index, alpha)
+
+
+def from_tensors(
+    state: Mapping[str, Tensor], path: Path, index: Index | None, alpha: float | None
+) -> AdapterData:
+    """What tensors by loralib's keys say; ``path`` is for errors.
+
+    Raises:
+        FormatError: one half of a pair is missing.
+    """
     halves: dict[tuple[str, str], dict[str, Tensor]] = {}
     tensors: dict[str, Tensor] = {}
-    for key, tensor in read_pickled(path).items():
+    for key, tensor in state.items():
         match = re.fullmatch(_KEY, key)
         if match is None:
             tensors[key] = tensor

@@ -131,6 +131,7 @@ def from_tensors(
         targets=tuple(own.get("targets") or target_labels(config.get("target_modules"))),
         base=own.get("base", {}),
         rows=own.get("rows", {}),
+        untouched=own.get("untouched", {}),
         base_name=config.get("base_model_name_or_path") or "",
         task=config.get("task_type") or "",
         beside=tuple(own.get("beside", ())),

@@ -14,6 +14,7 @@ from lora_inject.files.formats.peft_patterns import Patterns
 from lora_inject.files.formats.peft_rows import ALONE
 from lora_inject.files.formats.peft_targets import CHARACTERS, SECONDS
 from lora_inject.files.formats.storage import parse_json
+from lora_inject.files.untouched import SAMPLES
 from lora_inject.settings import BiasMode
 from lora_inject.variants import FIXED
 
@@ -165,6 +166,7 @@ def _map_of(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
 _OWN: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("targets", "train_also", "padding", "names", "beside"), _is_names),
     **dict.fromkeys(("base", "rows"), _map_of(is_fingerprint)),
+    "untouched": _map_of(lambda value: is_fingerprint(value, SAMPLES)),
     "parts": lambda value: isinstance(value, dict),
     "dropout": _map_of(_is_share),
     "drops": _map_of(lambda d: isinstance(d, list) and len(d) == 2 and all(map(_is_share, d))),

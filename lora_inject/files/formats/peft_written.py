@@ -127,6 +127,7 @@ def to_metadata(
         **({"dropout": dropouts} if dropouts else {}),
         **({"fixed": fixed} if fixed else {}),
         **({"rows": dict(data.rows)} if data.rows else {}),
+        **({"untouched": dict(data.untouched)} if data.untouched else {}),
         **({"beside": list(data.beside)} if data.beside else {}),
         **({"start": starts} if starts else {}),
         **({"drops": drops} if drops else {}),

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import fspath
@@ -20,6 +19,12 @@ from torch import Tensor, nn
 
 from lora_inject.errors import ArgumentError, FormatError, warn
 from lora_inject.files.formats.data import is_plain
+from lora_inject.files.formats.digests import (
+    DIGESTS,
+    digests_of,
+    require_as_written,
+    require_whole_archive,
+)
 
 MOST_TENSORS = 200_000  # far above any adapter; a header of millions is an attack
 MOST_BYTES = 200 * MOST_TENSORS  # of the header, which is read into memory before it is known
@@ -47,11 +52,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file, on the CPU, and its metadata.
 
     Raises:
-        FormatError: there is no such file, or it is no safetensors file that is whole.
+        FormatError: there is no such file, it is no safetensors file that is whole, or values are
+            not those that this library has written.
     """
     with _opened(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return _with_usable_dtypes(tensors, path), dict(file.metadata() or {})
+        metadata = dict(file.metadata() or {})
+    require_as_written(tensors, metadata.pop(DIGESTS, ""), path)
+    return _with_usable_dtypes(tensors, path), metadata
 
 
 def tensor_names(path: Path) -> list[str]:
@@ -100,15 +108,13 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     """The tensors of a file by ``torch.save``; nothing that could run code is unpickled.
 
     Raises:
-        FormatError: there is no such file, or it holds anything but a dict of tensors.
+        FormatError: there is no such file, it is not whole, or is no dict of tensors alone.
     """
     require_file(path)
+    require_whole_archive(path)
     try:
-        _require_as_large(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle's errors are of any type
-        if isinstance(error, FormatError):
-            raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         arrays = " Of numpy arrays torch.from_numpy makes tensors." if "numpy" in str(error) else ""
         raise FormatError(
@@ -125,14 +131,6 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
             remedy="Save a copy of it: tensor.clone().",
         )
     return _with_usable_dtypes(dict(state), path)
-
-
-def _require_as_large(path: Path) -> None:
-    """Refuse an archive of which more comes out than is in it, as ``torch.save`` writes none."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if sum(each.file_size for each in archive.infolist()) > path.stat().st_size:
-                raise FormatError(f"{path} is compressed, which no file by torch.save is.")
 
 
 def _repeats(tensor: Tensor) -> bool:
@@ -251,11 +249,12 @@ def _umask() -> int:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """A safetensors file of contiguous copies on the CPU."""
+    """A safetensors file of contiguous copies on the CPU, with a digest of each."""
     import safetensors.torch
 
     whole = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    safetensors.torch.save_file(whole, path, metadata=metadata)
+    digests = {DIGESTS: digests_of(whole)}
+    safetensors.torch.save_file(whole, path, metadata=metadata | digests)
 
 
 def write_json(value: Mapping[str, Any], path: Path) -> None:

@@ -1,0 +1,77 @@
+"""The weights that an adapter leaves alone: a sample of their values goes with it.
+
+An adapter was trained over them too, such as a new head that stayed frozen and is in no file. Where
+they are others now, the outputs are; but a part may be meant to differ, so that it is a warning.
+"""
+
+from collections.abc import Container, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_inject.core.look import Look
+from lora_inject.core.paths import bare_key
+from lora_inject.core.state import owned
+from lora_inject.errors import warn
+from lora_inject.files.fingerprint import differs, fingerprints, how_it_differs
+from lora_inject.own import own_tensor
+from lora_inject.printing import plural
+from lora_inject.sharding import is_distributed
+
+MOST = 256  # weights of which a sample is taken, evenly over the model
+SAMPLES = 2  # values of each
+
+
+def untouched(look: Look, paths: Mapping[nn.Module, str], held: Container[str]) -> dict[str, Any]:
+    """The fingerprints of a sample of such weights, by their names in the bare model.
+
+    Args:
+        look: the model.
+        paths: of its modules in the bare model.
+        held: the names of what the adapter is on, or has a fingerprint of its own.
+    """
+    found = {key: weight for key, weight in _weights(look, paths) if key not in held}
+    names = list(found)
+    if len(names) > MOST:
+        step = (len(names) - 1) / (MOST - 1)
+        names = [names[round(i * step)] for i in range(MOST)]
+    return fingerprints({name: found[name] for name in names}, SAMPLES)
+
+
+def _weights(look: Look, paths: Mapping[nn.Module, str]) -> Iterator[tuple[str, Tensor]]:
+    """The parameters that are no adapter's, each once; of sharded ones none."""
+    seen = set[int]()
+    for module in look.index.modules:
+        own = module._parameters
+        if not len(own) or module not in paths:
+            continue
+        ours = {name for name, *_ in owned(look.states.get(module))}
+        for name, weight in own.items():
+            if weight is not None and name not in ours and id(weight) not in seen:
+                seen.add(id(weight))
+                if not is_distributed(weight):
+                    yield f"{paths[module]}.{name}".lstrip("."), weight
+
+
+def warn_of_other_weights(
+    look: Look, modules: Mapping[str, nn.Module], saved: Mapping[str, Any]
+) -> None:
+    """Warn of weights that are not those of the sample; rounding alone is no difference."""
+    others = []
+    for key, values in saved.items():
+        owner, _, name = key.rpartition(".")
+        module = modules.get(bare_key(owner, modules))
+        weight = None if module is None else own_tensor(module, name)
+        state = None if module is None else look.states.get(module)
+        if weight is None or (state and state.find(name)) or not isinstance(values, Mapping):
+            continue
+        if differs(values, weight) and how_it_differs(values, weight) != "rounding":
+            others.append(key)
+    if others:
+        more = f" and {len(others) - 3:,} more" if others[3:] else ""
+        warn(
+            f"{plural(len(others), 'weight')} beside the adapter are not those that it was trained "
+            f"over: {', '.join(others[:3])}{more}. Outputs will be others than then. What was new "
+            "and random in the base is in no file of an adapter: train it with one (train_also=), "
+            "or save the base."
+        )
