@@ -83,8 +83,9 @@ def test_counts_that_people_write_stay():
     ]
     Expression("a{1000}", "targets", ArgumentError, Limits())
     Expression("a{1}b{0,9}" * 30, "targets", ArgumentError, Limits())
-    with pytest.raises(ArgumentError, match="multiply"):
-        Expression("a{7}b{7}c{7}d{7}", "targets", ArgumentError, Limits())
+    for above in ("a{7}b{7}c{7}d{7}", "a{1001}"):
+        with pytest.raises(ArgumentError, match="multiply"):
+            Expression(above, "targets", ArgumentError, Limits())
 
 
 @pytest.mark.parametrize("flags", ["(?V0V1)", "(?au)", "(?Lu)"])
@@ -110,5 +111,8 @@ def test_the_time_of_an_expression_is_that_of_a_whole_model():
 def test_expressions_have_a_length():
     with pytest.raises(ArgumentError, match="1 to 5 characters, 'aaaaaa' has 6"):
         Expression("a" * 6, "targets", ArgumentError, Limits(characters=5))
+    Expression("a" * 2000, "targets", ArgumentError, Limits())
+    with pytest.raises(ArgumentError, match="has 2001"):
+        Expression("a" * 2001, "targets", ArgumentError, Limits())
     with pytest.raises(ArgumentError, match="has 0"):
         Expression("", "targets", ArgumentError, Limits())
