@@ -46,7 +46,12 @@ from lora_inject.core.tables import choose_tables
 from lora_inject.errors import warn
 from lora_inject.printing import Shown, Tables, plural
 from lora_inject.report.new_parts import frozen_heads
-from lora_inject.report.plan_tables import sites_section, skipped_section, train_also_section
+from lora_inject.report.plan_tables import (
+    not_adapted,
+    sites_section,
+    skipped_section,
+    train_also_section,
+)
 from lora_inject.report.report import Report, report_of
 from lora_inject.settings import BiasMode
 from lora_inject.starts import Function, Start
@@ -284,14 +289,7 @@ def plan_for(
 
 def _with_notes(shown: Report, plan: Plan, now: Look) -> Report:
     """The report with what the plan wanted and could not, and what it does that is no use."""
-    missed = [skip for skip in plan.skipped if skip.wanted]
-    notes = [
-        f"Not adapted: {paths[0]}"
-        + (f" and {len(paths) - 1} more" if paths[1:] else "")
-        + f": {why}"
-        for why in dict.fromkeys(skip.reason for skip in missed)
-        for paths in [[skip.path for skip in missed if skip.reason == why]]
-    ]
+    notes = not_adapted([skip for skip in plan.skipped if skip.wanted])
     notes += filter(None, dict.fromkeys(site.settings.start.note for site in plan.sites))
     if plan.oversized:
         site = plan.oversized[0]
