@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from lora_inject.adapters.extract import ExtractReport, extract
     from lora_inject.adapters.per_row import per_row
     from lora_inject.adapters.use import remove, use
+    from lora_inject.audit.audit import audit
+    from lora_inject.audit.findings import Audit, Finding
+    from lora_inject.audit.monitor import Monitor, monitor
     from lora_inject.calibration.allocate import allocate
     from lora_inject.calibration.calibrate import calibrate
     from lora_inject.calibration.statistics import Statistics
@@ -53,15 +56,18 @@ if TYPE_CHECKING:
 __all__ = [
     "AlreadyAdaptedError",
     "ArgumentError",
+    "Audit",
     "Capacity",
     "CombineReport",
     "ExtractReport",
+    "Finding",
     "FormatError",
     "Kind",
     "LoRAInjectError",
     "LoRAInjectWarning",
     "LoRALayer",
     "MergeReport",
+    "Monitor",
     "NoMatchError",
     "Plan",
     "Report",
@@ -69,6 +75,7 @@ __all__ = [
     "Statistics",
     "UnsupportedLayerError",
     "allocate",
+    "audit",
     "calibrate",
     "capacity",
     "clip_norms",
@@ -87,6 +94,7 @@ __all__ = [
     "mark_only_lora_as_trainable",
     "merge",
     "merged",
+    "monitor",
     "param_groups",
     "per_row",
     "plan",
@@ -109,6 +117,9 @@ _HOMES = {
     "adapters.extract": ["ExtractReport", "extract"],
     "adapters.per_row": ["per_row"],
     "adapters.use": ["remove", "use"],
+    "audit.audit": ["audit"],
+    "audit.findings": ["Audit", "Finding"],
+    "audit.monitor": ["Monitor", "monitor"],
     "calibration.allocate": ["allocate"],
     "calibration.calibrate": ["calibrate"],
     "calibration.statistics": ["Statistics"],

@@ -84,19 +84,20 @@ def _content(wanted: Layout, use: bool, sites: Sequence[Site]) -> Content:
     _check_tensors(wanted, trained, places)
     also = dict.fromkeys(places, False) | all_of_it
     said = json.dumps(dict(wanted.data.said)) if wanted.data.said else ""
-    return Content(bias, in_full, also, values, places, use, frozenset(wanted.data.beside), said)
+    beside, base = frozenset(wanted.data.beside), wanted.base
+    return Content(bias, in_full, also, values, places, use, beside, said, base=base)
 
 
 def _warn_of_dropout(wanted: Layout, sites: Sequence[Site]) -> None:
     """Say which layers train without the dropout that the file has for them."""
-    without = {site.path for site in sites if site.way == "weight"}
+    without = {site.path for site in sites if site.way == "weight" and not site.multiplies}
     lost = [f for f in wanted.pairs if f.target in without and f.pair.dropout]
     if lost:
         more = f" and {len(lost) - 1:,} more" if lost[1:] else ""
         name, dropout = lost[0].pair.name, lost[0].pair.dropout
         warn(
             f"{name}{more}: the file has a dropout of {dropout:g}, and the adapter "
-            " acts in the weight here, where it has no input to act on: it is left out."
+            "acts in the weight here, where it has no input to act on: it is left out."
         )
 
 

@@ -1,6 +1,6 @@
 """Save an adapter to disk and load it into a model, in any format; strict, and all or nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_inject.core.drift import require_nothing_gone
 from lora_inject.core.look import Look
 from lora_inject.errors import ArgumentError
-from lora_inject.files import cautions, left_out
+from lora_inject.files import cautions, hub, left_out
 from lora_inject.files.formats import named_format, read_adapter, read_state
 from lora_inject.files.formats.data import AdapterData
 from lora_inject.files.formats.storage import as_path
@@ -36,14 +36,16 @@ def save(
     portable: bool = False,
     r: int | None = None,
     error: float = 0.0,
+    push_to_hub: str | None = None,
 ) -> PortableReport | None:
     """Save an adapter: A, B, and the biases and modules that it trained.
 
-    The default is a PEFT directory, which PEFT, vLLM and diffusers read. A save that is interrupted
-    leaves the files that were there. Of a sharded model all ranks must call this; what is the
-    adapter's is gathered, and the first rank writes. What trains beside what was injected, such as
-    the head of a backbone, is not in the file: a ``LoRAInjectWarning`` names it. What was thawed or
-    put into the injected part since would be lost, and is refused.
+    The default is a PEFT directory, which PEFT, vLLM and diffusers read, with a model card
+    (``README.md``) that says what the adapter is. A save that is interrupted leaves the files that
+    were there. Of a sharded model all ranks must call this; what is the adapter's is gathered, and
+    the first rank writes. What trains beside what was injected, such as the head of a backbone, is
+    not in the file: a ``LoRAInjectWarning`` names it. What was thawed or put into the injected part
+    since would be lost, and is refused.
 
     Example:
         >>> save(model, "adapter")  # doctest: +SKIP
@@ -61,6 +63,8 @@ def save(
             again, all of it trains.
         r: for ``portable``, the largest rank to write; None writes all of it, where it has a rank.
         error: how much of the change of a weight may be lost by that, relative to its norm.
+        push_to_hub: ``"user/name"``: upload the directory to this repository of the Hugging Face
+            hub too, which is made if need be, with ``huggingface_hub`` and the login that it knows.
 
     Returns:
         What was lost, weight by weight, where ``portable``; else None.
@@ -70,9 +74,12 @@ def save(
         FormatError: the format has no word for something of the adapter, or the path cannot be
             written to. Nothing has been written then.
         LoRAInjectError: the model has no adapters, is merged or inside a block, or a layer of the
-            adapter was replaced since, or something was thawed or came since and trains.
+            adapter was replaced since, or something was thawed or came since and trains; or the
+            upload failed, of what is saved then.
     """
     named_format(format, "format")
+    if push_to_hub is not None:
+        hub.require_uploadable(push_to_hub, format)
     file, stored = as_path(path), Stored(model, adapter)
     whole = data = stored.data()
     report = None
@@ -87,6 +94,8 @@ def save(
     cautions.warn_of_directory(file, format)
     cautions.warn_of_untrained(whole, stored.name)
     write(stored, data, file, format)
+    if push_to_hub is not None:
+        _on_one_rank(stored, partial(hub.upload, file, push_to_hub))
     return report
 
 
@@ -94,11 +103,15 @@ def write(stored: Stored, data: AdapterData, file: Path, format: str = "peft") -
     """Write what is saved of an adapter, on the first rank of those that hold its shards."""
     warn_of_unsaved_rows(stored.look, stored.paths, data.tensors)
     left_out.warn_of_unsaid_others(data, stored.name, format)
-    write = partial(named_format(format, "format").write, data, file)
+    _on_one_rank(stored, partial(named_format(format, "format").write, data, file))
+
+
+def _on_one_rank(stored: Stored, action: Callable[[], object]) -> None:
+    """Do something once: on the first rank of those that hold shards of an adapter."""
     if any(is_distributed(tensor) for tensor in stored.tensors().values()):
-        on_first_rank(write)
+        on_first_rank(action)
     else:
-        write()
+        action()
 
 
 def load(
@@ -127,7 +140,8 @@ def load(
         model: any model.
         path: what ``save``, PEFT, diffusers, loralib, kohya's scripts or other tools for images
             wrote; the directory of a whole model with A and B in it, as ``save_pretrained`` and
-            ``Trainer.save_model`` write it; or the tensors themselves, as
+            ``Trainer.save_model`` write it; the name of a repository of the Hugging Face hub,
+            ``"user/name"``, where there is no such path; or the tensors themselves, as
             ``lora_state_dict(model, format="peft")`` gives them. Of a file for a whole pipeline the
             model's part is taken, and a warning says what is left (``load_pipeline`` takes all).
         adapter: the name to load it under.
@@ -160,7 +174,7 @@ def load(
         elif config is not None:
             raise ArgumentError("config goes with tensors; a file has its own.")
         else:
-            file = as_path(path)
+            file = hub.found(as_path(path))
             data = read_adapter(file, format, look.index, alpha)
             cautions.warn_of_checkpoint(data, file)
         loading = Loading(look, data, adapter, dtype, other_base)

@@ -7,7 +7,7 @@ is for a whole pipeline. A module can be named as other tools do: ``formats.imag
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 from lora_inject.core.index import Index
 from lora_inject.errors import FormatError
 from lora_inject.files.formats import kohya, peft
+from lora_inject.files.formats.card import CARD, card, is_ours
 from lora_inject.files.formats.data import AdapterData
 from lora_inject.files.formats.image_names import DOTTED, LEVEL, family_of, prefixes, text
 from lora_inject.files.formats.image_parts import Choice, ModelNames, Slots
@@ -30,6 +31,7 @@ from lora_inject.files.formats.storage import (
     replaced_together,
     tensor_names,
     write_tensors,
+    write_text,
 )
 
 TENSORS = "pytorch_lora_weights.safetensors"
@@ -167,7 +169,9 @@ def _fits(tensors: Mapping[str, Tensor], names: ModelNames) -> Any:
 
 
 def write(data: AdapterData, path: Path) -> None:
-    """Write a directory; what its file holds of other components of a pipeline stays in it.
+    """Write a directory, with a model card where it holds nothing else.
+
+    What its file holds of other components of a pipeline stays in it.
 
     Raises:
         FormatError: the adapter holds what PEFT cannot read, or the directory cannot be written.
@@ -175,15 +179,17 @@ def write(data: AdapterData, path: Path) -> None:
     write_all([data], path, keep=True)
 
 
-def write_all(parts: Iterable[AdapterData], path: Path, *, keep: bool = False) -> None:
+def write_all(parts: Sequence[AdapterData], path: Path, *, keep: bool = False) -> None:
     """Write the adapters of the components of a pipeline into one file.
+
+    A card tells of one adapter: of several there is none.
 
     Raises:
         FormatError: as ``write``.
     """
     keys: dict[str, Tensor] = {}
     shown: dict[str, Any] = {}
-    metadata = {"format": "pt"}
+    metadata, is_alone = {"format": "pt"}, len(parts) == 1
     for data in parts:
         for pair in data.pairs:
             if pair.has_own_shapes:
@@ -196,11 +202,15 @@ def write_all(parts: Iterable[AdapterData], path: Path, *, keep: bool = False) -
         metadata[_own_metadata_of(component)] = state.metadata[OWN_METADATA]
         if keep and component:
             others = _others(path / TENSORS, front)
+            is_alone &= not others[0]
             keys, metadata = {**others[0], **keys}, {**others[1], **metadata}
             shown = {**others[2], **shown}
     metadata[METADATA] = json.dumps(shown, sort_keys=True)
-    with replaced_together(path / TENSORS) as (file,):
+    cards = [path / CARD] if is_alone and is_ours(path) else []
+    with replaced_together(path / TENSORS, *cards) as (file, *rest):
         write_tensors(keys, file, metadata)
+        for other in rest:
+            write_text(card(parts[0], path, "diffusers"), other)
 
 
 def _level(data: AdapterData) -> str:
