@@ -107,7 +107,7 @@ def _watched(
     ):
         for batch in tracked(batches, "calibrating", progress):
             seen.mask, seen.forward = _mask(model, batch, mask), True
-            output = _called(model, batch)
+            output = called(model, batch)
             seen.forward = False
             if probe is not None:
                 _backward(output, batch, loss, probe)
@@ -119,7 +119,8 @@ def _watched(
     return seen, number
 
 
-def _called(model: nn.Module, batch: Any) -> Any:
+def called(model: nn.Module, batch: Any) -> Any:
+    """What a model returns for a batch: a mapping of arguments, a tuple of them, or a tensor."""
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)
