@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         UnsupportedLayerError,
     )
     from lora_inject.files.convert import convert, inspect
+    from lora_inject.files.pipeline import load_pipeline, save_pipeline
     from lora_inject.files.save_load import load, save
     from lora_inject.files.state_dict import load_lora_state_dict, lora_state_dict
     from lora_inject.inject import inject, strip
@@ -87,6 +88,7 @@ __all__ = [
     "inspect",
     "load",
     "load_lora_state_dict",
+    "load_pipeline",
     "lora_parameters",
     "lora_state_dict",
     "mark_only_lora_as_trainable",
@@ -102,6 +104,7 @@ __all__ = [
     "report",
     "reset_lora_parameters",
     "save",
+    "save_pipeline",
     "strip",
     "unmerge",
     "use",
@@ -132,6 +135,7 @@ _HOMES = {
         "UnsupportedLayerError",
     ],
     "files.convert": ["convert", "inspect"],
+    "files.pipeline": ["load_pipeline", "save_pipeline"],
     "files.save_load": ["load", "save"],
     "files.state_dict": ["load_lora_state_dict", "lora_state_dict"],
     "inject": ["inject", "strip"],

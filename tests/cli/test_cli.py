@@ -25,6 +25,12 @@ from lora_inject.settings import DTYPES
 pytestmark = pytest.mark.cpu("commands compute nothing")
 
 
+@pytest.fixture(autouse=True)
+def _nothing_takes_long(monkeypatch):
+    """On a machine at work too, standard error has what the tests ask for alone."""
+    monkeypatch.setattr("lora_inject.progress.PAUSE", 600.0)
+
+
 def small_model():
     return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
 
@@ -286,8 +292,9 @@ def test_output_that_nobody_reads_to_its_end_is_no_error(adapter):
     command = [sys.executable, "-m", "lora_inject", "inspect", str(adapter)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()  # as head does when it has its lines
-    assert process.stderr.read() == b""
+    lines = process.stderr.read().splitlines()
     process.stderr.close()
+    assert [line for line in lines if not line.startswith(b"importing torch ... ")] == []
     assert process.wait() == 128 + signal.SIGPIPE
 
 
