@@ -257,6 +257,11 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str,
     safetensors.torch.save_file(whole, path, metadata=metadata | digests)
 
 
+def write_text(text: str, path: Path) -> None:
+    """A text file, in UTF-8."""
+    path.write_text(text, encoding="utf-8")
+
+
 def write_json(value: Mapping[str, Any], path: Path) -> None:
     """A JSON object, indented."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", path)
