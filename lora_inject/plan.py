@@ -45,7 +45,13 @@ from lora_inject.core.site import Site
 from lora_inject.core.tables import choose_tables
 from lora_inject.errors import warn
 from lora_inject.printing import Shown, Tables, plural
-from lora_inject.report.plan_tables import sites_section, skipped_section, train_also_section
+from lora_inject.report.new_parts import frozen_heads
+from lora_inject.report.plan_tables import (
+    not_adapted,
+    sites_section,
+    skipped_section,
+    train_also_section,
+)
 from lora_inject.report.report import Report, report_of
 from lora_inject.settings import BiasMode
 from lora_inject.starts import Function, Start
@@ -117,10 +123,14 @@ class Plan(Shown):
         look = self.look.again()  # its tensors may be others by now
         warn_of_adapters_of_peft(look)
         made = adaptation(look, self.sites, self.adapter, self.seed, self.content)
+
+        def shown() -> Report:
+            now = look.again()
+            return _with_notes(report_of(now), self, now)
+
         return commit(  # type: ignore[no-any-return]
-            look, made.states, fresh=made.fresh, values=made.values,
-            then=lambda: _with_notes(report_of(look.again(), skipped=self.skipped), self),
-        )  # fmt: skip
+            look, made.states, fresh=made.fresh, values=made.values, then=shown
+        )
 
     def _tables(self) -> Tables:
         sections = [sites_section(self)]
@@ -272,19 +282,14 @@ def plan_for(
     require_one_owner(look, held.in_place)
     if held.use:
         require_free_places(look, request.adapter, held.in_place)
+    left = {skip.path: skip.reason for skip in skips if skip.wanted}
+    held = held._replace(left=left)
     return Plan(look, sites, tuple(skips), request.adapter, request.seed, held)
 
 
-def _with_notes(shown: Report, plan: Plan) -> Report:
+def _with_notes(shown: Report, plan: Plan, now: Look) -> Report:
     """The report with what the plan wanted and could not, and what it does that is no use."""
-    missed = [skip for skip in plan.skipped if skip.wanted]
-    notes = [
-        f"Not adapted: {paths[0]}"
-        + (f" and {len(paths) - 1} more" if paths[1:] else "")
-        + f": {why}"
-        for why in dict.fromkeys(skip.reason for skip in missed)
-        for paths in [[skip.path for skip in missed if skip.reason == why]]
-    ]
+    notes = not_adapted([skip for skip in plan.skipped if skip.wanted])
     notes += filter(None, dict.fromkeys(site.settings.start.note for site in plan.sites))
     if plan.oversized:
         site = plan.oversized[0]
@@ -295,4 +300,5 @@ def _with_notes(shown: Report, plan: Plan) -> Report:
         )
         warn(text)
         notes.append(text)
-    return replace(shown, notes=(*shown.notes, *notes))
+    alerts = (*shown.alerts, *frozen_heads(now, plan.skipped))
+    return replace(shown, notes=(*shown.notes, *notes), alerts=alerts)

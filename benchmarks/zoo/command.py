@@ -6,6 +6,8 @@ that a crash loses one class.
 """
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
 import multiprocessing as mp
 import resource
@@ -184,9 +186,9 @@ def _reason(text: str) -> str:
 
 
 def _versions() -> str:
-    import transformers
-
-    return f"transformers {transformers.__version__}"
+    """The libraries whose classes were checked."""
+    found = ["transformers", *(["timm"] if importlib.util.find_spec("timm") else [])]
+    return " and ".join(f"{name} {importlib.metadata.version(name)}" for name in found)
 
 
 def lines(found: dict[str, Any]) -> list[str]:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
 from lora_inject.changes.edits import MISSING, Edit, attribute_edit, filling, tensor_edit
 from lora_inject.changes.hooks import after_hook_edits, pre_hook_edits
@@ -17,6 +16,7 @@ from lora_inject.changes.moving import is_statistic, moving_buffers
 from lora_inject.compat.torch_private import calls_on_stack
 
 _HELD = "_lora_inject_held"
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def has_statistics(module: nn.Module) -> bool:
@@ -72,8 +72,8 @@ def conversion_edits(module: nn.Module) -> list[Edit]:
 
 
 def _has_switch(module: nn.Module) -> bool:
-    known = (_BatchNorm.forward, SyncBatchNorm.forward)
-    return isinstance(module, _BatchNorm) and type(module).forward in known
+    known = (nn.BatchNorm1d.forward, nn.SyncBatchNorm.forward)
+    return isinstance(module, _BATCH_NORMS) and type(module).forward in known
 
 
 def _inside(module: nn.Module) -> list[Tensor]:

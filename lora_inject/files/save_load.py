@@ -1,6 +1,6 @@
 """Save an adapter to disk and load it into a model, in any format; strict, and all or nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -12,19 +12,17 @@ from torch import Tensor, nn
 from lora_inject.core.drift import require_nothing_gone
 from lora_inject.core.look import Look
 from lora_inject.errors import ArgumentError
-from lora_inject.files import cautions, left_out
-from lora_inject.files.as_new import put_in
+from lora_inject.files import cautions, hub, left_out
 from lora_inject.files.formats import named_format, read_adapter, read_state
 from lora_inject.files.formats.data import AdapterData
 from lora_inject.files.formats.storage import as_path
-from lora_inject.files.layout import Layout
+from lora_inject.files.loading import Loading
 from lora_inject.files.portable import PortableReport
 from lora_inject.files.portable import portable as as_plain_lora
-from lora_inject.files.rows import values_for
 from lora_inject.files.stored import Stored
 from lora_inject.files.token_rows import warn_of_unsaved_rows
 from lora_inject.own import Model
-from lora_inject.settings import check_adapter, check_bias, check_count
+from lora_inject.settings import check_adapter, check_count
 from lora_inject.sharding import is_distributed, on_first_rank
 from lora_inject.training.freeze import freeze_adapter
 
@@ -38,29 +36,35 @@ def save(
     portable: bool = False,
     r: int | None = None,
     error: float = 0.0,
+    push_to_hub: str | None = None,
 ) -> PortableReport | None:
     """Save an adapter: A, B, and the biases and modules that it trained.
 
-    The default is a PEFT directory, which PEFT, vLLM and diffusers read. A save that is interrupted
-    leaves the files that were there. Of a sharded model all ranks must call this; what is the
-    adapter's is gathered, and the first rank writes. What trains beside what was injected, such as
-    the head of a backbone, is not in the file: a ``LoRAInjectWarning`` names it. What was thawed or
-    put into the injected part since would be lost, and is refused.
+    The default is a PEFT directory, which PEFT, vLLM and diffusers read, with a model card
+    (``README.md``) that says what the adapter is. A save that is interrupted leaves the files that
+    were there. Of a sharded model all ranks must call this; what is the adapter's is gathered, and
+    the first rank writes. What trains beside what was injected, such as the head of a backbone, is
+    not in the file: a ``LoRAInjectWarning`` names it. What was thawed or put into the injected part
+    since would be lost, and is refused.
 
     Example:
         >>> save(model, "adapter")  # doctest: +SKIP
 
     Args:
         model: an adapted model, or a wrapper that holds it.
-        path: a directory for "peft" and "diffusers", a file for the others; made if need be.
+        path: a directory for "peft" and "diffusers", a file for the others; made if need be. What a
+            directory of diffusers holds of other components of a pipeline stays in it.
         adapter: the adapter's name; None for the only one there is, or the only one in use.
-        format: "peft", "loralib" (a .pt file), "kohya" or "diffusers".
+        format: "peft", "loralib" (a .pt file), "kohya" or "diffusers". The names are those that the
+            tools know: ``save_pipeline`` tells an SDXL's first text encoder from an SD 1.5's.
         portable: write a plain LoRA with one rank and a scaling of 1 for all layers, for readers
             that know nothing else (vLLM, llama.cpp): ranks are padded with zeros, scalings folded
             into B, and what is no product of low rank (DoRA) becomes the best one of rank r. Loaded
             again, all of it trains.
         r: for ``portable``, the largest rank to write; None writes all of it, where it has a rank.
         error: how much of the change of a weight may be lost by that, relative to its norm.
+        push_to_hub: ``"user/name"``: upload the directory to this repository of the Hugging Face
+            hub too, which is made if need be, with ``huggingface_hub`` and the login that it knows.
 
     Returns:
         What was lost, weight by weight, where ``portable``; else None.
@@ -70,9 +74,12 @@ def save(
         FormatError: the format has no word for something of the adapter, or the path cannot be
             written to. Nothing has been written then.
         LoRAInjectError: the model has no adapters, is merged or inside a block, or a layer of the
-            adapter was replaced since, or something was thawed or came since and trains.
+            adapter was replaced since, or something was thawed or came since and trains; or the
+            upload failed, of what is saved then.
     """
     named_format(format, "format")
+    if push_to_hub is not None:
+        hub.require_uploadable(push_to_hub, format)
     file, stored = as_path(path), Stored(model, adapter)
     whole = data = stored.data()
     report = None
@@ -87,6 +94,8 @@ def save(
     cautions.warn_of_directory(file, format)
     cautions.warn_of_untrained(whole, stored.name)
     write(stored, data, file, format)
+    if push_to_hub is not None:
+        _on_one_rank(stored, partial(hub.upload, file, push_to_hub))
     return report
 
 
@@ -94,11 +103,15 @@ def write(stored: Stored, data: AdapterData, file: Path, format: str = "peft") -
     """Write what is saved of an adapter, on the first rank of those that hold its shards."""
     warn_of_unsaved_rows(stored.look, stored.paths, data.tensors)
     left_out.warn_of_unsaid_others(data, stored.name, format)
-    write = partial(named_format(format, "format").write, data, file)
+    _on_one_rank(stored, partial(named_format(format, "format").write, data, file))
+
+
+def _on_one_rank(stored: Stored, action: Callable[[], object]) -> None:
+    """Do something once: on the first rank of those that hold shards of an adapter."""
     if any(is_distributed(tensor) for tensor in stored.tensors().values()):
-        on_first_rank(write)
+        on_first_rank(action)
     else:
-        write()
+        action()
 
 
 def load(
@@ -125,9 +138,12 @@ def load(
 
     Args:
         model: any model.
-        path: what ``save``, PEFT, diffusers, loralib or kohya's scripts wrote; the directory of a
-            whole model with A and B in it, as ``save_pretrained`` and ``Trainer.save_model`` write
-            it; or the tensors themselves, as ``lora_state_dict(model, format="peft")`` gives them.
+        path: what ``save``, PEFT, diffusers, loralib, kohya's scripts or other tools for images
+            wrote; the directory of a whole model with A and B in it, as ``save_pretrained`` and
+            ``Trainer.save_model`` write it; the name of a repository of the Hugging Face hub,
+            ``"user/name"``, where there is no such path; or the tensors themselves, as
+            ``lora_state_dict(model, format="peft")`` gives them. Of a file for a whole pipeline the
+            model's part is taken, and a warning says what is left (``load_pipeline`` takes all).
         adapter: the name to load it under.
         format: "peft", "loralib", "kohya" or "diffusers"; None finds out.
         config: for tensors that come without a file from PEFT or diffusers, their config as a
@@ -158,34 +174,13 @@ def load(
         elif config is not None:
             raise ArgumentError("config goes with tensors; a file has its own.")
         else:
-            file = as_path(path)
+            file = hub.found(as_path(path))
             data = read_adapter(file, format, look.index, alpha)
             cautions.warn_of_checkpoint(data, file)
-        _load(look, data, adapter, dtype, other_base)
+        loading = Loading(look, data, adapter, dtype, other_base)
+        loading.apply()
+        loading.warn()
+        left_out.warn_of_left_parts(data)
         if not trainable:
             freeze_adapter(model, adapter)
     return model
-
-
-def _load(
-    look: Look,
-    data: AdapterData,
-    adapter: str,
-    dtype: torch.dtype | str | None,
-    other_base: bool,
-) -> None:
-    """Put what was read into the adapter of this name, or into the model as a new one."""
-    wanted = Layout(look, data, adapter)
-    if not other_base:
-        wanted.check_base()
-    if adapter in look.known:
-        stored = Stored(look.model, adapter, look)
-        if data.bias:
-            stored.check_bias(check_bias(data.bias))
-        pairs = wanted.pairs_by_key | values_for(stored.pairs, wanted.tables)
-        stored.fill({**wanted.tensors, **pairs}, wanted.scalings)
-    else:
-        put_in(wanted, adapter, dtype, use=not look.used)
-        if look.used:
-            cautions.warn_of_unused(look, adapter)
-    left_out.warn_of_missing_others(data, look, adapter)

@@ -14,7 +14,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lora_inject.arithmetic import starting_values as initial
 from lora_inject.kinds.base import Form, Kind, Way, is_plain, overrides_forward
@@ -28,6 +27,8 @@ _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose
 _WIDEST = 4608  # values of a patch, 512 channels of 3 x 3: moments are a square of them
 _KNOWN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _KNOWN_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_ConvTransposeNd = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+_ConvNd = nn.Conv1d | nn.Conv2d | nn.Conv3d | _ConvTransposeNd
 
 
 class ConvKind(Kind):

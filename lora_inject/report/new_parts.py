@@ -15,29 +15,34 @@ from lora_inject.core.output_heads import BY_NAME, OF_LANGUAGE_MODELS
 from lora_inject.core.state import owned
 
 
-def new_and_frozen(look: Look, skipped: Iterable[Skip]) -> tuple[str, ...]:
-    """What to say of such parts, with the remedy.
-
-    Args:
-        look: the model after the injection.
-        skipped: what it has left alone.
-    """
+def new_and_frozen(look: Look) -> tuple[str, ...]:
+    """What to say of frozen parts that were not in the checkpoint that a model came from."""
     loaded, new = _by_checkpoint(look)
-    if loaded:
-        around = {above for path in loaded for above in _above(path)}
-        tops = (next((a for a in _above(path) if a not in around), path) for path in new)
-        paths = dict.fromkeys(tops)
-        why = "was not in the checkpoint that the model came from: it is new, and frozen"
-    else:
-        heads = (skip.path for skip in skipped if skip.reason == BY_NAME)
-        paths = dict.fromkeys(p for p in heads if not OF_LANGUAGE_MODELS & {*p.split(".")})
-        why = "is taken for the output head and frozen; where it is new it would stay random"
-    if not paths:
+    around = {above for path in loaded for above in _above(path)}
+    tops = (next((a for a in _above(path) if a not in around), path) for path in new)
+    why = "was not in the checkpoint that the model came from: it is new, and frozen"
+    return _said(tops, why) if loaded else ()
+
+
+def frozen_heads(look: Look, skipped: Iterable[Skip]) -> tuple[str, ...]:
+    """What to say of output heads that were left alone, where nothing tells what is new."""
+    if any(map(came_from_checkpoint, look.parameters)):
         return ()
-    names = list(paths)
+    heads = (skip.path for skip in skipped if skip.reason == BY_NAME)
+    paths = (path for path in heads if not OF_LANGUAGE_MODELS & {*path.split(".")})
+    return _said(
+        paths, "is taken for the output head and frozen; where it is new it would stay random"
+    )
+
+
+def _said(paths: Iterable[str], why: str) -> tuple[str, ...]:
+    names = list(dict.fromkeys(paths))
+    if not names:
+        return ()
     more = f" and {len(names) - 3:,} more" if names[3:] else ""
-    said, also = f"{', '.join(names[:3])}{more} {why}.", f"train_also={names[:3]}"
-    return (f"{said} To train it: inject(..., {also}), or freeze(model, {also}) now.",)
+    also = f"train_also={names[:3]}"
+    remedy = f"To train it: inject(..., {also}), or freeze(model, {also}) now."
+    return (f"{', '.join(names[:3])}{more} {why}. {remedy}",)
 
 
 def _by_checkpoint(look: Look) -> tuple[list[str], list[str]]:

@@ -1,7 +1,6 @@
 """What trains, counted from the live model: parameters, and the bytes that training them needs."""
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +8,6 @@ from torch import dtype, nn
 from torch.nn.parameter import is_lazy
 
 from lora_inject.changes.statistics import is_held
-from lora_inject.core.choosing import Skip
 from lora_inject.core.drift import drift, sentences
 from lora_inject.core.look import Look
 from lora_inject.core.roles import ADAPTER_ROLES, ROLES, roles
@@ -143,8 +141,8 @@ def report(model: nn.Module, optimizer: str = "adamw") -> Report:
     return report_of(Look(model), optimizer)
 
 
-def report_of(look: Look, optimizer: str = "adamw", skipped: Iterable[Skip] = ()) -> Report:
-    """``report`` for a model that has been looked at, and of which a plan has left something."""
+def report_of(look: Look, optimizer: str = "adamw") -> Report:
+    """``report`` for a model that has been looked at."""
     states = optimizer_states(optimizer)
     waiting = {id(own_tensor(module, name)) for module, _, name in look.waiting()}
     split, still = dict.fromkeys(ROLES, 0), 0  # elements that train, and that do not
@@ -174,7 +172,7 @@ def report_of(look: Look, optimizer: str = "adamw", skipped: Iterable[Skip] = ()
             full=training_bytes(base, states),
         ),
         notes=_notes(look, bool(trains)),
-        alerts=new_and_frozen(look, skipped),
+        alerts=new_and_frozen(look),
     )
 
 

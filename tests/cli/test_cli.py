@@ -38,6 +38,18 @@ def small_model():
 NOT_A_MODEL = 3
 
 
+def adapted():
+    model = small_model()
+    inject(model, "0", r=2)
+    return model, torch.ones(3, 4)
+
+
+def thawed():
+    model, batch = adapted()
+    model[1].requires_grad_(True)
+    return model, batch, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
 @pytest.fixture
 def config(tmp_path):
     GPT2Config(architectures=["GPT2LMHeadModel"]).save_pretrained(tmp_path)
@@ -61,6 +73,19 @@ def test_plan_of_a_llama_with_405_billion_parameters(tmp_path, capsys):
     LLAMA_405B.save_pretrained(tmp_path)
     assert main(["plan", str(tmp_path), "-r", "16", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["frozen"] == 405_853_388_800
+
+
+def test_audit_says_what_is_wrong_by_its_exit_code(capsys):
+    assert main(["audit", f"{__name__}:adapted"]) == 0
+    assert "on one batch: nothing found." in capsys.readouterr().out
+    assert main(["audit", f"{__name__}:thawed"]) == 1
+    assert "optimized-frozen" in capsys.readouterr().out
+    assert main(["audit", f"{__name__}:thawed", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["findings"][0]["code"] == "thawed"
+    assert main(["audit", f"{__name__}:small_model"]) == 1
+    assert "as it stands" in capsys.readouterr().out
+    assert main(["audit", f"{__name__}:NOT_A_MODEL"]) == 2
+    assert "gives a int, not an nn.Module" in capsys.readouterr().err
 
 
 CAPACITY = ["--dtype", "bf16", "--fsdp", "8", "--tp", "2", "--seq", "4096", "--batch", "1"]

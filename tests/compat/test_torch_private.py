@@ -4,6 +4,7 @@ import ast
 import builtins
 import inspect
 import re
+import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -40,6 +41,64 @@ def test_they_stand_in_one_file():
         if isinstance(node, ast.Attribute | ast.ImportFrom) and private.search(ast.unparse(node))
     }
     assert found == {"torch_private.py"}
+
+
+def test_private_names_of_torch_are_imported_nowhere_else():
+    found = {
+        f"{path.name}: {alias.name}"
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch"
+        for alias in node.names
+        if alias.name.startswith("_")
+    }
+    assert found == set()
+
+
+WITHOUT_NAMES = """
+import torch
+
+private, missing = __NAMES__, object()
+for name in private:
+    path, _, last = name.rpartition(".")
+    owner = torch
+    for part in path.split("."):
+        owner = getattr(owner, part, missing)
+    if hasattr(owner, last):
+        private[name] = owner, last, getattr(owner, last)
+        delattr(owner, last)
+import lora_inject
+from lora_inject import *
+for owner, last, value in filter(None, private.values()):
+    setattr(owner, last, value)  # torch itself needs them when it runs
+assert sum(map(bool, private.values())) > 5
+
+from torch import nn
+
+model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+x = torch.randn(3, 64)
+before = model(x)
+lora_inject.inject(model, r=2)
+assert torch.equal(model(x), before)
+model(x).sum().backward()
+assert model[2].lora_B.grad.any()
+lora_inject.merge(model)
+lora_inject.strip(model)
+assert torch.equal(model(x), before)
+"""
+
+
+def test_a_torch_whose_private_names_have_moved_is_imported_and_used():
+    tree = ast.parse(inspect.getsource(torch_private))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    names = [c.args[0].value for c in calls if getattr(c.func, "id", "") == "_named"
+             and isinstance(c.args[0], ast.Constant)]  # fmt: skip
+    # Operators and what torch.compile imports by name come back only with torch itself.
+    names = [name for name in names if not name.startswith("ops.")]
+    assert len(names) > 8
+    code = WITHOUT_NAMES.replace("__NAMES__", repr(dict.fromkeys(names)))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_name_that_is_gone_has_its_place_taken():

@@ -16,6 +16,7 @@ from lora_inject.core.index import Index
 from lora_inject.core.paths import bare_modules
 from lora_inject.errors import FormatError
 from lora_inject.files.formats import peft_lycoris, peft_rows
+from lora_inject.files.formats.card import CARD, card, is_ours
 from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.pairs import over_all_channels, whole_layers, with_whole_attention
 from lora_inject.files.formats.peft_bias import added_biases, without_lora_bias
@@ -60,6 +61,7 @@ from lora_inject.files.formats.storage import (
     replaced_together,
     write_json,
     write_tensors,
+    write_text,
 )
 
 SUFFIXES = ()  # it is a directory
@@ -174,15 +176,18 @@ def _names(modules: Mapping[str, nn.Module]) -> Iterator[str]:
 
 
 def write(data: AdapterData, path: Path) -> None:
-    """Write a PEFT directory; files of other names that are there stay.
+    """Write a PEFT directory with a model card; files of other names that are there stay.
 
     Raises:
         FormatError: the adapter holds what PEFT cannot read, or the directory cannot be written.
     """
     config, tensors, own = to_tensors(data)
-    with replaced_together(path / CONFIG, path / TENSORS) as (config_file, tensors_file):
-        write_json(config, config_file)
-        write_tensors(tensors, tensors_file, {"format": "pt", METADATA: own})
+    cards = [path / CARD] if is_ours(path) else []
+    with replaced_together(path / CONFIG, path / TENSORS, *cards) as (first, second, *rest):
+        write_json(config, first)
+        write_tensors(tensors, second, {"format": "pt", METADATA: own})
+        for file in rest:
+            write_text(card(data, path, "peft"), file)
 
 
 def to_state(data: AdapterData) -> AdapterState:
