@@ -123,14 +123,10 @@ class Plan(Shown):
         look = self.look.again()  # its tensors may be others by now
         warn_of_adapters_of_peft(look)
         made = adaptation(look, self.sites, self.adapter, self.seed, self.content)
-
-        def shown() -> Report:
-            now = look.again()
-            return _with_notes(report_of(now), self, now)
-
         return commit(  # type: ignore[no-any-return]
-            look, made.states, fresh=made.fresh, values=made.values, then=shown
-        )
+            look, made.states, fresh=made.fresh, values=made.values,
+            then=lambda: _reported(look.again(), self),
+        )  # fmt: skip
 
     def _tables(self) -> Tables:
         sections = [sites_section(self)]
@@ -287,8 +283,9 @@ def plan_for(
     return Plan(look, sites, tuple(skips), request.adapter, request.seed, held)
 
 
-def _with_notes(shown: Report, plan: Plan, now: Look) -> Report:
+def _reported(now: Look, plan: Plan) -> Report:
     """The report with what the plan wanted and could not, and what it does that is no use."""
+    shown = report_of(now)
     notes = not_adapted([skip for skip in plan.skipped if skip.wanted])
     notes += filter(None, dict.fromkeys(site.settings.start.note for site in plan.sites))
     if plan.oversized:
