@@ -278,8 +278,7 @@ def plan_for(
     require_one_owner(look, held.in_place)
     if held.use:
         require_free_places(look, request.adapter, held.in_place)
-    left = {skip.path: skip.reason for skip in skips if skip.wanted}
-    held = held._replace(left=left)
+    held = held._replace(left={skip.path: skip.reason for skip in skips if skip.wanted})
     return Plan(look, sites, tuple(skips), request.adapter, request.seed, held)
 
 
