@@ -114,14 +114,14 @@ def test_a_run_goes_on_where_it_was_left(tmp_path, monkeypatch):
 def test_the_table_counts_what_is_wrong_and_why_classes_do_not_run():
     fine = {"name": "Fine", "said": [], "pairs": 3, "kinds": {"Linear": 3}, "idle": 1, **GOOD}
     bad = {**fine, "name": "Bad", "dead": 2, "said": ["inject changed an output"]}
-    refused = {**fine, "name": "Router", "refused": {"it returns a tuple.": 2}}
+    refused = {**fine, "name": "Router", "refused": {"it returns a tuple. Exclude it.": 2}}
     found = zoo.summary([fine, bad, refused, {"name": "None", "none": "KeyError: 'x'"}], 6)
     assert json.loads(json.dumps(found)) == found
     text = "\n".join(zoo.lines(found))
     assert "| 3 | 9 | 2 | 0 | 0 | 0 |" in text
     assert "- Bad: 2 dead; inject changed an output" in text
-    assert "- 2 layers: it returns a tuple." in text
-    assert "- 1: its config or its forward raises a KeyError" in text
+    assert "- 2 layers: it returns a tuple" in text
+    assert "- 1: KeyError from its config, its making or its forward" in text
     assert "\n2 more classes" in text
 
 

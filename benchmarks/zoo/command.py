@@ -169,7 +169,8 @@ def summary(found: Iterable[dict[str, Any]], known: int) -> dict[str, Any]:
     refused: Counter[str] = Counter()
     for one in ran:
         kinds.update(one.get("kinds", {}))
-        refused.update(one.get("refused", {}))
+        for reason, count in one.get("refused", {}).items():
+            refused[reason.split(". ")[0]] += count
     return {
         "machine": machine(),
         "versions": _versions(),
@@ -187,13 +188,22 @@ def summary(found: Iterable[dict[str, Any]], known: int) -> dict[str, Any]:
     }
 
 
+_REASONS = {  # by words in what was said
+    "library": "needs a library that is not installed",
+    "seconds": "takes too long",
+    "too many parameters": "its small config has too many parameters",
+    "passes of it differ": "two forward passes of it differ",
+    "not finite": "its outputs are not finite",
+}
+
+
 def _reason(text: str) -> str:
     """Why a class did not run, in words that many share."""
-    kind, _, rest = text.partition(": ")
-    for word in ("library", "too many parameters", "passes of it differ", "not finite", "seconds"):
+    for word, reason in _REASONS.items():
         if word in text:
-            return {"library": "needs a library that is not installed"}.get(word, rest or text)
-    return f"its config or its forward raises a {kind}" if rest else text
+            return reason
+    kind, _, rest = text.partition(": ")
+    return f"{kind} from its config, its making or its forward" if rest else text
 
 
 def _versions() -> str:
@@ -226,9 +236,11 @@ def lines(found: dict[str, Any]) -> list[str]:
         *(f"- {name}: {'; '.join(said)}" for name, said in found["defects"].items()),
         *([""] if found["defects"] else []),
         "Refused, by reason:" if found["refused"] else "",
+        "",
         *(f"- {count:,} layers: {reason}" for reason, count in found["refused"].items()),
         "",
         "Classes that do not run here, by reason:",
+        "",
         *(f"- {count:,}: {reason}" for reason, count in found["none"].items()),
     ]
 
