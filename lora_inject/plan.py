@@ -45,13 +45,8 @@ from lora_inject.core.site import Site
 from lora_inject.core.tables import choose_tables
 from lora_inject.errors import warn
 from lora_inject.printing import Shown, Tables, plural
+from lora_inject.report import plan_tables
 from lora_inject.report.new_parts import frozen_heads
-from lora_inject.report.plan_tables import (
-    not_adapted,
-    sites_section,
-    skipped_section,
-    train_also_section,
-)
 from lora_inject.report.report import Report, report_of
 from lora_inject.settings import BiasMode
 from lora_inject.starts import Function, Start
@@ -129,11 +124,11 @@ class Plan(Shown):
         )  # fmt: skip
 
     def _tables(self) -> Tables:
-        sections = [sites_section(self)]
+        sections = [plan_tables.sites_section(self)]
         if self.train_also:
-            sections.append(train_also_section(self.train_also))
+            sections.append(plan_tables.train_also_section(self.train_also))
         if self.skipped:
-            sections.append(skipped_section(self.skipped))
+            sections.append(plan_tables.skipped_section(self.skipped))
         return Tables(sections)
 
 
@@ -285,7 +280,7 @@ def plan_for(
 def _reported(now: Look, plan: Plan) -> Report:
     """The report with what the plan wanted and could not, and what it does that is no use."""
     shown = report_of(now)
-    notes = not_adapted([skip for skip in plan.skipped if skip.wanted])
+    notes = plan_tables.not_adapted([skip for skip in plan.skipped if skip.wanted])
     notes += filter(None, dict.fromkeys(site.settings.start.note for site in plan.sites))
     if plan.oversized:
         site = plan.oversized[0]
