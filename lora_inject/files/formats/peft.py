@@ -27,11 +27,10 @@ from lora_inject.files.formats.peft_config import (
     REMADE_STARTS,
     TENSORS,
     Scalings,
+    as_said,
     check_config,
     check_words,
-    config_digest,
     own_metadata,
-    said_besides,
     with_numbers,
 )
 from lora_inject.files.formats.peft_keys import (
@@ -44,7 +43,7 @@ from lora_inject.files.formats.peft_keys import (
 )
 from lora_inject.files.formats.peft_nested import unwrapped
 from lora_inject.files.formats.peft_pairs import PairReader, sorted_out
-from lora_inject.files.formats.peft_targets import require_targets, target_labels
+from lora_inject.files.formats.peft_targets import require_targets
 from lora_inject.files.formats.peft_variants import (
     keys_of_others,
     with_moved_base,
@@ -107,7 +106,7 @@ def from_tensors(
     if config.get("peft_type") in peft_lycoris.TYPES:
         return peft_lycoris.from_tensors(config, tensors, metadata, path, index, alpha)
     check_config(config, path / CONFIG)
-    own = _own_metadata(config, metadata, path)
+    own = own_metadata(config, metadata, path)
     modules = None if index is None else bare_modules(index.by_path)
     names = Names({*own.get("names", ()), *_names(modules or {})})
     tensors, tables = peft_rows.without_rows(tensors, config, path)
@@ -130,41 +129,16 @@ def from_tensors(
         tensors=others,
         bias="lora_only" if added and config.get("bias") != "all" else config.get("bias") or "none",
         train_also=tuple(own.get("train_also") or config.get("modules_to_save") or ()),
-        targets=tuple(own.get("targets") or target_labels(config.get("target_modules"))),
-        base=own.get("base", {}),
-        rows=own.get("rows", {}),
-        untouched=own.get("untouched", {}),
-        base_name=config.get("base_model_name_or_path") or "",
-        task=config.get("task_type") or "",
-        beside=tuple(own.get("beside", ())),
         facts={
             "format": "PEFT",
             "config": config,
             "base_weights": names.adapted_weights(tensors),
             **({"train_also": own["train_also"]} if "train_also" in own else {}),
         },
-        said=said_besides(config),
-        dtype=own.get("dtype", ""),
         tables=tables,
         added=added,
+        **as_said(config, own),
     )
-
-
-def _own_metadata(
-    config: Mapping[str, Any], metadata: Mapping[str, str], path: Path
-) -> Mapping[str, Any]:
-    """What only we say of the adapter.
-
-    Raises:
-        FormatError: it goes with another config.
-    """
-    own: Mapping[str, Any] = own_metadata(metadata, path)
-    if own.get("config", config_digest(config)) != config_digest(config):
-        raise FormatError(
-            f"{path}: {CONFIG} and {TENSORS} are not of one save.",
-            remedy="A save was interrupted, or one was edited: save again.",
-        )
-    return own
 
 
 def _names(modules: Mapping[str, nn.Module]) -> Iterator[str]:

@@ -12,7 +12,7 @@ from lora_inject.errors import FormatError
 from lora_inject.files.fingerprint import is_fingerprint
 from lora_inject.files.formats.peft_patterns import Patterns
 from lora_inject.files.formats.peft_rows import ALONE
-from lora_inject.files.formats.peft_targets import CHARACTERS, SECONDS
+from lora_inject.files.formats.peft_targets import CHARACTERS, SECONDS, target_labels
 from lora_inject.files.formats.storage import parse_json
 from lora_inject.files.untouched import SAMPLES
 from lora_inject.settings import BiasMode
@@ -144,9 +144,24 @@ def _what_it_is(config: Mapping[str, Any]) -> tuple[str, str]:
     )
 
 
-def said_besides(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config says that this library does not use, and that saving is to say again."""
-    return {key: config[key] for key in _BESIDES if config.get(key)}
+def as_said(config: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config, or what is ours beside it, says of an adapter of any type.
+
+    Returns:
+        Fields of ``AdapterData``; in ``said``, what this library does not use and saving says
+        again.
+    """
+    return {
+        "targets": tuple(own.get("targets") or target_labels(config.get("target_modules"))),
+        "base": own.get("base", {}),
+        "rows": own.get("rows", {}),
+        "untouched": own.get("untouched", {}),
+        "base_name": config.get("base_model_name_or_path") or "",
+        "task": config.get("task_type") or "",
+        "beside": tuple(own.get("beside", ())),
+        "said": {key: config[key] for key in _BESIDES if config.get(key)},
+        "dtype": own.get("dtype", ""),
+    }
 
 
 def _is_names(value: Any) -> bool:
@@ -176,11 +191,13 @@ _OWN: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def own_metadata(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
+def own_metadata(
+    config: Mapping[str, Any], metadata: Mapping[str, str], path: Path
+) -> dict[str, Any]:
     """What we wrote beside PEFT's own; empty for a file of another's.
 
     Raises:
-        FormatError: it cannot be read.
+        FormatError: it cannot be read, or goes with another config.
     """
     if METADATA not in metadata:
         return {}
@@ -189,6 +206,11 @@ def own_metadata(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
         raise FormatError(
             f"{path / TENSORS}: its metadata cannot be read: {', '.join(wrong)}.",
             remedy="It was edited, or is damaged: save again.",
+        )
+    if own.get("config", config_digest(config)) != config_digest(config):
+        raise FormatError(
+            f"{path}: {CONFIG} and {TENSORS} are not of one save.",
+            remedy="A save was interrupted, or one was edited: save again.",
         )
     return own
 

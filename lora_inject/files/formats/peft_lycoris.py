@@ -22,13 +22,12 @@ from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.peft_config import (
     CONFIG,
     Scalings,
-    config_digest,
+    as_said,
     own_metadata,
-    said_besides,
     with_numbers,
 )
 from lora_inject.files.formats.peft_keys import PREFIX
-from lora_inject.files.formats.peft_targets import target_labels, target_names
+from lora_inject.files.formats.peft_targets import target_names
 from lora_inject.files.formats.peft_written import pattern_of, still_said, to_metadata
 from lora_inject.variants.lokr import LoKr
 from lora_inject.variants.matrices import Sizes
@@ -68,12 +67,8 @@ def from_tensors(
             )
     if config.get("modules_to_save"):
         raise FormatError(f"{file}: modules_to_save beside a {variant} is not supported.")
-    own, config_of_lora = own_metadata(metadata, path), _as_of_lora(config)
-    if own.get("config", config_digest(config_of_lora)) != config_digest(config_of_lora):
-        raise FormatError(
-            f"{path}: {CONFIG} and its tensors are not of one save.",
-            remedy="A save was interrupted, or one was edited: save again.",
-        )
+    config_of_lora = _as_of_lora(config)
+    own = own_metadata(config_of_lora, metadata, path)
     scalings, layers = Scalings(config_of_lora, alpha, file), _by_layer(tensors, index, path)
     pairs = tuple(_pair(name, own, scalings, variant, path) for name, own in layers.items())
     for key in _DROPOUTS:
@@ -81,16 +76,8 @@ def from_tensors(
             warn(f"{file}: {key}={config[key]!r} acts in training alone, and is left out.")
     return AdapterData(
         pairs,
-        targets=tuple(own.get("targets") or target_labels(config.get("target_modules"))),
-        base=own.get("base", {}),
-        rows=own.get("rows", {}),
-        untouched=own.get("untouched", {}),
-        base_name=config.get("base_model_name_or_path") or "",
-        task=config.get("task_type") or "",
-        beside=tuple(own.get("beside", ())),
         facts={"format": "PEFT", "config": config},
-        said=said_besides(config),
-        dtype=own.get("dtype", ""),
+        **as_said(config, own),
     )
 
 
