@@ -1,8 +1,8 @@
 """``python -m benchmarks [ROW ...]``: measure, and write RESULTS.md, results.json and the chart.
 
 ``python -m benchmarks gpu`` measures on a GPU (see ``benchmarks/gpu.py``), ``commands [tests]`` how
-long the README's commands take, and ``zoo`` adapts every class of transformers (``benchmarks/zoo``
-says how).
+long the README's commands take, ``clients`` counts what other tools make of our files
+(``clients.py``), and ``zoo`` adapts every class of transformers (``benchmarks/zoo`` says how).
 """
 
 import argparse
@@ -13,6 +13,7 @@ from rich.progress import track
 from benchmarks import (  # noqa: F401 (they register their rows)
     adapters,
     arithmetic,
+    clients,
     commands,
     compiled,
     control_plane,
@@ -31,6 +32,7 @@ SECTIONS = {  # of RESULTS.md, after the CPU's
     "gpu": gpu.lines,
     "quality": quality.lines,
     "commands": commands.lines,
+    "clients": clients.lines,
     "zoo": zoo.lines,
 }
 
@@ -39,6 +41,9 @@ def main() -> None:
     """Run rows on the CPU, the rows for a GPU, the quality benchmark, or the commands."""
     if sys.argv[1:2] == ["gpu"]:
         gpu.main(sys.argv[2:], publish=lambda found: write("gpu", found, SECTIONS))
+        return
+    if sys.argv[1:2] == ["clients"]:
+        write("clients", clients.measure(sys.argv[2:]), SECTIONS)
         return
     if sys.argv[1:2] == ["commands"]:
         write("commands", commands.main(sys.argv[2:]), SECTIONS)

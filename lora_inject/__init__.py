@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from lora_inject.adapters.extract import ExtractReport, extract
     from lora_inject.adapters.per_row import per_row
     from lora_inject.adapters.use import remove, use
+    from lora_inject.audit.audit import audit
+    from lora_inject.audit.findings import Audit, Finding
+    from lora_inject.audit.monitor import Monitor, monitor
     from lora_inject.calibration.allocate import allocate
     from lora_inject.calibration.calibrate import calibrate
     from lora_inject.calibration.statistics import Statistics
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
         UnsupportedLayerError,
     )
     from lora_inject.files.convert import convert, inspect
+    from lora_inject.files.pipeline import load_pipeline, save_pipeline
     from lora_inject.files.save_load import load, save
     from lora_inject.files.state_dict import load_lora_state_dict, lora_state_dict
     from lora_inject.inject import inject, strip
@@ -52,15 +56,18 @@ if TYPE_CHECKING:
 __all__ = [
     "AlreadyAdaptedError",
     "ArgumentError",
+    "Audit",
     "Capacity",
     "CombineReport",
     "ExtractReport",
+    "Finding",
     "FormatError",
     "Kind",
     "LoRAInjectError",
     "LoRAInjectWarning",
     "LoRALayer",
     "MergeReport",
+    "Monitor",
     "NoMatchError",
     "Plan",
     "Report",
@@ -68,6 +75,7 @@ __all__ = [
     "Statistics",
     "UnsupportedLayerError",
     "allocate",
+    "audit",
     "calibrate",
     "capacity",
     "clip_norms",
@@ -80,11 +88,13 @@ __all__ = [
     "inspect",
     "load",
     "load_lora_state_dict",
+    "load_pipeline",
     "lora_parameters",
     "lora_state_dict",
     "mark_only_lora_as_trainable",
     "merge",
     "merged",
+    "monitor",
     "param_groups",
     "per_row",
     "plan",
@@ -94,6 +104,7 @@ __all__ = [
     "report",
     "reset_lora_parameters",
     "save",
+    "save_pipeline",
     "strip",
     "unmerge",
     "use",
@@ -106,6 +117,9 @@ _HOMES = {
     "adapters.extract": ["ExtractReport", "extract"],
     "adapters.per_row": ["per_row"],
     "adapters.use": ["remove", "use"],
+    "audit.audit": ["audit"],
+    "audit.findings": ["Audit", "Finding"],
+    "audit.monitor": ["Monitor", "monitor"],
     "calibration.allocate": ["allocate"],
     "calibration.calibrate": ["calibrate"],
     "calibration.statistics": ["Statistics"],
@@ -121,6 +135,7 @@ _HOMES = {
         "UnsupportedLayerError",
     ],
     "files.convert": ["convert", "inspect"],
+    "files.pipeline": ["load_pipeline", "save_pipeline"],
     "files.save_load": ["load", "save"],
     "files.state_dict": ["load_lora_state_dict", "lora_state_dict"],
     "inject": ["inject", "strip"],

@@ -45,8 +45,8 @@ from lora_inject.core.site import Site
 from lora_inject.core.tables import choose_tables
 from lora_inject.errors import warn
 from lora_inject.printing import Shown, Tables, plural
+from lora_inject.report import plan_tables
 from lora_inject.report.new_parts import frozen_heads
-from lora_inject.report.plan_tables import sites_section, skipped_section, train_also_section
 from lora_inject.report.report import Report, report_of
 from lora_inject.settings import BiasMode
 from lora_inject.starts import Function, Start
@@ -118,31 +118,26 @@ class Plan(Shown):
         look = self.look.again()  # its tensors may be others by now
         warn_of_adapters_of_peft(look)
         made = adaptation(look, self.sites, self.adapter, self.seed, self.content)
-
-        def shown() -> Report:
-            now = look.again()
-            return _with_notes(report_of(now), self, now)
-
         return commit(  # type: ignore[no-any-return]
-            look, made.states, fresh=made.fresh, values=made.values, then=shown
-        )
+            look, made.states, fresh=made.fresh, values=made.values,
+            then=lambda: _reported(look.again(), self),
+        )  # fmt: skip
 
     def _tables(self) -> Tables:
-        sections = [sites_section(self)]
+        sections = [plan_tables.sites_section(self)]
         if self.train_also:
-            sections.append(train_also_section(self.train_also))
+            sections.append(plan_tables.train_also_section(self.train_also))
         if self.skipped:
-            sections.append(skipped_section(self.skipped))
+            sections.append(plan_tables.skipped_section(self.skipped))
         return Tables(sections)
 
 
 def _hinting(function: Callable[P, Plan]) -> Callable[P, Plan]:
     """Let an argument that there is not be an error that says what it is called here."""
-    known = inspect.signature(function).parameters
 
     @wraps(function)
     def hinted(*args: P.args, **kwargs: P.kwargs) -> Plan:
-        require_known(kwargs, known)
+        require_known(kwargs, inspect.signature(function).parameters)
         return function(*args, **kwargs)
 
     return hinted
@@ -278,21 +273,15 @@ def plan_for(
     require_one_owner(look, held.in_place)
     if held.use:
         require_free_places(look, request.adapter, held.in_place)
+    held = held._replace(left={skip.path: skip.reason for skip in skips if skip.wanted})
     return Plan(look, sites, tuple(skips), request.adapter, request.seed, held)
 
 
-def _with_notes(shown: Report, plan: Plan, now: Look) -> Report:
+def _reported(now: Look, plan: Plan) -> Report:
     """The report with what the plan wanted and could not, and what it does that is no use."""
-    missed = [skip for skip in plan.skipped if skip.wanted]
-    notes = [
-        f"Not adapted: {paths[0]}"
-        + (f" and {len(paths) - 1} more" if paths[1:] else "")
-        + f": {why}"
-        for why in dict.fromkeys(skip.reason for skip in missed)
-        for paths in [[skip.path for skip in missed if skip.reason == why]]
-    ]
-    starts = dict.fromkeys(site.settings.start.note for site in plan.sites)
-    notes += [note for note in starts if note]
+    shown = report_of(now)
+    notes = plan_tables.not_adapted([skip for skip in plan.skipped if skip.wanted])
+    notes += filter(None, dict.fromkeys(site.settings.start.note for site in plan.sites))
     if plan.oversized:
         site = plan.oversized[0]
         text = (

@@ -18,10 +18,7 @@ BiasMode = Literal["none", "all", "lora_only"]
 How = Literal["auto", "weight"]
 Layout = Literal["out_in", "in_out"]
 BASE = "base"
-DTYPES = {
-    "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16,
-    "float16": torch.float16, "fp32": torch.float32, "float32": torch.float32,
-}  # fmt: skip
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Parts = tuple[tuple[str | None, int | None], ...]
 
 
@@ -223,12 +220,12 @@ def check_dtype(dtype: Any) -> torch.dtype | Literal["base"] | None:
     """An adapter dtype is None, "base" or a floating-point dtype that can be trained."""
     if dtype is None or dtype == "base":
         return dtype  # type: ignore[no-any-return]
-    dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1:
-        return dtype
+    given = DTYPES.get(dtype) or getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if isinstance(given, torch.dtype) and given.is_floating_point and given.itemsize > 1:
+        return given
     raise ArgumentError(
-        f'dtype must be None, "base", "bf16", "fp16", "fp32" or a floating-point torch.dtype of 16 '
-        f"bits or more, not {dtype!r}."
+        'dtype must be None, "base" or a floating-point dtype of 16 bits or more, as torch.float16 '
+        f'or "bf16", not {dtype!r}.'
     )
 
 
@@ -244,18 +241,13 @@ def check_seed(seed: Any) -> int | None:
 
 def check_adapter(name: Any) -> str:
     """An adapter's name becomes part of a parameter's name: letters, digits and underscores."""
-    if not isinstance(name, str) or not _is_word(name):
+    if not (isinstance(name, str) and name.isascii() and name.replace("_", "a").isalnum()):
         raise ArgumentError(
             f"adapter must be a name of letters, digits and underscores, not {name!r}."
         )
     if name == BASE:
         raise ArgumentError(f"adapter must not be {BASE!r}, which is the model without adapters.")
     return name
-
-
-def _is_word(text: str) -> bool:
-    """Whether it is one or more ASCII letters, digits and underscores."""
-    return text.isascii() and text.replace("_", "a").isalnum()
 
 
 def check_names(names: Any, argument: str) -> tuple[str, ...]:

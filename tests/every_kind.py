@@ -4,6 +4,7 @@ import copy
 
 import torch
 from torch import nn
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4GroupedLinear
 from transformers.pytorch_utils import Conv1D
 
 
@@ -45,6 +46,10 @@ KINDS = {
     "Linear in parts": (
         lambda: nn.Linear(4, 6), nn.Linear, {"parts": {nn.Linear: ("q", None, "v")}},
         lambda: torch.randn(3, 4),
+    ),
+    "grouped Linear": (
+        lambda: DeepseekV4GroupedLinear(4, 6, 2), DeepseekV4GroupedLinear, {},
+        lambda: torch.randn(3, 2, 4),
     ),
     "Conv1D": (lambda: Conv1D(6, 4), Conv1D, {}, lambda: torch.randn(3, 4)),
     "Embedding": (lambda: nn.Embedding(5, 4), nn.Embedding, {}, lambda: torch.tensor([1, 4])),

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks import __main__ as command
-from benchmarks import commands, compiled, experts, gpu, harness, memory
+from benchmarks import clients, commands, compiled, experts, gpu, harness, memory
 from benchmarks.bench import working
 from benchmarks.harness import Result, Timings, as_section, interleaved
 from benchmarks.limits import Ceilings, adapter_parts, adapter_passes
@@ -244,3 +244,25 @@ def test_an_environment_variable_is_forced_for_a_while(monkeypatch):
     with environment("SOME_SWITCH", "on"):
         assert os.environ["SOME_SWITCH"] == "on"
     assert "SOME_SWITCH" not in os.environ
+
+
+def test_clients_are_counted_by_what_their_tests_say(tmp_path, monkeypatch):
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n"
+        "client = pytest.mark.client\n"
+        "one, other = client('A', rule='1'), client('A', 'refused', rule='1')\n"
+        "@one\ndef test_a(): pass\n"
+        "@other\n@pytest.mark.client('torch', 'otherwise', what='a norm')\ndef test_b(): pass\n"
+        "@one\ndef test_c(): assert 0\n"
+        "@one\ndef test_d(): pytest.skip('gone')\n"
+        "def test_e(): assert 0\n"
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = client: x\n")
+    monkeypatch.setattr(clients, "TESTS", tmp_path / "tests")
+    rows = {row["client"]: row for row in clients.measure([str(tmp_path)])["rows"]}
+    assert rows["A"]["cases"] == {"equal": 1, "refused": 1, "failed": 1, "not run": 1}
+    assert rows["torch"]["version"] == torch.__version__
+    text = "\n".join(clients.lines({"rows": [*rows.values()]}))
+    assert "| A | 1, its rule | 1 | 1 | 0 | 1 | 1 |" in text
+    assert "- torch, otherwise: a norm" in text
+    assert "- A, failed: test c" in text

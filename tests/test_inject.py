@@ -365,7 +365,7 @@ def test_an_error_in_the_report_leaves_the_model_as_it_was(monkeypatch):
     inject(model, "q_proj", r=1)
     before = snapshot(model)
     plan_module = importlib.import_module("lora_inject.plan")
-    monkeypatch.setattr(plan_module, "report_of", lambda look: 1 / 0)
+    monkeypatch.setattr(plan_module, "report_of", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         inject(model, "v_proj", r=1)
     assert changed_parts(before, snapshot(model)) == []

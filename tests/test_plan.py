@@ -5,7 +5,7 @@ import torch
 from helpers import Net, linears, snapshot
 from torch import nn
 
-from lora_inject import ArgumentError, inject, plan
+from lora_inject import ArgumentError, LoRAInjectError, LoRAInjectWarning, inject, plan
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -50,3 +50,28 @@ def test_paths_with_braces_in_them():
     text = str(plan(model, nn.Linear))
     assert "{}" in text
     assert " 3 " in text
+
+
+def test_a_plan_for_a_model_that_has_changed_since_is_refused():
+    model = linears("a", "b")
+    made = plan(model, "a", r=2)
+    model["c"] = nn.Linear(4, 4)
+    before = snapshot(model)
+    with pytest.raises(LoRAInjectError, match="changed"):
+        made.apply()
+    assert snapshot(model) == before
+
+
+def test_the_report_says_once_for_each_reason_what_was_not_adapted_and_what_is_too_large():
+    made = plan(linears("a", "b"), "all-linear", r=16)
+    assert [site.path for site in made.oversized] == ["a", "b"]
+    assert plan(linears("a"), "a", r=1).oversized == []
+    with pytest.warns(LoRAInjectWarning, match="2 adapters with more parameters.* such as a: 128"):
+        notes = made.apply().notes
+    assert len(notes) == 1
+    assert notes[0].startswith("2 adapters with more parameters")
+    model = nn.ModuleDict({"q": nn.Linear(4, 4), "max": nn.Linear(4, 4), "also": nn.Linear(4, 4)})
+    for name in ("max", "also"):
+        model[name].forward = model[name].forward
+    (note,) = inject(model, "all-linear", r=1).notes
+    assert note.startswith("Not adapted: max and 1 more: ")

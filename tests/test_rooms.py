@@ -20,6 +20,7 @@ FLOORS = [
     {"inject"},
     {"adapters", "files"},
     {"calibration"},
+    {"audit"},
     {"integrations", "cli"},
     {"__main__", "__init__"},
 ]

@@ -5,6 +5,7 @@ from helpers import Net, ids
 from torch import nn
 
 from lora_inject import (
+    audit,
     combine,
     disabled,
     freeze,
@@ -74,6 +75,7 @@ def test_inject_and_plan():
 
 
 CALLS = {
+    "audit": audit,
     "report": report,
     "lora_parameters": lora_parameters,
     "param_groups": lambda model: param_groups(model, lr=0.1),

@@ -16,6 +16,8 @@ import transformers as tf
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
+from benchmarks.zoo.timm_models import MOST, PREFIX, family_model, family_names
+
 
 class Scale(NamedTuple):
     """How a config is shrunk.
@@ -38,7 +40,6 @@ SCALES = [
     Scale(2, 2),
     Scale(1, 2),
 ]
-MOST = 12_000_000  # parameters
 VOCABULARY, EXPERTS, SIDE = 160, 4, 224
 
 _WIDTH = re.compile(
@@ -55,7 +56,7 @@ _IDS = re.compile(r"_(token_id|token_index|token_ids)$|^(image|video|audio)_(tok
 
 
 def class_names() -> list[str]:
-    """Every model class that transformers' auto classes know, one of each family first."""
+    """Every model class that transformers knows, one of each family first, then timm's."""
     families: dict[str, list[str]] = {}
     for mapping, known in vars(modeling_auto).items():
         if mapping.endswith("_MAPPING_NAMES") and mapping.startswith("MODEL"):
@@ -64,7 +65,7 @@ def class_names() -> list[str]:
                     families.setdefault(family, []).append(name)
     rounds = range(max(map(len, families.values())))
     found = [own[i] for i in rounds for own in families.values() if i < len(own)]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys([*found, *family_names()]))
 
 
 def small_config(cls: type[Any], scale: Scale, ids: dict[int, int] | None = None) -> Any:
@@ -126,6 +127,9 @@ def build(name: str) -> Small:
     Raises:
         Exception: none could be built, or run: what was raised at first.
     """
+    if name.startswith(PREFIX):
+        model, inputs = family_model(name)
+        return Small(lively(model), inputs)
     cls, errors = getattr(tf, name), list[Exception]()
     for scale in SCALES:
         try:
@@ -162,10 +166,13 @@ def _model(cls: type[Any], config: Any) -> nn.Module:
     if size > MOST:
         raise TooLargeError("its small config has too many parameters")
     torch.manual_seed(0)
-    model: nn.Module = cls(config).eval()
+    return lively(cls(config).eval())
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """The model without parameters that let nothing through, as some begin."""
     with torch.no_grad():
         for parameter in model.parameters():
-            # What begins as zero lets nothing through.
             same = parameter.numel() > 1 and parameter.min() == parameter.max()
             if same and parameter.abs().max() < 0.1 and parameter.is_floating_point():
                 parameter.normal_(std=0.1)

@@ -3,8 +3,8 @@
 Two ways to the same, chosen by their cost. One stacks the A and B of each row and multiplies row by
 row (``bmm``): for sequences. The other puts the adapters side by side as one of their summed rank,
 and a mask on ``h = A x`` lets through what belongs to each row: two products for any number of
-adapters (S-LoRA, arXiv 2311.03285), for few tokens in a row. A change that is no ``B A`` (DoRA) is
-made for the rows of one adapter after the other.
+adapters (S-LoRA, arXiv 2311.03285), for few tokens and adapters. A change that is no ``B A`` (DoRA)
+is made for the rows of one adapter after the other.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,8 +22,9 @@ from lora_inject.errors import LoRAInjectError
 from lora_inject.sharding import alongside
 from lora_inject.variants.lora import add
 
-# What to gather the A and B of a row costs, in tokens of the row multiplied with them.
-_GATHERED = 8
+# What to gather the A and B of a row costs, in tokens of the row multiplied with them. For a single
+# token an accelerator, which reads more than it computes, rather reads all of them once.
+_GATHERED = 32
 _PLAIN = frozenset({Tensor, nn.Parameter})
 Count = Callable[[Tensor, int], int]
 
@@ -144,7 +145,8 @@ class _Group:
         """Whether to multiply row by row costs less, and may be done."""
         tokens = x[..., 0].numel() // len(self.index)
         largest = max(self.ranks)
-        less = tokens * sum(self.ranks) > (tokens + _GATHERED) * largest and tokens > 1
+        less = tokens * sum(self.ranks) > (tokens + _GATHERED) * largest
+        less = less and (tokens > 1 or x.is_cpu)
         return less and all(type(tensor) in _PLAIN for pair in [(x,), *pairs] for tensor in pair)
 
     def by_row(

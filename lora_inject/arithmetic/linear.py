@@ -58,6 +58,11 @@ def _slow_dtypes() -> frozenset[torch.dtype]:
 _SLOW = _slow_dtypes()
 
 
+def is_slow_on_cpu(dtype: torch.dtype) -> bool:
+    """Whether a CPU makes products in float32 faster, casts included."""
+    return dtype in _SLOW
+
+
 def may_run_whole(x_NI: Tensor, W_OI: Tensor | None, branches: Iterable[Branch]) -> bool:
     """Whether ``adapted_linear`` is right for these tensors; the composed way always is.
 
@@ -92,7 +97,7 @@ def _masks(x_NI: Tensor, A_RI: Tensor) -> Masks | None:
     The same in every grad mode: checkpointing computes without gradients, then with them, and both
     have to draw alike.
     """
-    if x_NI.numel() < _LARGE or not _may_use_function(x_NI, A_RI):
+    if x_NI.numel() < _LARGE or not may_use_function(x_NI, A_RI):
         return None
     return masks_for(x_NI, _dtype_of_products(x_NI))
 
@@ -117,13 +122,13 @@ def _dtype_of_function(x_MI: Tensor, W_OI: Tensor, b_O: Tensor | None) -> torch.
 
 def _keeps_x(x_NI: Tensor, A_RI: Tensor) -> bool:
     """Whether ``product`` makes ``A x`` where x is not dropped out: it keeps no cast copies."""
-    if not _may_use_function(x_NI, A_RI):  # first, since compilers cannot read what follows
+    if not may_use_function(x_NI, A_RI):  # first, since compilers cannot read what follows
         return False
     casts = A_RI.dtype != _dtype_of_products(x_NI)
     return (casts and x_NI.numel() >= _LARGE) or _is_slow(x_NI)
 
 
-def _may_use_function(x_NI: Tensor, A_RI: Tensor) -> bool:
+def may_use_function(x_NI: Tensor, A_RI: Tensor) -> bool:
     """Whether a Function is right for these tensors."""
     plain = type(x_NI) in _PLAIN and type(A_RI) in _PLAIN
     return plain and not is_forward_mode() and not is_transformed()

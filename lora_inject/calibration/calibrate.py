@@ -57,8 +57,9 @@ def calibrate(
         mask: which tokens count: the name of an entry of each batch, or a function of a batch that
             returns a mask in the shape of the tokens (batch, sequence). None takes an entry
             ``"attention_mask"`` of two dimensions where there is one; False counts all.
-        gradients: whether to take gradients of the weights too, (out, in) in float32 for each
-            layer, which LoRA-GA starts from.
+        gradients: whether to take gradients of the weights too, which LoRA-GA starts from: (out,
+            in) in float32 for each layer, as long as an adapter refers to the statistics. Its
+            directions cannot be told from less in one pass; ``device="cpu"`` keeps them elsewhere.
         loss: a function of what the model returned and the batch; None for the output's ``loss``.
         device: where the sums are kept; None for the device of each layer.
         progress: whether a progress bar is shown, on standard error.
@@ -106,7 +107,7 @@ def _watched(
     ):
         for batch in tracked(batches, "calibrating", progress):
             seen.mask, seen.forward = _mask(model, batch, mask), True
-            output = _called(model, batch)
+            output = called(model, batch)
             seen.forward = False
             if probe is not None:
                 _backward(output, batch, loss, probe)
@@ -118,7 +119,8 @@ def _watched(
     return seen, number
 
 
-def _called(model: nn.Module, batch: Any) -> Any:
+def called(model: nn.Module, batch: Any) -> Any:
+    """What a model returns for a batch: a mapping of arguments, a tuple of them, or a tensor."""
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)

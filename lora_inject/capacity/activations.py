@@ -229,7 +229,8 @@ class _Tape(TorchFunctionMode):
         weight = bool(known) and all(k is not None and k.weight for k in known)
         found = {k.products for k in known if k is not None}
         self._now = _products(found, weight or len(known) == 1)
-        self._in_operation = True
+        # What an adapted weight does of itself, and is no tensor, is not one operation.
+        self._in_operation = all(issubclass(kind, Tensor) for kind in types)
         try:
             result = func(*args, **(kwargs or {}))
         finally:

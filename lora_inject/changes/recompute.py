@@ -52,6 +52,12 @@ def _is_on(module: nn.Module) -> bool:
     return on and may_be_reentrant(module)
 
 
+def is_needed_early(module: nn.Module) -> bool:
+    """Whether gradients are let flow from before the first layer that trains, for checkpoints."""
+    asked = any(hook is _let_output_need_gradient for hook in module._forward_hooks.values())
+    return asked or bool(checkpointing_switch(module))  # transformers has a hook of its own then
+
+
 def needing_edits(module: nn.Module, on: bool) -> list[Edit]:
     """Let what a module returns need a gradient while it trains, or no more."""
     if any(hook is _let_output_need_gradient for hook in module._forward_hooks.values()) is on:

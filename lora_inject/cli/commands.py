@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_inject.audit.audit import audit as audit_of
 from lora_inject.capacity.capacity import capacity
 from lora_inject.errors import ArgumentError
 from lora_inject.files.convert import convert as convert_file
@@ -56,6 +57,21 @@ def plan(options: argparse.Namespace) -> None:
         show(*(part for part in (shown, counted, needed) if part))
 
 
+def audit(options: argparse.Namespace) -> int:
+    """``lora-inject audit``: whether an adapted model really trains."""
+    with doing(f"building {options.model}"):
+        built = _built(options.model)
+    parts = built if isinstance(built, tuple) else (built,)
+    model, batch, optimizer = (*parts, None, None)[:3]
+    with doing("running it once"):
+        found = audit_of(_checked(model, options.model), batch, optimizer=optimizer)
+    if options.json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        show(found)
+    return int(found.failed)
+
+
 def inspect(options: argparse.Namespace) -> None:
     """``lora-inject inspect``: what is in an adapter file."""
     model = load_model(options.model) if options.model else None
@@ -97,8 +113,11 @@ def load_model(source: str) -> nn.Module:
         ArgumentError: there is no such file, module or function, or it makes no model.
     """
     path = Path(source)
-    if source and path.exists():
-        return _from_config(path)
+    return _from_config(path) if source and path.exists() else _checked(_built(source), source)
+
+
+def _built(source: str) -> Any:
+    """What the user's function returns, or what stands there."""
     module_name, colon, attribute = source.partition(":")
     if not colon or not module_name or not attribute or module_name.startswith("."):
         raise ArgumentError(
@@ -108,12 +127,15 @@ def load_model(source: str) -> nn.Module:
     sys.path.insert(0, "")
     try:
         build = getattr(importlib.import_module(module_name), attribute)
-        model = build() if callable(build) else build
+        return build() if callable(build) and not isinstance(build, nn.Module) else build
     except Exception as error:  # whatever the user's code raises
         reason = f"{type(error).__name__}: {error}"
         raise ArgumentError(f"MODEL: {source!r} cannot be built: {reason}.") from error
     finally:
         sys.path.remove("")
+
+
+def _checked(model: Any, source: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"MODEL: {source!r} gives a {type(model).__name__}, not an nn.Module.")
     return model
@@ -133,13 +155,8 @@ def _from_config(path: Path) -> nn.Module:
         named = getattr(transformers, str((config.architectures or [""])[0]), None)
         with torch.device("meta"):
             if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
-                return _checked(named._from_config(config))  # type: ignore[no-untyped-call]
-            return _checked(transformers.AutoModel.from_config(config))  # type: ignore[no-untyped-call]
+                return _checked(named._from_config(config), str(path))  # type: ignore[no-untyped-call]
+            return _checked(transformers.AutoModel.from_config(config), str(path))  # type: ignore[no-untyped-call]
     except Exception as error:  # a config can be wrong in as many ways as there are models
         reason = f"{type(error).__name__}: {error}"
         raise ArgumentError(f"MODEL: {str(path)!r} is no usable config: {reason}") from error
-
-
-def _checked(model: Any) -> nn.Module:
-    assert isinstance(model, nn.Module)
-    return model

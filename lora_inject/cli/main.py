@@ -1,4 +1,4 @@
-"""The command line: ``lora-inject plan``, ``inspect``, ``convert`` and ``demo``, and its options.
+"""The command line: ``plan``, ``audit``, ``inspect``, ``convert`` and ``demo``, and its options.
 
 What the commands do is in ``commands.py``, which is imported when one runs: ``--help`` and mistakes
 in the options are answered without torch.
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        options.run(options)
+        code: int = options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:  # who reads has seen enough (| head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more
@@ -46,16 +46,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (LoRAInjectError, OSError) as error:
         print(f"lora-inject: error: {' '.join(str(error).split())[:1000]}", file=sys.stderr)
         return 2
-    return 0
+    return code
 
 
-def _command(name: str) -> Callable[[argparse.Namespace], None]:
-    """The command of this name, which is imported when it runs."""
+def _command(name: str) -> Callable[[argparse.Namespace], int]:
+    """The command of this name, which is imported when it runs, and returns the exit code."""
 
-    def run(options: argparse.Namespace) -> None:
+    def run(options: argparse.Namespace) -> int:
         with doing("importing torch"):
             commands = import_module("lora_inject.cli.commands")
-        getattr(commands, name)(options)
+        return getattr(commands, name)(options) or 0
 
     return run
 
@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(run=None)
     commands = parser.add_subparsers(metavar="COMMAND")
     _add_plan(commands)
+    _add_audit(commands)
     _add_files(commands)
     _add_demo(commands)
     return parser
@@ -135,6 +136,23 @@ def _add_capacity(show: argparse.ArgumentParser) -> None:
     paper.add_argument(
         "--checkpointing", action="store_const", const=True, help="compute blocks again"
     )
+
+
+def _add_audit(commands: Any) -> None:
+    check = commands.add_parser(
+        "audit",
+        help="find out whether an adapted model really trains",
+        description="Run an adapted model once forward and backward and show what is wrong; the "
+        "exit code is 1 where that is more than notes.",
+    )
+    check.set_defaults(run=_command("audit"))
+    check.add_argument(
+        "model",
+        metavar="MODEL",
+        help="package.module:callable, a function without arguments that returns an adapted "
+        "nn.Module, or (model, batch), or (model, batch, optimizer)",
+    )
+    check.add_argument("--json", action="store_true", help="print it as JSON")
 
 
 def _add_files(commands: Any) -> None:

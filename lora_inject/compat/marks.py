@@ -13,6 +13,7 @@ from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 
 # Wrappers of a whole model or of a block, which put their own name into every path below them.
 WRAPPERS = {
@@ -36,6 +37,13 @@ _CHECKPOINTING = "gradient_checkpointing"
 # A mapping on a module, of which transformers saves none of the keys where it is tied to others.
 TIED_KEYS = "_tied_weights_keys"
 RESIZE = "resize_token_embeddings"  # of models of transformers
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether calls of a module run what a compiler or a tracer has made, which calls no hooks."""
+    if isinstance(module, ScriptModule) or type(module).__name__ == "OptimizedModule":
+        return True
+    return module.__dict__.get("_compiled_call_impl") is not None  # of module.compile()
 
 
 def has_accelerate_hook(module: nn.Module) -> bool:

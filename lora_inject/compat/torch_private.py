@@ -1,8 +1,7 @@
 """Every private name of torch that this library uses, and what it does where torch has it no more.
 
 Nothing depends on one of them for what is true: where a name is gone the library takes the slower
-way that is always right. (Names that a kind of layer is made of, such as ``_flat_weights`` of
-``nn.LSTM``, stand with that kind.)
+way that is always right. (Names that a kind of layer is made of stand with that kind.)
 """
 
 import sys
@@ -232,6 +231,11 @@ def reduced_parameters(wrapper: nn.parallel.DistributedDataParallel) -> list[Ten
     return [tensor for bucket in buckets() for tensor in bucket.parameters()]
 
 
+def hooks_after_accumulation(parameter: Tensor) -> dict[int, Any]:
+    """The hooks that run when a gradient has been accumulated; where torch does not say, none."""
+    return getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+
+
 def calls_on_stack(module: nn.Module) -> int:
     """How many calls of a module with hooks run now."""
     calls, frame = 0, sys._getframe(1)
@@ -278,8 +282,7 @@ class CheckpointedPart:
 def checkpointed_parts() -> Iterator[CheckpointedPart]:
     """The calls of torch's checkpoint, in both forms, that are on the stack, the inmost first.
 
-    They are known by the local variables of torch's functions; where torch has other ones, there
-    are none.
+    They are known by local variables of torch's functions; where these have other names, none are.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

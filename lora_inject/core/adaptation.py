@@ -3,7 +3,7 @@
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ class Content(NamedTuple):
         use: whether the adapter joins those in use and trains; else it waits for ``use``.
         beside: the adapters that were in use while it trained.
         said: what its file says besides, as JSON.
+        left: what a pattern would have adapted and could not, by path, with the reasons.
+        base: what the file says of the weights that it was made for, by path.
     """
 
     bias: BiasMode = "none"
@@ -50,6 +52,8 @@ class Content(NamedTuple):
     use: bool = True
     beside: frozenset[str] = frozenset()
     said: str = ""
+    left: Mapping[str, str] = {}
+    base: Mapping[str, Mapping[str, Any]] = {}
 
 
 class Adaptation:
@@ -87,6 +91,8 @@ def adaptation(
         content.said,
         layers=frozenset(site.path for site in sites),
         in_full=frozenset(content.train_also),
+        left=content.left,
+        base=content.base,
     )
     made = Adaptation(reached(look, injection))
     leaders: dict[str, list[dict[str, nn.Parameter]]] = {}

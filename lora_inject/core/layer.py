@@ -263,7 +263,7 @@ class WeightLayer(LoRALayer):
             note_run(self)
         state: State = self.__dict__[STATE]
         scales = self.__dict__[SCALES] if torch.compiler.is_compiling() else None
-        kind, changes = changes_of(self, state.running, name, scales)
+        kind, changes = changes_of(self, state.running, name, scales, self.training)
         W = bare(self, name)
         own = [W, *(tensor for _, change in changes for tensor in change.tensors.values())]
         if any(t is not None and is_distributed(t) for t in own) and is_of_fsdp(self):
@@ -281,8 +281,9 @@ class WeightLayer(LoRALayer):
 
 
 def changes_of(
-    module: nn.Module, terms: Sequence[Term], weight: str, scales: Scales | None = None
-) -> tuple[Kind | None, list[tuple[Variant, Change]]]:
+    module: nn.Module, terms: Sequence[Term], weight: str, scales: Scales | None = None,
+    training: bool = False,
+) -> tuple[Kind | None, list[tuple[Variant, Change]]]:  # fmt: skip
     """The kind, and the changes that these terms make of the module's weight of this name.
 
     With the layer's scales, which a compiler takes for inputs, factors are tensors.
@@ -295,5 +296,5 @@ def changes_of(
             # Parameters, or what stands in their place for a while (``torch.func``).
             tensors = {role: getattr(module, name) for role, name in term.names.items()}
             factor = term.factor if scales is None else scales[term.adapter][1]
-            changes.append((term.variant, term.change(tensors, factor)))
+            changes.append((term.variant, term.change(tensors, factor, term.dropout * training)))
     return kind, changes

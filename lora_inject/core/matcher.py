@@ -10,10 +10,12 @@ from torch.nn.parameter import is_lazy
 from lora_inject.core.look import Look
 from lora_inject.core.output_heads import find_heads
 from lora_inject.core.patterns import NamedModule, Pattern, close_names
+from lora_inject.core.state import owned
 from lora_inject.errors import NoMatchError
 from lora_inject.kinds import Kind, find_kind
 from lora_inject.kinds.bias import is_bias
 from lora_inject.kinds.products import is_factor
+from lora_inject.settings import BASE
 from lora_inject.sharding import whole_numel, whole_shape
 
 _EXPRESSION = frozenset("|()^$+\\")  # what is in no path and no glob
@@ -147,14 +149,32 @@ class Matcher:
     def targets_of(self, pattern: Pattern) -> list[Target]:
         """What a target pattern selects: modules, and parameters that it names.
 
-        A glob or an expression names parameters only if it selects no layer: written for layers,
-        it would otherwise catch every matrix on the way.
+        The only matrix of a layer is the layer. A glob or an expression names parameters only if
+        it selects no layer: written for layers, it would otherwise catch every matrix on the way.
         """
         selected = [Target(place) for place in self._selected(pattern)]
         exact = pattern.by_name and not pattern.wide
+        if exact and not selected and "." in pattern.label:
+            selected = [Target(place) for place in self._layers_by_matrix(pattern)]
         if exact or (pattern.by_name and not any(map(self.is_able, selected))):
             selected += [t for t in self.matrices if any(pattern.names(path) for path in t.paths)]
         return selected
+
+    def _layers_by_matrix(self, pattern: Pattern) -> list[NamedModule]:
+        """The layers of whose only matrix a pattern is the name."""
+        return [
+            place
+            for place in self.places
+            if pattern.last in place.module._parameters and self.kind(place.module) is not None
+            if self._matrices_of(place.module) == [pattern.last]
+            if any(pattern.names(f"{path}.{pattern.last}".lstrip(".")) for path in place.paths)
+        ]
+
+    def _matrices_of(self, module: nn.Module) -> list[str]:
+        """The names of a module's own parameters of two dimensions or more, but for adapters'."""
+        ours = {n for n, owner, _ in owned(self.look.states.get(module)) if owner != BASE}
+        named = module._parameters.items()
+        return [n for n, p in named if p is not None and n not in ours and len(whole_shape(p)) > 1]
 
     def no_match(self, pattern: Pattern) -> str:
         """The sentence for a pattern that selects nothing."""

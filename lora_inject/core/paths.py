@@ -38,6 +38,12 @@ def first_paths(modules: Mapping[str, nn.Module]) -> dict[nn.Module, str]:
     return paths
 
 
+def outputs(module: nn.Module) -> int:
+    """How many features or channels go out of a layer; 0 where it does not say."""
+    own = module.__dict__.get("out_features", module.__dict__.get("out_channels", 0))
+    return own if isinstance(own, int) else 0
+
+
 def bare_key(key: str, known: Container[str]) -> str:
     """A key without the names of wrappers, if only so it is one of those known."""
     if key in known:

@@ -103,7 +103,8 @@ class Resolver:
     def _site(self, target: Target, kind: Kind, settings: Settings, label: str) -> Site | Refusal:
         """The site of a target of which kind and settings are known."""
         module, way = target.module, self._way(target, kind, settings)
-        if way == "weight" and self.request.dropout_can_go:
+        can_go = self.request.dropout_can_go and settings.dropout
+        if can_go and not _has_input(module, kind, way, settings):
             settings = replace(settings, dropout=0.0)
         specs = _specs(module, kind, way, settings, self.request.adapter)
         if isinstance(specs, Refusal):
@@ -206,7 +207,7 @@ def _specs(
     names = names_of(specs, adapter, settings.variant)[1]
     if reason := general_refusal(module, names if others else ["lora_adapters", *names], way):
         return Refusal(reason)
-    if way == "weight" and settings.dropout:
+    if settings.dropout and not _has_input(module, kind, way, settings):
         return Refusal(
             f"it is adapted in its weight, where there is no input for dropout={settings.dropout:g}"
             " to act on. Give it dropout 0 by a pattern of its own, or exclude it."
@@ -223,6 +224,13 @@ def _specs(
         ):
             return Refusal(wrong)
     return specs
+
+
+def _has_input(module: nn.Module, kind: Kind, way: Way, settings: Settings) -> bool:
+    """Whether an adapter sees what its layer multiplies, on which dropout acts."""
+    return way == "branch" or kind.multiplies(
+        module, kind.specs(module, settings), settings.variant
+    )
 
 
 def _method_refusal(

@@ -49,11 +49,8 @@ class Site:
     @property
     def multiplies(self) -> bool:
         """Whether it acts in the products that its module makes with the weight: no W + s B A."""
-        kind, module, variant = self.kind, self.module, self.settings.variant
-        return self.way == "weight" and all(
-            kind.multiplies(module, kind.weight(module, spec.weight), variant)
-            for spec in self.specs
-        )
+        multiplies = self.kind.multiplies(self.module, self.specs, self.settings.variant)
+        return self.way == "weight" and multiplies
 
     @property
     def parameters(self) -> int:

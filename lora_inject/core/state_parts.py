@@ -1,7 +1,7 @@
 """What the state of a module is made of: small values, most of them shared by many modules."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ class Injection:
         said: what its file said besides and saving says again, as JSON; "" where there was none.
         layers: the paths of the layers that it put the adapter on.
         in_full: the paths of the modules that it lets train in full.
+        left: what a pattern would have adapted and it could not, by path, with the reasons.
+        base: of what weights its file was made for, by path, what ``files.fingerprint`` took.
     """
 
     id: int
@@ -28,6 +30,8 @@ class Injection:
     said: str = ""
     layers: frozenset[str] = frozenset()
     in_full: frozenset[str] = frozenset()
+    left: Mapping[str, str] = field(default_factory=dict, compare=False)
+    base: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, compare=False)
 
 
 class Before(NamedTuple):

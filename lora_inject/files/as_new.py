@@ -21,14 +21,16 @@ from lora_inject.files.layout import Layout
 from lora_inject.files.rows import values_of_tables
 from lora_inject.kinds import find_kind
 from lora_inject.own import Place, own_tensor
-from lora_inject.plan import plan_for
+from lora_inject.plan import Plan, plan_for
 from lora_inject.settings import check_bias, check_dtype
 from lora_inject.starts import Saved
 from lora_inject.variants import SCALINGS, VARIANTS, name_prefix
 
 
-def put_in(wanted: Layout, adapter: str, dtype: torch.dtype | str | None, use: bool) -> None:
-    """Put the file's adapter into the model as a new one."""
+def plan_to_put_in(
+    wanted: Layout, adapter: str, dtype: torch.dtype | str | None, use: bool
+) -> Plan:
+    """What puts the file's adapter into the model as a new one."""
     elsewhere = wanted.elsewhere()
     outside = (Pattern("elsewhere", _within(elsewhere), by_name=True),) if elsewhere else ()
     request = Request(
@@ -41,7 +43,7 @@ def put_in(wanted: Layout, adapter: str, dtype: torch.dtype | str | None, use: b
         adapter=adapter,
         dropout_can_go=True,
     )
-    plan_for(wanted.look, request, partial(_content, wanted, use)).apply()
+    return plan_for(wanted.look, request, partial(_content, wanted, use))
 
 
 def _dtype(wanted: Layout, dtype: torch.dtype | str | None) -> torch.dtype | str | None:
@@ -82,19 +84,20 @@ def _content(wanted: Layout, use: bool, sites: Sequence[Site]) -> Content:
     _check_tensors(wanted, trained, places)
     also = dict.fromkeys(places, False) | all_of_it
     said = json.dumps(dict(wanted.data.said)) if wanted.data.said else ""
-    return Content(bias, in_full, also, values, places, use, frozenset(wanted.data.beside), said)
+    beside, base = frozenset(wanted.data.beside), wanted.base
+    return Content(bias, in_full, also, values, places, use, beside, said, base=base)
 
 
 def _warn_of_dropout(wanted: Layout, sites: Sequence[Site]) -> None:
     """Say which layers train without the dropout that the file has for them."""
-    without = {site.path for site in sites if site.way == "weight"}
+    without = {site.path for site in sites if site.way == "weight" and not site.multiplies}
     lost = [f for f in wanted.pairs if f.target in without and f.pair.dropout]
     if lost:
         more = f" and {len(lost) - 1:,} more" if lost[1:] else ""
         name, dropout = lost[0].pair.name, lost[0].pair.dropout
         warn(
             f"{name}{more}: the file has a dropout of {dropout:g}, and the adapter "
-            " acts in the weight here, where it has no input to act on: it is left out."
+            "acts in the weight here, where it has no input to act on: it is left out."
         )
 
 

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from lora_inject.arithmetic.low_rank import product_norm
 from lora_inject.core.index import Index
 from lora_inject.core.path_groups import grouped, natural
+from lora_inject.core.paths import outputs
 from lora_inject.errors import ArgumentError, FormatError
+from lora_inject.files import left_out
 from lora_inject.files.formats import find_format, named_format, read_adapter
 from lora_inject.files.formats.data import AdapterData, PairData, RowsData
 from lora_inject.files.formats.pairs import as_portable
@@ -51,6 +53,7 @@ def convert(
     """
     writer, source, target = named_format(to, "to"), as_path(source), as_path(target, "target")
     data = read_adapter(source, format, None if model is None else Index(model), alpha)
+    left_out.warn_of_left_parts(data)
     if data.added:
         raise FormatError(
             f"{source}: what it adds to biases of the base (lora_bias) is told by those alone.",
@@ -65,7 +68,7 @@ def convert(
         for pair in data.pairs:
             pair.known_alpha  # noqa: B018 (raises where it is not known)
     if model is not None:
-        modules = tuple(path for path, _ in model.named_modules() if path)
+        modules = {path: outputs(module) for path, module in model.named_modules() if path}
         data = replace(data, modules=modules, model_class=type(model).__name__)
     writer.write(as_portable(data) if portable else data, target)
 

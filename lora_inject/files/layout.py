@@ -188,15 +188,30 @@ class Layout:
     def _differing(self, prints: Mapping[str, Any]) -> dict[str, tuple[Tensor, str]]:
         """The weights that are not those of which fingerprints were taken, and how, by name."""
         found = {}
-        for key, saved in prints.items():
-            owner, _, name = key.rpartition(".")
-            if (module := self.modules.get(bare_key(owner, self.modules))) is None:
-                continue
+        for key, (module, name) in self._printed(prints).items():
             kind = find_kind(module)
             weight = kind.weight(module, name) if kind else own_tensor(module, name)
-            if weight is not None and isinstance(saved, Mapping) and differs(saved, weight):
-                found[key] = weight, how_it_differs(saved, weight)
+            if weight is not None and differs(prints[key], weight):
+                found[key] = weight, how_it_differs(prints[key], weight)
         return found
+
+    def _printed(self, prints: Mapping[str, Any]) -> dict[str, Place]:
+        """The places of weights of which fingerprints were taken, by name."""
+        found = {}
+        for key, saved in prints.items():
+            owner, _, name = key.rpartition(".")
+            module = self.modules.get(bare_key(owner, self.modules))
+            if module is not None and isinstance(saved, Mapping):
+                found[key] = module, name
+        return found
+
+    @property
+    def base(self) -> dict[str, Mapping[str, Any]]:
+        """The fingerprints of the weights that the adapter was made for, by path in this model."""
+        places = self._printed(self.data.base).items()
+        return {
+            f"{self.look.index.path(m)}.{n}".lstrip("."): self.data.base[k] for k, (m, n) in places
+        }
 
     def _is_the_bases(self, other: LaidOutTensor, adapter: str) -> bool:
         """Whether a tensor of the file only repeats the base, as PEFT saves adapted embeddings.

@@ -94,6 +94,16 @@ def warn_of_unsaid_others(data: AdapterData, name: str, format: str) -> None:
         )
 
 
+def warn_of_left_parts(data: AdapterData) -> None:
+    """Warn of what a file holds for other models of a pipeline."""
+    if data.left:
+        parts = " and ".join(f"{plural(n, 'layer')} of {name}" for name, n in data.left.items())
+        warn(
+            f"the file holds {parts} too, which are for other parts of a pipeline and are left: "
+            "load each into its own model, or load_pipeline(pipe, path) does all at once."
+        )
+
+
 def warn_of_missing_others(data: AdapterData, look: Look, name: str) -> None:
     """Warn where adapters are not in the model that were in use while a loaded one trained."""
     if missing := [other for other in data.beside if other not in look.known]:

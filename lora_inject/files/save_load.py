@@ -13,18 +13,16 @@ from lora_inject.core.drift import require_nothing_gone
 from lora_inject.core.look import Look
 from lora_inject.errors import ArgumentError
 from lora_inject.files import cautions, hub, left_out
-from lora_inject.files.as_new import put_in
 from lora_inject.files.formats import named_format, read_adapter, read_state
 from lora_inject.files.formats.data import AdapterData
 from lora_inject.files.formats.storage import as_path
-from lora_inject.files.layout import Layout
+from lora_inject.files.loading import Loading
 from lora_inject.files.portable import PortableReport
 from lora_inject.files.portable import portable as as_plain_lora
-from lora_inject.files.rows import values_for
 from lora_inject.files.stored import Stored
 from lora_inject.files.token_rows import warn_of_unsaved_rows
 from lora_inject.own import Model
-from lora_inject.settings import check_adapter, check_bias, check_count
+from lora_inject.settings import check_adapter, check_count
 from lora_inject.sharding import is_distributed, on_first_rank
 from lora_inject.training.freeze import freeze_adapter
 
@@ -54,9 +52,11 @@ def save(
 
     Args:
         model: an adapted model, or a wrapper that holds it.
-        path: a directory for "peft" and "diffusers", a file for the others; made if need be.
+        path: a directory for "peft" and "diffusers", a file for the others; made if need be. What a
+            directory of diffusers holds of other components of a pipeline stays in it.
         adapter: the adapter's name; None for the only one there is, or the only one in use.
-        format: "peft", "loralib" (a .pt file), "kohya" or "diffusers".
+        format: "peft", "loralib" (a .pt file), "kohya" or "diffusers". The names are those that the
+            tools know: ``save_pipeline`` tells an SDXL's first text encoder from an SD 1.5's.
         portable: write a plain LoRA with one rank and a scaling of 1 for all layers, for readers
             that know nothing else (vLLM, llama.cpp): ranks are padded with zeros, scalings folded
             into B, and what is no product of low rank (DoRA) becomes the best one of rank r. Loaded
@@ -138,11 +138,12 @@ def load(
 
     Args:
         model: any model.
-        path: what ``save``, PEFT, diffusers, loralib or kohya's scripts wrote; the directory of a
-            whole model with A and B in it, as ``save_pretrained`` and ``Trainer.save_model`` write
-            it; the name of a repository of the Hugging Face hub, ``"user/name"``, where there is no
-            such path; or the tensors themselves, as ``lora_state_dict(model, format="peft")`` gives
-            them.
+        path: what ``save``, PEFT, diffusers, loralib, kohya's scripts or other tools for images
+            wrote; the directory of a whole model with A and B in it, as ``save_pretrained`` and
+            ``Trainer.save_model`` write it; the name of a repository of the Hugging Face hub,
+            ``"user/name"``, where there is no such path; or the tensors themselves, as
+            ``lora_state_dict(model, format="peft")`` gives them. Of a file for a whole pipeline the
+            model's part is taken, and a warning says what is left (``load_pipeline`` takes all).
         adapter: the name to load it under.
         format: "peft", "loralib", "kohya" or "diffusers"; None finds out.
         config: for tensors that come without a file from PEFT or diffusers, their config as a
@@ -176,31 +177,10 @@ def load(
             file = hub.found(as_path(path))
             data = read_adapter(file, format, look.index, alpha)
             cautions.warn_of_checkpoint(data, file)
-        _load(look, data, adapter, dtype, other_base)
+        loading = Loading(look, data, adapter, dtype, other_base)
+        loading.apply()
+        loading.warn()
+        left_out.warn_of_left_parts(data)
         if not trainable:
             freeze_adapter(model, adapter)
     return model
-
-
-def _load(
-    look: Look,
-    data: AdapterData,
-    adapter: str,
-    dtype: torch.dtype | str | None,
-    other_base: bool,
-) -> None:
-    """Put what was read into the adapter of this name, or into the model as a new one."""
-    wanted = Layout(look, data, adapter)
-    if not other_base:
-        wanted.check_base()
-    if adapter in look.known:
-        stored = Stored(look.model, adapter, look)
-        if data.bias:
-            stored.check_bias(check_bias(data.bias))
-        pairs = wanted.pairs_by_key | values_for(stored.pairs, wanted.tables)
-        stored.fill({**wanted.tensors, **pairs}, wanted.scalings)
-    else:
-        put_in(wanted, adapter, dtype, use=not look.used)
-        if look.used:
-            cautions.warn_of_unused(look, adapter)
-    left_out.warn_of_missing_others(data, look, adapter)

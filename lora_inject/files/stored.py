@@ -12,11 +12,11 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from lora_inject.changes.edits import filling, run
+from lora_inject.changes.edits import Edit, filling, run
 from lora_inject.compat.marks import is_fully_sharded
 from lora_inject.core.company import company
 from lora_inject.core.look import Look
-from lora_inject.core.paths import bare, bare_key, bare_modules, first_paths
+from lora_inject.core.paths import bare, bare_key, bare_modules, first_paths, outputs
 from lora_inject.core.state_parts import Trained
 from lora_inject.core.travelling import Settings, described
 from lora_inject.errors import ArgumentError, FormatError, LoRAInjectError
@@ -163,7 +163,7 @@ class Stored:
             base_name=name if isinstance(name, str) else "",
             model_class=kind,
             task=task_of(self.model, (self.paths[module] for module in tops)),
-            modules=tuple(path for path in self.paths.values() if path),
+            modules={path: outputs(module) for module, path in self.paths.items() if path},
             beside=tuple(sorted(company(self.look).get(self.name, ()))),
             facts={
                 "refused": self._in_several_places() | refused_rows(self.look, self.pairs, ties)
@@ -242,6 +242,14 @@ class Stored:
     def fill(self, state: Mapping[str, Tensor], scalings: Mapping[str, float]) -> None:
         """Copy values into the adapter's tensors, all or none.
 
+        Raises:
+            FormatError: as ``filled``.
+        """
+        run(self.filled(state, scalings))
+
+    def filled(self, state: Mapping[str, Tensor], scalings: Mapping[str, float]) -> list[Edit]:
+        """What copies values into the adapter's tensors.
+
         Args:
             state: the values by loralib's keys.
             scalings: of pairs whose values were made for another scaling than the model's, by key.
@@ -284,4 +292,4 @@ class Stored:
         )
         require_agreement(self.pairs, cast, shared, scalings)
         # In place: an optimizer's flat views and captured graphs hold the storage.
-        run([filling(tensor, cast[key]) for key, tensor in own.items()])
+        return [filling(tensor, cast[key]) for key, tensor in own.items()]

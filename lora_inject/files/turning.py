@@ -1,5 +1,6 @@
 """A pair of a file as the weight that it is for stands in a module."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, cast
@@ -54,6 +55,7 @@ def turned(pair: PairData, module: nn.Module) -> PairData:
     """The pair as the weight that it is for stands in the module."""
     if pair.alpha is not None and pair.alpha < 0:
         pair = replace(pair, alpha=-pair.alpha, B=-pair.B)
+    pair = _of_dimensions(pair, module)
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups > 1:
         return _of_groups(pair, module.groups, module.in_channels)
     W = module._parameters.get(pair.weight)
@@ -61,6 +63,24 @@ def turned(pair: PairData, module: nn.Module) -> PairData:
     if own is not None and pair.layout and own != pair.layout:
         A, B = pair.B.transpose(-2, -1), pair.A.transpose(-2, -1)
         return replace(pair, A=A, B=B, layout=own, fixed=OTHER[pair.fixed])
+    return pair
+
+
+def _of_dimensions(pair: PairData, module: nn.Module) -> PairData:
+    """A pair of a Linear layer for a convolution, or of a kernel of 1 for a Linear layer.
+
+    UNets have one or the other in the same place, and tools take the files of both.
+    """
+    if pair.form not in ("linear", "conv") or pair.has_own_shapes or pair.variant == "tucker":
+        return pair
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and pair.A.dim() == 2:
+        kernel, channels = module.kernel_size, module.in_channels // module.groups
+        if pair.A.shape[1] != channels * math.prod(kernel):
+            return pair
+        A = pair.A.reshape(-1, channels, *kernel)
+        return replace(pair, A=A, B=pair.B.reshape(*pair.B.shape, *(1,) * len(kernel)), form="conv")
+    if isinstance(module, nn.Linear) and pair.form == "conv" and math.prod(pair.A.shape[2:]) == 1:
+        return replace(pair, A=pair.A.flatten(1), B=pair.B.flatten(1), form="linear")
     return pair
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lora_inject.integrations.first_step import FirstStep
 from lora_inject.integrations.trained import require_trained, trained_tensors
 
 
@@ -17,7 +18,15 @@ class AdapterCheckpoint(Callback):
     Example:
         >>> trainer = Trainer(callbacks=[AdapterCheckpoint()])  # doctest: +SKIP
         >>> trainer.fit(module, ckpt_path="last")  # doctest: +SKIP
+
+    Args:
+        audit: whether to audit the model at the first step, with that step's batch and optimizer;
+            what is found is a ``LoRAInjectWarning``, and nothing of the run is changed by it.
     """
+
+    def __init__(self, audit: bool = False) -> None:
+        self._audits = audit
+        self._first: FirstStep | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let Lightning load what does not name the base model, which may not be made yet."""
@@ -27,6 +36,14 @@ class AdapterCheckpoint(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a model without adapters, once ``setup`` and ``configure_model`` have made it."""
         trained_tensors(pl_module)
+        self._first = FirstStep(pl_module) if self._audits else None
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
+    ) -> None:
+        """Audit the model, once."""
+        if self._first is not None:
+            self._first.audit(optimizer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let Lightning load as before."""
@@ -39,6 +56,8 @@ class AdapterCheckpoint(Callback):
         self._put_back(pl_module)
 
     def _put_back(self, pl_module: LightningModule) -> None:
+        if self._first is not None:
+            self._first.stop()
         if hasattr(self, "_strict"):
             pl_module._strict_loading = self._strict
             del self._strict

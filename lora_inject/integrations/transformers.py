@@ -16,7 +16,49 @@ from lora_inject.errors import FormatError, LoRAInjectError
 from lora_inject.files.formats import named_format
 from lora_inject.files.save_load import write
 from lora_inject.files.stored import Stored
+from lora_inject.integrations.first_step import FirstStep
 from lora_inject.integrations.trained import require_trained, trained_tensors
+
+
+class AuditFirstStep(TrainerCallback):
+    """Lets the ``Trainer`` audit the model at the first step, with that step's batch and optimizer.
+
+    What is found is a ``LoRAInjectWarning``; nothing of the run is changed by it.
+
+    Example:
+        >>> trainer = Trainer(model, arguments, callbacks=[AuditFirstStep()])  # doctest: +SKIP
+
+    Args:
+        strict: raise on errors and warnings of the audit.
+    """
+
+    def __init__(self, strict: bool = False) -> None:
+        self.strict = strict
+        self._first: FirstStep | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Wait for the first batch."""
+        self._first = FirstStep(kwargs["model"], self.strict)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Audit the model, once.
+
+        Raises:
+            LoRAInjectError: with ``strict``, something is wrong.
+        """
+        if self._first is not None:
+            self._first.audit(kwargs.get("optimizer"))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let go of a model that took no step."""
+        if self._first is not None:
+            self._first.stop()
 
 
 class AdapterCheckpoint(TrainerCallback):
@@ -34,10 +76,12 @@ class AdapterCheckpoint(TrainerCallback):
 
     Args:
         peft: whether to write the PEFT files too; some kinds of layer have no word there.
+        audit: whether to audit the model at the first step, as ``AuditFirstStep`` does.
     """
 
-    def __init__(self, peft: bool = True) -> None:
+    def __init__(self, peft: bool = True, audit: bool = False) -> None:
         self.peft = peft
+        self._audit = AuditFirstStep() if audit else None
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -64,12 +108,23 @@ class AdapterCheckpoint(TrainerCallback):
         if self.peft:
             _require_peft(model)
         lend(model, "save_pretrained", partial(_write, model, self.peft))
+        if self._audit is not None:
+            self._audit.on_train_begin(args, state, control, **kwargs)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Audit the model before the first step, where that is wanted."""
+        if self._audit is not None:
+            self._audit.on_pre_optimizer_step(args, state, control, **kwargs)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Give the model back its own way."""
         take_back(kwargs["model"], "save_pretrained")
+        if self._audit is not None:
+            self._audit.on_train_end(args, state, control, **kwargs)
 
 
 def _require_peft(model: Any) -> None:

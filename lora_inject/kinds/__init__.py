@@ -12,6 +12,7 @@ from lora_inject.kinds.base import Kind
 from lora_inject.kinds.conv1d import Conv1DKind
 from lora_inject.kinds.convolution import ConvKind, ConvTransposeKind
 from lora_inject.kinds.embedding import EmbeddingKind
+from lora_inject.kinds.grouped_linear import GroupedLinearKind
 from lora_inject.kinds.linear import LinearKind
 from lora_inject.kinds.quantized import QuantizedLinearKind
 from lora_inject.kinds.recurrent import RecurrentCellKind, RecurrentKind
@@ -20,6 +21,7 @@ from lora_inject.variants import Spec
 __all__ = ["Kind", "Spec", "find_kind", "register_kind"]
 
 _registry: list[Kind] = [
+    GroupedLinearKind(),
     LinearKind(),
     Conv1DKind(),
     QuantizedLinearKind(),

@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, ClassVar, Literal, TypeGuard
 
@@ -172,8 +173,8 @@ class Kind(ABC):
             total = variant.add_to_weight(self, layer, W, total, change)
         return total.to(W.dtype)
 
-    def multiplies(self, module: nn.Module, W: Tensor, variant: Variant) -> bool:
-        """Weight: whether it is known how the module's own forward multiplies by W."""
+    def multiplies(self, module: nn.Module, specs: Sequence[Spec], variant: Variant) -> bool:
+        """Weight: whether it is known how the module's own forward multiplies by these weights."""
         return False
 
     def multiplied(

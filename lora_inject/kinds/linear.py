@@ -71,7 +71,7 @@ class LinearKind(Kind):
         cls = own_class(module)
         if is_known_linear(cls) or not is_plain(module._parameters.get("weight")):
             return None
-        trial = try_linear(module, *self.features(module), transposed=self.transposes)
+        trial = try_linear(module, *self.features(module), self.transposes, self.groups(module))
         # Then the branch stands below it, and whatever it does is done to both.
         below = trial.problem is None and self.branches_at(cls) is not None
         return trial._replace(adds=True) if below else trial
@@ -87,6 +87,10 @@ class LinearKind(Kind):
     def form(self, layer: nn.Module) -> Form:
         """As PEFT has it."""
         return "linear"
+
+    def groups(self, module: nn.Module) -> int:
+        """How many groups the features that it writes are of, each of which reads its own."""
+        return 1
 
     def features(self, module: nn.Module) -> tuple[int, int]:
         """From the weight, which may have been cut; a quantized one is packed: from attributes."""

@@ -4,6 +4,7 @@ They are targets by their own path (``"experts.gate_up_proj"``). A fused weight 
 dimensions, (E, out, in) or (E, in, out): transformers' experts say which, for others the user must.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from lora_inject.arithmetic import starting_values as initial
 from lora_inject.kinds.base import Form, Kind, Way
-from lora_inject.kinds.experts import Changes, ExpertWeights, multiplied
+from lora_inject.kinds.experts import Changes, ExpertWeights
+from lora_inject.kinds.multiplied import multiplied, require_no_dropout
 from lora_inject.kinds.products import is_multiplied
 from lora_inject.settings import Settings
 from lora_inject.sharding import is_distributed
@@ -67,17 +69,19 @@ class ParameterKind(Kind):
 
     def effective(self, layer: nn.Module, W: Tensor, changes: Changes) -> Any:
         """The sum; of a fused weight, expert by expert as they are asked for."""
+        require_no_dropout(layer, changes)
         if W.dim() < 3 or torch.compiler.is_compiling():
             return super().effective(layer, W, changes)
         return ExpertWeights(self, layer, W, changes)
 
-    def multiplies(self, module: nn.Module, W: Tensor, variant: Variant) -> bool:
+    def multiplies(self, module: nn.Module, specs: Sequence[Spec], variant: Variant) -> bool:
         """By a fused weight, as its code or transformers tells."""
-        return W.dim() == 3 and variant.additive and is_multiplied(module, self.weight_name)
+        fused = all(spec.experts for spec in specs)
+        return fused and variant.additive and is_multiplied(module, self.weight_name)
 
     def multiplied(self, layer: nn.Module, W: Tensor, changes: Changes) -> Any:
         """What computes products with W and with A and B, where that is known to be enough."""
-        known = all(self.multiplies(layer, W, variant) for variant, _ in changes)
+        known = all(self.multiplies(layer, [change.spec], variant) for variant, change in changes)
         tensors = [W, *(t for _, change in changes for t in change.tensors.values())]
         if known and not any(map(is_distributed, tensors)):
             return multiplied(self, layer, W, changes)

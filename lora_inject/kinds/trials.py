@@ -41,7 +41,9 @@ class Trial(NamedTuple):
 _known: WeakKeyDictionary[type, dict[Any, Trial]] = WeakKeyDictionary()
 
 
-def try_linear(module: nn.Module, n_in: int, n_out: int, transposed: bool) -> Trial:
+def try_linear(
+    module: nn.Module, n_in: int, n_out: int, transposed: bool, groups: int = 1
+) -> Trial:
     """Try out a layer that is to map (.., in) to (.., out) by its ``weight``.
 
     Args:
@@ -49,12 +51,14 @@ def try_linear(module: nn.Module, n_in: int, n_out: int, transposed: bool) -> Tr
         n_in: features that it reads.
         n_out: features that it writes.
         transposed: whether the weight is (in, out).
+        groups: with more than one it is to map (.., groups, in) to (.., groups, out / groups), and
+            each group by rows of the weight of its own.
     """
 
     def run() -> Trial:
-        return _try_linear(module, n_in, n_out, transposed)
+        return _try_linear(module, n_in, n_out, transposed, groups)
 
-    return _once(module, (n_in, n_out, transposed), run)
+    return _once(module, (n_in, n_out, transposed, groups), run)
 
 
 def writing_refusal(module: nn.Module, inputs: Callable[[Tensor], Tensor]) -> str | None:
@@ -105,7 +109,7 @@ def _once(module: nn.Module, what: Any, run: Callable[[], Trial]) -> Trial:
     return own[key]
 
 
-def _try_linear(module: nn.Module, n_in: int, n_out: int, transposed: bool) -> Trial:
+def _try_linear(module: nn.Module, n_in: int, n_out: int, transposed: bool, groups: int) -> Trial:
     with _quietly(module):
         copy = _copy(module)
         own: Any = copy._parameters
@@ -115,7 +119,8 @@ def _try_linear(module: nn.Module, n_in: int, n_out: int, transposed: bool) -> T
         )
         added = (D_OI.T if transposed else D_OI).to(W.dtype)
         problem: str | None = None
-        for shape in ((2, _ROWS, n_in), (2 * _ROWS, n_in)):
+        last = (groups, n_in) if groups > 1 else (n_in,)
+        for shape in ((2, _ROWS, *last), (2 * _ROWS, *last)):
             x = _rows(shape, W)
             outputs, writes = [], False
             try:
@@ -127,7 +132,7 @@ def _try_linear(module: nn.Module, n_in: int, n_out: int, transposed: bool) -> T
             except Exception as error:
                 problem = problem or f"its forward fails on {_text(shape)}: {_said(error)}"
                 continue
-            return _judged(outputs, x, D_OI, writes)
+            return _judged(outputs, x, D_OI.view(groups, -1, n_in), writes)
     return Trial(problem, adds=False, writes=False)
 
 
@@ -139,16 +144,17 @@ def _inputs(module: nn.Module, x: Tensor) -> list[Tensor]:
     return [x.clone() for _ in range(max(1, count))]
 
 
-def _judged(outputs: list[Any], x: Tensor, D_OI: Tensor, writes: bool) -> Trial:
-    """What the outputs with W and with W + D say."""
+def _judged(outputs: list[Any], x: Tensor, D_GOI: Tensor, writes: bool) -> Trial:
+    """What the outputs with W and with W + D say, of which each group has a part."""
     y, other = outputs
-    shape = (*x.shape[:-1], D_OI.shape[0])
+    shape = (*x.shape[:-1], D_GOI.shape[1])
     if not isinstance(y, Tensor):
         return Trial(f"it returns a {type(y).__name__}", False, writes)
     if tuple(y.shape) != shape:
         return Trial(f"it makes {_text(y.shape)} of {_text(x.shape)}", False, writes)
     found = (other.float() - y.float()).flatten(0, -2)
-    wanted = (x.float() @ D_OI.T).flatten(0, -2)
+    each = x.float().reshape(-1, len(D_GOI), x.shape[-1])
+    wanted = torch.einsum("ngi,goi->ngo", each, D_GOI).flatten(0, 1)
     off = found - wanted
     close = bool(off.norm() <= _ROUNDING * wanted.norm())
     # Rows in which one feature is 1 show single entries of D, each of which is 1 or more.

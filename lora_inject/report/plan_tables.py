@@ -58,8 +58,20 @@ def skipped_section(skips: Sequence[Skip]) -> Section:
     for skip in skips:
         groups.setdefault((skip.type, skip.pattern, skip.reason), []).append(skip.path)
     rows = [
-        (paths[0] + (f" and {len(paths) - 1} more" if paths[1:] else ""), kind, pattern, reason)
+        (_and_more(paths), kind, pattern, reason)
         for (kind, pattern, reason), paths in groups.items()
     ]
     columns = ("~path", "type", "?selected by", "why")
     return Section("Skipped", columns, rows, styles=[REFUSED] * len(rows))
+
+
+def not_adapted(skips: Sequence[Skip]) -> list[str]:
+    """A line for each reason for which what was wanted is left alone."""
+    paths: dict[str, list[str]] = {}
+    for skip in skips:
+        paths.setdefault(skip.reason, []).append(skip.path)
+    return [f"Not adapted: {_and_more(left)}: {why}" for why, left in paths.items()]
+
+
+def _and_more(paths: Sequence[str]) -> str:
+    return paths[0] + (f" and {len(paths) - 1} more" if paths[1:] else "")

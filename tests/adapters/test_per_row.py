@@ -8,6 +8,7 @@ from families import FAMILIES
 from helpers import Net, changed_parts, ids, randomize_adapters, snapshot
 from torch import nn
 
+import lora_inject.adapters.rows as rows_of_layers
 from lora_inject import (
     ArgumentError,
     LoRAInjectError,
@@ -72,6 +73,14 @@ def each_alone(model, call, rows):
     return torch.stack(outputs)
 
 
+@pytest.fixture(params=["stacked", "masked"])
+def either_way(request, monkeypatch):
+    """Whatever the shapes say: with products for each row, or one of the summed rank."""
+    costs = float("-inf") if request.param == "stacked" else float("inf")
+    monkeypatch.setattr(rows_of_layers, "_GATHERED", costs)
+
+
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("kind", LAYERS)
 def test_equal_to_each_row_alone(kind):
     model, layer, x = prepared(kind)
@@ -83,6 +92,7 @@ def test_equal_to_each_row_alone(kind):
                 torch.testing.assert_close(layer(x), expected, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("kind", LAYERS)
 def test_gradients_are_those_of_each_row_alone(kind):
     model, layer, x = prepared(kind)
@@ -101,6 +111,23 @@ def test_gradients_are_those_of_each_row_alone(kind):
     for n, p in model.named_parameters():
         if n in expected:
             torch.testing.assert_close(p.grad, expected[n], msg=n)
+
+
+@pytest.mark.parametrize(
+    ("adapters", "tokens", "stacked"),
+    [(64, 16, True), (64, 1, True), (16, 1, False), (4, 8, False)],
+)
+def test_which_products_are_made_follows_from_the_shapes(adapters, tokens, stacked, monkeypatch):
+    model, names, made = nn.Sequential(nn.Linear(8, 8)), [f"a{i}" for i in range(adapters)], []
+    for name in names:
+        inject(model, r=2, adapter=name)
+    by_row = rows_of_layers._Group.by_row
+    noted = lambda *args: made.append(args) or by_row(*args)  # noqa: E731
+    monkeypatch.setattr(rows_of_layers._Group, "by_row", noted)
+    x = torch.randn(adapters, tokens, 8)
+    with per_row(model, names):
+        model(x)
+    assert bool(made) == (stacked and (tokens > 1 or x.is_cpu))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bert", "vit"])

@@ -124,6 +124,20 @@ def test_what_is_named_so_can_be_adapted_by_its_name():
     assert all(p.grad is not None for n, p in model.named_parameters() if "lin.lora" in n)
 
 
+def test_the_only_matrix_of_a_layer_is_the_layer():
+    """As PEFT's target_parameters names it; nothing else of a layer, and not the word alone."""
+    model = nn.ModuleDict({"a": nn.ModuleDict({"lin1": nn.Linear(8, 8), "lin2": nn.Linear(8, 8)})})
+    model["lstm"], model["conv"] = nn.LSTM(8, 8), nn.Conv2d(3, 8, 3)
+    shown = plan(model, {"lin1.weight": {"r": 2}, "conv.weight": {"r": 1}})
+    assert [(site.path, site.settings.r) for site in shown.sites] == [("a.lin1", 2), ("conv", 1)]
+    inject(model, "a.lin1.weight", r=2)
+    assert type(model["a"]["lin1"]).__name__ == "LoRALinear"
+    inject(model, "lin1.weight", r=2, adapter="second")  # whose A and B are no matrices of its own
+    for wrong in ("lin1.bias", "weight", "lstm.weight_ih_l0", "n1.weight"):
+        with pytest.raises(NoMatchError, match="matches nothing"):
+            plan(model, wrong, r=1)
+
+
 def test_what_is_excluded_or_trains_in_full_or_lies_elsewhere_is_not_named():
     model = nn.ModuleList([odd_model(), odd_model()])
     shown = plan(model, r=2, exclude="0.own", train_also="0.pair")

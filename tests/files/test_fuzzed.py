@@ -7,6 +7,7 @@ import contextlib
 import json
 import re
 import tempfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -210,6 +211,24 @@ def test_reading_takes_no_more_memory_than_the_file_has(tmp_path):
             load(bare(), tmp_path)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 64 * 1024  # kilobytes; each of these would take gigabytes
+
+
+def test_a_pickled_file_holds_no_more_than_it_has(tmp_path):
+    """One of a few kilobytes could be of any size: with strides of zero, or compressed."""
+    A, B = "layers.0.q_proj.lora_A", "layers.0.q_proj.lora_B"
+    many = torch.ones(1).expand(2, 2**34)  # four minutes to look at, once loaded
+    torch.save({A: many, B: torch.ones(8, 2)}, tmp_path / "a.pt")
+    torch.save({A: torch.zeros(2, 2**16), B: torch.ones(8, 2)}, tmp_path / "plain.pt")
+    with (zipfile.ZipFile(tmp_path / "plain.pt") as plain,
+          zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as compressed):  # fmt: skip
+        for name in plain.namelist():
+            compressed.writestr(name, plain.read(name))
+    for name, message in (("a.pt", "larger than the values"), ("b.pt", "compressed")):
+        with pytest.raises(FormatError, match=message):
+            load(bare(), tmp_path / name, alpha=2)
+    flat = torch.randn(64)  # views of one buffer, as optimizers have them, are as large as it is
+    torch.save({A: flat[:16].view(2, 8), B: flat[16:32].view(8, 2)}, tmp_path / "c.pt")
+    load(bare(), tmp_path / "c.pt", alpha=2)
 
 
 def test_errors_show_what_a_file_holds_shortly_and_printably(tmp_path):

@@ -8,7 +8,7 @@ from lycoris_layers import INPUTS, NAMES, close, layers, moved, of_weights
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lora_inject import FormatError, LoRAInjectError, load, save, strip
+from lora_inject import FormatError, LoRAInjectError, LoRAInjectWarning, load, save, strip
 from lora_inject.core.state import adapters_of
 from lora_inject.files.convert import inspect
 
@@ -137,7 +137,8 @@ def test_dora_scale_is_of_rows_or_of_columns_by_its_shape(name, by, tmp_path):
         with pytest.raises(FormatError, match="PEFT has no dora_columns"):
             save(model, tmp_path / "b")
     else:
-        save(model, tmp_path / "b.safetensors", format="kohya")
+        with pytest.warns(LoRAInjectWarning, match="LyCORIS alone computes a DoRA of rows"):
+            save(model, tmp_path / "b.safetensors", format="kohya")
         again = load_file(tmp_path / "b.safetensors")
         for key in ("lora_up.weight", "lora_down.weight"):
             assert torch.equal(again[f"lycoris_{name}.{key}"], tensors[f"lycoris_{name}.{key}"])
@@ -177,7 +178,8 @@ def test_dora_scale_beside_a_loha_or_lokr_is_of_the_weight_with_it(case, by, tmp
         with pytest.raises(FormatError, match=f"{name} is a {variant}.*not written"):
             save(model, tmp_path / "b.safetensors", format="kohya")
     else:
-        save(model, tmp_path / "b.safetensors", format="kohya")
+        with pytest.warns(LoRAInjectWarning, match="LyCORIS alone computes a DoRA of rows"):
+            save(model, tmp_path / "b.safetensors", format="kohya")
         again = load_file(tmp_path / "b.safetensors")
         for key, tensor in tensors.items():
             if not key.endswith("alpha"):

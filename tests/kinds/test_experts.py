@@ -16,8 +16,11 @@ from transformers.integrations import moe
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from lora_inject import inject, plan, strip, use
-from lora_inject.kinds.experts import ExpertWeights, MultipliedWeight
+from benchmarks.memory import bytes_kept
+from lora_inject import LoRAInjectError, inject, load, plan, save, strip, use
+from lora_inject.errors import UnsupportedLayerError
+from lora_inject.kinds.experts import ExpertWeights
+from lora_inject.kinds.multiplied import MultipliedWeight
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -61,7 +64,8 @@ def inputs(dtype=torch.float32, tokens=3):
 
 
 def trained(model):
-    return {name: p for name, p in model.named_parameters() if "lora_" in name}
+    named = ((n.removeprefix("_orig_mod."), p) for n, p in model.named_parameters())
+    return {name: p for name, p in named if "lora_" in name}
 
 
 def in_float64(model, x, index, weights, used=None):
@@ -164,6 +168,23 @@ def test_no_more_of_the_size_of_one_expert_is_made_than_without_adapters(family,
     assert made[0] == made[1]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_grouped_products_keep_no_casts_of_adapters_and_no_product_that_can_be_made_again(
+    family, build
+):
+    model, args = build(family, "grouped_mm", torch.bfloat16), inputs(torch.bfloat16, 8)
+    least, rows = bytes_kept(lambda: model(*args)), 8 * TOP
+    inject(model, NAMES, r=8)
+    assert model.down_proj_lora_A.dtype == torch.float32
+    randomize_adapters(model)
+    for p in trained(model).values():
+        p.requires_grad_(True)
+    kept = bytes_kept(lambda: model(*args))
+    # The rows of the first product, both A x and the places of the rows; of what the second one
+    # reads the factors, act(gate) and up, are kept anyway.
+    assert kept - least <= 2 * rows * (H + 2 * 8) + 2 * 8 * rows
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_under_autocast(family, way, build):
@@ -192,6 +213,48 @@ def test_under_checkpointing(way, reentrant, build):
     assert torch.equal(x.grad, expected["x"])
     for name, parameter in trained(model).items():
         assert torch.equal(parameter.grad, expected[name])
+
+
+WARNINGS = ["ignore:The .grad attribute of a Tensor that is not a leaf",
+            "ignore:Dynamo detected a call to a `functools.lru_cache`"]  # fmt: skip
+
+
+@pytest.fixture
+def afresh():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("afresh")
+@pytest.mark.filterwarnings(*WARNINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled(family, way, dtype, build):
+    model, args = build(family, way, dtype), inputs(dtype)
+    inject(model, NAMES, r=3)
+    randomize_adapters(model, 0.1)
+    expected, gradients = in_float64(model, *args)
+    # The loop over experts depends on values: no single graph, with adapters or without.
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=way != "eager")
+    y, found = step(compiled, *args)
+    require_close(y, expected, CLOSE[dtype])
+    for name, gradient in gradients.items():
+        require_close(found[name], gradient, CLOSE[dtype])
+
+
+@pytest.mark.usefixtures("afresh")
+@pytest.mark.filterwarnings(*WARNINGS)
+@pytest.mark.parametrize("way", ["eager", "batched_mm", "grouped_mm"])
+def test_compiled_experts_do_not_train_with_dropout(way, build):
+    model, args = build("out_in", way), inputs()
+    inject(model, NAMES, r=3, dropout=0.5)
+    randomize_adapters(model, 0.1)
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises(LoRAInjectError, match=r"leave the experts out of torch\.compile"):
+        compiled(*args)
+    torch.testing.assert_close(compiled.eval()(*args), model.eval()(*args))
 
 
 class Watched(nn.Module):
@@ -272,6 +335,89 @@ def test_functions_for_experts_that_may_do_anything_get_the_effective_weight(fun
     assert all(site.multiplies for site in plan(model, NAMES).sites)
     model.config._experts_implementation = function
     assert not any(site.multiplies for site in plan(model, NAMES).sites)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dropout_acts_on_what_experts_multiply(family, way, dtype, build, monkeypatch):
+    model, args = build(family, way, dtype), inputs(dtype)
+    base = model(*args)
+    inject(model, NAMES, r=3, dropout=0.5)
+    assert torch.equal(model.train()(*args), base)  # B is zero
+    randomize_adapters(model, 0.1)
+    expected, gradients = in_float64(model, *args)
+    require_close(model.eval()(*args), expected, CLOSE[dtype])
+    one, other = (model.train()(*args) for _ in range(2))
+    assert not torch.equal(one, other)
+    seen = []
+
+    def dropout(x, p):
+        seen.append((x.shape[-1 if x.shape[-1] > 1 else -2], p))
+        return x
+
+    monkeypatch.setattr(F, "dropout", dropout)
+    y, found = step(model, *args)
+    require_close(y, expected, CLOSE[dtype])
+    for name, gradient in gradients.items():
+        require_close(found[name], gradient, CLOSE[dtype])
+    assert set(seen) == {(H, 0.5)}  # the features of x, and no weight
+    calls = 2 if way != "eager" else 2 * len(args[1].unique())
+    assert len(seen) == calls
+
+
+def test_dropout_is_masked_and_scaled_as_elsewhere():
+    class Whole(Watched):
+        def forward(self, x):
+            return x @ self.w[1]
+
+    model, x = Whole(), torch.eye(4)
+    inject(model, "w", r=2, dropout=0.25)
+    randomize_adapters(model)
+    rows = (model.eval()(x) - x @ model._parameters["w"][1]).detach()
+    torch.manual_seed(3)
+    dropped = (model.train()(x) - x @ model._parameters["w"][1]).detach()
+    torch.manual_seed(3)
+    torch.testing.assert_close(dropped, F.dropout(x, 0.25) @ rows)
+
+
+@pytest.mark.parametrize(("build", "options"), [(Unknown, {}), (Multiplying, {"variant": "dora"})])
+def test_dropout_is_refused_where_no_product_is_known(build, options):
+    with pytest.raises(UnsupportedLayerError, match="there is no input for dropout"):
+        inject(nn.Sequential(build()), "0.w", r=2, dropout=0.1, **options)
+
+
+def test_where_dropout_cannot_act_after_all_training_is_refused_and_evaluation_is_not():
+    class Partly(Watched):
+        def forward(self, x):
+            return x @ self.w[1] if x.ndim == 2 else torch.einsum("i,io->o", x, self.w[1])
+
+    model = Partly()
+    inject(model, "w", r=2, dropout=0.1)
+    randomize_adapters(model)
+    assert model(torch.randn(2, 4)).shape == (2, 5)
+    with pytest.raises(LoRAInjectError, match="w is read here, and not just multiplied by"):
+        model(torch.randn(4))
+    assert model.eval()(torch.randn(4)).shape == (5,)
+
+
+def test_where_another_function_runs_the_experts_dropout_is_refused_in_training(build):
+    model, args = build("out_in", "eager"), inputs()
+    inject(model, NAMES, r=2, dropout=0.1)
+    model.config._experts_implementation = "sonicmoe"
+    with pytest.raises(LoRAInjectError, match="experts_implementation"):
+        model(*args)
+
+
+def test_an_adapter_with_dropout_comes_back_with_it(build, tmp_path):
+    model = nn.ModuleDict({"experts": build("out_in", "grouped_mm")})
+    inject(model, ["experts.down_proj"], r=2, dropout=0.1)
+    randomize_adapters(model)
+    save(model, tmp_path)
+    other = strip(copy.deepcopy(model))
+    load(other, tmp_path)
+    (adapter,) = other["experts"].lora_adapters
+    assert adapter.settings.dropout == 0.1
 
 
 def test_every_form_of_a_product_and_what_is_none():

@@ -60,7 +60,8 @@ def test_where_it_is_narrow_columns_are_spared_and_paths_lose_their_middle(resul
     assert "self_attn.q_proj" in narrow
     assert {"12", "3,072", "4,608"} <= set(narrow.split())
     monkeypatch.setenv("COLUMNS", "200")
-    assert "chosen by" in str(results["plan"])
+    model = nn.Sequential(nn.Linear(8, 8))
+    assert "chosen by" in str(plan(model, "0", r=2))
     assert max(map(len, str(results["plan"]).splitlines())) <= 120  # lines that can be read
 
 

@@ -46,7 +46,9 @@ REFUSED = {
     **{(f"variant {name}", "Linear in parts"): "parts= is for" for name in IN_THE_WEIGHT},
     ("lokr of two products", "Linear in parts"): "parts= is for",
     **{(f"variant {name}", "Conv2d"): "Use 'dora" for name in VARIANTS if "columns" in name},
-}
+    **{(f"{name}dora{start}", "grouped Linear"): "use how='weight'"
+       for name, start in (("variant ", ""), ("", " of pissa"), ("", " of mica"))},
+}  # fmt: skip
 every_method_and_kind = pytest.mark.parametrize(
     ("method", "kind"), [(m, k) for m in METHODS for k in KINDS if (m, k) not in REFUSED]
 )

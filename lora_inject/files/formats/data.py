@@ -226,14 +226,18 @@ class AdapterData:
         base_name: where the base model came from, or "".
         model_class: the class of the base model, or "".
         task: PEFT's word for what the base model does, or "".
-        modules: the paths of all modules of the model, for writers that name layers by pattern;
-            None where no model is at hand.
+        modules: the paths of all modules of the model, for writers that name layers by pattern,
+            with how many features go out of each, 0 where it does not say; None where no model is
+            at hand.
         beside: the adapters that were in use while it trained.
         facts: what a format knows beyond this and a reader may want to show.
         said: what a PEFT config says of other things than the tensors, which is written again.
         dtype: "base" where A and B follow the 16 bits of the base; "" where nothing says so.
         tables: tables of which some rows trained.
         added: what is added to tensors of the base, by their names: a model tells their values.
+        component: what the model is called in its pipeline, where that is known.
+        encoders: how many text encoders its pipeline has, where that is known.
+        left: how many names of the file are for other parts of a pipeline, by what is in front.
     """
 
     pairs: tuple[PairData, ...]
@@ -247,13 +251,16 @@ class AdapterData:
     base_name: str = ""
     model_class: str = ""
     task: str = ""
-    modules: tuple[str, ...] | None = None
+    modules: Mapping[str, int] | None = None
     beside: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     said: Mapping[str, Any] = field(default_factory=dict)
     dtype: str = ""
     tables: tuple[RowsData, ...] = ()
     added: Mapping[str, Tensor] = field(default_factory=dict)
+    component: str = ""
+    encoders: int = 0
+    left: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, tensor in (*self.tensors.items(), *self.added.items()):

@@ -59,20 +59,24 @@ def require_as_written(tensors: Mapping[str, Tensor], digests: str, path: Path) 
 def require_whole_archive(path: Path) -> None:
     """Refuse a file by ``torch.save`` of which a part has another checksum than when it was saved.
 
+    And one of which more would come out than is in it.
+
     Raises:
         FormatError: it has.
     """
     if not zipfile.is_zipfile(path):
         return  # the form from before torch 1.6
+    packed = False
     try:
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
-            # torch can leave them out; and it packs nothing, as what could grow without end is.
-            known = any(part.CRC for part in parts)
-            known = known and not any(part.compress_type for part in parts)
-            wrong = archive.testzip() if known else None
+            packed = sum(part.file_size for part in parts) > path.stat().st_size
+            known = any(part.CRC for part in parts)  # torch can leave them out
+            wrong = archive.testzip() if known and not packed else None
     except Exception as error:  # of any type, where an archive is broken
         wrong = str(error)
+    if packed:
+        raise FormatError(f"{path} is compressed, and could grow without end: torch packs nothing.")
     if wrong:
         raise FormatError(
             f"{path} is damaged: {wrong} in it is not what was saved.",

@@ -2,41 +2,52 @@
 
 ``lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight``, ``.lora_up.weight`` and
 ``.alpha``. Dots and underscores are one in these names, so that only a model can tell them apart:
-names are looked up among those of its modules, never taken to pieces.
+``formats.image_names`` has the names that tools give its modules. The first files of diffusers are
+read here too, which have other names for the same tensors.
 
 Files of LyCORIS are of the same form, with tensors of other variants beside these or in place of
 them: ``formats.lycoris``.
 """
 
-from collections.abc import Mapping
-from dataclasses import replace
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from lora_inject.core.index import Index
-from lora_inject.core.paths import bare_modules
-from lora_inject.errors import FormatError
-from lora_inject.files.formats import lycoris
+from lora_inject.errors import FormatError, warn
 from lora_inject.files.formats.data import AdapterData, PairData
+from lora_inject.files.formats.fused import divided, joined
+from lora_inject.files.formats.image_names import (
+    OTHERS,
+    Slot,
+    family_of,
+    flat_prefix,
+)
+from lora_inject.files.formats.image_parts import (
+    UP,
+    Choice,
+    ModelNames,
+    Slots,
+    layers_of,
+)
+from lora_inject.files.formats.kohya_pairs import pair_of, tensors_of
 from lora_inject.files.formats.one_place import Given, is_repeated_pair
 from lora_inject.files.formats.pairs import whole_layers
 from lora_inject.files.formats.state import IN_MEMORY, AdapterState
-from lora_inject.files.formats.storage import read_tensors, replaced_together, write_tensors
-from lora_inject.kinds.base import Form
+from lora_inject.files.formats.storage import (
+    parse_json,
+    read_tensors,
+    replaced_together,
+    write_tensors,
+)
+from lora_inject.printing import plural
 
-# What stands before a module's name, by the class of the model; the scripts know these.
-PREFIXES = {
-    "UNet": "lora_unet",
-    "TextModel": "lora_te",
-    "Transformer": "lora_transformer",
-    "": "lycoris",
-}
-_ALL_PREFIXES = ("lora_unet", "lora_te1", "lora_te2", "lora_te", "lora_transformer", "lycoris")
 SUFFIXES = (".safetensors",)  # of its files
-_DOWN, _UP, _MID = "lora_down.weight", "lora_up.weight", "lora_mid.weight"
-_LAST = (_DOWN, _UP, _MID, "alpha", "dora_scale", *lycoris.KEYS)
+METADATA = "lora_inject"  # the ranks of what is fused, by its name
 
 
 def module_key(prefix: str, path: str) -> str:
@@ -49,19 +60,22 @@ def looks_like(path: Path) -> bool:
     return path.is_file() and path.suffix in SUFFIXES
 
 
-def read(path: Path, index: Index | None = None, alpha: float | None = None) -> AdapterData:
+def read(
+    path: Path, index: Index | None = None, alpha: float | None = None, component: str = ""
+) -> AdapterData:
     """Read a file.
 
     Args:
         path: the file.
         index: the modules of the model that it is for; without one its names stay flattened.
         alpha: for layers without one in the file; None takes the rank, as the scripts do.
+        component: what the model is in its pipeline, where that is known.
 
     Raises:
         FormatError: the file is not there or not whole, or a name is not, or not uniquely, one of
             the model's.
     """
-    return _from_tensors(*read_tensors(path), path, index, alpha)
+    return from_tensors(*read_tensors(path), path, index, alpha, component)
 
 
 def from_state(state: AdapterState, index: Index | None, alpha: float | None) -> AdapterData:
@@ -70,41 +84,52 @@ def from_state(state: AdapterState, index: Index | None, alpha: float | None) ->
     Raises:
         FormatError: as ``read``.
     """
-    return _from_tensors(state, state.metadata, IN_MEMORY, index, alpha)
+    return from_tensors(state, state.metadata, IN_MEMORY, index, alpha)
 
 
-def _from_tensors(
+def from_tensors(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     path: Path,
     index: Index | None,
     alpha: float | None,
+    component: str = "",
 ) -> AdapterData:
-    layers: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, _, suffix = key.partition(".")
-        if suffix not in _LAST:
+    """What the tensors say; ``path`` is for errors."""
+    layers, others = layers_of(tensors, path)
+    names = None if index is None else ModelNames(index, component)
+    choice = Choice({name: (Slot(name),) for name in layers})
+    if names is not None and layers:
+        choice = names.choose(layers, _fits(layers, names), path)
+    for key in others:
+        if names is None or not layers or names.place(key).label in choice.labels:
             raise FormatError(f"{path}: the tensor {key} is of no kind that is supported.")
-        layers.setdefault(name, {})[suffix] = tensor
-    names = {name: [name] for name in layers} if index is None else _names(index)
-    pairs, unknown, given = [], [], Given()
-    for name, own in layers.items():
-        found = names.get(name, [])
-        if len(found) > 1:
-            raise FormatError(f"{path}: {name} can be {found[0]} or {found[1]} of this model.")
-        pair = _pair(found[0] if found else name, own, alpha, path)
-        if not found:
-            unknown.append(name)
-            continue
-        if not is_repeated_pair(given, pair.path, name, pair):
-            pairs.append(pair)
-    if unknown and index is not None:
-        raise FormatError(
-            f"{path}: {len(unknown):,} names are no modules of this {type(index.model).__name__}: "
-            f"{', '.join(unknown[:3])}{', ...' if unknown[3:] else ''}."
-        )
+    pairs, given, ranks = [], Given(), _ranks(metadata, path)
+    for name, slots in choice.slots.items():
+        title = slots[0].path if len(slots) == 1 else name
+        pair = pair_of(title, layers[name], alpha, path)
+        for part in divided(pair, slots, names.sizes(slots) if names else [], ranks.get(name, ())):
+            if not is_repeated_pair(given, part.path, name, part):
+                pairs.append(part)
     facts = {"format": "kohya", "config": metadata, "flattened": index is None}
-    return AdapterData(tuple(pairs), facts=facts)
+    return AdapterData(tuple(pairs), facts=facts, left=choice.left)
+
+
+def _ranks(metadata: Mapping[str, str], path: Path) -> dict[str, list[int]]:
+    """The ranks of what is fused, where we have written it."""
+    own = parse_json(metadata.get(METADATA, "{}"), f"the metadata of {path}")
+    for ranks in own.values():
+        if not isinstance(ranks, list) or not all(isinstance(r, int) and r >= 0 for r in ranks):
+            raise FormatError(f"{path}: the ranks in its metadata cannot be read.")
+    return own
+
+
+def _fits(layers: Mapping[str, Mapping[str, Tensor]], names: ModelNames) -> Any:
+    def fits(name: str, slots: Slots) -> bool:
+        up = layers[name].get(UP)
+        return up is None or sum(names.sizes(slots)) in (0, up.shape[0])
+
+    return fits
 
 
 def write(data: AdapterData, path: Path) -> None:
@@ -114,9 +139,28 @@ def write(data: AdapterData, path: Path) -> None:
         FormatError: the adapter holds what the format has no word for, two modules have one
             flattened name, or the file cannot be written.
     """
-    state = to_state(data)
+    write_all([data], path)
+
+
+def write_all(parts: Iterable[AdapterData], path: Path) -> None:
+    """Write the adapters of the components of a pipeline into one file.
+
+    Raises:
+        FormatError: as ``write``.
+    """
+    states = [to_state(data) for data in parts]
+    names = Counter(key for state in states for key in state)
+    if twice := [key for key, n in names.items() if n > 1]:
+        raise FormatError(f"two components have one name in kohya's format, such as {twice[0]}.")
+    dims = {state.metadata["ss_network_dim"] for state in states}
+    modules = {state.metadata["ss_network_module"] for state in states}
+    metadata = {key: value for state in states for key, value in state.metadata.items()}
+    metadata |= {
+        "ss_network_module": min(modules),  # LyCORIS's before the scripts' own
+        "ss_network_dim": dims.pop() if len(dims) == 1 else "Dynamic",
+    }
     with replaced_together(path) as (file,):
-        write_tensors(state, file, state.metadata)
+        write_tensors({k: t for state in states for k, t in state.items()}, file, metadata)
 
 
 def to_state(data: AdapterData) -> AdapterState:
@@ -131,86 +175,62 @@ def to_state(data: AdapterData) -> AdapterState:
             remedy='Save it as "peft".',
         )
     data.require_no_rows("kohya's format")
-    prefix = next(value for part, value in PREFIXES.items() if part in data.model_class)
     tensors: dict[str, Tensor] = {}
-    for pair in whole_layers(data.pairs):
-        name = module_key(prefix, pair.path)
-        whole = pair.has_own_shapes or pair.form != "conv" or pair.A.shape[0] == pair.rank
-        if pair.form not in ("linear", "conv") or not whole or pair.weight != "weight":
-            raise FormatError(f"{pair.name}: kohya's format has no word for this kind of layer.")
+    fused: dict[str, list[int]] = {}
+    for name, pair, ranks in _named(data):
         if f"{name}.alpha" in tensors:
             raise FormatError(f"{pair.name}: another module has the same flattened name, {name}.")
-        tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in _tensors(pair).items()}
-    ranks = {pair.rank for pair in data.pairs}
+        tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in tensors_of(pair).items()}
+        fused |= {name: ranks} if len(ranks) > 1 else {}
+    if any(pair.variant.startswith("dora") for pair in data.pairs):
+        warn(
+            "LyCORIS alone computes a DoRA of rows as it was trained: ComfyUI divides by the "
+            "lengths of the base's rows, A1111 by those of columns, and diffusers leaves them out. "
+            "A plain LoRA near to it is what all of them read: portable=True, r=16, error=0.1."
+        )
+    dims = {pair.rank for pair in data.pairs}
     plain = all(pair.variant == "lora" for pair in data.pairs)
     metadata = {
         "ss_network_module": "networks.lora" if plain else "lycoris.kohya",
-        "ss_network_dim": str(max(ranks)) if len(ranks) == 1 else "Dynamic",
+        "ss_network_dim": str(max(dims)) if len(dims) == 1 else "Dynamic",
+        **({METADATA: json.dumps(fused)} if fused else {}),
     }
     return AdapterState(tensors, "kohya", {}, metadata)
 
 
-def _tensors(pair: PairData) -> dict[str, Tensor]:
-    """The tensors of a layer by what stands behind its name.
+def _named(data: AdapterData) -> Iterable[tuple[str, PairData, list[int]]]:
+    """Each layer by the name that tools know, and the ranks of ours that are fused in it.
 
-    Raises:
-        FormatError: the format has no word for its variant.
+    What cannot be said of a fused one has LyCORIS's names, part by part.
     """
-    if lycoris.is_whole(pair):  # which is added as it is, whatever alpha
-        B = (pair.B.double() * pair.scaling).to(pair.B.dtype) if pair.scaling != 1 else pair.B
-        pair = replace(pair, B=B, alpha=float(pair.rank), rule="lora")
-    own = {"alpha": torch.tensor(pair.scaling * pair.rank)}
-    own |= lycoris.tensors_of(pair) if lycoris.algorithm(pair) else {_DOWN: pair.A, _UP: pair.B}
-    if pair.variant in ("dora", "dora_loha", "dora_lokr"):
-        return {**own, "dora_scale": lycoris.scale_of(pair)}
-    if pair.variant == "tucker":
-        return {**own, _MID: pair.others["mid"]}
-    if pair.variant not in ("lora", "loha", "lokr"):
-        raise FormatError(
-            f"{pair.name} is a {pair.variant}, which kohya's format is not written with.",
-            remedy="torch.save(lora_state_dict(model), ...) keeps it for load_lora_state_dict.",
+    pairs = {pair.path: _checked(pair) for pair in whole_layers(data.pairs)}
+    family, sizes = family_of(data.model_class), data.modules or dict.fromkeys(pairs, 0)
+    prefix = flat_prefix(data.component, data.encoders, family)
+    for name, slots in family.written({**sizes, **dict.fromkeys(pairs, 0)}).items():
+        there = {slot.path: pairs[slot.path] for slot in slots if slot.path in pairs}
+        if not there:
+            continue
+        whole = joined(there, slots, [sizes.get(slot.path, 0) for slot in slots])
+        if whole is not None:
+            ranks = [there[slot.path].rank if slot.path in there else 0 for slot in slots]
+            yield module_key(prefix, name), whole, ranks
+            pairs = {path: pair for path, pair in pairs.items() if path not in there}
+    if pairs and family is not OTHERS:
+        warn(
+            f"{plural(len(pairs), 'layer')} such as {next(iter(pairs))} are written by LyCORIS's "
+            "names, which ComfyUI reads and kohya's scripts do not: theirs are fused with others."
         )
-    return own
+    for path, pair in pairs.items():
+        yield module_key(OTHERS.flat, path), pair, []
 
 
-def _names(index: Index) -> dict[str, list[str]]:
-    """Every module's path by each flattened name that it can have."""
-    names: dict[str, list[str]] = {}
-    for path in bare_modules(index.by_path):
-        for prefix in _ALL_PREFIXES if path else ():
-            names.setdefault(module_key(prefix, path), []).append(path)
-    return names
-
-
-def _pair(path: str, own: Mapping[str, Tensor], alpha: float | None, where: Path) -> PairData:
-    """The pair of a layer, of its tensors by what stands behind its name.
+def _checked(pair: PairData) -> PairData:
+    """A pair that the format has words for.
 
     Raises:
-        FormatError: they are no adapter of a kind that is supported.
+        FormatError: it has none.
     """
-    rest = dict(own)
-    value, scale = rest.pop("alpha", None), rest.pop("dora_scale", None)
-    if value is not None and value.numel() != 1:
-        raise FormatError(f"{path}: alpha must be one number, not {tuple(value.shape)}.")
-    if value is not None and value.item() != 0:  # the scripts read 0 as none
-        alpha = value.item()
-    if rest and rest.keys() <= {*lycoris.KEYS}:
-        pair = lycoris.pair_of(path, rest, alpha, None, where)
-        if lycoris.is_whole(pair):  # alpha is its rank then, and changes nothing
-            r = int(alpha) if alpha and 1 <= alpha < 2**31 and alpha == int(alpha) else 1
-            pair = replace(pair, r=r, alpha=float(r))
-    elif {_DOWN, _UP} <= rest.keys() <= {_DOWN, _UP, _MID}:
-        A, B, mid = rest[_DOWN], rest[_UP], rest.get(_MID)
-        form: Form = "conv" if A.dim() > 2 else "linear"
-        more = {} if mid is None else {"mid": mid}
-        pair = PairData(path, A, B, alpha, form, variant="tucker" if more else "lora", others=more)
-    else:
-        raise FormatError(f"{where}: {path} has only {sorted(rest)} of what makes an adapter.")
-    if scale is not None:
-        if pair.variant == "tucker":
-            raise FormatError(
-                f"{where}: {path} is a DoRA of a tucker, which is not supported.",
-                remedy="Merge it where it was made.",
-            )
-        pair = lycoris.with_magnitude(pair, scale, where)
-    return pair if pair.alpha is not None else replace(pair, alpha=float(pair.rank))
+    whole = pair.has_own_shapes or pair.form != "conv" or pair.A.shape[0] == pair.rank
+    if pair.form not in ("linear", "conv") or not whole or pair.weight != "weight" or not pair.path:
+        raise FormatError(f"{pair.name}: kohya's format has no word for this kind of layer.")
+    return pair

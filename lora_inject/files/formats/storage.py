@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.errors import ArgumentError, FormatError, warn
+from lora_inject.files.formats.data import is_plain
 from lora_inject.files.formats.digests import (
     DIGESTS,
     digests_of,
@@ -124,7 +125,17 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
         isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
     ):
         raise FormatError(f"{path} does not hold a dict of tensors.")
+    if repeated := [name for name, tensor in state.items() if _repeats(tensor)]:
+        raise FormatError(
+            f"{path}: {repeated[0]} is larger than the values that the file has for it.",
+            remedy="Save a copy of it: tensor.clone().",
+        )
     return _with_usable_dtypes(dict(state), path)
+
+
+def _repeats(tensor: Tensor) -> bool:
+    """Whether a tensor shows values of its storage more than once, and so may be of any size."""
+    return is_plain(tensor) and tensor.nbytes > tensor.untyped_storage().nbytes()
 
 
 def read_json(path: Path) -> dict[str, Any]:
