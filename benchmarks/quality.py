@@ -18,7 +18,8 @@ from rich.progress import Progress
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.methods import ADAPT, IN_PEFT, PEFT, RANKS, optimizer_of, twins
+from benchmarks.methods import ADAPT, IN_PEFT, PEFT, optimizer_of, twins
+from benchmarks.rates import GRID, RATES
 from lora_inject import lora_parameters
 from lora_inject.cli import demo
 
@@ -32,36 +33,6 @@ MEMORY_STEPS = 5
 VALIDATION = 1000
 SEARCH_SEEDS = (0, 1)
 QUICK_STEPS = 10
-
-GRID = {
-    **dict.fromkeys(ADAPT, (5e-3, 1e-2, 2e-2)),
-    **{f"LoRA r={r}": (2e-3, 5e-3, 1e-2, 2e-2) for r in RANKS},
-    "head only": (1e-2, 3e-2, 1e-1),
-    "full fine-tuning": (1e-4, 3e-4, 1e-3),
-    **dict.fromkeys(("rsLoRA r=16", f"rsLoRA r=16{PEFT}"), (2e-3, 5e-3, 1e-2)),
-    **dict.fromkeys(("LoRA-FA r=4", f"LoRA-FA r=4{PEFT}"), (5e-3, 1e-2, 2e-2, 5e-2)),
-}
-# What search() found of the methods that came later: Pearson by learning rate. PEFT's have the
-# rates of ours where they compute the same, which the curves show.
-FOUND = {
-    "rsLoRA r=16": {5e-3: 0.8357, 1e-2: 0.4935, 2e-2: -0.2139},
-    "DoRA r=4": {5e-3: 0.8264, 1e-2: 0.8375, 2e-2: 0.8234},
-    f"DoRA r=4{PEFT}": {5e-3: 0.8294, 1e-2: 0.8371},
-    "PiSSA r=4": {5e-3: 0.8285, 1e-2: 0.8418, 2e-2: 0.8273},
-    f"PiSSA r=4{PEFT}": {1e-2: 0.8408},
-    f"LoRA r=4{PEFT}": {1e-2: 0.8341},
-    "EVA r=4 on average": {5e-3: 0.8242, 1e-2: 0.8365, 2e-2: 0.8281},
-    f"EVA r=4 on average{PEFT}": {5e-3: 0.8271, 1e-2: 0.8381, 2e-2: 0.8344},
-    "LoRA-FA r=4": {5e-3: 0.7931, 1e-2: 0.8063, 2e-2: 0.8134},
-    f"LoRA-FA r=4{PEFT}": {5e-3: 0.7883, 1e-2: 0.8028, 2e-2: 0.8119},
-}
-RATES = {
-    "head only": 3e-2,
-    **{f"LoRA r={r}": 1e-2 for r in RANKS},
-    "full fine-tuning": 3e-4,
-    f"rsLoRA r=16{PEFT}": 5e-3,
-    **{name: max(of_rate, key=of_rate.__getitem__) for name, of_rate in FOUND.items()},
-}
 
 
 def measure(quick: bool = False) -> dict[str, Any]:
@@ -210,7 +181,7 @@ def peak(action: Callable[[], object]) -> int:
 
 
 def search() -> dict[str, dict[float, float]]:
-    """How RATES was chosen: for each method the rate of GRID that is best on validation words.
+    """How ``rates.py`` came about: for each method what every rate reaches on validation words.
 
     The validation words are the last of the training words; no held-out word is looked at. Two
     seeds, since the largest rates learn with one and diverge with another. It takes longer than

@@ -118,14 +118,10 @@ class Plan(Shown):
         look = self.look.again()  # its tensors may be others by now
         warn_of_adapters_of_peft(look)
         made = adaptation(look, self.sites, self.adapter, self.seed, self.content)
-
-        def shown() -> Report:
-            now = look.again()
-            return _with_notes(report_of(now), self, now)
-
         return commit(  # type: ignore[no-any-return]
-            look, made.states, fresh=made.fresh, values=made.values, then=shown
-        )
+            look, made.states, fresh=made.fresh, values=made.values,
+            then=lambda: _reported(look.again(), self),
+        )  # fmt: skip
 
     def _tables(self) -> Tables:
         sections = [plan_tables.sites_section(self)]
@@ -277,13 +273,13 @@ def plan_for(
     require_one_owner(look, held.in_place)
     if held.use:
         require_free_places(look, request.adapter, held.in_place)
-    left = {skip.path: skip.reason for skip in skips if skip.wanted}
-    held = held._replace(left=left)
+    held = held._replace(left={skip.path: skip.reason for skip in skips if skip.wanted})
     return Plan(look, sites, tuple(skips), request.adapter, request.seed, held)
 
 
-def _with_notes(shown: Report, plan: Plan, now: Look) -> Report:
+def _reported(now: Look, plan: Plan) -> Report:
     """The report with what the plan wanted and could not, and what it does that is no use."""
+    shown = report_of(now)
     notes = plan_tables.not_adapted([skip for skip in plan.skipped if skip.wanted])
     notes += filter(None, dict.fromkeys(site.settings.start.note for site in plan.sites))
     if plan.oversized:

@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 
 import lora_inject
+from lora_inject.own import Model
 
 
 def test_type_checkers_and_the_interpreter_find_each_name_in_one_place():
@@ -30,6 +31,14 @@ def test_a_name_is_what_its_module_has_and_no_module(name):
     assert not isinstance(value, ModuleType)
     assert value is getattr(import_module(f"lora_inject.{lora_inject._HOME[name]}"), name)
     assert name in dir(lora_inject)
+
+
+@pytest.mark.parametrize(
+    "name", ["load", "load_lora_state_dict", "strip", "unmerge", "use", "remove"]
+)
+def test_what_gives_its_model_back_is_typed_to(name):
+    types = getattr(lora_inject, name).__annotations__
+    assert types["model"] is types["return"] is Model
 
 
 def test_a_name_that_is_not_there_is_said():

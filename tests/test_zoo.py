@@ -108,25 +108,27 @@ def test_a_run_goes_on_where_it_was_left(tmp_path, monkeypatch):
         "CCC": {"none": "KeyError: 'x'"},
     }
     assert len(log.read_text().splitlines()) == 3
+    assert len(zoo.measure(["A", "DD"], 1, log, minutes=0)) == 3
 
 
 def test_the_table_counts_what_is_wrong_and_why_classes_do_not_run():
     fine = {"name": "Fine", "said": [], "pairs": 3, "kinds": {"Linear": 3}, "idle": 1, **GOOD}
     bad = {**fine, "name": "Bad", "dead": 2, "said": ["inject changed an output"]}
-    refused = {**fine, "name": "Router", "refused": {"it returns a tuple.": 2}}
-    found = zoo.summary([fine, bad, refused, {"name": "None", "none": "KeyError: 'x'"}])
+    refused = {**fine, "name": "Router", "refused": {"it returns a tuple. Exclude it.": 2}}
+    found = zoo.summary([fine, bad, refused, {"name": "None", "none": "KeyError: 'x'"}], 6)
     assert json.loads(json.dumps(found)) == found
     text = "\n".join(zoo.lines(found))
     assert "| 3 | 9 | 2 | 0 | 0 | 0 |" in text
     assert "- Bad: 2 dead; inject changed an output" in text
-    assert "- 2 layers: it returns a tuple." in text
-    assert "- 1: its config or its forward raises a KeyError" in text
+    assert "- 2 layers: it returns a tuple" in text
+    assert "- 1: KeyError from its config, its making or its forward" in text
+    assert "\n2 more classes" in text
 
 
 def test_it_is_a_row_of_the_benchmarks_that_writes_when_it_is_whole(monkeypatch, capsys):
     written = []
     monkeypatch.setattr(command, "write", lambda *found: written.append(found[0]))
-    monkeypatch.setattr(zoo, "measure", lambda names, workers, log: [])
+    monkeypatch.setattr(zoo, "measure", lambda names, *options: [])
     for arguments in (["--quick"], ["LlamaModel"], []):
         monkeypatch.setattr(sys, "argv", ["benchmarks", "zoo", *arguments])
         command.main()

@@ -9,9 +9,11 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import math
 import multiprocessing as mp
 import resource
 import sys
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -31,7 +33,9 @@ QUICK = 8
 BAD = ("dead", "wrong", "wrong after merge", "wrong after strip")
 
 
-def measure(names: list[str], workers: int, log: Path | None) -> list[dict[str, Any]]:
+def measure(
+    names: list[str], workers: int, log: Path | None, minutes: float = math.inf
+) -> list[dict[str, Any]]:
     """Check classes in worker processes, under a progress bar.
 
     Args:
@@ -39,9 +43,10 @@ def measure(names: list[str], workers: int, log: Path | None) -> list[dict[str, 
         workers: how many at once.
         log: a file of JSON lines to which each result is appended; what stands in it is not done
             again.
+        minutes: no class is begun after these.
 
     Returns:
-        For each class its name and its result, or why there is none.
+        For each class that was begun its name and its result, or why there is none.
     """
     done = (
         [json.loads(line) for line in log.read_text().splitlines()] if log and log.exists() else []
@@ -49,10 +54,13 @@ def measure(names: list[str], workers: int, log: Path | None) -> list[dict[str, 
     known = {found["name"] for found in done}
     todo = [name for name in names if name not in known]
     pool: SimpleQueue[Worker] = SimpleQueue()
+    end = time.monotonic() + 60 * minutes
     for _ in range(workers):
         pool.put(Worker())
 
-    def one(name: str) -> dict[str, Any]:
+    def one(name: str) -> dict[str, Any] | None:
+        if time.monotonic() > end:
+            return None
         worker = pool.get()
         try:
             return {"name": name, **worker.check(name)}
@@ -61,6 +69,8 @@ def measure(names: list[str], workers: int, log: Path | None) -> list[dict[str, 
 
     with ThreadPoolExecutor(workers) as threads, Progress() as progress:
         for found in progress.track(threads.map(one, todo), total=len(todo), description="classes"):
+            if found is None:
+                continue
             done.append(found)
             if log:
                 with log.open("a") as file:
@@ -150,8 +160,8 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {first}"[:200]
 
 
-def summary(found: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The counts of all classes, as they are kept in ``results.json``."""
+def summary(found: Iterable[dict[str, Any]], known: int) -> dict[str, Any]:
+    """The counts of all classes, of so many that are known, as ``results.json`` keeps them."""
     found = list(found)
     ran = [one for one in found if "none" not in one]
     bad = {one["name"]: {k: one[k] for k in BAD if one.get(k)} for one in ran}
@@ -159,13 +169,15 @@ def summary(found: Iterable[dict[str, Any]]) -> dict[str, Any]:
     refused: Counter[str] = Counter()
     for one in ran:
         kinds.update(one.get("kinds", {}))
-        refused.update(one.get("refused", {}))
+        for reason, count in one.get("refused", {}).items():
+            refused[reason.split(". ")[0]] += count
     return {
         "machine": machine(),
         "versions": _versions(),
         "classes": len(ran),
+        "left_out": known - len(found),
         "kinds": dict(kinds.most_common()),
-        **{k: sum(one.get(k, 0) for one in ran) for k in ("pairs", "idle", "unmerged", *BAD)},
+        **{k: sum(one.get(k, 0) for one in ran) for k in ("pairs", "idle", *BAD)},
         "defects": {
             one["name"]: [*(f"{v} {k}" for k, v in bad[one["name"]].items()), *one["said"]]
             for one in ran
@@ -176,13 +188,22 @@ def summary(found: Iterable[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+_REASONS = {  # by words in what was said
+    "library": "needs a library that is not installed",
+    "seconds": "takes too long",
+    "too many parameters": "its small config has too many parameters",
+    "passes of it differ": "two forward passes of it differ",
+    "not finite": "its outputs are not finite",
+}
+
+
 def _reason(text: str) -> str:
     """Why a class did not run, in words that many share."""
-    kind, _, rest = text.partition(": ")
-    for word in ("library", "too many parameters", "passes of it differ", "not finite", "seconds"):
+    for word, reason in _REASONS.items():
         if word in text:
-            return {"library": "needs a library that is not installed"}.get(word, rest or text)
-    return f"its config or its forward raises a {kind}" if rest else text
+            return reason
+    kind, _, rest = text.partition(": ")
+    return f"{kind} from its config, its making or its forward" if rest else text
 
 
 def _versions() -> str:
@@ -209,16 +230,23 @@ def lines(found: dict[str, Any]) -> list[str]:
         + " |",
         "",
         f"Pairs: {kinds}; {found['idle']:,} of them on layers without an influence on the output "
-        f"of these inputs, {found['unmerged']:,} on weights that merging refuses (tied ones).",
+        "of these inputs. What merging refuses, as tied weights, goes on beside what is merged.",
         "",
+        *([_left_out(found["left_out"])] if found["left_out"] else []),
         *(f"- {name}: {'; '.join(said)}" for name, said in found["defects"].items()),
         *([""] if found["defects"] else []),
         "Refused, by reason:" if found["refused"] else "",
+        "",
         *(f"- {count:,} layers: {reason}" for reason, count in found["refused"].items()),
         "",
         "Classes that do not run here, by reason:",
+        "",
         *(f"- {count:,}: {reason}" for reason, count in found["none"].items()),
     ]
+
+
+def _left_out(count: int) -> str:
+    return f"{count:,} more classes were left out, as the time was over.\n"
 
 
 def main(arguments: list[str]) -> dict[str, Any] | None:
@@ -235,14 +263,17 @@ def main(arguments: list[str]) -> dict[str, Any] | None:
         "--quick", action="store_true", help=f"{QUICK} classes, and nothing is written"
     )
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="begin no class after these"
+    )
     parser.add_argument("--log", type=Path, help="a file of results, from which a run goes on")
     options = parser.parse_args(arguments)
     from benchmarks.zoo.models import class_names
 
     names = options.names or class_names()
-    found = summary(
-        measure(names[: QUICK if options.quick else None], options.workers, options.log)
-    )
+    names = names[: QUICK if options.quick else None]
+    done = measure(names, options.workers, options.log, options.minutes)
+    found = summary([one for one in done if one["name"] in names], len(names))
     print("\n".join(lines(found)), file=sys.stdout)
     return None if options.quick or options.names else found
 

@@ -12,7 +12,7 @@ from torch import nn
 from lora_inject.core.drift import require_nothing_gone
 from lora_inject.core.look import Look
 from lora_inject.errors import ArgumentError, FormatError
-from lora_inject.files import cautions, left_out
+from lora_inject.files import cautions, hub, left_out
 from lora_inject.files.formats import FORMATS, find_format, named_format
 from lora_inject.files.formats.data import AdapterData
 from lora_inject.files.formats.image_names import COMPONENTS
@@ -108,7 +108,8 @@ def load_pipeline(
 
     Args:
         pipe: a pipeline, or whatever has its models in a mapping ``components`` by their names.
-        path: a file, or a directory of diffusers.
+        path: a file, or a directory of diffusers, or the name of a repository of the Hugging Face
+            hub, as in ``load``.
         adapter: the name to load them under.
         format: "diffusers" or "kohya"; None finds out.
         alpha: for layers of which the file does not say it; None takes the rank, as the tools do.
@@ -125,7 +126,7 @@ def load_pipeline(
             not fit its component. Nothing has changed then.
         LoRAInjectError: as ``load``.
     """
-    adapter, file = check_adapter(adapter), as_path(path)
+    adapter, file = check_adapter(adapter), hub.found(as_path(path))
     alpha = None if alpha is None else check_alpha(alpha, "alpha")
     reader = _with_components(find_format(file, format))
     with torch.inference_mode(False), torch.no_grad():

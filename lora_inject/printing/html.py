@@ -16,10 +16,14 @@ def as_html(sections: Sequence[Section]) -> str:
 def _section(section: Section) -> str:
     title = "<br>".join(map(escape, section.title.splitlines()))
     notes = "".join(f"<li>{escape(note)}</li>" for note in section.notes)
+    if len(section.notes) == 1:
+        below = f"<p>{escape(section.notes[0])}</p>"
+    else:
+        below = f"<ul>{notes}</ul>" if notes else ""
     return (
         f'<p style="margin:1em 0 0.3em"><b>{title}</b></p>'
         + (_table(section) if section.columns else "")
-        + (f"<ul>{notes}</ul>" if notes else "")
+        + below
     )
 
 
@@ -34,7 +38,8 @@ def _table(section: Section) -> str:
 
 
 def _cells(tag: str, columns: Iterable[Column], texts: Iterable[str]) -> str:
-    return "".join(
-        f'<{tag} style="text-align:{"right" if column.number else "left"}">{escape(text)}</{tag}>'
-        for column, text in zip(columns, texts, strict=True)
-    )
+    def cell(column: Column, text: str) -> str:
+        style = f"padding:0 0.6em;text-align:{'right' if column.number else 'left'}"
+        return f'<{tag} style="{style}">{escape(text)}</{tag}>'
+
+    return "".join(map(cell, columns, texts))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 import transformers as tf
-from families import FAMILIES, gpt2, llama, mixtral
+from families import FAMILIES, bert, gpt2, llama, mixtral
 from helpers import changed_parts, randomize_adapters, snapshot
 from torch import nn
 from torch.nn import functional as F
@@ -480,6 +480,16 @@ def _(scene):
 @breaks("no-gradient")
 def _(scene):
     q_proj(scene).register_forward_hook(lambda *args: args[-1].detach())
+
+
+def test_what_trains_in_place_is_named_where_no_gradient_comes():
+    scene = sound(bert, ["query"], train_also=["pooler"])
+    assert scene.audit().clean
+    scene.loss = lambda output, _: output.last_hidden_state[..., 0].square().mean()
+    assert [(found.code, found.path) for found in scene.audit().findings] == [
+        ("no-gradient", "pooler.dense.weight"),
+        ("no-gradient", "pooler.dense.bias"),
+    ]
 
 
 @breaks("under-no-grad")

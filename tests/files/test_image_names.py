@@ -6,6 +6,8 @@ lora_flux.py, convert_flux_lora.py, library/sdxl_model_util.py), A1111 (Lora/net
 0.42 (utils/state_dict_utils.py) and ai-toolkit (toolkit/network_mixins.py).
 """
 
+import json
+
 import pytest
 import torch
 from image_models import (
@@ -17,6 +19,7 @@ from image_models import (
     update,
     weights,
 )
+from safetensors.torch import save_file
 
 from lora_inject import FormatError, LoRAInjectWarning, load
 
@@ -221,6 +224,14 @@ def test_a_decomposed_one_of_a_fused_layer(case, tmp_path):
     change = V * scale / V.norm(dim=1, keepdim=True) - W
     expected = dict(zip(paths, change.chunk(3), strict=True))
     require_changes("flux", tmp_path / "a.safetensors", expected)
+
+
+def test_a_config_for_fused_names_is_not_left_unread(tmp_path):
+    _, tensors, _ = of_style("ComfyUI's generic names, Flux")
+    config = {"diffusion_model.r": 2, "diffusion_model.lora_alpha": 4}
+    save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(config)})
+    with pytest.raises(FormatError, match="a config for names that are several layers here"):
+        load(build("flux"), tmp_path / "a.safetensors")
 
 
 def test_lokr_by_the_names_of_lycoris(tmp_path):

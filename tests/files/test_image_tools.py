@@ -414,7 +414,7 @@ def test_unequal_ranks_and_scalings_of_what_is_fused(tmp_path):
     assert lora_state_dict(back).keys() == lora_state_dict(model).keys()
     assert back.transformer_blocks[0].attn.to_v.lora_A.shape == (3, 16)
     with safe_open(file, "pt") as opened:  # another tool makes other factors, and copies the rest
-        metadata = opened.metadata()
+        metadata = {k: v for k, v in opened.metadata().items() if "digests" not in k}
     tensors["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"] = torch.randn(48, 5)
     save_file(tensors, tmp_path / "b.safetensors", metadata)
     dense = load(build("flux"), tmp_path / "b.safetensors")

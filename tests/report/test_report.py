@@ -204,3 +204,12 @@ def test_one_line_for_logs(gpt2_small):
     assert str(shown).startswith(line)
     frozen = nn.Linear(2, 2).requires_grad_(False)
     assert report(frozen).line == "Linear: 0 of 6 parameters train (0.0000 %)"
+
+
+def test_notes_stand_apart_under_their_own_title():
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    text = str(inject(model, "0", r=2))
+    table, notes = text.split("\n\nNotes\n\n")
+    assert table.endswith("times.")
+    told = " ".join(notes.split())
+    assert told.startswith("The running statistics of 1 normalisation layer stand still")

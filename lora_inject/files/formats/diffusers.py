@@ -73,10 +73,12 @@ def read(
     choice = names.choose(owners, _fits(tensors, names), path)
     if not choice.slots:
         return AdapterData((), left=choice.left)
-    if not choice.is_plain:
-        return kohya.from_tensors(tensors, metadata, path, index, alpha, component)
     front = names.place(next(iter(choice.slots))).front
     config, own_metadata = _said(metadata, front, path)
+    if not choice.is_plain and config:
+        raise FormatError(f"{path} has a config for names that are several layers here.")
+    if not choice.is_plain:
+        return kohya.from_tensors(tensors, metadata, path, index, alpha, component)
     if config and not own_metadata:
         config = _by_own_names(config, tensors, choice, front, alpha, path)
     own = _own_keys(tensors, choice, names, front)
