@@ -165,4 +165,4 @@ _WAYS = {
 
 def changed_file(random, name, data):
     """The bytes of a file, changed in one of the ways that its format allows."""
-    return random.choice(_WAYS[name.rpartition(".")[2]])(random, data)
+    return random.choice(_WAYS.get(name.rpartition(".")[2], (changed_bytes,)))(random, data)
