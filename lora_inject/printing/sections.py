@@ -10,11 +10,8 @@ from typing import NamedTuple
 # Styles of rows, as rich names them.
 TRAINS, STILL, REFUSED = "green", "dim", "yellow"
 _GAP = 3  # characters between two columns
-_PATH, _LEAST_PATH, _TEXT = (
-    40,
-    16,
-    30,
-)  # what is left of them while columns can be spared, and at all
+# What is left of a path and of a text while columns can be spared, and of a path at all.
+_PATH, _TEXT, _LEAST_PATH = 40, 18, 16
 
 
 class Column(NamedTuple):

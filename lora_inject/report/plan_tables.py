@@ -18,11 +18,13 @@ def sites_section(plan: Any) -> Section:
         *texts, pattern = _texts(sites[0])
         total = count(sum(site.parameters for site in sites))
         rows.append((path, *texts, count(len(sites)), total, pattern))
+    # With settings beside it, alpha is a text that can be wrapped.
+    alpha = "?alpha" if any("," in row[4] for row in rows) else "?>alpha"
     shared = [f"{s.path} is also {', '.join(s.paths[1:])}" for s in plan.sites if len(s.paths) > 1]
     return Section(
         f"Plan: adapter {plan.adapter!r} on {plural(len(plan.sites), 'layer')} of "
         f"{type(plan.model).__name__}, {count(plan.parameters)} parameters, bias={plan.bias!r}",
-        ("~path", "layer", ">in x out", ">r", "?>alpha", ">layers", ">parameters", "?chosen by"),
+        ("~path", "layer", ">in x out", ">r", alpha, ">layers", ">parameters", "?chosen by"),
         rows,
         notes=shared,
         styles=[TRAINS] * len(rows),
