@@ -84,7 +84,13 @@ class Faults:
 
     def __enter__(self):
         self.patch = pytest.MonkeyPatch()
-        for module in ("core.commit", "core.lend", "training.freeze", "files.stored"):
+        for module in (
+            "core.commit",
+            "core.lend",
+            "training.freeze",
+            "files.stored",
+            "files.loading",
+        ):
             module = importlib.import_module(f"lora_inject.{module}")
             self.patch.setattr(module, "run", self.run)
         return self
