@@ -52,6 +52,7 @@ def _judged(
     begin = max((i for i in ends if i < at), default=0)
     end = min((i for i in ends if i > at), default=len(steps))
     asks = any(_is_looking(step, known) for step in steps[begin:end])
+    asks |= steps[at + 1].argval == "detach"  # no step of training follows from that
     return Reading.HANDED_ON if not asks and _is_argument(steps[at + 1 :]) else Reading.USE
 
 

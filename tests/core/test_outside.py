@@ -170,6 +170,11 @@ def test_a_quantized_layer_is_quiet(heard):
     assert heard() == []
 
 
+def reference(weight):
+    """What a test computes by hand."""
+    return weight @ weight.mT
+
+
 def test_looking_at_a_weight_is_no_use(heard):
     layer = nn.Linear(4, 4)
     model = nn.Sequential(layer)
@@ -189,6 +194,7 @@ def test_looking_at_a_weight_is_no_use(heard):
     assert not W.any()
     layer.weight = nn.Parameter(former)
     assert layer._parameters["weight"] is layer.weight is not W
+    reference(layer.weight.detach())
     assert heard() == []
 
 
