@@ -16,7 +16,6 @@ from lora_inject.errors import warn
 from lora_inject.files.fingerprint import differs, fingerprints, how_it_differs
 from lora_inject.own import own_tensor
 from lora_inject.printing import plural
-from lora_inject.sharding import is_distributed
 
 MOST = 256  # weights of which a sample is taken, evenly over the model
 SAMPLES = 2  # values of each
@@ -24,6 +23,8 @@ SAMPLES = 2  # values of each
 
 def untouched(look: Look, paths: Mapping[nn.Module, str], held: Container[str]) -> dict[str, Any]:
     """The fingerprints of a sample of such weights, by their names in the bare model.
+
+    The values of sharded ones are on several ranks, all of which must call this.
 
     Args:
         look: the model.
@@ -39,7 +40,7 @@ def untouched(look: Look, paths: Mapping[nn.Module, str], held: Container[str]) 
 
 
 def _weights(look: Look, paths: Mapping[nn.Module, str]) -> Iterator[tuple[str, Tensor]]:
-    """The parameters that are no adapter's, each once; of sharded ones none."""
+    """The parameters that are no adapter's, each once."""
     seen = set[int]()
     for module in look.index.modules:
         own = module._parameters
@@ -49,8 +50,7 @@ def _weights(look: Look, paths: Mapping[nn.Module, str]) -> Iterator[tuple[str, 
         for name, weight in own.items():
             if weight is not None and name not in ours and id(weight) not in seen:
                 seen.add(id(weight))
-                if not is_distributed(weight):
-                    yield f"{paths[module]}.{name}".lstrip("."), weight
+                yield f"{paths[module]}.{name}".lstrip("."), weight
 
 
 def warn_of_other_weights(
