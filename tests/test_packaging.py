@@ -81,4 +81,4 @@ def test_type_checkers_follow_an_editable_install(sources, tmp_path_factory):
         capture_output=True, text=True, cwd=place, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
-    assert 'Revealed type is "def (model:' in done.stdout
+    assert 'Revealed type is "def [Model' in done.stdout  # found, and typed
