@@ -19,7 +19,7 @@ BAD = [
     *[("alpha", value) for value in (np.float32(0), np.float64("nan"), np.bool_(True), 1j)],
     *[("dropout", value) for value in (-0.1, 1, 1.0, 2, math.nan, True, "0.1", None)],
     *[("bias", value) for value in ("lora", None, True, "", "ALL")],
-    *[("dtype", value) for value in ("float32", torch.int8, torch.complex64, 32, float)],
+    *[("dtype", value) for value in ("float12", torch.int8, torch.complex64, 32, float)],
     *[("dtype", value) for value in (torch.float8_e4m3fn, torch.bool)],
     *[("seed", value) for value in (-1, 2**63, 1.5, True, "0")],
     *[("adapter", value) for value in ("", "a.b", "a b", None, 3, "ä")],
