@@ -7,6 +7,7 @@ long the README's commands take, ``clients`` counts what other tools make of our
 
 import argparse
 import sys
+from operator import itemgetter
 
 from rich.progress import track
 
@@ -31,6 +32,7 @@ from benchmarks.zoo import command as zoo
 SECTIONS = {  # of RESULTS.md, after the CPU's
     "gpu": gpu.lines,
     "quality": quality.lines,
+    "versions": itemgetter("lines"),  # by hand, of what .ci/matrix prints
     "commands": commands.lines,
     "clients": clients.lines,
     "zoo": zoo.lines,
