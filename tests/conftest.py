@@ -6,6 +6,7 @@ A module says by ``pytestmark`` whether its tests fit any device, as those do th
 
 import os
 
+os.environ["COLUMNS"] = "120"  # how wide tables are, whatever runs the tests
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else equal products may differ
 
