@@ -16,6 +16,7 @@ from lora_inject.core.marks import mark_of
 from lora_inject.core.state import State, owned, state_of
 from lora_inject.core.state_parts import Injection
 from lora_inject.errors import LoRAInjectError, warn
+from lora_inject.printing import few
 from lora_inject.settings import BASE
 
 Kind = Literal["gone", "came", "thawed", "frozen", "class", "forward"]
@@ -89,8 +90,7 @@ def sentences(found: Iterable[Drift]) -> list[str]:
 
 def _sentence(kind: Kind, paths: list[str]) -> str:
     what, remedy = _SAYS[kind]
-    more = f" and {len(paths) - 3:,} more" if paths[3:] else ""
-    return f"{', '.join(paths[:3])}{more} {what}. {remedy}"
+    return f"{few(paths)} {what}. {remedy}"
 
 
 def warn_of_drift(look: Look, *kinds: Kind) -> None:

@@ -19,6 +19,7 @@ from lora_inject.core.layer_checks import (
 from lora_inject.core.state_parts import Trained
 from lora_inject.errors import ArgumentError, LoRAInjectError
 from lora_inject.own import own_tensor
+from lora_inject.printing import few
 from lora_inject.settings import BiasMode
 
 
@@ -55,9 +56,9 @@ class Look(Facts):
             return
         calls = [call for state in self.states.values() for call in state.reach.injections]
         if lost := sorted({path for call in calls for path in call.layers}):
-            shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3:,} more" if lost[3:] else "")
             raise LoRAInjectError(
-                f"the model has no adapters any more: {shown} were replaced or taken out since.",
+                f"the model has no adapters any more: {few(lost)} were replaced or taken out "
+                "since.",
                 remedy="Put them back, or call inject on what took their place.",
             )
         raise LoRAInjectError("the model has no adapters.", remedy="Call inject first.")

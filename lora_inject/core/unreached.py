@@ -20,6 +20,7 @@ from lora_inject.compat.torch_private import tree_leaves
 from lora_inject.core.look import Look
 from lora_inject.core.state import State
 from lora_inject.errors import warn
+from lora_inject.printing import few
 
 # In its reentrant form a checkpointed part shows nothing of what is in it.
 _CLOSED = "CheckpointFunctionBackward"
@@ -60,9 +61,8 @@ def _look(module: nn.Module, args: Any, output: Any) -> None:
         if own.requires_grad and id(own) not in reached
     ]
     if paths := list(dict.fromkeys(left)):
-        more = f" and {len(paths) - 3:,} more" if paths[3:] else ""
         warn(
-            f"{', '.join(paths[:3])}{more}: no gradient reaches its adapter from what the model "
+            f"{few(paths)}: no gradient reaches its adapter from what the model "
             "returns, and DistributedDataParallel will fail in the next step, as it waits for one. "
             "Exclude it, or wrap the model with find_unused_parameters=True."
         )

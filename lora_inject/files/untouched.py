@@ -15,7 +15,7 @@ from lora_inject.core.state import owned
 from lora_inject.errors import warn
 from lora_inject.files.fingerprint import differs, fingerprints, how_it_differs
 from lora_inject.own import own_tensor
-from lora_inject.printing import plural
+from lora_inject.printing import few, plural
 
 MOST = 256  # weights of which a sample is taken, evenly over the model
 SAMPLES = 2  # values of each
@@ -68,10 +68,9 @@ def warn_of_other_weights(
         if differs(values, weight) and how_it_differs(values, weight) != "rounding":
             others.append(key)
     if others:
-        more = f" and {len(others) - 3:,} more" if others[3:] else ""
         warn(
             f"{plural(len(others), 'weight')} beside the adapter are not those that it was trained "
-            f"over: {', '.join(others[:3])}{more}. Outputs will be others than then. What was new "
+            f"over: {few(others)}. Outputs will be others than then. What was new "
             "and random in the base is in no file of an adapter: train it with one (train_also=), "
             "or save the base."
         )

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lora_inject.printing.html import as_html
-from lora_inject.printing.numbers import count, plural, size
+from lora_inject.printing.numbers import count, few, plural, size
 from lora_inject.printing.sections import REFUSED, STILL, TRAINS, Section
 from lora_inject.printing.text import as_text, print_in_colour
 
@@ -16,6 +16,7 @@ __all__ = [
     "Shown",
     "Tables",
     "count",
+    "few",
     "plural",
     "show",
     "size",

@@ -1,4 +1,6 @@
-"""Numbers for people."""
+"""Numbers for people, and how many of something there are."""
+
+from collections.abc import Sequence
 
 
 def count(number: int) -> str:
@@ -18,3 +20,9 @@ def size(n_bytes: float) -> str:
 def plural(number: int, noun: str) -> str:
     """'1 layer', '2 layers'."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def few(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are: 'a, b, c and 2 more'."""
+    more = f" and {len(names) - 3:,} more" if names[3:] else ""
+    return f"{', '.join(names[:3])}{more}"

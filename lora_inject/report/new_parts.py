@@ -13,6 +13,7 @@ from lora_inject.core.choosing import Skip
 from lora_inject.core.look import Look
 from lora_inject.core.output_heads import BY_NAME, OF_LANGUAGE_MODELS
 from lora_inject.core.state import owned
+from lora_inject.printing import few
 
 
 def new_and_frozen(look: Look) -> tuple[str, ...]:
@@ -39,10 +40,9 @@ def _said(paths: Iterable[str], why: str) -> tuple[str, ...]:
     names = list(dict.fromkeys(paths))
     if not names:
         return ()
-    more = f" and {len(names) - 3:,} more" if names[3:] else ""
     also = f"train_also={names[:3]}"
     remedy = f"To train it: inject(..., {also}), or freeze(model, {also}) now."
-    return (f"{', '.join(names[:3])}{more} {why}. {remedy}",)
+    return (f"{few(names)} {why}. {remedy}",)
 
 
 def _by_checkpoint(look: Look) -> tuple[list[str], list[str]]:

@@ -13,7 +13,7 @@ from lora_inject.core.look import Look
 from lora_inject.core.roles import ADAPTER_ROLES, ROLES, roles
 from lora_inject.kinds.bias import is_bias
 from lora_inject.own import own_tensor
-from lora_inject.printing import STILL, TRAINS, Section, Shown, Tables, count, plural
+from lora_inject.printing import STILL, TRAINS, Section, Shown, Tables, count, few, plural
 from lora_inject.report.bytes import (
     can_train,
     frozen_bytes,
@@ -211,9 +211,8 @@ def _notes(look: Look, trains: bool) -> tuple[str, ...]:
         )
     silent = _without_gradient(look)
     if silent:
-        more = f" and {len(silent) - 3:,} more" if silent[3:] else ""
         notes.append(
-            f"{', '.join(silent[:3])}{more}: no gradient reached its adapter in the last backward "
+            f"{few(silent)}: no gradient reached its adapter in the last backward "
             "pass, as it did others. Where its forward is never called, exclude it; "
             "DistributedDataParallel fails on it, unless with find_unused_parameters=True."
         )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_inject.errors import FormatError
+from lora_inject.printing import few
 
 DIGESTS = "lora_inject_digests"  # the key in the metadata
 
@@ -48,9 +49,8 @@ def require_as_written(tensors: Mapping[str, Tensor], digests: str, path: Path) 
         if written[name][1] != _digest(tensor)
     ]
     if wrong:
-        more = f" and {len(wrong) - 3:,} more" if wrong[3:] else ""
         raise FormatError(
-            f"{path} is damaged: {', '.join(wrong[:3])}{more} have other values than were saved.",
+            f"{path} is damaged: {few(wrong)} have other values than were saved.",
             remedy="Copy or save it again. If a tool has changed the values on purpose, let it "
             f"leave out the metadata {DIGESTS!r}.",
         )
