@@ -19,8 +19,9 @@ from lora_inject.calibration.calibrate import called
 from lora_inject.compat.torch_private import tree_map
 from lora_inject.core.checks import require_module
 from lora_inject.core.look import Look
+from lora_inject.core.unreached import nodes_behind
 from lora_inject.errors import ArgumentError, LoRAInjectWarning
-from lora_inject.sharding import is_distributed
+from lora_inject.sharding import whole
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -108,7 +109,7 @@ def _run(look: Look, batch: Any, call: Callable[[Any], Any], loss: Loss | None) 
             seen.forward = True
             value = _loss(call(own), own, loss)
             seen.forward = False
-        reached = _below(value)
+        reached = set(nodes_behind([value]))
         if value.requires_grad:
             value.backward()  # type: ignore[no-untyped-call]
         return _ran(look, seen, kept, value, reached)
@@ -130,8 +131,8 @@ def _ran(look: Look, seen: Seen, kept: Kept, value: Tensor, reached: set[Any]) -
 
 def _largest(gradient: Any) -> Tensor:
     dense = gradient.coalesce().values() if gradient.is_sparse else gradient
-    whole = dense.full_tensor() if is_distributed(dense) else dense
-    return whole.abs().max() if whole.numel() else torch.zeros(())
+    values = whole(dense)
+    return values.abs().max() if values.numel() else torch.zeros(())
 
 
 def _copied(batch: Any) -> Any:
@@ -162,20 +163,9 @@ def _loss(output: Any, batch: Any, loss: Loss | None) -> Tensor:
 
 
 def _mean(tensor: Any) -> Tensor:
-    whole: Tensor = tensor.full_tensor() if is_distributed(tensor) else tensor
-    weights = torch.arange(whole.numel(), device=whole.device).reshape(whole.shape).cos()
-    return (whole.float() * weights).mean()
-
-
-def _below(value: Tensor) -> set[Any]:
-    """The nodes of the graph that a loss hangs on."""
-    known, left = set[Any](), [value.grad_fn]
-    while left:
-        node = left.pop()
-        if node is not None and node not in known:
-            known.add(node)
-            left += [following for following, _ in node.next_functions]
-    return known
+    values = whole(tensor)
+    weights = torch.arange(values.numel(), device=values.device).reshape(values.shape).cos()
+    return (values.float() * weights).mean()
 
 
 def _unreduced(model: nn.Module) -> AbstractContextManager[Any]:

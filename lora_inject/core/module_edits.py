@@ -37,11 +37,10 @@ def edge_edits(
             edits.append(attribute_edit(module, RESIZE, Resizing(module) if state else MISSING))
         if is_checkpointed(module):
             edits += recompute_edits(module, state is not None)
-        if state is None:
-            edits += needing_edits(module, False)
-    ends = old is not None and state is None and modes
-    if ends and module.training is not old.before.training:  # type: ignore[union-attr]
-        edits.append(attribute_edit(module, "training", old.before.training))  # type: ignore[union-attr]
+    if old is not None and state is None:
+        edits += needing_edits(module, False)
+        if modes and module.training is not old.before.training:
+            edits.append(attribute_edit(module, "training", old.before.training))
     return edits
 
 

@@ -100,8 +100,7 @@ def _moved(state: State, old: nn.Module, new: nn.Module, fresh: _Fresh) -> State
         for owner, home in state.homes(trained).items():
             at = new if home == trained.name else old
             own[trained.name, owner] = own_tensor(at, home)
-    moved = State(before, state.reach, state.use, state.adapters, state.trained)
-    return moved
+    return State(before, state.reach, state.use, state.adapters, state.trained)
 
 
 def _resized(adapter: Adapter, layer: nn.Module, rows: int, values: dict[int, Edit]) -> Adapter:

@@ -5,12 +5,13 @@ Told from the graph behind what the model returns, once for each wrapper.
 """
 
 import sys
+from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.compiler import is_compiling
 from torch.nn.parallel import DistributedDataParallel
 
@@ -81,16 +82,22 @@ def _wrapper_that_calls() -> DistributedDataParallel | None:
 
 def _reached(output: Any) -> set[int]:
     """The ids of the parameters that a gradient reaches; none where that cannot be told."""
-    tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
-    nodes: list[Any] = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
-    seen, found = set(nodes), set[int]()
-    while nodes:
-        node = nodes.pop()
+    found = set[int]()
+    for node in nodes_behind(t for t in tree_leaves(output) if isinstance(t, Tensor)):
         if node.name() == _CLOSED:
             return set()
         if (leaf := getattr(node, "variable", None)) is not None:
             found.add(id(leaf))
+    return found
+
+
+def nodes_behind(tensors: Iterable[Tensor]) -> Iterator[Any]:
+    """The nodes of the graph that some tensors hang on, each once."""
+    nodes: list[Any] = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        yield node
         new = [below for below, _ in node.next_functions if below is not None and below not in seen]
         seen.update(new)
         nodes += new
-    return found

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from lora_inject.compat.marks import is_encoder_decoder
 from lora_inject.core.paths import bare
 
 # By the end of the class's name: the word, and the heads that PEFT then trains in full. Without
@@ -26,7 +27,7 @@ def task_of(model: nn.Module, train_also: Iterable[str]) -> str:
         train_also: the paths of the modules that trained in full.
     """
     own = bare(model)
-    encodes = getattr(getattr(own, "config", None), "is_encoder_decoder", False)
+    encodes = is_encoder_decoder(own)
     trained = {path.rpartition(".")[2] for path in train_also}
     for end, (word, heads) in _TASKS.items():
         if type(own).__name__.endswith(end):
