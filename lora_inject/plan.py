@@ -134,10 +134,11 @@ class Plan(Shown):
 
 def _hinting(function: Callable[P, Plan]) -> Callable[P, Plan]:
     """Let an argument that there is not be an error that says what it is called here."""
+    known = inspect.signature(function).parameters
 
     @wraps(function)
     def hinted(*args: P.args, **kwargs: P.kwargs) -> Plan:
-        require_known(kwargs, inspect.signature(function).parameters)
+        require_known(kwargs, known)
         return function(*args, **kwargs)
 
     return hinted

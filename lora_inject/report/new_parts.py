@@ -18,6 +18,8 @@ from lora_inject.printing import few
 
 def new_and_frozen(look: Look) -> tuple[str, ...]:
     """What to say of frozen parts that were not in the checkpoint that a model came from."""
+    if not _came_from_checkpoint(look):
+        return ()
     loaded, new = _by_checkpoint(look)
     around = {above for path in loaded for above in _above(path)}
     tops = (next((a for a in _above(path) if a not in around), path) for path in new)
@@ -27,13 +29,18 @@ def new_and_frozen(look: Look) -> tuple[str, ...]:
 
 def frozen_heads(look: Look, skipped: Iterable[Skip]) -> tuple[str, ...]:
     """What to say of output heads that were left alone, where nothing tells what is new."""
-    if any(map(came_from_checkpoint, look.parameters)):
+    if _came_from_checkpoint(look):
         return ()
     heads = (skip.path for skip in skipped if skip.reason == BY_NAME)
     paths = (path for path in heads if not OF_LANGUAGE_MODELS & {*path.split(".")})
     return _said(
         paths, "is taken for the output head and frozen; where it is new it would stay random"
     )
+
+
+def _came_from_checkpoint(look: Look) -> bool:
+    """Whether something of the model is known to come from one."""
+    return any(map(came_from_checkpoint, look.parameters))
 
 
 def _said(paths: Iterable[str], why: str) -> tuple[str, ...]:

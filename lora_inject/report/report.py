@@ -237,6 +237,8 @@ def _notes(look: Look, trains: bool) -> tuple[str, ...]:
 
 def _without_gradient(look: Look) -> list[str]:
     """The layers whose adapters run, train and have no gradient, where others have one."""
+    if all(parameter.grad is None for parameter in look.parameters):
+        return []
     has: dict[str, bool] = {}
     for path, layer in look.layers.items():
         state = look.states[layer]
