@@ -51,8 +51,7 @@ def drifted(s: Subject) -> Iterator[Finding]:
 
 def copies_without(s: Subject) -> Iterator[Finding]:
     """Modules like one that was injected, which no call has reached."""
-    roots = [module for module, state in s.look.states.items() if state.reach.roots]
-    kinds = {own_class(root): len(s.look.index.below(root)) for root in roots}
+    kinds = {own_class(root): len(s.look.index.below(root)) for root, _ in s.look.calls}
     for module in s.look.index.modules:
         known = module in s.look.states or type(module) not in kinds
         if not known and len(s.look.index.below(module)) == kinds[type(module)]:
@@ -83,10 +82,7 @@ def another_base(s: Subject) -> Iterator[Finding]:
 
 def _calls(s: Subject) -> Iterator[tuple[nn.Module, Injection]]:
     """The calls that put adapters there, with the modules that they were on."""
-    for root, state in s.look.states.items():
-        for call in state.reach.injections if state.reach.roots else ():
-            if call.id in state.reach.roots:
-                yield root, call
+    return ((root, call) for root, calls in s.look.calls for call in calls)
 
 
 def missing_beside(s: Subject) -> Iterator[Finding]:

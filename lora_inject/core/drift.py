@@ -117,17 +117,14 @@ def _gone(look: Look) -> Iterator[Drift]:
 
 def _gone_of(look: Look) -> Iterator[tuple[str, str]]:
     """Path and adapter of what an adapter had something on, and what is not in the model now."""
-    for root, state in look.states.items() if look.roots else ():
-        if not state.reach.roots:
-            continue
+    for root, calls in look.calls:
         top = look.index.path(root)
         layers, in_full = held_below(look, root)
-        for call in state.reach.injections:
-            if call.id in state.reach.roots:
-                lost = [*(call.layers - layers.get(call.adapter, frozenset()))]
-                lost += call.in_full - in_full.get(call.adapter, frozenset())
-                paths = [f"{top}.{path}".strip(".") for path in sorted(lost)]
-                yield from ((p, call.adapter) for p in paths if not _is_reached(look, p, call))
+        for call in calls:
+            lost = [*(call.layers - layers.get(call.adapter, frozenset()))]
+            lost += call.in_full - in_full.get(call.adapter, frozenset())
+            paths = [f"{top}.{path}".strip(".") for path in sorted(lost)]
+            yield from ((p, call.adapter) for p in paths if not _is_reached(look, p, call))
 
 
 def _is_reached(look: Look, path: str, call: Injection) -> bool:

@@ -109,6 +109,13 @@ class Facts:
         """What the file of an adapter said besides, as JSON; "" where there was nothing."""
         return next((i.said for i in self.injections if i.adapter == adapter and i.said), "")
 
+    @property
+    def calls(self) -> Iterator[tuple[nn.Module, list[Injection]]]:
+        """What ``inject`` was called on, with its calls on that."""
+        for module, state in self.states.items():
+            if state.reach.roots:
+                yield module, [i for i in state.reach.injections if i.id in state.reach.roots]
+
     @cached_property
     def roots(self) -> frozenset[int]:
         """The ids of the injections that were called on the model or inside of it."""

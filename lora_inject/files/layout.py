@@ -172,7 +172,8 @@ class Layout:
                 remedy=_OTHER_BASE[hows.pop() if len(hows) == 1 else ""],
             )
         warn_of_other_rows(self.data.rows, self._differing(self.data.rows))
-        warn_of_other_weights(self.look, self.modules, self.data.untouched)
+        untouched = self.data.untouched
+        warn_of_other_weights(self.look, self._printed(untouched), untouched)
 
     def _other_shape(self, wrong: Mapping[str, tuple[Tensor, str]]) -> str:
         """The first of these weights that has another shape than it had, if there is one."""

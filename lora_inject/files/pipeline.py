@@ -18,10 +18,10 @@ from lora_inject.files.formats.data import AdapterData
 from lora_inject.files.formats.image_names import COMPONENTS
 from lora_inject.files.formats.storage import as_path
 from lora_inject.files.loading import Loading
+from lora_inject.files.save_load import on_one_rank
 from lora_inject.files.stored import Stored
 from lora_inject.files.token_rows import warn_of_unsaved_rows
 from lora_inject.settings import check_adapter, check_alpha
-from lora_inject.sharding import is_distributed, on_first_rank
 from lora_inject.training.freeze import freeze_adapter
 
 
@@ -80,11 +80,7 @@ def save_pipeline(
         parts.append(data)
     file = as_path(path)
     cautions.warn_of_directory(file, format)
-    write = partial(writer.write_all, parts, file)
-    if any(is_distributed(t) for own in stored.values() for t in own.tensors().values()):
-        on_first_rank(write)
-    else:
-        write()
+    on_one_rank(stored.values(), partial(writer.write_all, parts, file))
 
 
 def load_pipeline(

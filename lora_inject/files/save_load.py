@@ -1,6 +1,6 @@
 """Save an adapter to disk and load it into a model, in any format; strict, and all or nothing."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -95,7 +95,7 @@ def save(
     cautions.warn_of_untrained(whole, stored.name)
     write(stored, data, file, format)
     if push_to_hub is not None:
-        _on_one_rank(stored, partial(hub.upload, file, push_to_hub))
+        on_one_rank([stored], partial(hub.upload, file, push_to_hub))
     return report
 
 
@@ -103,12 +103,12 @@ def write(stored: Stored, data: AdapterData, file: Path, format: str = "peft") -
     """Write what is saved of an adapter, on the first rank of those that hold its shards."""
     warn_of_unsaved_rows(stored.look, stored.paths, data.tensors)
     left_out.warn_of_unsaid_others(data, stored.name, format)
-    _on_one_rank(stored, partial(named_format(format, "format").write, data, file))
+    on_one_rank([stored], partial(named_format(format, "format").write, data, file))
 
 
-def _on_one_rank(stored: Stored, action: Callable[[], object]) -> None:
-    """Do something once: on the first rank of those that hold shards of an adapter."""
-    if any(is_distributed(tensor) for tensor in stored.tensors().values()):
+def on_one_rank(adapters: Iterable[Stored], action: Callable[[], object]) -> None:
+    """Do something once: on the first rank of those that hold shards of adapters."""
+    if any(is_distributed(tensor) for own in adapters for tensor in own.tensors().values()):
         on_first_rank(action)
     else:
         action()

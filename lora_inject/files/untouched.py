@@ -10,11 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_inject.core.look import Look
-from lora_inject.core.paths import bare_key
 from lora_inject.core.state import owned
 from lora_inject.errors import warn
 from lora_inject.files.fingerprint import differs, fingerprints, how_it_differs
-from lora_inject.own import own_tensor
+from lora_inject.own import Place, own_tensor
 from lora_inject.printing import few, plural
 
 MOST = 256  # weights of which a sample is taken, evenly over the model
@@ -54,18 +53,21 @@ def _weights(look: Look, paths: Mapping[nn.Module, str]) -> Iterator[tuple[str, 
 
 
 def warn_of_other_weights(
-    look: Look, modules: Mapping[str, nn.Module], saved: Mapping[str, Any]
+    look: Look, places: Mapping[str, Place], saved: Mapping[str, Any]
 ) -> None:
-    """Warn of weights that are not those of the sample; rounding alone is no difference."""
+    """Warn of weights that are not those of the sample; rounding alone is no difference.
+
+    Args:
+        look: the model.
+        places: of the weights, by their names in the sample.
+        saved: the sample.
+    """
     others = []
-    for key, values in saved.items():
-        owner, _, name = key.rpartition(".")
-        module = modules.get(bare_key(owner, modules))
-        weight = None if module is None else own_tensor(module, name)
-        state = None if module is None else look.states.get(module)
-        if weight is None or (state and state.find(name)) or not isinstance(values, Mapping):
+    for key, (module, name) in places.items():
+        weight, state = own_tensor(module, name), look.states.get(module)
+        if weight is None or (state and state.find(name)):
             continue
-        if differs(values, weight) and how_it_differs(values, weight) != "rounding":
+        if differs(saved[key], weight) and how_it_differs(saved[key], weight) != "rounding":
             others.append(key)
     if others:
         warn(

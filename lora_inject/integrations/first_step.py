@@ -21,9 +21,8 @@ class FirstStep:
     """
 
     def __init__(self, model: nn.Module, strict: bool = False) -> None:
-        look = Look(model)
-        roots = [module for module, state in look.states.items() if state.reach.roots]
-        self._model, self._root, self._strict = model, (roots or [model])[0], strict
+        root = next((root for root, _ in Look(model).calls), model)
+        self._model, self._root, self._strict = model, root, strict
         self._batch: Any = None
         self._handle = self._root.register_forward_pre_hook(_Keep(self), with_kwargs=True)
         self.is_over = False
