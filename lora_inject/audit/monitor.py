@@ -9,7 +9,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lora_inject.audit.audit import result_of
 from lora_inject.audit.findings import Audit, Finding, in_order
-from lora_inject.audit.observing import Seen, hooked
+from lora_inject.audit.observing import Hook, Seen, hooked
 from lora_inject.audit.running import first_not_finite, sizes
 from lora_inject.audit.subject import Ran, Subject
 from lora_inject.core.look import Look
@@ -69,7 +69,7 @@ class Monitor:
         self._begun = _values(look)
         self._seen = Seen(look, measures=steps == 1, keeps_graph=False)
         self._handles = [
-            look.model.register_forward_pre_hook(_Begin(self)),
+            look.model.register_forward_pre_hook(Hook(self._begin)),
             *hooked(self._seen),
             register_optimizer_step_post_hook(self._stepped),
         ]
@@ -100,6 +100,10 @@ class Monitor:
         if self._done == self._steps:
             self.stop()
 
+    def _begin(self, *_: Any) -> None:
+        """Read what is left of a forward pass before, after which no step came."""
+        self._read_flags()
+
     def _read_flags(self) -> None:
         """Say where NaN or infinity came up first, once."""
         seen = self._seen
@@ -118,20 +122,6 @@ class Monitor:
         for path, B in self._begun.items():
             if path in now and torch.equal(B, now[path]):
                 yield Finding("unmoved", path)
-
-
-class _Begin:
-    """A hook that reads what is left of a forward pass before, after which no step came."""
-
-    def __init__(self, monitor: Monitor | None) -> None:
-        self.monitor = monitor
-
-    def __call__(self, *_: Any) -> None:
-        if self.monitor is not None:
-            self.monitor._read_flags()
-
-    def __reduce__(self) -> Any:  # a copy of a watched model is not watched
-        return _Begin, (None,)
 
 
 def _values(look: Look) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ used outside of its own layer. Nothing that is computed is changed, and nothing 
 has to be known of values is kept as tensors on their device.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -98,9 +98,6 @@ class Seen:
             for layer in self.runs
         }
 
-    def __reduce__(self) -> Any:  # in copies of a model that is watched, hooks see nothing
-        return Idle, ()
-
     # --- calls of modules -----------------------------------------------------------------------
 
     def enter(self, module: nn.Module, _: Any) -> None:
@@ -181,15 +178,19 @@ class Seen:
             (self.tied if own else self.outside)[layer, reader] = None
 
 
-class Idle:
-    """What hooks of a watched model become in a copy of it."""
+class Hook:
+    """A hook that calls a function, and on a copy of the model, which is not watched, none."""
 
-    forward = False
+    def __init__(self, function: Callable[..., object] | None = None) -> None:
+        self.function = function
 
-    def enter(self, *_: Any) -> None:
-        """Nothing is noted."""
+    def __call__(self, *args: Any) -> None:
+        """Call it."""
+        if self.function is not None:
+            self.function(*args)
 
-    leave = enter
+    def __reduce__(self) -> Any:
+        return Hook, ()
 
 
 class _Functions(TorchFunctionMode):
@@ -225,8 +226,8 @@ def hooked(seen: Seen) -> list[Any]:
     options = {"with_kwargs": True, "prepend": True, "always_call": True}
     for module in seen.look.index.modules:
         if module not in seen.compiled:
-            handles.append(module.register_forward_pre_hook(seen.enter))
-            handles.append(module.register_forward_hook(seen.leave, **options))
+            handles.append(module.register_forward_pre_hook(Hook(seen.enter)))
+            handles.append(module.register_forward_hook(Hook(seen.leave), **options))
     return handles
 
 

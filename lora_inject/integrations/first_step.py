@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from lora_inject.audit.audit import audited
+from lora_inject.audit.observing import Hook
 from lora_inject.core.look import Look
 from lora_inject.errors import warn
 
@@ -24,7 +25,7 @@ class FirstStep:
         root = next((root for root, _ in Look(model).calls), model)
         self._model, self._root, self._strict = model, root, strict
         self._batch: Any = None
-        self._handle = self._root.register_forward_pre_hook(_Keep(self), with_kwargs=True)
+        self._handle = self._root.register_forward_pre_hook(Hook(self._keep), with_kwargs=True)
         self.is_over = False
 
     def audit(self, optimizer: Any) -> None:
@@ -52,7 +53,7 @@ class FirstStep:
         self.is_over, self._batch = True, None
         self._handle.remove()
 
-    def keep(self, args: Any, kwargs: Any) -> None:
+    def _keep(self, _: Any, args: Any, kwargs: Any) -> None:
         """The first call."""
         if self._batch is None:
             self._batch = (args, kwargs)
@@ -60,17 +61,3 @@ class FirstStep:
     def _call(self, batch: Any) -> Any:
         args, kwargs = batch
         return self._root(*args, **kwargs)
-
-
-class _Keep:
-    """A hook that shows calls; of a copy of the model, to nobody."""
-
-    def __init__(self, first: FirstStep | None) -> None:
-        self.first = first
-
-    def __call__(self, _: Any, args: Any, kwargs: Any) -> None:
-        if self.first is not None:
-            self.first.keep(args, kwargs)
-
-    def __reduce__(self) -> Any:
-        return _Keep, (None,)
