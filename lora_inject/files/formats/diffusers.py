@@ -20,7 +20,7 @@ from lora_inject.files.formats import kohya, peft
 from lora_inject.files.formats.card import CARD, card, is_ours
 from lora_inject.files.formats.data import AdapterData
 from lora_inject.files.formats.image_names import DOTTED, LEVEL, family_of, prefixes, text
-from lora_inject.files.formats.image_parts import Choice, ModelNames, Slots
+from lora_inject.files.formats.image_parts import Choice, ModelNames
 from lora_inject.files.formats.peft_config import METADATA as OWN_METADATA
 from lora_inject.files.formats.peft_config import Scalings, with_numbers
 from lora_inject.files.formats.peft_keys import PREFIX, pair_key
@@ -70,7 +70,7 @@ def read(
         said = _said(metadata, front, path)
         return _from_tensors(*said, own, path, None, alpha)
     names = ModelNames(index, component)
-    choice = names.choose(owners, _fits(tensors, names), path)
+    choice = names.choose(owners, _rows(tensors), path)
     if not choice.slots:
         return AdapterData((), left=choice.left)
     front = names.place(next(iter(choice.slots))).front
@@ -158,14 +158,10 @@ def _own_keys(
     return own
 
 
-def _fits(tensors: Mapping[str, Tensor], names: ModelNames) -> Any:
-    rows = {found[0]: t.shape[0] for k, t in tensors.items() if (found := pair_key(k)) and t.dim()
-            if found[1] == "B"}  # fmt: skip
-
-    def fits(name: str, slots: Slots) -> bool:
-        return sum(names.sizes(slots)) in (0, rows.get(name))
-
-    return fits
+def _rows(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """How many outputs each layer's B is for, by its name in the file."""
+    found = ((pair_key(key), tensor) for key, tensor in tensors.items() if tensor.dim())
+    return {key[0]: tensor.shape[0] for key, tensor in found if key and key[1] == "B"}
 
 
 def write(data: AdapterData, path: Path) -> None:

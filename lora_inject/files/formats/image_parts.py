@@ -6,7 +6,7 @@ what stands behind it which tensor of an adapter.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -131,14 +131,12 @@ class ModelNames:
                 return Place(label, front[:-1], tuple(table.get(name.removeprefix(front), ())))
         return Place("", "", ())
 
-    def choose(
-        self, names: Collection[str], fits: Callable[[str, Slots], bool], where: Path
-    ) -> Choice:
+    def choose(self, names: Collection[str], rows: Mapping[str, int], where: Path) -> Choice:
         """What of a file is for this model.
 
         Args:
             names: those of the file.
-            fits: whether the tensors of a name have the sizes of modules.
+            rows: how many outputs the tensors of a name are for, where they tell.
             where: the file, for errors.
 
         Raises:
@@ -146,7 +144,7 @@ class ModelNames:
                 and it is not one component of several.
         """
         places = {name: self.place(name) for name in names}
-        labels = self._labels_in(places, fits)
+        labels = self._labels_in(places, rows)
         chosen = {n: p for n, p in places.items() if p.label in labels}
         left = Counter(sorted(place.front for n, place in places.items() if n not in chosen))
         unknown = [name for name, place in chosen.items() if not place.slots]
@@ -162,15 +160,13 @@ class ModelNames:
                 raise FormatError(f"{where}: {name} can be {one} or {other} of this model.")
         return Choice({name: place.slots[0] for name, place in chosen.items()}, left, labels)
 
-    def _labels_in(
-        self, places: Mapping[str, Place], fits: Callable[[str, Slots], bool]
-    ) -> set[str]:
+    def _labels_in(self, places: Mapping[str, Place], rows: Mapping[str, int]) -> set[str]:
         """The labels of the names that are meant for this model."""
         known = {place.label for place in places.values() if place.slots}
         if not self.labels:  # any model: whatever of the file names its modules
             return known or {place.label for place in places.values()}
         there = [label for label in self.labels if any(p.label == label for p in places.values())]
-        best = [label for label in there if self._fits(label, places, fits)]
+        best = [label for label in there if self._fits(label, places, rows)]
         first = next(iter(best or [own for own in there if own in known] or there), "")
         return {first, ""}
 
@@ -185,8 +181,10 @@ class ModelNames:
         """How many outputs each of some modules has."""
         return [outputs(self.modules[slot.path]) for slot in slots]
 
-    def _fits(
-        self, label: str, places: Mapping[str, Place], fits: Callable[[str, Slots], bool]
-    ) -> bool:
+    def _fits(self, label: str, places: Mapping[str, Place], rows: Mapping[str, int]) -> bool:
+        """Whether all of a part are modules of the model, of the sizes that the file says."""
         own = [(name, place.slots) for name, place in places.items() if place.label == label]
-        return all(slots and fits(name, slots[0]) for name, slots in own)
+        return all(
+            slots and (name not in rows or sum(self.sizes(slots[0])) in (0, rows[name]))
+            for name, slots in own
+        )

@@ -13,7 +13,6 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -31,7 +30,6 @@ from lora_inject.files.formats.image_parts import (
     UP,
     Choice,
     ModelNames,
-    Slots,
     layers_of,
 )
 from lora_inject.files.formats.kohya_pairs import pair_of, tensors_of
@@ -100,7 +98,9 @@ def from_tensors(
     names = None if index is None else ModelNames(index, component)
     choice = Choice({name: (Slot(name),) for name in layers})
     if names is not None and layers:
-        choice = names.choose(layers, _fits(layers, names), path)
+        ups = {name: own[UP] for name, own in layers.items() if UP in own}
+        rows = {name: up.shape[0] for name, up in ups.items() if up.dim()}
+        choice = names.choose(layers, rows, path)
     for key in others:
         if names is None or not layers or names.place(key).label in choice.labels:
             raise FormatError(f"{path}: the tensor {key} is of no kind that is supported.")
@@ -122,14 +122,6 @@ def _ranks(metadata: Mapping[str, str], path: Path) -> dict[str, list[int]]:
         if not isinstance(ranks, list) or not all(isinstance(r, int) and r >= 0 for r in ranks):
             raise FormatError(f"{path}: the ranks in its metadata cannot be read.")
     return own
-
-
-def _fits(layers: Mapping[str, Mapping[str, Tensor]], names: ModelNames) -> Any:
-    def fits(name: str, slots: Slots) -> bool:
-        up = layers[name].get(UP)
-        return up is None or sum(names.sizes(slots)) in (0, up.shape[0])
-
-    return fits
 
 
 def write(data: AdapterData, path: Path) -> None:
