@@ -10,6 +10,7 @@ from lora_inject.changes.recompute import is_checkpointed, needing_edits, recomp
 from lora_inject.changes.statistics import has_statistics, holding_edits
 from lora_inject.compat.marks import RESIZE, TIED_KEYS, can_resize
 from lora_inject.core.class_swap import add_class_edits
+from lora_inject.core.dropping import dropping_edits
 from lora_inject.core.resizing import Resizing
 from lora_inject.core.scales import SCALES, Scales, scales_of
 from lora_inject.core.state import State
@@ -28,6 +29,7 @@ def edge_edits(
     """State, class, statistics, hooks and what was lent; without a state the mode may come back."""
     edits: list[Edit] = [attribute_edit(module, STATE, MISSING if state is None else state)]
     add_class_and_scales(edits, module, old, state, own)
+    edits += dropping_edits(module, old, state)
     edits += statistics_edits(module, old, state)
     edits += lent_edits(module, old, state)
     edits += root_edits(module, old, state)
