@@ -17,7 +17,6 @@ from lora_inject.core.checks import (
     require_extensible,
     require_free_places,
     require_injectable,
-    require_module,
     require_one_owner,
     require_shaped,
     warn_of_adapters_of_peft,
@@ -208,7 +207,7 @@ def plan(
         LoRAInjectError: the model is merged or inside a block, or what is to train in place is tied
             to what trains already.
     """
-    require_module(model)
+    look = Look(model)  # which refuses what is no model, before its arguments are read
     values = {
         "r": r, "alpha": alpha, "dropout": dropout, "scaling": scaling, "variant": variant,
         "init": init, "fixed": fixed, "how": how, "layout": layout,
@@ -226,7 +225,7 @@ def plan(
         adapter=check.check_adapter(adapter),
         bias=check.check_bias(bias),
     )
-    return plan_for(Look(model), request)
+    return plan_for(look, request)
 
 
 def plan_for(

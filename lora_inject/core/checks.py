@@ -1,7 +1,6 @@
 """What makes an injection wrong whatever layers it is for: refused before anything is changed."""
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -22,19 +21,13 @@ from lora_inject.settings import BASE, BiasMode, Settings
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
-def require_module(model: Any) -> None:
-    """Refuse what is no model, or one whose forward cannot be changed."""
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model must be an nn.Module, not a {type(model).__name__}.")
-    if isinstance(model, torch.jit.ScriptModule):
+def require_injectable(look: Look) -> None:
+    """Refuse what makes any injection wrong, wherever in the model it stands."""
+    if isinstance(look.model, torch.jit.ScriptModule):
         raise UnsupportedLayerError(
             "the model is a ScriptModule, whose forward cannot be changed.",
             remedy="Adapt it before scripting.",
         )
-
-
-def require_injectable(look: Look) -> None:
-    """Refuse what makes any injection wrong, wherever in the model it stands."""
     for place in look.index.places:
         if isinstance(place.module, _WRAPPERS):
             raise UnsupportedLayerError(
