@@ -21,14 +21,14 @@ from lora_inject.core.checks import (
     require_shaped,
     warn_of_adapters_of_peft,
 )
-from lora_inject.core.choosing import Limits, Skip, choose
+from lora_inject.core.choosing import Skip, choose
 from lora_inject.core.commit import commit
 from lora_inject.core.followers import with_followers
 from lora_inject.core.hints import require_known
 from lora_inject.core.in_place import in_place
 from lora_inject.core.look import Look
-from lora_inject.core.matcher import Matcher
-from lora_inject.core.parts import parts_by_module, require_parts_used
+from lora_inject.core.matcher import Exclusions, Matcher
+from lora_inject.core.parts import require_parts_used
 from lora_inject.core.patterns import Patterns, Targets
 from lora_inject.core.request import (
     ALL_LINEAR,
@@ -250,19 +250,21 @@ def plan_for(
     require_extensible(look, request.adapter, request.bias)
     matcher = Matcher(look)
     in_full = matcher.trainable_modules("train_also", request.train_also)
-    limits = Limits(
-        excluded=matcher.subtrees("exclude", request.excluded),
-        in_full=frozenset(m for top in in_full.values() for m in look.index.below(top)),
-        layers=request.layers,
+    resolver = Resolver(
+        matcher,
+        request,
+        Exclusions(
+            excluded=matcher.subtrees("exclude", request.excluded),
+            in_full=frozenset(m for top in in_full.values() for m in look.index.below(top)),
+            layers=request.layers,
+        ),
     )
-    parts = request.parts or {}
-    resolver = Resolver(matcher, request, parts_by_module(matcher, parts), limits)
-    chosen, skips = choose(matcher, list(request.settings), limits, resolver.resolve)
+    chosen, skips = choose(resolver)
     tables, more = choose_tables(resolver, chosen)
     skips += more
     sites = with_followers(resolver, [*chosen, *tables])
     require_apart(look, sites, in_full)
-    require_parts_used(matcher, parts, sites)
+    require_parts_used(matcher, request.parts, sites)
     if content is not None:
         held = content(sites)
     else:
