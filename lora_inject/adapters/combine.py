@@ -26,10 +26,10 @@ from lora_inject.adapters.combine_rules import Method, Rule, check_options
 from lora_inject.arithmetic.low_rank import difference_norm, product_norm, side_by_side
 from lora_inject.core.adaptation import reached
 from lora_inject.core.adapter import Adapter, Term
-from lora_inject.core.arranging import Fresh
 from lora_inject.core.commit import commit
 from lora_inject.core.look import Look
 from lora_inject.core.starting import as_parameters
+from lora_inject.core.state import Fresh
 from lora_inject.core.state_parts import Injection
 from lora_inject.errors import ArgumentError, UnsupportedLayerError
 from lora_inject.kinds.base import Kind

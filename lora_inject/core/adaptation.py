@@ -12,12 +12,12 @@ from lora_inject.arithmetic import starting_values as initial
 from lora_inject.changes.edits import Edit, value_edit
 from lora_inject.changes.statistics import is_held
 from lora_inject.core.adapter import Adapter
-from lora_inject.core.arranging import Fresh, stand_in
+from lora_inject.core.arranging import stand_in
 from lora_inject.core.company import company, joined, writes_to
 from lora_inject.core.look import Look
 from lora_inject.core.site import Site
 from lora_inject.core.starting import pair_parameters
-from lora_inject.core.state import State
+from lora_inject.core.state import Fresh, State
 from lora_inject.core.state_parts import Before, Injection, Reach, Trained, Use
 from lora_inject.own import Place, own_tensor
 from lora_inject.settings import BiasMode

@@ -23,7 +23,7 @@ from lora_inject.changes.edits import (
     run,
     training_edits,
 )
-from lora_inject.core.arranging import Arranging, Flags, Fresh, States
+from lora_inject.core.arranging import Arranging, Flags
 from lora_inject.core.look import Look
 from lora_inject.core.marks import Mark, is_marked, mark_edit, mark_of, unmarking_edits
 from lora_inject.core.module_edits import (
@@ -35,7 +35,7 @@ from lora_inject.core.module_edits import (
 )
 from lora_inject.core.recomputing import note_commit, note_parts
 from lora_inject.core.reduced import require_reduced
-from lora_inject.core.state import State, owned
+from lora_inject.core.state import Fresh, State, States, owned
 from lora_inject.own import STATE
 
 

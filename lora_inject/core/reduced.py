@@ -11,8 +11,8 @@ from torch import Tensor, distributed, nn
 
 from lora_inject.changes.edits import Edit, put_flag
 from lora_inject.compat.torch_private import reduced_parameters
-from lora_inject.core.arranging import Fresh, States
 from lora_inject.core.look import Look
+from lora_inject.core.state import Fresh, States
 from lora_inject.errors import LoRAInjectError
 
 

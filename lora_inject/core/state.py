@@ -158,6 +158,11 @@ class State:
         return next((trained for trained in self.trained if trained.name == name), None)
 
 
+# What a call hands to ``commit``.
+States = Mapping[nn.Module, State | None]  # the new ones; None for a module as it was before us
+Fresh = dict[nn.Module, dict[tuple[str, str], Tensor | None]]  # new tensors by name and owner
+
+
 def terms(adapters: Iterable[Adapter], weights: Mapping[str, float]) -> tuple[Term, ...]:
     """What those of the adapters that are in use add, with their weights."""
     found: tuple[Term, ...] = ()
@@ -178,6 +183,11 @@ def adapters_of(module: nn.Module) -> tuple[Adapter, ...]:
     """The adapters on a module, whether they run or not."""
     state = state_of(module)
     return state.adapters if state else ()
+
+
+def path_of(module: nn.Module) -> str:
+    """The path under which a module was adapted, for errors of its own; "" where it is not."""
+    return next((adapter.path for adapter in adapters_of(module)), "")
 
 
 def owned(state: State | None) -> Iterator[tuple[str, str, bool]]:
