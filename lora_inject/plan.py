@@ -273,7 +273,7 @@ def plan_for(
         held = Content(request.bias, in_full, trained)
     require_shaped(look, held.in_place)
     require_one_owner(look, held.in_place)
-    if held.use:
+    if held.joins:
         require_free_places(look, request.adapter, held.in_place)
     held = held._replace(left={skip.path: skip.reason for skip in skips if skip.wanted})
     return Plan(look, sites, tuple(skips), request.adapter, request.seed, held)

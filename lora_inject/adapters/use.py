@@ -63,12 +63,12 @@ def use(model: Model, *adapters: Any, train: Any = None) -> Model:
     chosen = use_of(look, weights, trains)
     states = {
         module: State(state.before, state.reach, chosen, state.adapters, state.trained)
-        for module, state in look.own.items()
+        for module, state in look.adapted.items()
     }
     moving = []
     for module, trained in look.trained:
         _require_one_owner(module, trained, weights)
-        if states[module].inside(trained) != look.states[module].inside(trained):
+        if states[module].holder(trained) != look.states[module].holder(trained):
             moving.append((module, trained))
     look.require_restorable(moving)
     formers = look.loaded_formers(moving)

@@ -160,7 +160,7 @@ def _tensors(look: Look) -> list[Tensor]:
         for buffer in module._buffers.values() if len(module._buffers) else ():
             if buffer is not None:
                 found[id(buffer)] = buffer
-        for name, _, _ in owned(look.own.get(module)):
+        for name, _, _ in owned(look.adapted.get(module)):
             tensor = own_tensor(module, name)
             if tensor is not None:
                 found[id(tensor)] = tensor

@@ -37,7 +37,7 @@ class Content(NamedTuple):
             updates.
         values: tensors by role, by path and prefix of each pair; None for starting values.
         tensors: values of what trains in place; what is not there keeps the base's.
-        use: whether the adapter joins those in use and trains; else it waits for ``use``.
+        joins: whether the adapter joins those in use and trains; else it waits for ``use``.
         beside: the adapters that were in use while it trained.
         said: what its file says besides, as JSON.
         left: what a pattern would have adapted and could not, by path, with the reasons.
@@ -49,7 +49,7 @@ class Content(NamedTuple):
     in_place: Mapping[Place, bool] = {}
     values: Mapping[tuple[str, str], Mapping[str, Tensor]] | None = None
     tensors: Mapping[Place, Tensor] = {}
-    use: bool = True
+    joins: bool = True
     beside: frozenset[str] = frozenset()
     said: str = ""
     left: Mapping[str, str] = {}
@@ -108,13 +108,13 @@ def adaptation(
             if site.follows:
                 pairs = leaders[site.follows]
             else:
-                pairs = pair_parameters(site, adapter, content.values, content.use, generator)
+                pairs = pair_parameters(site, adapter, content.values, content.joins, generator)
             leaders[site.path] = pairs
             own = made.fresh.setdefault(site.module, {})
             for (_, names), pair in zip(adapter.pairs, pairs, strict=True):
                 for role, key in names.items():
                     own[key, name] = pair[role]
-        own_in_place(look, made, name, content.in_place, content.use)
+        own_in_place(look, made, name, content.in_place, content.joins)
         _fill(made, name, content.tensors)
     train_in_full(look, made.states, name, content.train_also.values())
     _put_on_layers(look, made, name, adapters, content)
@@ -193,7 +193,7 @@ def train_in_full(
 
 
 def own_in_place(
-    look: Look, made: Adaptation, name: str, tensors: Mapping[Place, bool], use: bool
+    look: Look, made: Adaptation, name: str, tensors: Mapping[Place, bool], joins: bool
 ) -> None:
     """Make an adapter an owner of what trains in place, wherever that is tied.
 
@@ -202,7 +202,7 @@ def own_in_place(
         made: its new states, and tensors that they name.
         name: the adapter's name.
         tensors: the places, and whether what stands there trains itself or only moves.
-        use: whether the adapter's tensors are to stand in the places now.
+        joins: whether the adapter's tensors are to stand in the places now.
     """
     formers: dict[int, Tensor] = {}  # by what stands in the place: tied places share one value
     copies: dict[int, Tensor | None] = {}  # by the former value
@@ -218,7 +218,7 @@ def own_in_place(
             state = made.states[owner] = made.states[owner].with_formers(loaded)
             known = state.find(key) or _untouched(tensor, key, owner, len(tied), formers)
             if name not in known.owners:
-                if use and known.original is None:
+                if joins and known.original is None:
                     known = replace(known, original=name)
                 else:
                     if id(known.former) not in copies:
@@ -273,10 +273,10 @@ def _put_on_layers(
     )
     for module, state in made.states.items():
         own, now = adapters.get(module, ()), state.use
-        if own or (state.own and name in state.on_it):
+        if own or (state.is_adapted and name in state.on_it):
             if id(now) not in uses:
                 known = now._replace(beside=beside)
-                uses[id(now)] = joined(look, known, name, writes) if content.use else known
+                uses[id(now)] = joined(look, known, name, writes) if content.joins else known
             now = uses[id(now)]
         if own or now is not state.use:
             made.states[module] = state.change(adapters=(*state.adapters, *own), use=now)

@@ -21,7 +21,7 @@ from lora_inject.changes.edits import (
 )
 from lora_inject.core.look import Look
 from lora_inject.core.marks import mark_of, marking_edits, unmarking_edits
-from lora_inject.core.module_edits import edge_edits
+from lora_inject.core.module_edits import module_edits
 from lora_inject.core.state import Fresh, State, States, owned, state_of
 from lora_inject.core.state_parts import Trained
 from lora_inject.own import Place, own_tensor
@@ -92,7 +92,7 @@ class Arranging:
         yield from self._tensor_edits({m: own.parameters for m, own in after.items()})
         for module, state in self.states.items():
             own = dict(after[module].parameters)
-            yield from edge_edits(module, self.look.states.get(module), state, own, self.modes)
+            yield from module_edits(module, self.look.states.get(module), state, own, self.modes)
 
     def _stand_ins(self) -> Fresh:
         """Tensors with former values for places of which an adapter has the base's own tensor."""
@@ -104,8 +104,8 @@ class Arranging:
                 continue
             for trained in state.trained:
                 before = old.find(trained.name)
-                asleep = trained.original is not None and state.inside(trained) == BASE
-                if asleep and before is not None and old.inside(before) != BASE:
+                asleep = trained.original is not None and state.holder(trained) == BASE
+                if asleep and before is not None and old.holder(before) != BASE:
                     key = id(trained.former)
                     if key not in made:
                         made[key] = stand_in(trained, own_tensor(module, trained.name))
@@ -175,11 +175,11 @@ class Arranging:
         if then is not None and then != first:
             had[name, then] = had.pop((name, BASE))
         state, fresh = self.states[module], self.fresh.get(module, {})
-        inside = BASE if state is None or now is None else state.inside(now)
-        if inside == BASE and then is not None:
+        holder = BASE if state is None or now is None else state.holder(now)
+        if holder == BASE and then is not None:
             tensor = fresh.get((name, _STAND_IN), current)
         else:
-            tensor = fresh[name, inside] if (name, inside) in fresh else had[name, inside]
+            tensor = fresh[name, holder] if (name, holder) in fresh else had[name, holder]
         if tensor is not current and current is not None:
             self.replaced[id(current)] = current, tensor
         return tensor

@@ -64,7 +64,7 @@ def warn_of_adapters_of_peft(look: Look) -> None:
 
 def require_extensible(look: Look, adapter: str, bias: BiasMode) -> None:
     """Refuse to add layers to an adapter whose weight in use is not 1, or in another bias mode."""
-    for module, state in look.own.items():
+    for module, state in look.adapted.items():
         if adapter in state.on_it and state.use.weights.get(adapter) != 1.0:
             raise ArgumentError(
                 f"adapter: {adapter!r} is there already and not in use with a weight of 1.",
@@ -80,10 +80,10 @@ def require_free_places(look: Look, adapter: str, tensors: Collection[Place]) ->
         state = look.states.get(module)
         trained = None if state is None else state.find(name)
         if state is not None and trained is not None:
-            inside = state.inside(trained)
-            if inside not in (BASE, adapter):
+            holder = state.holder(trained)
+            if holder not in (BASE, adapter):
                 raise ArgumentError(
-                    f"{adapter!r} is to train {trained.text(module)}, which {inside!r} has trained "
+                    f"{adapter!r} is to train {trained.text(module)}, which {holder!r} has trained "
                     "and which is in use.",
                     remedy="Call use(model) first, which puts no adapter in use.",
                 )

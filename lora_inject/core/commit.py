@@ -28,8 +28,8 @@ from lora_inject.core.look import Look
 from lora_inject.core.marks import Mark, is_marked, mark_edit, mark_of, unmarking_edits
 from lora_inject.core.module_edits import (
     add_class_and_scales,
-    edge_edits,
     lent_edits,
+    module_edits,
     root_edits,
     statistics_edits,
 )
@@ -147,7 +147,7 @@ def _add_first_edits(
         items = now + [(name, tensor) for (name, _), tensor in fresh.items()]
         edits.append((put_items, own, None, now, items))
         own = dict(items)
-    edits += edge_edits(module, None, state, own)
+    edits += module_edits(module, None, state, own)
 
 
 def _add_last_edits(edits: list[Edit], module: nn.Module, state: State, modes: bool) -> None:
@@ -165,7 +165,7 @@ def _add_last_edits(edits: list[Edit], module: nn.Module, state: State, modes: b
                 edits += unmarking_edits(parameter)
         if ours:
             edits.append((put_items, own, None, now, kept))
-    edits += edge_edits(module, state, None, own, modes)
+    edits += module_edits(module, state, None, own, modes)
 
 
 # --- nothing moves ------------------------------------------------------------------------------

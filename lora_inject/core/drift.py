@@ -198,7 +198,7 @@ def _is_owned(module: nn.Module, name: str) -> bool:
 
 
 def _frozen(look: Look) -> Iterator[Drift]:
-    for module, state in look.own.items():
+    for module, state in look.adapted.items():
         for name, _, trains in owned(state):
             parameter = module._parameters.get(name)
             if trains and parameter is not None and not parameter.requires_grad:

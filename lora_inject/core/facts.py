@@ -47,8 +47,8 @@ class Facts:
         return found
 
     @cached_property
-    def own(self) -> dict[nn.Module, State]:
-        """Of these the modules on which an adapter has something."""
+    def adapted(self) -> dict[nn.Module, State]:
+        """Of these the modules on which an adapter has A and B, or that it trains in place."""
         return {m: state for m, state in self.states.items() if state.adapters or state.trained}
 
     @cached_property
@@ -64,13 +64,13 @@ class Facts:
     @cached_property
     def used(self) -> dict[str, float]:
         """The adapters in use, with their weights; parts of the model may differ."""
-        uses = {id(state.use): state.use for state in self.own.values()}
+        uses = {id(state.use): state.use for state in self.adapted.values()}
         return {name: weight for use in uses.values() for name, weight in use.weights.items()}
 
     @cached_property
     def adapters(self) -> list[tuple[nn.Module, Adapter]]:
         """Every adapter on every layer."""
-        return [(m, adapter) for m, state in self.own.items() for adapter in state.adapters]
+        return [(m, adapter) for m, state in self.adapted.items() for adapter in state.adapters]
 
     def leader(self, layer: nn.Module, adapter: Adapter) -> tuple[nn.Module, Adapter]:
         """The adapter of the tied layer whose A and B this one shares.
@@ -124,7 +124,7 @@ class Facts:
     @cached_property
     def trained(self) -> list[tuple[nn.Module, Trained]]:
         """Every place of the model of which something trains in place."""
-        return [(m, trained) for m, state in self.own.items() for trained in state.trained]
+        return [(m, trained) for m, state in self.adapted.items() for trained in state.trained]
 
     def tensor(self, module: nn.Module, trained: Trained, owner: str) -> Tensor | None:
         """An owner's tensor for such a place, wherever it is."""
@@ -204,7 +204,7 @@ class Facts:
             tensor, former = own_tensor(module, trained.name), trained.former
             if tensor is None or former is None or tensor.is_meta or former.is_meta:
                 continue
-            if self.states[module].inside(trained) == BASE and not is_partial(tensor):
+            if self.states[module].holder(trained) == BASE and not is_partial(tensor):
                 value = tensor.detach()
                 if value.shape != former.shape or id(former) in found:
                     continue

@@ -157,11 +157,11 @@ class _AsItRan:
 
 def _what_runs(state: State | None) -> Any:
     """All by which a state decides what its module computes."""
-    if state is None or not state.own:
+    if state is None or not state.is_adapted:
         return None
-    inside = {trained.name: state.inside(trained) for trained in state.trained}
+    holders = {trained.name: state.holder(trained) for trained in state.trained}
     merged = state.merged.adapters if state.merged and not state.blocks else None
-    return state.running, id(state.rows), inside, merged
+    return state.running, id(state.rows), holders, merged
 
 
 def _require_alike(facts: Facts, module: nn.Module, old: State | None, now: State | None) -> None:

@@ -35,9 +35,10 @@ def remove_adapters(
         values: edits of values that come before.
     """
     leaving = [(m, trained) for m, trained in look.trained if trained.owners.keys() & set(names)]
+    if not keep:
+        look.require_restorable(leaving)
     for module, trained in leaving:
-        look.require_inside(module, trained)
-    look.require_restorable(() if keep else leaving)
+        look.require_all_places(module, trained)
     removal = _Removal(look, frozenset(names), keep)
     new = {m: removal.state(m, (states or {}).get(m, s)) for m, s in look.states.items()}
     gone = dict.fromkeys(_marked_elsewhere(look))  # no state, and no adapter any more
@@ -127,10 +128,10 @@ class _Removal:
         """The base's own tensor gets back its value from before, or the one that is to stay."""
         assert trained.original is not None
         tensor = self.look.tensor(module, trained, trained.original)
-        value, inside = trained.former, state.inside(trained)
+        value, holder = trained.former, state.holder(trained)
         value = self.formers.get(id(value), value)
-        if self.keep and inside != BASE:
-            if inside == trained.original:
+        if self.keep and holder != BASE:
+            if holder == trained.original:
                 return
             value = own_tensor(module, trained.name)
         if value is not None and value.is_meta:

@@ -73,7 +73,7 @@ def unmerge(model: Model) -> Model:
         LoRAInjectError: nothing is merged, or the former weights were not kept.
     """
     look = Look(model)
-    merged = {layer: state for layer, state in look.own.items() if state.merged}
+    merged = {layer: state for layer, state in look.adapted.items() if state.merged}
     if not merged:
         raise LoRAInjectError("nothing in the model is merged.", remedy="Call merge first.")
     look.require_no_block()

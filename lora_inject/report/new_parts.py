@@ -62,7 +62,7 @@ def _by_checkpoint(look: Look) -> tuple[list[str], list[str]]:
     others = {m for layer in look.index.modules for own in peft_modules(layer)
               for m in look.index.below(own)}  # fmt: skip
     others |= resizable_embeddings(look.model).keys()
-    for module in look.index.modules if look.own else ():
+    for module in look.index.modules if look.adapted else ():
         own = module._parameters
         if not len(own) or module in others:
             continue

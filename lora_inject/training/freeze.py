@@ -66,7 +66,7 @@ def freeze(model: nn.Module, bias: BiasMode = "none", train_also: Patterns = ())
     look.require_awake()
 
     used = look.used
-    layers = [m for m, s in look.own.items() if any(a.name in used for a in s.adapters)]
+    layers = [m for m, s in look.adapted.items() if any(a.name in used for a in s.adapters)]
     tensors = in_place(look, layers, bias, tops)
     if look.states and tensors and not _is_one_in_use(look):
         raise ArgumentError(
@@ -84,11 +84,11 @@ def freeze(model: nn.Module, bias: BiasMode = "none", train_also: Patterns = ())
         return run(_plain_edits(look, tensors, tops), shown)  # type: ignore[no-any-return]
     made = Adaptation(_frozen(look, bias, in_full))
     for name in used:
-        own_in_place(look, made, name, tensors, use=True)
+        own_in_place(look, made, name, tensors, joins=True)
         train_in_full(look, made.states, name, tops)
     for module, state in made.states.items():
-        if state.own:
-            had = look.own[module].on_it if module in look.own else set()
+        if state.is_adapted:
+            had = look.adapted[module].on_it if module in look.adapted else set()
             new = {name: 1.0 for name in used if name in state.on_it - had}
             use = state.use._replace(weights={**state.use.weights, **new}, trains=frozenset(used))
             made.states[module] = state.change(use=use)
@@ -100,7 +100,7 @@ def freeze_adapter(model: nn.Module, name: str) -> None:
     look = Look(model)
     states = {
         module: state.change(use=state.use._replace(trains=state.use.trains - {name}))
-        for module, state in look.own.items()
+        for module, state in look.adapted.items()
         if name in state.use.trains
     }
     commit(look, states, flags="owned")
@@ -108,7 +108,7 @@ def freeze_adapter(model: nn.Module, name: str) -> None:
 
 def _is_one_in_use(look: Look) -> bool:
     """Whether one adapter is in use, with a weight of 1 wherever it has something."""
-    on_it = [s.use.weights for s in look.own.values() if look.used.keys() & s.on_it]
+    on_it = [s.use.weights for s in look.adapted.values() if look.used.keys() & s.on_it]
     return len(look.used) == 1 and all(list(weights.values()) == [1.0] for weights in on_it)
 
 
