@@ -94,9 +94,8 @@ class Facts:
 
     def target_path(self, layer: nn.Module, adapter: Adapter) -> str:
         """The path of what an adapter was put on: of a layer, or of a parameter of it."""
-        path = self.index.path(layer)
         of_parameter = adapter.kind.name == "parameter"
-        return f"{path}.{adapter.specs[0].weight}".lstrip(".") if of_parameter else path
+        return self.index.path(layer, adapter.specs[0].weight if of_parameter else "")
 
     @cached_property
     def injections(self) -> tuple[Injection, ...]:

@@ -169,4 +169,4 @@ def _replaced(look: Look, states: Mapping[nn.Module, State | None]) -> list[str]
     if not gone:
         return []
     seen = {place for p in look.parameters for place in places_of(mark_of(p))}
-    return [f"{look.index.path(m)}.{n}".lstrip(".") for m, n in gone if (m, n) not in seen]
+    return [look.index.path(m, n) for m, n in gone if (m, n) not in seen]

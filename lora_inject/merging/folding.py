@@ -135,7 +135,7 @@ def unfold(look: Look, names: Mapping[nn.Module, frozenset[str]]) -> None:
             assert weight is not None
             assert value is not None, "require_kept has refused this"
             if name in _weights(state, left):
-                path = f"{look.index.path(layer)}.{name}".lstrip(".")
+                path = look.index.path(layer, name)
                 value, _ = _merged_weight(path, layer, name, state, left)
             else:
                 del former[name]
