@@ -117,10 +117,12 @@ class Plan(Shown):
         look = self.look.again()  # its tensors may be others by now
         warn_of_adapters_of_peft(look)
         made = adaptation(look, self.sites, self.adapter, self.seed, self.content)
-        return commit(  # type: ignore[no-any-return]
+        # The report is made inside of it: what it raises, a warning say, undoes the injection.
+        report: Report = commit(
             look, made.states, fresh=made.fresh, values=made.values,
             then=lambda: _reported(look.again(), self),
         )  # fmt: skip
+        return report
 
     def _tables(self) -> Tables:
         sections = [plan_tables.sites_section(self)]

@@ -274,7 +274,7 @@ def _shaped(
     kind: Kind, layer: nn.Module, term: Term, A: Tensor, B: Tensor, r: int
 ) -> tuple[Spec, tuple[Tensor, Tensor]]:
     """Matrices padded to rank r, in the shapes of the layer's kind and its adapters' dtype."""
-    dtype = layer.get_parameter(term.A).dtype
+    dtype = layer.get_parameter(term.names["A"]).dtype
     A, B = F.pad(A, (0, 0, 0, r - A.shape[-2])), F.pad(B, (0, r - B.shape[-1]))
     A, B = (tensor.to(dtype).contiguous() for tensor in kind.from_matrices(layer, A, B))
     old = term.spec

@@ -25,7 +25,7 @@ from lora_inject.changes.edits import (
 )
 from lora_inject.core.arranging import Arranging, Flags
 from lora_inject.core.look import Look
-from lora_inject.core.marks import Mark, is_marked, mark_edit, mark_of, unmarking_edits
+from lora_inject.core.marks import Mark, mark_edit, mark_of, unmarking_edits
 from lora_inject.core.module_edits import (
     add_class_and_scales,
     lent_edits,
@@ -174,7 +174,8 @@ def _add_last_edits(edits: list[Edit], module: nn.Module, state: State, modes: b
 def _shares(module: nn.Module, state: State) -> bool:
     """Whether it shares the A or B of an adapter with what it is tied to."""
     own: Any = module._parameters
-    return any(is_marked(own[name]) for adapter in state.adapters for name in adapter.parameters)
+    names = (name for adapter in state.adapters for name in adapter.parameters)
+    return any(mark_of(own[name]) is not None for name in names)
 
 
 def _add_still_edits(

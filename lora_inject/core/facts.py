@@ -19,7 +19,10 @@ from lora_inject.sharding import is_partial
 
 
 class Facts:
-    """What a model is when it is looked at.
+    """What a model is when it is looked at; each thing is worked out when somebody asks for it.
+
+    A ``Look`` is this with refusals. It stands apart from them, since what runs in an adapted layer
+    (``recomputing.py``) looks at models too, and the refusals know of layers.
 
     Attributes:
         model: the model.
@@ -152,9 +155,9 @@ class Facts:
         """Every place where a parameter or buffer is registered, by the id of the tensor."""
         places: dict[int, list[Place]] = {}
         for module in self.index.modules:
-            for owned in (module._parameters, module._buffers):
-                if len(owned):
-                    for name, tensor in owned.items():
+            for tensors in (module._parameters, module._buffers):
+                if len(tensors):
+                    for name, tensor in tensors.items():
                         if tensor is not None:
                             places.setdefault(id(tensor), []).append((module, name))
         return places
@@ -162,13 +165,7 @@ class Facts:
     @cached_property
     def tied(self) -> set[int]:
         """The ids of the parameters and buffers that are registered in several places."""
-        seen, tied = set[int](), set[int]()
-        for module in self.index.modules:
-            for owned in (module._parameters, module._buffers):
-                if len(owned):
-                    for tensor in owned.values():
-                        (tied if id(tensor) in seen else seen).add(id(tensor))
-        return tied - {id(None)}
+        return {key for key, places in self.tensor_places.items() if len(places) > 1}
 
     def everywhere(self, tensor: Tensor) -> list[Place]:
         """The places of a tensor in this model, and in other parts that calls have seen."""
