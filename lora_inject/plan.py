@@ -14,11 +14,11 @@ from lora_inject.core.adaptation import Content, adaptation
 from lora_inject.core.checks import (
     require_alive,
     require_apart,
+    require_exchangeable,
     require_extensible,
     require_free_places,
     require_injectable,
     require_one_owner,
-    require_shaped,
     warn_of_adapters_of_peft,
 )
 from lora_inject.core.choosing import Skip, choose
@@ -273,7 +273,7 @@ def plan_for(
         require_alive(sites)
         trained = in_place(look, [s.module for s in sites], request.bias, [*in_full.values()])
         held = Content(request.bias, in_full, trained)
-    require_shaped(look, held.in_place)
+    require_exchangeable(look, held.in_place)
     require_one_owner(look, held.in_place)
     if held.joins:
         require_free_places(look, request.adapter, held.in_place)

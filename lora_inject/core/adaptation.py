@@ -23,9 +23,6 @@ from lora_inject.own import Place, own_tensor
 from lora_inject.settings import BiasMode
 from lora_inject.sharding import fill, whole
 
-# A copy of such a module has no attributes but its own: its parent remembers what it was.
-_FORGETFUL = (torch.jit.ScriptModule, torch.fx.GraphModule)
-
 
 class Content(NamedTuple):
     """What an adapter trains besides its A and B, and the values that it has where it is loaded.
@@ -154,12 +151,6 @@ def reached(look: Look, injection: Injection | None = None) -> dict[nn.Module, S
         reach = states[root].reach
         roots = reach.roots | {injection.id}
         states[root] = states[root].change(reach=reach._replace(roots=roots))
-    forgetful = {module for module in look.index.modules if isinstance(module, _FORGETFUL)}
-    for module in look.index.modules if forgetful else ():
-        noted = tuple((n, states[m]) for n, m in module._modules.items() if m in forgetful)
-        if noted:
-            reach = states[module].reach._replace(noted=noted)
-            states[module] = states[module].change(reach=reach)
     return states
 
 

@@ -67,6 +67,7 @@ def commit(
     Raises:
         LoRAInjectError: DistributedDataParallel would not reduce what is to train.
     """
+    states = _with_notes(look, states)
     with torch.inference_mode(False):  # tensors made in it could never train
         edits = edits_of(look, states, fresh or {}, values, flags, modes)
     require_reduced(look, states, edits, fresh or {})
@@ -74,6 +75,18 @@ def commit(
     done = run(edits, then)
     note_commit(look, states, lambda former: edits_of(look.again(), former, {}, (), "switched"))
     return done
+
+
+def _with_notes(look: Look, states: States) -> States:
+    """The new states, with those that copies will forget noted on what is around their modules."""
+    noted = dict(states)
+    for module, inside in look.forgetful.items():
+        state = noted.get(module, look.states.get(module))
+        if state is not None:
+            known = ((path, noted.get(m, look.states.get(m))) for path, m in inside)
+            reach = state.reach._replace(noted=tuple(note for note in known if note[1] is not None))
+            noted[module] = state.change(reach=reach)
+    return noted if look.forgetful else states
 
 
 def edits_of(

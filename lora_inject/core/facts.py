@@ -17,6 +17,9 @@ from lora_inject.own import STATE, Place, own_tensor
 from lora_inject.settings import BASE, BiasMode
 from lora_inject.sharding import is_partial
 
+# A copy of such a module has no attributes but its own.
+_FORGETFUL = (torch.jit.ScriptModule, torch.fx.GraphModule)
+
 
 class Facts:
     """What a model is when it is looked at; each thing is worked out when somebody asks for it.
@@ -43,10 +46,28 @@ class Facts:
         """What is known of each module that a call has reached."""
         found = {m: m.__dict__[STATE] for m in self.index.modules if STATE in m.__dict__}
         for module, state in list(found.items()):
-            for name, noted in state.reach.noted:  # of a child that forgets it when it is copied
-                child = dict(module._modules.items()).get(name)
-                if child is not None:
-                    found.setdefault(child, noted)
+            for path, noted in state.reach.noted:  # of a module that forgets it when it is copied
+                inside = self.index.by_path.get(self.index.path(module, path))
+                if inside is not None:
+                    found.setdefault(inside, noted)
+        return found
+
+    @cached_property
+    def forgetful(self) -> dict[nn.Module, list[tuple[str, nn.Module]]]:
+        """The modules that forget their states when they are copied, by what they are in.
+
+        Each with its path from there: the nearest module around it that is none of them.
+        """
+        found: dict[nn.Module, list[tuple[str, nn.Module]]] = {}
+        if any(issubclass(cls, _FORGETFUL) for cls in {type(m) for m in self.index.modules}):
+            for path, module in self.index.by_path.items():
+                above, around = path, module
+                while above and isinstance(around, _FORGETFUL):
+                    above = above.rpartition(".")[0]
+                    around = self.index.by_path[above]
+                if around is not module and not isinstance(around, _FORGETFUL):
+                    inside = path.removeprefix(above).lstrip(".")
+                    found.setdefault(around, []).append((inside, module))
         return found
 
     @cached_property
