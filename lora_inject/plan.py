@@ -24,7 +24,7 @@ from lora_inject.core.checks import (
 from lora_inject.core.choosing import Skip, choose
 from lora_inject.core.commit import commit
 from lora_inject.core.followers import with_followers
-from lora_inject.core.hints import require_known
+from lora_inject.core.hints import require_arguments
 from lora_inject.core.in_place import in_place
 from lora_inject.core.look import Look
 from lora_inject.core.matcher import Exclusions, Matcher
@@ -139,7 +139,7 @@ def _hinting(function: Callable[P, Plan]) -> Callable[P, Plan]:
 
     @wraps(function)
     def hinted(*args: P.args, **kwargs: P.kwargs) -> Plan:
-        require_known(kwargs, known)
+        require_arguments(kwargs, known)
         return function(*args, **kwargs)
 
     return hinted

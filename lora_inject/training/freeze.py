@@ -140,7 +140,9 @@ def _frozen(look: Look, bias: BiasMode, in_full: Collection[str]) -> dict[nn.Mod
     for module, state in states.items():
         reach = state.reach
         reach = reach._replace(
-            injections=tuple(calls[call.id] for call in reach.injections),
+            # What was called on parts is one call on the whole now, and goes with it.
+            injections=tuple(calls.values()),
+            roots=look.roots if module is look.model else frozenset(),
             in_full=tuple(name for name in reach.in_full if name not in used),
             tops=tuple(name for name in reach.tops if name not in used),
         )
