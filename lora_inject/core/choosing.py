@@ -94,7 +94,7 @@ def choose(
             elif found is not None:
                 key = (target.module, target.parameter)
                 chosen.setdefault(key, (target, pattern, found))
-        if pattern.label == ALL_LINEAR or (pattern.wide and any(map(matcher.is_layer, targets))):
+        if pattern.label == ALL_LINEAR or pattern.wide:
             _note_matrices(matcher, pattern, limits, skips)
     _raise_refused(refused)
     winners = {key: winner for key, (_, winner, _) in chosen.items()}
