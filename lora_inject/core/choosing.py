@@ -80,7 +80,7 @@ def choose(resolver: Resolver, argument: str = "targets") -> tuple[list[Site], l
             if reason:
                 skip = Skip(target.path, target.type, pattern.label, reason, wanted)
                 skips.setdefault(target.path, skip)
-        if pattern.label == ALL_LINEAR or (pattern.wide and any(map(matcher.is_layer, targets))):
+        if pattern.label == ALL_LINEAR or pattern.wide:
             _note_matrices(matcher, pattern, exclusions, skips)
     _raise_refused(refused)
     winners = {key: winner for key, (winner, _) in chosen.items()}
