@@ -8,7 +8,6 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
 from lora_inject.changes.statistics import has_statistics
-from lora_inject.compat.marks import peft_modules
 from lora_inject.core.look import Look
 from lora_inject.core.site import Site
 from lora_inject.core.state import adapters_of, state_of
@@ -50,8 +49,7 @@ def warn_of_adapters_of_peft(look: Look) -> None:
     """Warn of adapters that PEFT has put into the model and that an injection freezes."""
     layers = {
         look.index.path(layer): None
-        for layer in look.index.modules
-        for module in (m for own in peft_modules(layer) for m in look.index.below(own))
+        for module, layer in look.of_peft.items()
         if any(p is not None and p.requires_grad for p in module._parameters.values())
     }
     if layers:

@@ -23,6 +23,8 @@ from lora_inject.errors import (
 from lora_inject.kinds.parameter import layout_of
 from lora_inject.printing import few, plural
 
+OF_PEFT = "is a part of an adapter of PEFT; name it to adapt it"
+
 
 class Skip(NamedTuple):
     """Something that a pattern selected and that the plan leaves alone, and why.
@@ -78,7 +80,7 @@ def choose(resolver: Resolver, argument: str = "targets") -> tuple[list[Site], l
             if reason:
                 skip = Skip(target.path, target.type, pattern.label, reason, wanted)
                 skips.setdefault(target.path, skip)
-        if pattern.label == ALL_LINEAR or (pattern.wide and any(map(matcher.is_layer, targets))):
+        if pattern.label == ALL_LINEAR or pattern.wide:
             _note_matrices(matcher, pattern, exclusions, skips)
     _raise_refused(refused)
     winners = {key: winner for key, (winner, _) in chosen.items()}
@@ -102,7 +104,8 @@ def _note_matrices(
         module = target.module
         if not every and not any(pattern.names(path) for path in target.paths):
             continue
-        if module in exclusions.excluded or module in exclusions.in_full or module in matcher.heads:
+        left = exclusions.excluded, exclusions.in_full, matcher.heads, matcher.look.of_peft
+        if any(module in modules for modules in left):
             continue
         if exclusions.layers is not None and not _lies_in(target, exclusions.layers, matcher.model):
             continue
@@ -142,6 +145,8 @@ def _reason_to_leave(
         return f"excluded by {exclusions.excluded[module]!r}"
     if module in outside:
         return "not in layers="
+    if pattern.last is None and module in matcher.look.of_peft:  # none that names it
+        return OF_PEFT
     if pattern.label == ALL_LINEAR and module in exclusions.in_full:
         return "trains in full (train_also)"
     if pattern.label == ALL_LINEAR and module in matcher.heads:

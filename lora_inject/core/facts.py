@@ -7,6 +7,7 @@ from os import PathLike
 import torch
 from torch import Tensor, nn
 
+from lora_inject.compat.marks import peft_modules
 from lora_inject.core.adapter import Adapter
 from lora_inject.core.index import Index
 from lora_inject.core.marks import mark_of, places_of
@@ -233,6 +234,16 @@ class Facts:
     def in_full(self) -> dict[nn.Module, str]:
         """The modules that train in full, with the name of an adapter that does it."""
         return {m: name for m, state in self.states.items() for name in state.reach.in_full}
+
+    @cached_property
+    def of_peft(self) -> dict[nn.Module, nn.Module]:
+        """The modules that adapters of PEFT are made of, each with the layer that carries it."""
+        return {
+            module: layer
+            for layer in self.index.modules
+            for own in peft_modules(layer)
+            for module in self.index.below(own)
+        }
 
     @cached_property
     def tied_formers(self) -> dict[int, int]:

@@ -102,10 +102,6 @@ class Matcher:
         """Whether a target is a layer with a kind, or a parameter."""
         return target.parameter is not None or self.kind(target.place.module) is not None
 
-    def is_layer(self, target: Target) -> bool:
-        """Whether a target is a layer with a kind."""
-        return target.parameter is None and self.is_able(target)
-
     @cached_property
     def heads(self) -> dict[nn.Module, str]:
         """The output heads, looked for when somebody asks."""
