@@ -162,8 +162,7 @@ class _Made:
 def _combined(look: Look, weights: Mapping[str, float], name: str, rule: Rule) -> list[_Made]:
     """The new adapters of a model's layers, in the order in which these were adapted."""
     groups: dict[tuple[nn.Module, tuple[str, ...]], list[tuple[str, Adapter]]] = {}
-    # Leaders first, for those that share their parameters.
-    for layer, adapter in sorted(look.adapters, key=lambda pair: bool(pair[1].follows)):
+    for layer, adapter in look.leaders_first:
         if adapter.name in weights:
             targets = tuple(dict.fromkeys(spec.weight for spec in adapter.specs))
             path = look.target_path(layer, adapter)

@@ -97,6 +97,11 @@ class Facts:
         """Every adapter on every layer."""
         return [(m, adapter) for m, state in self.adapted.items() for adapter in state.adapters]
 
+    @property
+    def leaders_first(self) -> list[tuple[nn.Module, Adapter]]:
+        """The same, with those that share the A and B of a tied layer after the others."""
+        return sorted(self.adapters, key=lambda pair: bool(pair[1].follows))
+
     def leader(self, layer: nn.Module, adapter: Adapter) -> tuple[nn.Module, Adapter]:
         """The adapter of the tied layer whose A and B this one shares.
 
