@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from lora_inject.core.drift import require_nothing_gone
 from lora_inject.core.look import Look
+from lora_inject.core.paths import bare
 from lora_inject.errors import ArgumentError
 from lora_inject.files import cautions, hub, left_out
 from lora_inject.files.formats import named_format, read_adapter, read_state
 from lora_inject.files.formats.data import AdapterData
 from lora_inject.files.formats.storage import as_path
 from lora_inject.files.loading import Loading
-from lora_inject.files.portable import PortableReport
+from lora_inject.files.portable import PortableReport, for_engines
 from lora_inject.files.portable import portable as as_plain_lora
 from lora_inject.files.stored import Stored
 from lora_inject.files.token_rows import warn_of_unsaved_rows
@@ -87,6 +88,8 @@ def save(
         data, report = as_plain_lora(
             stored, data, None if r is None else check_count(r, "r"), error
         )
+        if format == "peft":
+            data = for_engines(data, bare(model), stored.modules)
     elif r is not None or error:
         raise ArgumentError("r and error are for portable=True.")
     require_nothing_gone(stored.look, stored.name)
