@@ -5,7 +5,7 @@ SGLang, llama.cpp and adapters made under transformers 4, have each expert apart
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -76,6 +76,22 @@ def as_in_checkpoint(
         train_also=tuple(map(names.of, data.train_also)),
         modules=None if data.modules is None else known,
     )
+
+
+def differs_in_checkpoint(
+    pairs: Sequence[PairData], model: nn.Module, modules: Mapping[str, nn.Module]
+) -> tuple[str, str] | None:
+    """A pair that a checkpoint has by another name or in several, and the first of its names."""
+    if not pairs or not is_converted(model):
+        return None
+    pieces = _pieces(model, _fused({pair.path: modules[pair.path] for pair in pairs}))
+    names = _Names(model, [pair.path for pair in pairs])
+    for pair in pairs:
+        if own := pieces.get(f"{pair.path}.{pair.weight}"):
+            return pair.name, own[0].path
+        if (other := names.of(pair.path)) != pair.path:
+            return pair.name, other
+    return None
 
 
 def as_in_model(

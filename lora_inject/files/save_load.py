@@ -14,6 +14,7 @@ from lora_inject.core.look import Look
 from lora_inject.core.paths import bare
 from lora_inject.errors import ArgumentError
 from lora_inject.files import cautions, hub, left_out
+from lora_inject.files.engines import warn_of_engines
 from lora_inject.files.formats import named_format, read_adapter, read_state
 from lora_inject.files.formats.data import AdapterData
 from lora_inject.files.formats.storage import as_path
@@ -59,9 +60,12 @@ def save(
         format: "peft", "loralib" (a .pt file), "kohya" or "diffusers". The names are those that the
             tools know: ``save_pipeline`` tells an SDXL's first text encoder from an SD 1.5's.
         portable: write a plain LoRA with one rank and a scaling of 1 for all layers, for readers
-            that know nothing else (vLLM, llama.cpp): ranks are padded with zeros, scalings folded
-            into B, and what is no product of low rank (DoRA) becomes the best one of rank r. Loaded
-            again, all of it trains.
+            that know nothing else (SGLang, llama.cpp): ranks are padded with zeros, scalings folded
+            into B, and what is no product of low rank (DoRA) becomes the best one of rank r. In a
+            PEFT directory experts stand one by one, by the names of the model's checkpoint, and
+            what engines read as one (q, k, v; gate, up; experts) is there as a whole, with zeros.
+            Loaded again, all that was adapted trains. Without it, a warning names engines that
+            would misread the file.
         r: for ``portable``, the largest rank to write; None writes all of it, where it has a rank.
         error: how much of the change of a weight may be lost by that, relative to its norm.
         push_to_hub: ``"user/name"``: upload the directory to this repository of the Hugging Face
@@ -96,6 +100,8 @@ def save(
     left_out.require_nothing_left_out(stored.look, "the file")
     cautions.warn_of_directory(file, format)
     cautions.warn_of_untrained(whole, stored.name)
+    if format == "peft" and not portable:
+        warn_of_engines(data, stored.name, bare(model), stored.modules)
     write(stored, data, file, format)
     if push_to_hub is not None:
         on_one_rank([stored], partial(hub.upload, file, push_to_hub))

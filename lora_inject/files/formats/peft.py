@@ -124,10 +124,11 @@ def from_tensors(
     added = added_biases(betas, pairs, config, path)
     if config.get("init_lora_weights") in REMADE_STARTS:
         pairs = with_moved_base(pairs, config, modules or {}, path)
+    said = own.get("bias") or config.get("bias") or "none"
     return AdapterData(
         pairs=tuple(pairs),
         tensors=others,
-        bias="lora_only" if added and config.get("bias") != "all" else config.get("bias") or "none",
+        bias="lora_only" if added and said != "all" else said,
         train_also=tuple(own.get("train_also") or config.get("modules_to_save") or ()),
         facts={
             "format": "PEFT",
