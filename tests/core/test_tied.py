@@ -113,3 +113,11 @@ def test_tied_gpt2():
     train_steps(model, inputs)
     strip(model)
     assert changed_parts(before, snapshot(model)) == []
+
+
+def test_a_kernel_that_stands_in_no_layer_too_cannot_be_shared():
+    model = nn.ModuleDict({"conv": nn.Conv2d(2, 2, 3), "other": nn.Module()})
+    model["other"].kernel = model["conv"].weight
+    with pytest.raises(UnsupportedLayerError, match=r"kernel of other\.kernel.*tells no layout"):
+        inject(model, "conv", r=1)
+    inject(model, "conv", r=1, exclude="other")
