@@ -18,7 +18,7 @@ def copy_adapter(look: Look, adapter: str, name: str) -> None:
         name: of the copy; no adapter has it.
     """
     sites, values = list[Site](), dict[tuple[str, str], dict[str, Tensor]]()
-    for layer, own in sorted(look.adapters, key=lambda pair: bool(pair[1].follows)):
+    for layer, own in look.leaders_first:
         if own.name != adapter:
             continue
         path = look.target_path(layer, own)
@@ -40,7 +40,7 @@ def copy_adapter(look: Look, adapter: str, name: str) -> None:
         {(module, trained.name): trained.owners[adapter] for module, trained in owned},
         values,
         {(module, key): whole(t.detach()) for module, key, t in stand if t is not None},
-        use=False,
+        joins=False,
     )
     made = adaptation(look, tuple(sites), name, 0, content)
     commit(look, made.states, fresh=made.fresh, values=made.values)

@@ -65,7 +65,7 @@ def use(model: Model, *adapters: Any, train: Any = None) -> Model:
     warn_of_drift(look, "gone")
     chosen = use_of(look, weights, trains)
     flags: Flags = "switched" if train is None else "owned"
-    _switch(look, dict.fromkeys(look.own, chosen), flags)
+    _switch(look, dict.fromkeys(look.adapted, chosen), flags)
     return model
 
 
@@ -77,7 +77,7 @@ def in_use(look: Look, weights: Mapping[str, float]) -> Iterator[None]:
         look: the model, not merged and in no block.
         weights: the adapters, with the weights that they count with; none is the base model.
     """
-    former = {module: state.use for module, state in look.own.items()}
+    former = {module: state.use for module, state in look.adapted.items()}
     others = {id(use): use._replace(weights=weights) for use in former.values()}
     try:
         _switch(look, {module: others[id(use)] for module, use in former.items()}, "changed")
@@ -96,12 +96,12 @@ def _switch(look: Look, uses: Mapping[nn.Module, Use], flags: Flags) -> None:
     states = {
         module: State(old.before, old.reach, use, old.adapters, old.trained)
         for module, use in uses.items()
-        for old in [look.own[module]]
+        for old in [look.adapted[module]]
     }
     moving = []
     for module, trained in look.trained:
         _require_one_owner(module, trained, uses[module].weights)
-        if states[module].inside(trained) != look.states[module].inside(trained):
+        if states[module].holder(trained) != look.states[module].holder(trained):
             moving.append((module, trained))
     look.require_restorable(moving)
     formers = look.loaded_formers(moving)

@@ -67,8 +67,6 @@ class Term(NamedTuple):
     Attributes:
         kind: the kind of layer, with its arithmetic.
         spec: the pair.
-        A: the name of the parameter A; "" where the variant has none.
-        B: the name of the parameter B; "" where the variant has none.
         factor: the scaling times the weight with which the adapter is in use.
         dropout: the probability that was asked for; whether there is one.
         adapter: the adapter's name.
@@ -84,8 +82,6 @@ class Term(NamedTuple):
 
     kind: Kind
     spec: Spec
-    A: str
-    B: str
     factor: float
     dropout: float
     adapter: str
@@ -182,8 +178,6 @@ def _terms(
         Term(
             kind=kind,
             spec=spec,
-            A=names.get("A", ""),
-            B=names.get("B", ""),
             factor=scaling * weight,
             dropout=dropout,
             adapter=adapter,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lora_inject.arithmetic.linear import Branch, adapted_linear, may_run_whole
 from lora_inject.compat.torch_private import is_removing_parametrizations
 from lora_inject.core.adapter import Adapter, Term
-from lora_inject.core.dropping import dropout_now, drops_now, probability
+from lora_inject.core.dropping import dropout_now, drops_now
 from lora_inject.core.printed import adapters_text, has_other_children
 from lora_inject.core.recomputing import note_run
 from lora_inject.core.scales import SCALES, Scales, scales_of
@@ -32,7 +32,7 @@ from lora_inject.kinds.base import Kind
 from lora_inject.kinds.shown import bare, shown
 from lora_inject.own import STATE
 from lora_inject.sharding import is_distributed
-from lora_inject.variants import Change, Spec, Variant
+from lora_inject.variants import Change, Variant
 
 
 class _Computed(threading.local):
@@ -200,17 +200,19 @@ class WholeLayer(BranchLayer):
 def _branches(layer: nn.Module, own: Any, terms: Sequence[Term]) -> list[Branch]:
     """What ``adapted_linear`` is to add: the first terms that are a ``B A``, or one to finish."""
     found: list[Branch] = []
-    for _, spec, A_name, B_name, factor, p, _, part, _, _, _, plain, drops, finishes, now in terms:
-        drops = drops and drops_now(layer, now)
-        if not (plain or (finishes and not found and not drops)):
+    for term in terms:
+        drops = term.drops and drops_now(layer, term.dropping)
+        if not (term.plain or (term.finishes and not found and not drops)):
             break
-        A, B = own.get(A_name), own.get(B_name)
-        if drops and A is not None and B is not None:
-            B = drops.folded({"B": B})["B"]
-        if spec.swapped and A is not None and B is not None:
-            A, B = oriented(spec, A, B)
-        found.append((A, B, factor, p and probability(layer, now.input), part))
-        if finishes:
+        A, B = own.get(term.names["A"]), own.get(term.names["B"])
+        if A is not None and B is not None:
+            if drops:
+                B = drops.folded({"B": B})["B"]
+            if term.spec.swapped:
+                turned = term.variant.turned({"A": A, "B": B})
+                A, B = turned["A"], turned["B"]
+        found.append((A, B, term.factor, dropout_now(layer, term), term.part))
+        if term.finishes:
             break
     return found
 
@@ -222,11 +224,6 @@ def finished(layer: nn.Module, term: Term, own: Any, y: Tensor) -> Tensor:
     tensors = {role: own[name] for role, name in term.names.items()}
     require_values(layer, y, tensors.values())
     return term.variant.finish(term.kind, layer, y, term.change(tensors, term.factor))
-
-
-def oriented(spec: Spec, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B as the layer's kind wants them: those of a tied layer may stand the other way."""
-    return (B.transpose(-2, -1), A.transpose(-2, -1)) if spec.swapped else (A, B)
 
 
 class WeightLayer(LoRALayer):

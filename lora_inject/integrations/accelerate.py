@@ -66,7 +66,7 @@ def checkpoint_adapters(accelerator: Accelerator) -> None:
 
     def _adapted(models: list[nn.Module]) -> list[tuple[int, nn.Module]]:
         inner = [(i, accelerator.unwrap_model(model)) for i, model in enumerate(models)]
-        return [(i, model) for i, model in reversed(inner) if Look(model).own]
+        return [(i, model) for i, model in reversed(inner) if Look(model).adapted]
 
     accelerator.register_save_state_pre_hook(write)
     accelerator.register_load_state_pre_hook(read)

@@ -69,7 +69,7 @@ def require_resumable(model: Any, peft: bool) -> None:
         )
     try:
         inside = {module for part in parts for module in look.index.below(part)}
-        for module in look.own if peft else ():
+        for module in look.adapted if peft else ():
             if module not in inside:
                 raise FormatError("it is no part of a model of transformers.",
                                   path=look.index.path(module))  # fmt: skip
@@ -99,8 +99,9 @@ class _Saving:
         folder, model = Path(output_dir or self.trainer.args.output_dir), self.model
         is_checkpoint = _CHECKPOINT.fullmatch(folder.name) is not None
         look, parts, peft = Look(model), list[Any](), self.callback.peft
-        is_merged = any(state.merged for state in look.own.values())
-        if look.own and not is_merged and self.callback in self.trainer.callback_handler.callbacks:
+        is_merged = any(state.merged for state in look.adapted.values())
+        is_on = self.callback in self.trainer.callback_handler.callbacks
+        if look.adapted and is_on and not is_merged:
             look.require_awake()
             if is_checkpoint or (peft and _is_all(look)):
                 parts = _parts(model)
@@ -204,7 +205,7 @@ def _parts(model: nn.Module) -> list[Any]:
         if isinstance(module, PreTrainedModel) and module not in inside:
             below = look.index.below(module)
             inside |= {*below}
-            if any(each in look.own for each in below):
+            if any(each in look.adapted for each in below):
                 found.append(module)
     return found
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lora_inject.core.look import Look
 from lora_inject.core.state import owned as tensors_of
-from lora_inject.core.travelling import ENTRY, as_entry, settings_below
+from lora_inject.core.travelling import ENTRY, as_entry
 from lora_inject.files.fit_checks import require_fit
 from lora_inject.own import own_tensor
 from lora_inject.settings import BASE
@@ -40,7 +40,7 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     look.require_adapters()
     owned = {
         module: {name for name, owner, _ in tensors_of(state) if owner != BASE or name in places}
-        for module, state in look.own.items()
+        for module, state in look.adapted.items()
         for places in [{trained.name for trained in state.trained}]
     }
     found: dict[int, tuple[str, Tensor]] = {}
@@ -75,8 +75,7 @@ def with_settings(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, 
     """
     look = Look(model)
     said = {
-        f"{look.index.path(root)}.{ENTRY}".lstrip("."): as_entry(settings_below(root))
-        for root, _ in look.calls
+        f"{look.index.path(root)}.{ENTRY}".lstrip("."): as_entry(root) for root, _ in look.calls
     }
     return {key: t.contiguous() for key, t in tensors.items()} | said
 

@@ -118,14 +118,14 @@ def reference(model: nn.Module, adapter: str | None = None) -> Reference:
             or it is inside a block.
     """
     look = Look(model)
-    if not look.own:
+    if not look.adapted:
         raise LoRAInjectError(
             "the model has no adapters, and TRL would load its reference from the directory that "
             "the model came from, whatever was merged into it since.",
             remedy="Call inject first; or give TRL a copy, copy.deepcopy(model).",
         )
     look.require_awake()
-    trains = {name for state in look.own.values() for name in state.use.trains}
+    trains = {name for state in look.adapted.values() for name in state.use.trains}
     if adapter is not None:
         look.require_known([adapter], "adapter")
         if adapter in trains:
@@ -199,7 +199,7 @@ def _names_of_adapters(look: Look) -> set[str]:
     """The names of the parameters that the model has for adapters alone, without wrappers'."""
     names = set()
     for path, module in look.index.by_path.items():
-        state = look.own.get(module)
+        state = look.adapted.get(module)
         places = {trained.name for trained in state.trained} if state else set()
         for infix in WRAPPED_INFIXES:
             path = path.replace(infix, "")

@@ -60,7 +60,7 @@ def _by_checkpoint(look: Look) -> tuple[list[str], list[str]]:
     """
     loaded, new = list[str](), list[str]()
     others = look.of_peft.keys() | resizable_embeddings(look.model).keys()
-    for module in look.index.modules if look.own else ():
+    for module in look.index.modules if look.adapted else ():
         own = module._parameters
         if not len(own) or module in others:
             continue

@@ -125,12 +125,11 @@ def reward(completions, **_):
     return [float(text.split().count("e") - text.split().count("j")) for text in completions]
 
 
-def grpo(model, folder, **settings):
-    return trl.GRPOTrainer(
-        model, reward, processing_class=tokenizer(),
-        args=arguments(
-            trl.GRPOConfig, folder, num_generations=4, max_completion_length=4, **settings
-        ),
+def grpo(model, folder, kind="GRPO", **settings):
+    settings |= {"num_generations": 4, "max_completion_length": 4}
+    return getattr(trl, f"{kind}Trainer")(
+        model, reward_funcs=reward, processing_class=tokenizer(),
+        args=arguments(getattr(trl, f"{kind}Config"), folder, **settings),
         train_dataset=datasets.Dataset.from_dict({"prompt": PAIRS["prompt"]}),
     )  # fmt: skip
 
@@ -154,11 +153,13 @@ def test_losses_are_those_of_peft_and_of_log_2_at_first(make, start, tmp_path):
 
 
 @pytest.mark.client("trl")
-@pytest.mark.parametrize("start", [adapted, trained])
-def test_grpo_has_the_losses_of_peft_and_loads_no_second_model(start, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "start"), [("GRPO", adapted), ("GRPO", trained), ("RLOO", adapted)]
+)
+def test_online_trainers_have_the_losses_of_peft_and_load_no_second_model(kind, start, tmp_path):
     model = start()
-    theirs = losses(grpo(of_peft(model), tmp_path / "theirs", beta=0.5))
-    trainer = grpo(model, tmp_path / "ours", beta=0.0)
+    theirs = losses(grpo(of_peft(model), tmp_path / "theirs", kind, beta=0.5))
+    trainer = grpo(model, tmp_path / "ours", kind, beta=0.0)
     connect(trainer, beta=0.5)
     assert not list(trainer.ref_model.parameters())
     assert losses(trainer) == pytest.approx(theirs, abs=1e-6)
