@@ -149,10 +149,10 @@ def _add_first_edits(
 ) -> None:
     own: Any = module._parameters
     if len(own):
-        reference = weakref.ref(module)
+        reference, flags = weakref.ref(module), dict(state.before.flags)
         for name, parameter in own.items():
             if parameter is not None:
-                mark = Mark(parameter.requires_grad, ((reference, name),))
+                mark = Mark(flags[name], ((reference, name),))
                 edits += training_edits(parameter, False)
                 edits.append(mark_edit(parameter, mark))
     if fresh:
