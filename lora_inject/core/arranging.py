@@ -20,10 +20,10 @@ from lora_inject.changes.edits import (
     training_edits,
 )
 from lora_inject.core.look import Look
-from lora_inject.core.marks import mark_of, marking_edits, unmarking_edits
 from lora_inject.core.module_edits import module_edits
 from lora_inject.core.state import Fresh, State, States, owned, state_of
 from lora_inject.core.state_parts import Trained
+from lora_inject.core.tensor_marks import mark_of, marking_edits, unmarking_edits
 from lora_inject.own import Place, own_tensor
 from lora_inject.settings import BASE
 from lora_inject.sharding import is_distributed, shards

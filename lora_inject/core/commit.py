@@ -25,7 +25,6 @@ from lora_inject.changes.edits import (
 )
 from lora_inject.core.arranging import Arranging, Flags
 from lora_inject.core.look import Look
-from lora_inject.core.marks import Mark, mark_edit, mark_of, unmarking_edits
 from lora_inject.core.module_edits import (
     add_class_and_scales,
     lent_edits,
@@ -36,6 +35,7 @@ from lora_inject.core.module_edits import (
 from lora_inject.core.recomputing import note_commit, note_parts
 from lora_inject.core.reduced import require_reduced
 from lora_inject.core.state import Fresh, State, States, owned
+from lora_inject.core.tensor_marks import Mark, mark_edit, mark_of, unmarking_edits
 from lora_inject.own import STATE
 
 
