@@ -104,12 +104,13 @@ def edits_of(
         old = before.get(module)
         if old is not None and state is not None:
             moves = old.trained or state.trained or old.adapters is not state.adapters
-            sets = flags != "changed" or old.use.trains != state.use.trains
-            apart = flags == "all" and not _is_alone(look, module, state)
-            if moves or apart or (sets and _shares(module, state)):
+            sets_flags = flags != "changed" or old.use.trains != state.use.trains
+            # A flag that other modules share follows from the states of all of them.
+            of_base = flags == "all" and not _is_alone(look, module, state)
+            if moves or of_base or (sets_flags and _shares(module, state)):
                 general[module] = state
             else:
-                _add_still_edits(edits, module, old, state, flags if sets else None)
+                _add_still_edits(edits, module, old, state, flags if sets_flags else None)
         elif state is not None and _is_alone(look, module, state):
             _add_first_edits(edits, module, state, fresh.get(module, {}))
         elif old is not None and _is_alone(look, module, old):

@@ -43,7 +43,7 @@ def remove_adapters(
     new = {m: removal.state(m, (states or {}).get(m, s)) for m, s in look.states.items()}
     gone = dict.fromkeys(_marked_elsewhere(look))  # no state, and no adapter any more
     lost = _replaced(look, new)
-    converted = [
+    converted = [  # by convert_sync_batchnorm: other modules in the places of those that were held
         edit
         for parent, _, module in look.index.children
         if module not in look.states and parent in new and new[parent] is None
