@@ -9,6 +9,7 @@ import copy
 import pytest
 import torch
 import transformers as tf
+from engines import changes_of, tensors_of
 from families import DECODER, bert, llama, mixtral, qwen3_moe
 from helpers import PEFT_WARNS, randomize_adapters
 from test_checkpoint_names import DOWN, GATE_UP, ROUTER, built, old_experts, write_old
@@ -38,27 +39,6 @@ MODELS = {
     ),
     "qwen3_moe": (qwen3_moe, "qwen3moe"),
 }
-
-
-def tensors_of(path):
-    """(alpha, the tensors by name) of a GGUF file."""
-    reader = gguf.GGUFReader(path)
-    said = {name: field.contents() for name, field in reader.fields.items()}
-    assert said["general.type"] == "adapter"
-    assert said["adapter.type"] == "lora"
-    return said, {t.name: torch.from_numpy(t.data.copy()) for t in reader.tensors}
-
-
-def changes_of(path):
-    """What llama.cpp adds to each of its tensors."""
-    said, tensors = tensors_of(path)
-    changes = {}
-    for name in {name.rpartition(".")[0] for name in tensors}:
-        A, B = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
-        scale = said["adapter.lora.alpha"] / B.shape[-1]
-        # Of embeddings it takes rows of A, and multiplies them by B.
-        changes[name] = scale * (A @ B.T if name.startswith("token_embd") else B @ A)
-    return said["general.architecture"], changes
 
 
 def by_transformers(path, model, folder):
