@@ -80,13 +80,6 @@ class Site:
 
 
 class Refusal(NamedTuple):
-    """Why a target cannot be adapted.
-
-    Attributes:
-        reason: why, with the remedy.
-        conflict: that it carries an adapter of this name already, which is an error for whatever
-            pattern chooses it.
-    """
+    """Why a target cannot be adapted, with the remedy."""
 
     reason: str
-    conflict: bool = False
