@@ -137,7 +137,7 @@ def _hinting(function: Callable[P, Plan]) -> Callable[P, Plan]:
 
     @wraps(function)
     def hinted(*args: P.args, **kwargs: P.kwargs) -> Plan:
-        require_known(kwargs, known)
+        require_known(args, kwargs, known)
         return function(*args, **kwargs)
 
     return hinted
