@@ -14,17 +14,17 @@ from lora_inject.core.adaptation import Content, adaptation
 from lora_inject.core.checks import (
     require_alive,
     require_apart,
+    require_exchangeable,
     require_extensible,
     require_free_places,
     require_injectable,
     require_one_owner,
-    require_shaped,
     warn_of_adapters_of_peft,
 )
 from lora_inject.core.choosing import Skip, choose
 from lora_inject.core.commit import commit
 from lora_inject.core.followers import with_followers
-from lora_inject.core.hints import require_known
+from lora_inject.core.hints import require_arguments
 from lora_inject.core.in_place import in_place
 from lora_inject.core.look import Look
 from lora_inject.core.matcher import Exclusions, Matcher
@@ -117,10 +117,12 @@ class Plan(Shown):
         look = self.look.again()  # its tensors may be others by now
         warn_of_adapters_of_peft(look)
         made = adaptation(look, self.sites, self.adapter, self.seed, self.content)
-        return commit(  # type: ignore[no-any-return]
+        # The report is made inside of it: what it raises, a warning say, undoes the injection.
+        report: Report = commit(
             look, made.states, fresh=made.fresh, values=made.values,
             then=lambda: _reported(look.again(), self),
         )  # fmt: skip
+        return report
 
     def _tables(self) -> Tables:
         sections = [plan_tables.sites_section(self)]
@@ -137,7 +139,7 @@ def _hinting(function: Callable[P, Plan]) -> Callable[P, Plan]:
 
     @wraps(function)
     def hinted(*args: P.args, **kwargs: P.kwargs) -> Plan:
-        require_known(args, kwargs, known)
+        require_arguments(args, kwargs, known)
         return function(*args, **kwargs)
 
     return hinted
@@ -271,7 +273,7 @@ def plan_for(
         require_alive(sites)
         trained = in_place(look, [s.module for s in sites], request.bias, [*in_full.values()])
         held = Content(request.bias, in_full, trained)
-    require_shaped(look, held.in_place)
+    require_exchangeable(look, held.in_place)
     require_one_owner(look, held.in_place)
     if held.joins:
         require_free_places(look, request.adapter, held.in_place)

@@ -18,7 +18,7 @@ def copy_adapter(look: Look, adapter: str, name: str) -> None:
         name: of the copy; no adapter has it.
     """
     sites, values = list[Site](), dict[tuple[str, str], dict[str, Tensor]]()
-    for layer, own in sorted(look.adapters, key=lambda pair: bool(pair[1].follows)):
+    for layer, own in look.leaders_first:
         if own.name != adapter:
             continue
         path = look.target_path(layer, own)

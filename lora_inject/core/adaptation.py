@@ -23,9 +23,6 @@ from lora_inject.own import Place, own_tensor
 from lora_inject.settings import BiasMode
 from lora_inject.sharding import fill, whole
 
-# A copy of such a module has no attributes but its own: its parent remembers what it was.
-_FORGETFUL = (torch.jit.ScriptModule, torch.fx.GraphModule)
-
 
 class Content(NamedTuple):
     """What an adapter trains besides its A and B, and the values that it has where it is loaded.
@@ -126,12 +123,12 @@ def reached(look: Look, injection: Injection | None = None) -> dict[nn.Module, S
 
     Args:
         look: the model.
-        injection: the call, where it puts an adapter into the model; else those that are known
-            reach what has been added to the model since.
+        injection: the call, where it puts an adapter into the model. Without one, those that are
+            known reach what has been added to the model since.
     """
     reaches: dict[int, Reach] = {}
     alike: dict[Before, State] = {}  # frozen modules that tell the same are one value
-    root, states = look.model, dict[nn.Module, State]()
+    states = dict[nn.Module, State]()
     new = () if injection is None else (injection,)
     first = Reach(new or look.injections)
     for module in look.index.modules:
@@ -148,18 +145,10 @@ def reached(look: Look, injection: Injection | None = None) -> dict[nn.Module, S
             states[module] = old.change(reach=reaches[id(reach)])
         else:
             states[module] = old
-    if injection is None:  # what was called on parts reaches the whole now, and goes with it
-        _reach_all(look, states)
-    else:
-        reach = states[root].reach
-        roots = reach.roots | {injection.id}
-        states[root] = states[root].change(reach=reach._replace(roots=roots))
-    forgetful = {module for module in look.index.modules if isinstance(module, _FORGETFUL)}
-    for module in look.index.modules if forgetful else ():
-        noted = tuple((n, states[m]) for n, m in module._modules.items() if m in forgetful)
-        if noted:
-            reach = states[module].reach._replace(noted=noted)
-            states[module] = states[module].change(reach=reach)
+    if injection is not None:
+        root = states[look.model]
+        reach = root.reach._replace(roots=root.reach.roots | {injection.id})
+        states[look.model] = root.change(reach=reach)
     return states
 
 
@@ -168,15 +157,6 @@ def _before(look: Look, module: nn.Module) -> Before:
     own = module._parameters
     named = [(n, look.former_flag(p)) for n, p in own.items() if p is not None] if len(own) else ()
     return Before(type(module), module.training, tuple(named), is_held(module))
-
-
-def _reach_all(look: Look, states: dict[nn.Module, State]) -> None:
-    """Let every call count as one on the model itself."""
-    for module, state in states.items():
-        roots = look.roots if module is look.model else frozenset[int]()
-        if state.reach.roots != roots or state.reach.injections != look.injections:
-            reach = state.reach._replace(injections=look.injections, roots=roots)
-            states[module] = state.change(reach=reach)
 
 
 def train_in_full(

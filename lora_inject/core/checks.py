@@ -105,9 +105,16 @@ def require_alive(sites: Sequence[Site]) -> None:
             )
 
 
-def require_shaped(look: Look, tensors: Collection[Place]) -> None:
-    """Refuse to train in place what is lazy: there is no former value yet that could come back."""
+def require_exchangeable(look: Look, tensors: Collection[Place]) -> None:
+    """Refuse to train in place what cannot give way to a former value, or has none yet."""
     for module, name in tensors:
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedLayerError(
+                f"its {name} is to train in place, and a ScriptModule lets no other tensor stand "
+                "there.",
+                path=look.index.path(module),
+                remedy='Take it out of train_also (or bias="all"), or script it after strip.',
+            )
         tensor = own_tensor(module, name)
         if tensor is not None and is_lazy(tensor):
             raise UnsupportedLayerError(LAZY, path=look.index.path(module))

@@ -18,9 +18,15 @@ from lora_inject.own import STATE, Place, own_tensor
 from lora_inject.settings import BASE, BiasMode
 from lora_inject.sharding import is_partial
 
+# A copy of such a module has no attributes but its own.
+_FORGETFUL = (torch.jit.ScriptModule, torch.fx.GraphModule)
+
 
 class Facts:
-    """What a model is when it is looked at.
+    """What a model is when it is looked at; each thing is worked out when somebody asks for it.
+
+    A ``Look`` is this with refusals. It stands apart from them, since what runs in an adapted layer
+    (``recomputing.py``) looks at models too, and the refusals know of layers.
 
     Attributes:
         model: the model.
@@ -41,10 +47,28 @@ class Facts:
         """What is known of each module that a call has reached."""
         found = {m: m.__dict__[STATE] for m in self.index.modules if STATE in m.__dict__}
         for module, state in list(found.items()):
-            for name, noted in state.reach.noted:  # of a child that forgets it when it is copied
-                child = dict(module._modules.items()).get(name)
-                if child is not None:
-                    found.setdefault(child, noted)
+            for path, noted in state.reach.noted:  # of a module that forgets it when it is copied
+                inside = self.index.by_path.get(self.index.path(module, path))
+                if inside is not None:
+                    found.setdefault(inside, noted)
+        return found
+
+    @cached_property
+    def forgetful(self) -> dict[nn.Module, list[tuple[str, nn.Module]]]:
+        """The modules that forget their states when they are copied, by what they are in.
+
+        Each with its path from there: the nearest module around it that is none of them.
+        """
+        found: dict[nn.Module, list[tuple[str, nn.Module]]] = {}
+        if any(issubclass(cls, _FORGETFUL) for cls in {type(m) for m in self.index.modules}):
+            for path, module in self.index.by_path.items():
+                above, around = path, module
+                while above and isinstance(around, _FORGETFUL):
+                    above = above.rpartition(".")[0]
+                    around = self.index.by_path[above]
+                if around is not module and not isinstance(around, _FORGETFUL):
+                    inside = path.removeprefix(above).lstrip(".")
+                    found.setdefault(around, []).append((inside, module))
         return found
 
     @cached_property
@@ -72,6 +96,11 @@ class Facts:
     def adapters(self) -> list[tuple[nn.Module, Adapter]]:
         """Every adapter on every layer."""
         return [(m, adapter) for m, state in self.adapted.items() for adapter in state.adapters]
+
+    @property
+    def leaders_first(self) -> list[tuple[nn.Module, Adapter]]:
+        """The same, with those that share the A and B of a tied layer after the others."""
+        return sorted(self.adapters, key=lambda pair: bool(pair[1].follows))
 
     def leader(self, layer: nn.Module, adapter: Adapter) -> tuple[nn.Module, Adapter]:
         """The adapter of the tied layer whose A and B this one shares.
@@ -153,9 +182,9 @@ class Facts:
         """Every place where a parameter or buffer is registered, by the id of the tensor."""
         places: dict[int, list[Place]] = {}
         for module in self.index.modules:
-            for owned in (module._parameters, module._buffers):
-                if len(owned):
-                    for name, tensor in owned.items():
+            for tensors in (module._parameters, module._buffers):
+                if len(tensors):
+                    for name, tensor in tensors.items():
                         if tensor is not None:
                             places.setdefault(id(tensor), []).append((module, name))
         return places
@@ -163,13 +192,7 @@ class Facts:
     @cached_property
     def tied(self) -> set[int]:
         """The ids of the parameters and buffers that are registered in several places."""
-        seen, tied = set[int](), set[int]()
-        for module in self.index.modules:
-            for owned in (module._parameters, module._buffers):
-                if len(owned):
-                    for tensor in owned.values():
-                        (tied if id(tensor) in seen else seen).add(id(tensor))
-        return tied - {id(None)}
+        return {key for key, places in self.tensor_places.items() if len(places) > 1}
 
     def everywhere(self, tensor: Tensor) -> list[Place]:
         """The places of a tensor in this model, and in other parts that calls have seen."""

@@ -39,7 +39,7 @@ _ELSEWHERE = {
 }
 
 
-def require_known(
+def require_arguments(
     values: Sequence[Any], names: Iterable[str], known: Mapping[str, Parameter]
 ) -> None:
     """Refuse arguments that there are not, and say what they are called here.

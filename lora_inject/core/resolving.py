@@ -234,9 +234,9 @@ def _specs(
 
 def _has_input(module: nn.Module, kind: Kind, way: Way, settings: Settings) -> bool:
     """Whether an adapter sees what its layer multiplies, on which dropout acts."""
-    return way == "branch" or kind.multiplies(
-        module, kind.specs(module, settings), settings.variant
-    )
+    specs = () if way == "branch" else kind.specs(module, settings)
+    drops = kind.drops_in_products and kind.multiplies(module, specs, settings.variant)
+    return way == "branch" or drops
 
 
 def _method_refusal(

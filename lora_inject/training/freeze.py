@@ -8,7 +8,7 @@ from torch import nn
 from lora_inject.changes.edits import Edit, run, training_edits
 from lora_inject.changes.statistics import has_statistics, holding_edits
 from lora_inject.core.adaptation import Adaptation, own_in_place, reached, train_in_full
-from lora_inject.core.checks import require_one_owner
+from lora_inject.core.checks import require_exchangeable, require_one_owner
 from lora_inject.core.commit import commit
 from lora_inject.core.drift import held_below, warn_of_drift
 from lora_inject.core.in_place import in_place
@@ -75,6 +75,8 @@ def freeze(model: nn.Module, bias: BiasMode = "none", train_also: Patterns = ())
             remedy='Name that one first: use(model, "default").',
         )
     require_one_owner(look, tensors)
+    if look.states:
+        require_exchangeable(look, tensors)
     warn_of_drift(look, "gone", "class")
 
     def shown() -> Report:
@@ -138,7 +140,9 @@ def _frozen(look: Look, bias: BiasMode, in_full: Collection[str]) -> dict[nn.Mod
     for module, state in states.items():
         reach = state.reach
         reach = reach._replace(
-            injections=tuple(calls[call.id] for call in reach.injections),
+            # What was called on parts is one call on the whole now, and goes with it.
+            injections=tuple(calls.values()),
+            roots=look.roots if module is look.model else frozenset(),
             in_full=tuple(name for name in reach.in_full if name not in used),
             tops=tuple(name for name in reach.tops if name not in used),
         )

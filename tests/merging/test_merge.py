@@ -95,6 +95,7 @@ def test_the_sum_is_exact_and_rounded_once():
     assert shown.lost == pytest.approx(lost.item(), rel=1e-4)
     assert shown.lost > 0.1  # bfloat16 cannot hold so small an update
     assert "lost to rounding" in str(unmerge(layer) and merge(layer))
+    assert " bfloat16 " in str(unmerge(layer) and merge(layer))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

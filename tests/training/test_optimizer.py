@@ -10,6 +10,7 @@ from lora_inject import (
     LoRAInjectWarning,
     inject,
     lora_parameters,
+    merge,
     param_groups,
 )
 
@@ -96,3 +97,12 @@ def test_adapters_of_embeddings_have_a_rate_of_their_own():
     assert len(grouped) == len(lora_parameters(model))
     with pytest.raises(ArgumentError, match="lr_embedding must be above 0"):
         param_groups(model, 0.1, lr_embedding=0.0)
+
+
+def test_a_merged_model_has_nothing_to_optimize():
+    model = Net()
+    inject(model, "q_proj", r=2)
+    merge(model)
+    for ask in (lora_parameters, lambda model: param_groups(model, lr=0.1)):
+        with pytest.raises(LoRAInjectError, match="merged"):
+            ask(model)
