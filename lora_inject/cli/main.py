@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_plan(commands: Any) -> None:
     show = commands.add_parser(
         "plan",
-        help="show what would be adapted, what would train and what memory that takes",
+        help="show what would be adapted and train, what memory that takes, and how many devices",
         description="Show what inject would do to a model, without its weights.",
     )
     show.set_defaults(run=_command("plan"))
