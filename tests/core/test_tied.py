@@ -135,5 +135,5 @@ def test_plain_parameters_are_tied_whatever_their_names():
 def test_a_layer_that_is_adapted_in_parts_shares_nothing():
     model = nn.ModuleDict({"qkv": nn.Linear(4, 12), "other": nn.Linear(4, 12)})
     model["other"].weight = model["qkv"].weight
-    with pytest.raises(UnsupportedLayerError, match="weight of other.*adapted in parts"):
+    with pytest.raises(UnsupportedLayerError, match=r"weight of other.*adapted in parts"):
         inject(model, "qkv", r=1, parts={"qkv": ("q", "k", "v")})
