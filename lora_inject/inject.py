@@ -155,11 +155,11 @@ def strip(model: Model, merge: bool = False) -> Model:
     if not merge:
         look.require_kept()
     warn_of_drift(look, "gone", "came", "thawed")
-    if not look.own and not look.roots:
+    if not look.adapted and not look.roots:
         warn(
             "strip: no adapter stands here; what is frozen was frozen by a call on a larger model."
         )
-    if merge and any(state.running for state in look.own.values()):
+    if merge and any(state.running for state in look.adapted.values()):
         merged = folded(look, None, keep=False)
         remove_adapters(look, look.known, keep=True, states=merged.states, values=merged.values)
     else:

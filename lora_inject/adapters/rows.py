@@ -155,10 +155,12 @@ class _Group:
         """One product for each row and factor; smaller ranks are padded with zeros."""
         r, rows = max(self.ranks), len(self.index)
         zeros = pairs[0][0].new_zeros(r, x.shape[-1]), pairs[0][1].new_zeros(self.spec.n_out, r)
-        padded = [
-            (F.pad(A, (0, 0, 0, r - A.shape[0])), F.pad(B, (0, r - B.shape[1]))) for A, B in pairs
-        ]
-        chosen = [zeros if i is None else padded[i] for i in self.index]
+        if min(self.ranks) < r:  # F.pad copies what it has nothing to add to
+            pairs = [
+                (F.pad(A, (0, 0, 0, r - A.shape[0])), F.pad(B, (0, r - B.shape[1])))
+                for A, B in pairs
+            ]
+        chosen = [zeros if i is None else pairs[i] for i in self.index]
         A_KRI, B_KOR = (torch.stack([pair[side] for pair in chosen]).to(x.dtype) for side in (0, 1))
         x_KTI = x.reshape(rows, -1, x.shape[-1])  # the entries of a row stand together
         if dropout:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from lora_inject.compat.torch_private import is_functorch_wrapped, tree_leaves
 from lora_inject.core.class_swap import place_of_input
-from lora_inject.core.layer import oriented
 from lora_inject.core.state import State
 from lora_inject.own import STATE
 from lora_inject.sharding import is_distributed
@@ -75,7 +74,8 @@ def _take_ranks(
         if not known or not isinstance(x, Tensor) or not x.is_floating_point():
             continue
         tensors = {role: layer.get_parameter(name) for role, name in term.names.items()}
-        A, B = oriented(term.spec, tensors["A"], tensors["B"])
+        change = term.change(tensors, term.factor)
+        A, B = change.tensors["A"], change.tensors["B"]
         A_RI = kind.to_matrices(layer, A, B)[0].float()
         x_NI = kind.input_rows(layer, x, y).reshape(-1, A_RI.shape[-1])[:_ROWS].float()
         if A_RI.dim() != 2 or not len(x_NI):

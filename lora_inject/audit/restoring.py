@@ -52,7 +52,7 @@ class Kept:
     def _kept_tensors(self, look: Look) -> list[Tensor]:
         """Buffers and others that modules keep, and what adapters have put there, each once."""
         found = {id(tensor): tensor for module in self._modules for tensor in module.tensors}
-        for module, state in look.own.items():
+        for module, state in look.adapted.items():
             for name, _, _ in owned(state):
                 tensor = own_tensor(module, name)
                 if tensor is not None:

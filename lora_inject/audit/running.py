@@ -79,7 +79,7 @@ def in_place(s: Subject) -> Iterator[Finding]:
     """What trains in place and got no gradient."""
     for module, trained in s.look.trained:
         parameter = module._parameters.get(trained.name)
-        is_in_use = s.look.states[module].inside(trained) in trained.owners
+        is_in_use = s.look.states[module].holder(trained) in trained.owners
         if parameter is None or not parameter.requires_grad or not is_in_use:
             continue
         if parameter not in s.ran.gradients and s.ran.has_graph:

@@ -19,7 +19,7 @@ from lora_inject.files.convert import inspect as inspect_file
 from lora_inject.inject import inject as adapt
 from lora_inject.plan import plan as plan_of
 from lora_inject.printing import show
-from lora_inject.progress import doing
+from lora_inject.printing.progress import doing
 from lora_inject.report.report import report
 from lora_inject.settings import check_dtype
 

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import lora_inject
 from lora_inject.errors import LoRAInjectError
-from lora_inject.progress import doing
+from lora_inject.printing.progress import doing
 
 DTYPES = ("bf16", "fp16", "fp32")
 FORMATS = ("peft", "loralib", "kohya", "diffusers")

@@ -46,8 +46,6 @@ class Term(NamedTuple):
     Attributes:
         kind: the kind of layer, with its arithmetic.
         spec: the pair.
-        A: the name of the parameter A; "" where the variant has none.
-        B: the name of the parameter B; "" where the variant has none.
         factor: the scaling times the weight with which the adapter is in use.
         dropout: the probability in training mode.
         adapter: the adapter's name.
@@ -62,8 +60,6 @@ class Term(NamedTuple):
 
     kind: Kind
     spec: Spec
-    A: str
-    B: str
     factor: float
     dropout: float
     adapter: str
@@ -152,8 +148,6 @@ def _terms(
         Term(
             kind=kind,
             spec=spec,
-            A=names.get("A", ""),
-            B=names.get("B", ""),
             factor=scaling * weight,
             dropout=dropout,
             adapter=adapter,

@@ -21,15 +21,13 @@ from lora_inject.changes.edits import (
 )
 from lora_inject.core.look import Look
 from lora_inject.core.marks import mark_of, marking_edits, unmarking_edits
-from lora_inject.core.module_edits import edge_edits
-from lora_inject.core.state import State, owned, state_of
+from lora_inject.core.module_edits import module_edits
+from lora_inject.core.state import Fresh, State, States, owned, state_of
 from lora_inject.core.state_parts import Trained
 from lora_inject.own import Place, own_tensor
 from lora_inject.settings import BASE
 from lora_inject.sharding import is_distributed, shards
 
-States = Mapping[nn.Module, State | None]
-Fresh = dict[nn.Module, dict[tuple[str, str], Tensor | None]]  # by name and owner
 # Which flags are set: those that the new states change, those of all that adapters own, or all.
 # What is frozen loses its gradient, but not where adapters are only switched.
 Flags = Literal["changed", "owned", "switched", "all"]
@@ -69,7 +67,7 @@ class Arranging:
     Args:
         look: the one look of the operation.
         states: the new states of these modules.
-        every: those of all modules that change.
+        every: those of all modules that change, these among them.
         fresh: tensors that did not exist.
         flags: which ``requires_grad`` are set.
         modes: whether modes come back.
@@ -78,10 +76,11 @@ class Arranging:
     def __init__(
         self, look: Look, states: States, every: States, fresh: Fresh, flags: Flags, modes: bool
     ) -> None:
-        self.look, self.states, self.all_states = look, states, every
+        self.look, self.states, self.every = look, states, every
         self.flags, self.modes = flags, modes
-        self.fresh: Fresh = {m: {**fresh.get(m, {}), **own} for m, own in self._stand_ins().items()}
-        self.fresh = {**fresh, **self.fresh}
+        self.fresh: Fresh = {**fresh}
+        for module, stand_ins in self._stand_ins().items():
+            self.fresh[module] = {**fresh.get(module, {}), **stand_ins}
         self.replaced: dict[int, tuple[Tensor, Tensor | None]] = {}  # what stood in a place, stands
 
     def edits(self) -> Iterator[Edit]:
@@ -93,7 +92,7 @@ class Arranging:
         yield from self._tensor_edits({m: own.parameters for m, own in after.items()})
         for module, state in self.states.items():
             own = dict(after[module].parameters)
-            yield from edge_edits(module, self.look.states.get(module), state, own, self.modes)
+            yield from module_edits(module, self.look.states.get(module), state, own, self.modes)
 
     def _stand_ins(self) -> Fresh:
         """Tensors with former values for places of which an adapter has the base's own tensor."""
@@ -105,8 +104,8 @@ class Arranging:
                 continue
             for trained in state.trained:
                 before = old.find(trained.name)
-                asleep = trained.original is not None and state.inside(trained) == BASE
-                if asleep and before is not None and old.inside(before) != BASE:
+                asleep = trained.original is not None and state.holder(trained) == BASE
+                if asleep and before is not None and old.holder(before) != BASE:
                     key = id(trained.former)
                     if key not in made:
                         made[key] = stand_in(trained, own_tensor(module, trained.name))
@@ -176,11 +175,11 @@ class Arranging:
         if then is not None and then != first:
             had[name, then] = had.pop((name, BASE))
         state, fresh = self.states[module], self.fresh.get(module, {})
-        inside = BASE if state is None or now is None else state.inside(now)
-        if inside == BASE and then is not None:
+        holder = BASE if state is None or now is None else state.holder(now)
+        if holder == BASE and then is not None:
             tensor = fresh.get((name, _STAND_IN), current)
         else:
-            tensor = fresh[name, inside] if (name, inside) in fresh else had[name, inside]
+            tensor = fresh[name, holder] if (name, holder) in fresh else had[name, holder]
         if tensor is not current and current is not None:
             self.replaced[id(current)] = current, tensor
         return tensor
@@ -235,7 +234,7 @@ class Arranging:
             yield from marking_edits(tensor, former, places)
 
     def _new(self, module: nn.Module) -> State | None:
-        return self.all_states[module] if module in self.all_states else state_of(module)
+        return self.every[module] if module in self.every else state_of(module)
 
     def _old(self, module: nn.Module) -> State | None:
         return self.look.states.get(module) or state_of(module)

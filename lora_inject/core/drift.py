@@ -170,7 +170,7 @@ def _came(look: Look) -> Iterator[Drift]:
             yield Drift("came", look.index.path(child), sum(p.requires_grad for p in own))
     for module, state in look.states.items():
         for name in _unknown(module, state) if len(module._parameters) else ():
-            path = f"{look.index.path(module)}.{name}".lstrip(".")
+            path = look.index.path(module, name)
             yield Drift("came", path, int(module.get_parameter(name).requires_grad))
 
 
@@ -189,8 +189,7 @@ def _thawed(look: Look) -> Iterator[Drift]:
                 # Without a mark another call may have let it train: strip, of a shallow copy.
                 places = look.everywhere(parameter) if mark_of(parameter) is not None else []
                 if places and not any(_is_owned(*place) for place in places):
-                    path = f"{look.index.path(module)}.{name}".lstrip(".")
-                    yield Drift("thawed", path, 1)
+                    yield Drift("thawed", look.index.path(module, name), 1)
 
 
 def _is_owned(module: nn.Module, name: str) -> bool:
@@ -198,11 +197,11 @@ def _is_owned(module: nn.Module, name: str) -> bool:
 
 
 def _frozen(look: Look) -> Iterator[Drift]:
-    for module, state in look.own.items():
+    for module, state in look.adapted.items():
         for name, _, trains in owned(state):
             parameter = module._parameters.get(name)
             if trains and parameter is not None and not parameter.requires_grad:
-                yield Drift("frozen", f"{look.index.path(module)}.{name}".lstrip("."))
+                yield Drift("frozen", look.index.path(module, name))
 
 
 def _class(look: Look) -> Iterator[Drift]:

@@ -31,7 +31,7 @@ _HERE = {
 }
 
 
-def require_known(given: Iterable[str], known: Collection[str]) -> None:
+def require_arguments(given: Iterable[str], known: Collection[str]) -> None:
     """Refuse keyword arguments that there are not, and say what they are called here.
 
     Raises:

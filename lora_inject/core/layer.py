@@ -30,7 +30,7 @@ from lora_inject.kinds.base import Kind
 from lora_inject.kinds.shown import bare, shown
 from lora_inject.own import STATE
 from lora_inject.sharding import is_distributed
-from lora_inject.variants import Change, Spec, Variant
+from lora_inject.variants import Change, Variant
 
 
 class _Computed(threading.local):
@@ -201,17 +201,19 @@ class WholeLayer(BranchLayer):
 def _branches(own: Any, terms: Sequence[Term], training: bool) -> list[Branch]:
     """What ``adapted_linear`` is to add: the first terms that are a ``B A``, or one to finish."""
     found: list[Branch] = []
-    for _, spec, A_name, B_name, factor, dropout, _, part, _, _, _, plain, drops, finishes in terms:
-        drops = drops if training else None
-        if not (plain or (finishes and not found and not drops)):
+    for term in terms:
+        drops = term.drops if training else None
+        if not (term.plain or (term.finishes and not found and not drops)):
             break
-        A, B = own.get(A_name), own.get(B_name)
-        if drops and A is not None and B is not None:
-            B = drops.folded({"B": B})["B"]
-        if spec.swapped and A is not None and B is not None:
-            A, B = oriented(spec, A, B)
-        found.append((A, B, factor, dropout if training else 0.0, part))
-        if finishes:
+        A, B = own.get(term.names["A"]), own.get(term.names["B"])
+        if A is not None and B is not None:
+            if drops:
+                B = drops.folded({"B": B})["B"]
+            if term.spec.swapped:
+                turned = term.variant.turned({"A": A, "B": B})
+                A, B = turned["A"], turned["B"]
+        found.append((A, B, term.factor, term.dropout if training else 0.0, term.part))
+        if term.finishes:
             break
     return found
 
@@ -223,11 +225,6 @@ def finished(layer: nn.Module, term: Term, own: Any, y: Tensor) -> Tensor:
     tensors = {role: own[name] for role, name in term.names.items()}
     require_values(layer, y, tensors.values())
     return term.variant.finish(term.kind, layer, y, term.change(tensors, term.factor))
-
-
-def oriented(spec: Spec, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B as the layer's kind wants them: those of a tied layer may stand the other way."""
-    return (B.transpose(-2, -1), A.transpose(-2, -1)) if spec.swapped else (A, B)
 
 
 class WeightLayer(LoRALayer):

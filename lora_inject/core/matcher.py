@@ -1,6 +1,6 @@
 """What patterns select in a model: its modules and parameters by name, class or test."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import NamedTuple
 
@@ -16,10 +16,14 @@ from lora_inject.kinds import Kind, find_kind
 from lora_inject.kinds.bias import is_bias
 from lora_inject.kinds.products import is_factor
 from lora_inject.kinds.refusals import script_refusal
+from lora_inject.printing import few
 from lora_inject.settings import BASE
 from lora_inject.sharding import whole_numel, whole_shape
 
 _EXPRESSION = frozenset("|()^$+\\")  # what is in no path and no glob
+
+
+Key = tuple[nn.Module, str | None]  # what tells a target from others
 
 
 class Target(NamedTuple):
@@ -46,6 +50,11 @@ class Target(NamedTuple):
         return self.place.module
 
     @property
+    def key(self) -> Key:
+        """What tells it from others, whatever pattern selected it."""
+        return self.module, self.parameter
+
+    @property
     def tensor(self) -> nn.Parameter:
         """The parameter itself, which an adapted module shows in another form."""
         parameter = self.module._parameters[self.parameter or ""]
@@ -58,6 +67,20 @@ class Target(NamedTuple):
         if self.parameter is None:
             return type(self.module).__name__
         return f"Parameter {tuple(self.tensor.shape)}"
+
+
+class Exclusions(NamedTuple):
+    """What targets may select and the plan still leaves alone.
+
+    Attributes:
+        excluded: modules, each with the pattern that excludes it.
+        in_full: modules that train in full.
+        layers: the indices of the blocks to keep; None for all.
+    """
+
+    excluded: Mapping[nn.Module, str]
+    in_full: frozenset[nn.Module]
+    layers: tuple[int, ...] | None
 
 
 class Matcher:
@@ -118,7 +141,7 @@ class Matcher:
         problem = f"{argument}: {self.no_match(pattern)}"
         remedy = "It names a parameter; name the module that owns it." if named else ""
         if not remedy and problem.endswith("nothing."):  # without a hint
-            remedy = f"There are {listed(self._parts(), 8)}."
+            remedy = f"There are {few(self._parts(), 8)}."
         raise NoMatchError(problem, remedy=remedy)
 
     def _parts(self) -> list[str]:
@@ -217,10 +240,10 @@ class Matcher:
         own = [p for module in self.look.index.below(top) for p in module._parameters.values()]
         return any(p is not None and (p.is_floating_point() or p.is_complex()) for p in own)
 
-    def adaptable_names(self) -> list[str]:
-        """The last components of the paths of everything that has a kind."""
+    def adaptable_names(self) -> str:
+        """The last components of the paths of everything that has a kind, for a message."""
         names = [p.path.rpartition(".")[2] for p in self.places if self.kind(p.module) is not None]
-        return sorted(set(names) - {""})
+        return few(sorted(set(names) - {""}), 20) or "none"
 
     def adaptable_below(self, targets: Iterable[Target]) -> list[str]:
         """Paths of layers with a kind inside these modules."""
@@ -232,11 +255,3 @@ class Matcher:
         below = {m for target in targets for m in self.look.index.below(target.module)}
         inside = {module for module in below if not script_refusal(module)}
         return [t.path for t in self.matrices if t.module in inside and t.tensor.dim() < 4]
-
-
-def listed(names: Sequence[str], most: int = 20) -> str:
-    """Some names for a message: 'a, b, c and 4 more'."""
-    if not names:
-        return "none"
-    shown = ", ".join(names[:most])
-    return shown + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -18,16 +18,24 @@ from lora_inject.core.unreached import unreached_edits
 from lora_inject.own import STATE
 
 
-def edge_edits(
+def module_edits(
     module: nn.Module,
     old: State | None,
     state: State | None,
-    own: Mapping[str, Any],
+    parameters: Mapping[str, Any],
     modes: bool = True,
 ) -> list[Edit]:
-    """State, class, statistics, hooks and what was lent; without a state the mode may come back."""
+    """All that a module gets with a state, and loses without one, but for its tensors.
+
+    Args:
+        module: the module.
+        old: its state until now.
+        state: the new one.
+        parameters: the parameters that it has then.
+        modes: whether its mode comes back where it has no state any more.
+    """
     edits: list[Edit] = [attribute_edit(module, STATE, MISSING if state is None else state)]
-    add_class_and_scales(edits, module, old, state, own)
+    add_class_and_scales(edits, module, old, state, parameters)
     edits += statistics_edits(module, old, state)
     edits += lent_edits(module, old, state)
     edits += root_edits(module, old, state)
@@ -49,7 +57,7 @@ def add_class_and_scales(
     module: nn.Module,
     old: State | None,
     state: State | None,
-    own: Mapping[str, Any],
+    parameters: Mapping[str, Any],
 ) -> None:
     """Append the class that follows from a state, and the scaling of what runs as tensors."""
     known = module.__dict__.get(SCALES)
@@ -58,13 +66,12 @@ def add_class_and_scales(
         if scales and old is not None and old.adapters is not state.adapters:
             names = {adapter.name for adapter in state.adapters}
             scales = {name: scale for name, scale in scales.items() if name in names}
-        scales = scales_of(state.running, scales, own)
+        scales = scales_of(state.running, scales, parameters)
         if scales is not known:
             edits.append(attribute_edit(module, SCALES, scales))
     elif known is not None:
         edits.append(attribute_edit(module, SCALES, MISSING))
-    known_state = old or state
-    if known_state is not None:
+    if (known_state := old or state) is not None:
         add_class_edits(edits, module, known_state.before.cls, state)
 
 

@@ -17,13 +17,11 @@ from lora_inject.changes.edits import Edit, put_gradient, run, training_edits, v
 from lora_inject.compat.marks import RESIZE, resizable_embeddings
 from lora_inject.core.adapter import Adapter
 from lora_inject.core.look import Look
-from lora_inject.core.state import State
+from lora_inject.core.state import Fresh, State
 from lora_inject.core.state_parts import Trained
 from lora_inject.errors import UnsupportedLayerError
 from lora_inject.own import own_tensor
 from lora_inject.variants import SIDES, Spec
-
-_Fresh = dict[nn.Module, dict[tuple[str, str], Tensor | None]]  # what commit calls Fresh
 
 
 class Resizing:
@@ -72,7 +70,7 @@ def _settle(before: Look, now: Look, tables: Mapping[str, nn.Module]) -> None:
     """Take states to the modules that stand in the places now, and tensors to their rows."""
     from lora_inject.core.commit import commit  # which puts our method on models
 
-    states, fresh, values = dict[nn.Module, State](), _Fresh(), dict[int, Edit]()
+    states, fresh, values = dict[nn.Module, State](), Fresh(), dict[int, Edit]()
     for path, old in tables.items():
         state, new = before.states.get(old), now.index.by_path.get(path)
         if state is None or new is None:
@@ -88,7 +86,7 @@ def _settle(before: Look, now: Look, tables: Mapping[str, nn.Module]) -> None:
     commit(now, states, fresh=fresh, values=values.values(), flags="owned")
 
 
-def _moved(state: State, old: nn.Module, new: nn.Module, fresh: _Fresh) -> State:
+def _moved(state: State, old: nn.Module, new: nn.Module, fresh: Fresh) -> State:
     """The state for a module in the place of another, with what adapters have on that."""
     flags = dict(state.before.flags)
     run([e for n, p in new.named_parameters() for e in training_edits(p, flags.get(n, True))])

@@ -53,6 +53,11 @@ class Site:
         return self.way == "weight" and multiplies
 
     @property
+    def has_input(self) -> bool:
+        """Whether the adapter sees what the layer multiplies, on which dropout acts."""
+        return self.way == "branch" or (self.kind.drops_in_products and self.multiplies)
+
+    @property
     def parameters(self) -> int:
         """How many parameters the adapter has; none of its own where it shares them."""
         variant = self.settings.variant
@@ -69,13 +74,6 @@ class Site:
 
 
 class Refusal(NamedTuple):
-    """Why a target cannot be adapted.
-
-    Attributes:
-        reason: why, with the remedy.
-        conflict: that it carries an adapter of this name already, which is an error for whatever
-            pattern chooses it.
-    """
+    """Why a target cannot be adapted, with the remedy."""
 
     reason: str
-    conflict: bool = False

@@ -19,6 +19,7 @@ from lora_inject.files.formats import find_format, named_format, read_adapter
 from lora_inject.files.formats.data import AdapterData, PairData, RowsData
 from lora_inject.files.formats.pairs import as_portable
 from lora_inject.files.formats.storage import as_path
+from lora_inject.files.portable import for_engines
 from lora_inject.printing import Section, Shown, Tables, count, size
 
 
@@ -70,7 +71,11 @@ def convert(
     if model is not None:
         modules = {path: outputs(module) for path, module in model.named_modules() if path}
         data = replace(data, modules=modules, model_class=type(model).__name__)
-    writer.write(as_portable(data) if portable else data, target)
+    if portable:
+        data = as_portable(data)
+        if to == "peft" and model is not None:
+            data = for_engines(data, model, dict(model.named_modules()))
+    writer.write(data, target)
 
 
 @dataclass(frozen=True, repr=False)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.core.look import Look
-from lora_inject.core.paths import bare_key, bare_modules
+from lora_inject.core.paths import bare, bare_key, bare_modules
 from lora_inject.errors import FormatError
 from lora_inject.files.added import sums
+from lora_inject.files.checkpoint_names import as_in_model
 from lora_inject.files.fingerprint import differs, how_it_differs
 from lora_inject.files.formats.data import AdapterData
 from lora_inject.files.formats.one_place import Given, is_repeated, is_repeated_pair
@@ -48,8 +49,9 @@ class Layout:
     """
 
     def __init__(self, look: Look, data: AdapterData, adapter: str) -> None:
-        self.look, self.data = look, data
         self.modules = bare_modules(look.index.by_path)
+        data = as_in_model(data, bare(look.model), self.modules)
+        self.look, self.data = look, data
         real = {module: paths[0] for module, paths in look.index.paths.items()}
         self.all_pairs: list[LaidOutPair] = []
         unknown, given = [], Given()

@@ -1,16 +1,18 @@
 """Adapters of any variant as plain LoRA, for readers that know nothing else."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_inject.arithmetic.low_rank import difference_norm, product_norm, truncated
 from lora_inject.errors import FormatError
+from lora_inject.files.checkpoint_names import as_in_checkpoint
 from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.pairs import as_portable
+from lora_inject.files.packed import with_partners
 from lora_inject.files.stored import Stored
 from lora_inject.files.stored_pair import StoredPair
 from lora_inject.printing import Section, Shown, Tables
@@ -76,6 +78,19 @@ def portable(
     report = PortableReport(tuple(shown))
     _require_error(shown, error)
     return as_portable(replace(data, pairs=tuple(pairs))), report
+
+
+def for_engines(
+    data: AdapterData, model: nn.Module, modules: Mapping[str, nn.Module]
+) -> AdapterData:
+    """The same by the names of the model's checkpoint, with all of what engines read as one.
+
+    Args:
+        data: an adapter of one rank.
+        model: the model, without wrappers.
+        modules: its modules by path.
+    """
+    return as_in_checkpoint(with_partners(data, modules), model, modules)
 
 
 @torch.no_grad()

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from lora_inject.core.drift import require_nothing_gone
 from lora_inject.core.look import Look
+from lora_inject.core.paths import bare
 from lora_inject.errors import ArgumentError
 from lora_inject.files import cautions, hub, left_out
+from lora_inject.files.engines import warn_of_engines
 from lora_inject.files.formats import named_format, read_adapter, read_state
 from lora_inject.files.formats.data import AdapterData
 from lora_inject.files.formats.storage import as_path
 from lora_inject.files.loading import Loading
-from lora_inject.files.portable import PortableReport
+from lora_inject.files.portable import PortableReport, for_engines
 from lora_inject.files.portable import portable as as_plain_lora
 from lora_inject.files.stored import Stored
 from lora_inject.files.token_rows import warn_of_unsaved_rows
@@ -58,9 +60,12 @@ def save(
         format: "peft", "loralib" (a .pt file), "kohya" or "diffusers". The names are those that the
             tools know: ``save_pipeline`` tells an SDXL's first text encoder from an SD 1.5's.
         portable: write a plain LoRA with one rank and a scaling of 1 for all layers, for readers
-            that know nothing else (vLLM, llama.cpp): ranks are padded with zeros, scalings folded
-            into B, and what is no product of low rank (DoRA) becomes the best one of rank r. Loaded
-            again, all of it trains.
+            that know nothing else (SGLang, llama.cpp): ranks are padded with zeros, scalings folded
+            into B, and what is no product of low rank (DoRA) becomes the best one of rank r. In a
+            PEFT directory experts stand one by one, by the names of the model's checkpoint, and
+            what engines read as one (q, k, v; gate, up; experts) is there as a whole, with zeros.
+            Loaded again, all that was adapted trains. Without it, a warning names engines that
+            would misread the file.
         r: for ``portable``, the largest rank to write; None writes all of it, where it has a rank.
         error: how much of the change of a weight may be lost by that, relative to its norm.
         push_to_hub: ``"user/name"``: upload the directory to this repository of the Hugging Face
@@ -87,12 +92,16 @@ def save(
         data, report = as_plain_lora(
             stored, data, None if r is None else check_count(r, "r"), error
         )
+        if format == "peft":
+            data = for_engines(data, bare(model), stored.modules)
     elif r is not None or error:
         raise ArgumentError("r and error are for portable=True.")
     require_nothing_gone(stored.look, stored.name)
     left_out.require_nothing_left_out(stored.look, "the file")
     cautions.warn_of_directory(file, format)
     cautions.warn_of_untrained(whole, stored.name)
+    if format == "peft" and not portable:
+        warn_of_engines(data, stored.name, bare(model), stored.modules)
     write(stored, data, file, format)
     if push_to_hub is not None:
         on_one_rank([stored], partial(hub.upload, file, push_to_hub))

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_inject.core.look import Look
-from lora_inject.core.travelling import ENTRY, as_entry, settings_below
+from lora_inject.core.travelling import ENTRY, as_entry
 from lora_inject.errors import LoRAInjectError
 from lora_inject.files.formats.storage import read_tensors
 from lora_inject.integrations.trained import require_trained, trained_tensors
@@ -47,7 +47,7 @@ def checkpoint_adapters(accelerator: Accelerator) -> None:
         for number, model in _adapted(models):
             tensors = {key: t.contiguous() for key, t in trained_tensors(model).items()}
             if accelerator.is_main_process:
-                tensors[ENTRY] = as_entry(settings_below(model))
+                tensors[ENTRY] = as_entry(model)
                 save_file(tensors, _file(folder, number), metadata={"format": "pt"})
             del weights[number]  # the whole model's, which accelerate would write
 
@@ -63,7 +63,7 @@ def checkpoint_adapters(accelerator: Accelerator) -> None:
 
     def _adapted(models: list[nn.Module]) -> list[tuple[int, nn.Module]]:
         inner = [(i, accelerator.unwrap_model(model)) for i, model in enumerate(models)]
-        return [(i, model) for i, model in reversed(inner) if Look(model).own]
+        return [(i, model) for i, model in reversed(inner) if Look(model).adapted]
 
     accelerator.register_save_state_pre_hook(write)
     accelerator.register_load_state_pre_hook(read)

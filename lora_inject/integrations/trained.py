@@ -39,7 +39,7 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     look.require_adapters()
     owned = {
         module: {name for name, owner, _ in tensors_of(state) if owner != BASE or name in places}
-        for module, state in look.own.items()
+        for module, state in look.adapted.items()
         for places in [{trained.name for trained in state.trained}]
     }
     found: dict[int, tuple[str, Tensor]] = {}

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lora_inject.core.lend import lend, take_back
 from lora_inject.core.look import Look
-from lora_inject.core.travelling import ENTRY, as_entry, settings_below
+from lora_inject.core.travelling import ENTRY, as_entry
 from lora_inject.errors import FormatError, LoRAInjectError
 from lora_inject.files.formats import named_format
 from lora_inject.files.save_load import write
@@ -182,7 +182,7 @@ def _write(
         return
     model.config.save_pretrained(directory)
     tensors = {key: given[key].contiguous() for key in own}
-    tensors[ENTRY] = as_entry(settings_below(model))  # Trainer reads nothing but tensors
+    tensors[ENTRY] = as_entry(model)  # Trainer reads nothing but tensors
     save_file(tensors, Path(directory) / "model.safetensors", metadata={"format": "pt"})
     names = set(Look(model).known) if peft else set()
     for name in names:

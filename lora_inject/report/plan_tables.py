@@ -37,7 +37,7 @@ def _texts(site: Site) -> tuple[str, ...]:
     alpha = f"{s.alpha:g}" + (f", dropout {s.dropout:g}" if s.dropout else "")
     alpha += s.drops.text
     alpha += s.variant.text
-    place = "in products with its weight" if site.multiplies else "in its weight"
+    place = site.kind.in_products if site.multiplies else "in its weight"
     kind = site.type + (f" ({place})" if site.way == "weight" else "")
     parts = "+".join(spec.part for spec in site.specs if spec.part)
     kind += f" ({parts})" if parts else ""

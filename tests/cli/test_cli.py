@@ -28,7 +28,7 @@ pytestmark = pytest.mark.cpu("commands compute nothing")
 @pytest.fixture(autouse=True)
 def _nothing_takes_long(monkeypatch):
     """On a machine at work too, standard error has what the tests ask for alone."""
-    monkeypatch.setattr("lora_inject.progress.PAUSE", 600.0)
+    monkeypatch.setattr("lora_inject.printing.progress.PAUSE", 600.0)
 
 
 def small_model():
@@ -237,7 +237,7 @@ def test_help_and_mistakes_are_answered_without_torch(arguments):
 
 
 def test_what_takes_long_is_said_beside_what_is_printed(config, capsys, monkeypatch):
-    monkeypatch.setattr("lora_inject.progress.PAUSE", 0.001)
+    monkeypatch.setattr("lora_inject.printing.progress.PAUSE", 0.001)
     assert main(["plan", str(config), "--seq", "64", "--json"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["capacity"]

@@ -4,11 +4,20 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers import randomize_adapters
+from helpers import PEFT_WARNS, Net, randomize_adapters
 from torch import nn
 from torch.nn import functional as F
 
-from lora_inject import ArgumentError, NoMatchError, UnsupportedLayerError, inject, plan
+from lora_inject import (
+    ArgumentError,
+    LoRALayer,
+    NoMatchError,
+    UnsupportedLayerError,
+    inject,
+    plan,
+    strip,
+)
+from lora_inject.core.choosing import OF_PEFT
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -190,6 +199,23 @@ def test_modules_that_compare_by_value_are_refused():
             inject(model, "q", r=2)
         assert type(model[0].q) is nn.Linear
     inject(nn.ModuleList([Hashed(4), Hashed(5)]), "q", r=2)  # which are not equal
+
+
+@PEFT_WARNS
+@pytest.mark.parametrize("target", ["all-linear", nn.Linear, "*v_proj*", "re:.*proj.*"])
+def test_what_adapters_of_peft_are_made_of_is_adapted_where_it_is_named_alone(target):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(Net(), peft.LoraConfig(target_modules=["v_proj"], r=2))
+    shown = plan(model, target, r=2)
+    assert {skip.path for skip in shown.skipped if skip.reason == OF_PEFT} >= {
+        f"base_model.model.layers.{i}.v_proj.lora_{name}.default" for i in (0, 1) for name in "AB"
+    }
+    inject(model, target, r=2)
+    for layer in model.base_model.model.layers:
+        assert isinstance(layer.v_proj.base_layer, LoRALayer)
+        assert not any(isinstance(m, LoRALayer) for m in layer.v_proj.lora_A.modules())
+    strip(model)
+    assert len(plan(model, "lora_A.default", r=1).sites) == 2
 
 
 def test_a_pattern_that_adds_nothing_is_one_that_says_nothing_else():

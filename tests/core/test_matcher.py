@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lora_inject import NoMatchError, inject, plan
-from lora_inject.core.matcher import listed
+from lora_inject.printing import few
 
 pytestmark = pytest.mark.cpu("nothing is computed")
 
@@ -86,9 +86,8 @@ def test_what_is_said_of_a_part_that_is_not_there(argument):
 
 def test_names_are_listed_up_to_a_number():
     names = [f"n{i}" for i in range(21)]
-    assert listed([]) == "none"
-    assert listed(names[:20]) == ", ".join(names[:20])
-    assert listed(names) == ", ".join(names[:20]) + " and 1 more"
-    assert listed(names[:3], 2) == "n0, n1 and 1 more"
+    assert few(names[:20], 20) == ", ".join(names[:20])
+    assert few(names, 20) == ", ".join(names[:20]) + " and 1 more"
+    assert few(names[:3], 2) == "n0, n1 and 1 more"
     with pytest.raises(NoMatchError, match="Names that can be adapted: none"):
         inject(nn.Sequential(nn.ReLU()), "fc")

@@ -1,10 +1,12 @@
 """What somebody who saves or loads will hardly have meant is said, with what to do."""
 
+import json
 import warnings
 
 import pytest
 import torch
 import transformers as tf
+from families import DECODER, FAMILIES
 from helpers import Net, ids, randomize_adapters, train_steps
 from stored_models import trained
 from torch import nn
@@ -132,3 +134,77 @@ def test_what_is_in_order_is_saved_and_loaded_without_a_word(tmp_path):
     for format, path in {"peft": "p", "diffusers": "d", "loralib": "a.pt",
                          "kohya": "a.safetensors"}.items():  # fmt: skip
         quietly(save, model, tmp_path / path, format=format)
+
+
+# By name: a family, what is injected, and what is said of it.
+MISREAD = {
+    "ranks": ("llama", {"q_proj": {"r": 4}, "v_proj": {"r": 2}}, "SGLang and llama.cpp"),
+    "alphas": ("llama", {"q_proj": {"alpha": 4}, "v_proj": {"alpha": 2}}, "SGLang and llama.cpp"),
+    "rslora": ("llama", {"q_proj": {"scaling": "rslora"}, "v_proj": {"scaling": "rslora"}},
+               "SGLang and llama.cpp.*alpha / r"),
+    "k alone": ("llama", {"k_proj": {}}, r"SGLang.*\.k_proj out without q_proj and v_proj"),
+    "q alone": ("llama", {"q_proj": {}}, r"SGLang.*\.q_proj out without q_proj and v_proj"),
+    "up alone": ("llama", {"up_proj": {}}, r"SGLang.*mlp\.up_proj out without gate_proj"),
+    "experts": ("qwen3_moe", {"mlp.experts.down_proj": {}}, r"vLLM.*experts\.0\.down_proj"),
+    "router": ("mixtral", {r"re:.*mlp\.gate\.weight": {}}, r"vLLM.*block_sparse_moe\.gate"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISREAD)
+def test_engines_that_would_misread_a_file_are_named(name, tmp_path):
+    family, targets, said = MISREAD[name]
+    model = FAMILIES[family].build()
+    inject(model, targets, r=2)
+    randomize_adapters(model)
+    with pytest.warns(LoRAInjectWarning, match=f"misread by.*{said}.*portable=True"):
+        save(model, tmp_path / "a")
+    quietly(save, model, tmp_path / "b", portable=True)
+    for format, path in {"loralib": "a.pt", "diffusers": "c"}.items():
+        quietly(save, model, tmp_path / path, format=format)
+
+
+def test_half_of_fused_experts_is_said_where_checkpoints_have_them_fused(tmp_path):
+    config = tf.GptOssConfig(**DECODER, head_dim=4, num_local_experts=2, num_experts_per_tok=1)
+    model = tf.GptOssForCausalLM(config)
+    inject(model, "experts.down_proj", r=2)
+    randomize_adapters(model)
+    with pytest.warns(LoRAInjectWarning, match=r"vLLM, which fails.*without gate_up_proj"):
+        save(model, tmp_path / "a")
+    quietly(save, model, tmp_path / "b", portable=True)
+
+
+@pytest.mark.parametrize(
+    "targets",
+    ["all-linear", ["q_proj", "v_proj"], ["gate_proj", "o_proj"], ["q_proj", "v_proj", "k_proj"]],
+)
+def test_engines_that_read_a_file_as_it_is_meant_are_not_named(targets, tmp_path):
+    model = FAMILIES["llama"].build()
+    inject(model, targets, r=2, alpha=4)
+    randomize_adapters(model)
+    quietly(save, model, tmp_path / "a")
+
+
+@pytest.mark.parametrize("family", ["vit", "bert", "t5"])
+def test_engines_are_not_named_where_they_serve_no_such_model(family, tmp_path):
+    model = FAMILIES[family].build()
+    first, *others = FAMILIES[family].targets
+    inject(model, {first: {"r": 4}, **{name: {"r": 2} for name in others}})
+    randomize_adapters(model)
+    quietly(save, model, tmp_path / "a")
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_a_mode_of_biases_without_a_bias_is_none_for_others_and_comes_back(bias, tmp_path):
+    def net(own):
+        return nn.Sequential(nn.Linear(4, 4, bias=own))
+
+    for own, word in ((False, "none"), (True, bias)):
+        model = net(own)
+        inject(model, "0", r=2, bias=bias)
+        randomize_adapters(model)
+        save(model, tmp_path / word)
+        config = json.loads((tmp_path / word / "adapter_config.json").read_text())
+        assert config["bias"] == word  # vLLM refuses the others
+        load(model, tmp_path / word)  # into the adapter of that mode
+        again = load(net(own), tmp_path / word, other_base=True)
+        assert report(again).to_dict()["bias"] == report(model).to_dict()["bias"]

@@ -32,7 +32,7 @@ from lora_inject import (
     use,
 )
 from lora_inject.core.state import state_of
-from lora_inject.core.travelling import ENTRY, as_entry, settings_below
+from lora_inject.core.travelling import ENTRY, as_entry
 from lora_inject.integrations.trained import trained_tensors
 
 # Of workers, folders and hardware, and of its own use of torch.
@@ -232,7 +232,7 @@ def test_trainer_loads_the_best_adapter_at_the_end(tmp_path):
     run.train()
     best = load_file(tmp_path / f"checkpoint-{run.state.best_global_step}" / "model.safetensors")
     settings = best.pop(ENTRY)
-    assert torch.equal(settings, as_entry(settings_below(model)))
+    assert torch.equal(settings, as_entry(model))
     assert {k: raw(v) for k, v in best.items()} == {
         k: raw(v) for k, v in model.state_dict().items() if k in best
     }

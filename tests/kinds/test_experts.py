@@ -1,15 +1,14 @@
 """Fused experts multiply by W and by A and B, and nothing of the weight's size is made for it."""
 
 import copy
-from collections import Counter
 
 import pytest
 import torch
 from helpers import randomize_adapters
+from products import Made
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import GptOssConfig, Qwen3MoeConfig
 from transformers.integrations import moe
@@ -131,25 +130,6 @@ def test_a_fresh_adapter_changes_no_bit(family, way, dtype, options, build):
     assert torch.equal(model(*args), expected)
     randomize_adapters(model)
     assert not torch.equal(model(*args), expected)
-
-
-class Made(TorchDispatchMode):
-    """The shapes of the tensors of some size that are made inside, views of others aside."""
-
-    def __init__(self, model, size):
-        super().__init__()
-        self.known = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        self.size, self.shapes, self.held = size, Counter(), []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for t in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in self.known:
-                self.known.add(t.untyped_storage().data_ptr())
-                self.held.append(t)  # so that no other gets its place
-                if t.untyped_storage().nbytes() // t.element_size() >= self.size:
-                    self.shapes[tuple(t.shape)] += 1
-        return result
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -60,6 +60,7 @@ class PairData:
             ``starts.STARTS``, or "saved" where that is not known; "" elsewhere.
         r: the rank of a variant whose tensors need not tell it; 0 elsewhere.
         kernel: the sizes of a convolution's kernel, of such a variant where a model tells them.
+        filled: whether it is zeros for readers that want it, of a weight that is not adapted.
     """
 
     path: str
@@ -80,6 +81,7 @@ class PairData:
     start: str = ""
     r: int = 0
     kernel: tuple[int, ...] = ()
+    filled: bool = False
     drops: Drops = field(default_factory=Drops)
 
     def __post_init__(self) -> None:

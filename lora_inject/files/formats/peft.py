@@ -117,17 +117,18 @@ def from_tensors(
     require_targets(config, [unwrapped(k.removesuffix(OUT_PROJ)) for k in stacked], path / CONFIG)
     scalings = Scalings(config, alpha, path / CONFIG)
     reader = PairReader(config, own, found, names, modules, scalings, path)
-    for key in own.get("padding", ()):  # halves of attention that were never adapted
+    for key in own.get("padding", ()):  # zeros of what was never adapted
         found.pop(key, None)
     pairs = [pair for key, halves in found.items() for pair in reader.pairs(key, *halves)]
     pairs = with_others(pairs, of_variants, config, path)
     added = added_biases(betas, pairs, config, path)
     if config.get("init_lora_weights") in REMADE_STARTS:
         pairs = with_moved_base(pairs, config, modules or {}, path)
+    said = own.get("bias") or config.get("bias") or "none"
     return AdapterData(
         pairs=tuple(pairs),
         tensors=others,
-        bias="lora_only" if added and config.get("bias") != "all" else config.get("bias") or "none",
+        bias="lora_only" if added and said != "all" else said,
         train_also=tuple(own.get("train_also") or config.get("modules_to_save") or ()),
         facts={
             "format": "PEFT",
@@ -211,32 +212,36 @@ def to_tensors(data: AdapterData) -> tuple[dict[str, Any], dict[str, Tensor], st
         config = peft_rows.config_alone(data)
     inside = {peft_rows.in_wrapper(name, data): tensor for name, tensor in data.tensors.items()}
     tensors |= {base_key(name, whole): tensor for name, tensor in inside.items()}
-    own = {(pair.path, pair.weight) for pair in data.pairs}
-    padding = [p.path.removesuffix(".out_proj") + OUT_PROJ if p.in_attention else p.path
-               for p in whole if (p.path, p.weight) not in own]  # fmt: skip
+    own = {(pair.path, pair.weight) for pair in data.pairs if not pair.filled}
+    padding = [name for name, pair in _named(whole) if (pair.path, pair.weight) not in own]
     return config, tensors, json.dumps({**to_metadata(data, whole, config), "padding": padding})
 
 
-def _tensors(pairs: Iterable[PairData]) -> dict[str, Tensor]:
+def _named(pairs: Iterable[PairData]) -> Iterator[tuple[str, PairData]]:
+    """What PEFT calls the module of each pair."""
     experts: dict[str, list[PairData]] = {}
-    keys: dict[str, Tensor] = {}
     for pair in pairs:
         if pair.form == "experts":
             experts.setdefault(pair.path, []).append(pair)
-            continue
-        path = pair.path
-        if pair.in_attention:
-            path = path.removesuffix(".out_proj") + OUT_PROJ
-        keys[tensor_key(pair.form, path, "A")] = over_all_channels(pair)
-        keys[tensor_key(pair.form, path, "B")] = pair.B / (
-            OUT_PROJ_TIMES if pair.in_attention else 1
-        )
+        elif pair.in_attention:
+            yield pair.path.removesuffix(".out_proj") + OUT_PROJ, pair
+        else:
+            yield pair.path, pair
     for path, own in experts.items():
         for depth, pair in enumerate(reversed(own)):  # in the module's order, the last outermost
-            A, B = pair.A, pair.B
+            yield path + ".base_layer" * depth, pair
+
+
+def _tensors(pairs: Iterable[PairData]) -> dict[str, Tensor]:
+    keys: dict[str, Tensor] = {}
+    for name, pair in _named(pairs):
+        A, B, form = pair.A, pair.B, pair.form
+        if form == "experts":
+            form = "linear"
             if A.dim() == 3:
                 A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
-            nested = path + ".base_layer" * depth
-            keys[tensor_key("linear", nested, "A")] = A
-            keys[tensor_key("linear", nested, "B")] = B
+        else:
+            A = over_all_channels(pair)
+        keys[tensor_key(form, name, "A")] = A
+        keys[tensor_key(form, name, "B")] = B / (OUT_PROJ_TIMES if pair.in_attention else 1)
     return keys

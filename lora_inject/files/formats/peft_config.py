@@ -188,6 +188,7 @@ _OWN: dict[str, Callable[[Any], bool]] = {
     "fixed": _map_of(lambda factor: isinstance(factor, str) and factor in FIXED),
     "start": _map_of(lambda word: isinstance(word, str)),
     "dtype": lambda value: value in ("", "base"),
+    "bias": lambda value: value in get_args(BiasMode),
 }
 
 

@@ -33,7 +33,7 @@ def to_config(data: AdapterData, pairs: list[PairData]) -> dict[str, Any]:
         "r": r,
         "lora_alpha": alpha,
         "lora_dropout": 0.0 if parameters else max(dropouts),
-        "bias": data.bias or _guessed_bias(data),
+        "bias": _bias(data),
         "target_modules": target_names([p.path for p in modules], data.modules),
         "target_parameters": [_target(p) for p in parameters] or None,
         "modules_to_save": _modules_to_save(data) or None,
@@ -54,6 +54,14 @@ def _alpha(pair: PairData, rule: Scaling) -> float:
     r = config_rank(pair)
     same = pair.rule == rule.name and r == pair.rank
     return pair.known_alpha if same else rule.alpha(pair.scaling, r)
+
+
+def _bias(data: AdapterData) -> str:
+    """The bias mode; "none" where there is no bias, since vLLM refuses the other words."""
+    tops = tuple(f"{path}." for path in data.train_also)
+    if data.bias and all(f"{name}.".startswith(tops) for name in data.tensors):
+        return "none"
+    return data.bias or _guessed_bias(data)
 
 
 def _guessed_bias(data: AdapterData) -> str:
@@ -133,6 +141,7 @@ def to_metadata(
         **({"drops": drops} if drops else {}),
         **({"names": names} if names else {}),
         **({"dtype": data.dtype} if data.dtype else {}),
+        **({"bias": data.bias} if data.bias not in ("", config.get("bias")) else {}),
     }
 
 
