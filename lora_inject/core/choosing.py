@@ -21,6 +21,7 @@ from lora_inject.errors import (
     UnsupportedLayerError,
 )
 from lora_inject.kinds.parameter import layout_of
+from lora_inject.kinds.refusals import script_refusal
 from lora_inject.printing import few, plural
 
 OF_PEFT = "is a part of an adapter of PEFT; name it to adapt it"
@@ -111,7 +112,8 @@ def _note_matrices(
             continue
         what = "a matrix" if target.tensor.dim() == 2 else "a fused weight"
         layout = "" if layout_of(module, target.tensor) else ", with layout="
-        reason = f"{what} and no layer: name it to adapt it{layout}"
+        named = f"{what} and no layer: name it to adapt it{layout}"
+        reason = script_refusal(module) or named
         skip = Skip(target.path, target.type, pattern.label, reason, wanted=True)
         skips.setdefault(target.path, skip)
 

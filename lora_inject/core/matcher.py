@@ -15,6 +15,7 @@ from lora_inject.errors import NoMatchError
 from lora_inject.kinds import Kind, find_kind
 from lora_inject.kinds.bias import is_bias
 from lora_inject.kinds.products import is_factor
+from lora_inject.kinds.refusals import script_refusal
 from lora_inject.printing import few
 from lora_inject.settings import BASE
 from lora_inject.sharding import whole_numel, whole_shape
@@ -250,5 +251,6 @@ class Matcher:
 
     def matrices_below(self, targets: Iterable[Target]) -> list[str]:
         """Paths of parameters inside these modules that can be adapted by them."""
-        inside = {m for target in targets for m in self.look.index.below(target.module)}
+        below = {m for target in targets for m in self.look.index.below(target.module)}
+        inside = {module for module in below if not script_refusal(module)}
         return [t.path for t in self.matrices if t.module in inside and t.tensor.dim() < 4]

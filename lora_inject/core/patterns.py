@@ -216,7 +216,6 @@ def braces(numbers: Iterable[int]) -> str:
 
 def close_names(wanted: str, names: Iterable[str], most: int = 4) -> list[str]:
     """The names most like the one that was asked for, best first."""
-    choices = sorted(set(names))
     depth = wanted.count(".") + 1
-    tails = {".".join(name.split(".")[-depth:]): None for name in choices}
+    tails = {".".join(name.split(".")[-depth:]): None for name in sorted(names)}
     return difflib.get_close_matches(wanted, list(tails), n=most, cutoff=0.6)

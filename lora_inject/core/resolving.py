@@ -177,13 +177,7 @@ class Resolver:
                 f"its {leader.weight} is tied to {name} of {target.path}: {wrong}",
                 path=site.path,
             )
-        return replace(
-            own,
-            specs=(spec,),
-            dtype=site.dtype,
-            base_elements=site.base_elements,
-            follows=site.path,
-        )
+        return replace(own, specs=(spec,), follows=site.path)
 
 
 def _specs(
