@@ -268,8 +268,8 @@ class WeightLayer(LoRALayer):
         if kind and W is not None:
             require_values(self, W, own[1:])
             # Nothing is known of what others do to it who read it.
-            read = kind.effective if computed is None else kind.multiplied
-            value = read(self, W, changes)
+            inside = computed is not None or torch.compiler.is_compiling()
+            value = (kind.multiplied if inside else kind.effective)(self, W, changes)
         if computed is None:
             return shown(value, W) if isinstance(W, Tensor) and value is not W else value
         computed[key] = value
