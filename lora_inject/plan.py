@@ -14,22 +14,21 @@ from lora_inject.core.adaptation import Content, adaptation
 from lora_inject.core.checks import (
     require_alive,
     require_apart,
+    require_exchangeable,
     require_extensible,
     require_free_places,
     require_injectable,
-    require_module,
     require_one_owner,
-    require_shaped,
     warn_of_adapters_of_peft,
 )
-from lora_inject.core.choosing import Limits, Skip, choose
+from lora_inject.core.choosing import Skip, choose
 from lora_inject.core.commit import commit
 from lora_inject.core.followers import with_followers
-from lora_inject.core.hints import require_known
+from lora_inject.core.hints import require_arguments
 from lora_inject.core.in_place import in_place
 from lora_inject.core.look import Look
-from lora_inject.core.matcher import Matcher
-from lora_inject.core.parts import parts_by_module, require_parts_used
+from lora_inject.core.matcher import Exclusions, Matcher
+from lora_inject.core.parts import require_parts_used
 from lora_inject.core.patterns import Patterns, Targets
 from lora_inject.core.request import (
     ALL_LINEAR,
@@ -118,10 +117,12 @@ class Plan(Shown):
         look = self.look.again()  # its tensors may be others by now
         warn_of_adapters_of_peft(look)
         made = adaptation(look, self.sites, self.adapter, self.seed, self.content)
-        return commit(  # type: ignore[no-any-return]
+        # The report is made inside of it: what it raises, a warning say, undoes the injection.
+        report: Report = commit(
             look, made.states, fresh=made.fresh, values=made.values,
             then=lambda: _reported(look.again(), self),
         )  # fmt: skip
+        return report
 
     def _tables(self) -> Tables:
         sections = [plan_tables.sites_section(self)]
@@ -138,7 +139,7 @@ def _hinting(function: Callable[P, Plan]) -> Callable[P, Plan]:
 
     @wraps(function)
     def hinted(*args: P.args, **kwargs: P.kwargs) -> Plan:
-        require_known(kwargs, known)
+        require_arguments(args, kwargs, known)
         return function(*args, **kwargs)
 
     return hinted
@@ -208,7 +209,7 @@ def plan(
         LoRAInjectError: the model is merged or inside a block, or what is to train in place is tied
             to what trains already.
     """
-    require_module(model)
+    look = Look(model)  # which refuses what is no model, before its arguments are read
     values = {
         "r": r, "alpha": alpha, "dropout": dropout, "scaling": scaling, "variant": variant,
         "init": init, "fixed": fixed, "how": how, "layout": layout,
@@ -226,7 +227,7 @@ def plan(
         adapter=check.check_adapter(adapter),
         bias=check.check_bias(bias),
     )
-    return plan_for(Look(model), request)
+    return plan_for(look, request)
 
 
 def plan_for(
@@ -251,28 +252,30 @@ def plan_for(
     require_extensible(look, request.adapter, request.bias)
     matcher = Matcher(look)
     in_full = matcher.trainable_modules("train_also", request.train_also)
-    limits = Limits(
-        excluded=matcher.subtrees("exclude", request.excluded),
-        in_full=frozenset(m for top in in_full.values() for m in look.index.below(top)),
-        layers=request.layers,
+    resolver = Resolver(
+        matcher,
+        request,
+        Exclusions(
+            excluded=matcher.subtrees("exclude", request.excluded),
+            in_full=frozenset(m for top in in_full.values() for m in look.index.below(top)),
+            layers=request.layers,
+        ),
     )
-    parts = request.parts or {}
-    resolver = Resolver(matcher, request, parts_by_module(matcher, parts), limits)
-    chosen, skips = choose(matcher, list(request.settings), limits, resolver.resolve)
+    chosen, skips = choose(resolver)
     tables, more = choose_tables(resolver, chosen)
     skips += more
     sites = with_followers(resolver, [*chosen, *tables])
     require_apart(look, sites, in_full)
-    require_parts_used(matcher, parts, sites)
+    require_parts_used(matcher, request.parts, sites)
     if content is not None:
         held = content(sites)
     else:
         require_alive(sites)
         trained = in_place(look, [s.module for s in sites], request.bias, [*in_full.values()])
         held = Content(request.bias, in_full, trained)
-    require_shaped(look, held.in_place)
+    require_exchangeable(look, held.in_place)
     require_one_owner(look, held.in_place)
-    if held.use:
+    if held.joins:
         require_free_places(look, request.adapter, held.in_place)
     held = held._replace(left={skip.path: skip.reason for skip in skips if skip.wanted})
     return Plan(look, sites, tuple(skips), request.adapter, request.seed, held)

@@ -1,5 +1,6 @@
-"""The product of an adapted linear layer, its plain form, and what is kept for backward."""
+"""The product of an adapted linear layer, its plain form, and what is made and kept for it."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_inject.arithmetic.linear import adapted_linear, linear_down, linear_up, may_run_whole
 
@@ -81,3 +83,22 @@ def held(run: Callable[[], object]) -> int:
         result = run()
     del result
     return sum(event.self_cpu_memory_usage for event in profiler.events())
+
+
+class Made(TorchDispatchMode):
+    """The shapes of the tensors of some size that are made inside, views of others aside."""
+
+    def __init__(self, model, size):
+        super().__init__()
+        self.known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self.size, self.shapes, self.held = size, Counter(), []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for t in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in self.known:
+                self.known.add(t.untyped_storage().data_ptr())
+                self.held.append(t)  # so that no other gets its place
+                if t.untyped_storage().nbytes() // t.element_size() >= self.size:
+                    self.shapes[tuple(t.shape)] += 1
+        return result

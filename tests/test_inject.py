@@ -456,6 +456,38 @@ def test_scripted_parts_of_a_model_are_left_alone():
         assert [p.requires_grad for p in model.parameters()] == flags
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_scripted_parts_do_not_train_in_place():
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+    model = nn.Sequential(nn.Linear(4, 4), scripted)
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    for options in ({"train_also": "1"}, {"bias": "all"}):
+        with pytest.raises(UnsupportedLayerError, match=r"1\.0: .*ScriptModule"):
+            inject(model, "0", r=1, **options)
+        assert [(p, p.requires_grad) for p in model.parameters()] == before
+    inject(model, "0", r=1)
+    with pytest.raises(UnsupportedLayerError, match=r"1\.0: .*ScriptModule"):
+        freeze(model, train_also="1")
+    strip(model)
+    assert [(p, p.requires_grad) for p in model.parameters()] == before
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_copy_of_a_model_with_scripted_parts_is_stripped():
+    scripted = torch.jit.script(nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4)))
+    traced = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    model = nn.Sequential(nn.Linear(4, 4), scripted, nn.Sequential(traced))
+    flags = [p.requires_grad for p in model.parameters()]
+    inject(model, "re:0", r=1, train_also="2.0")
+    again = copy.deepcopy(copy.deepcopy(model))
+    assert report(again).trainable == report(model).trainable
+    use(again)
+    for each in (copy.deepcopy(again), again, model):
+        assert each.get_parameter("2.0.0.weight").requires_grad is (each is model)
+        strip(each)
+        assert [p.requires_grad for p in each.parameters()] == flags
+
+
 def test_reset_on_meta_says_that_there_is_nothing_to_set():
     with torch.device("meta"):
         model = linears("a")

@@ -4,7 +4,7 @@ The adapters are of several variants and starts, and act beside the forward or i
 
 The oracle keeps a copy of the base, and of each adapter the values that it has: its pairs, and what
 it trained in place. They are read from the model only when they were made or trained. What the
-model should compute follows from writing these into a copy of the base, by the papers' formulas.
+model should compute follows from the base with these in its weights, by the papers' formulas.
 """
 
 import copy
@@ -152,7 +152,7 @@ class Adapters(RuleBasedStateMachine):
     def start(self, first, how):
         self.threads = torch.get_num_threads()
         torch.set_num_threads(1)  # many threads are slow on such small tensors
-        self.model, self.base = build(), build().requires_grad_(False)
+        self.model, self.base = build(), build().requires_grad_(False).eval()
         self.plain = run(self.model)
         self.clean = snapshot(self.model)
         self.parts = list(self.clean)
@@ -164,18 +164,18 @@ class Adapters(RuleBasedStateMachine):
     # --- the oracle -----------------------------------------------------------------------------
 
     def expected(self, chosen):
-        """The output with these adapters in use, from weights written into a copy of the base."""
-        model = copy.deepcopy(self.base)
+        """The output of the base where these adapters' values and changes stand in its weights."""
+        tensors = self.base.state_dict()
+        for name, weight in chosen.items():
+            values = self.known[name]
+            tensors.update(values.own)
+            for path in values.pairs.keys() - {"out"}:  # tied to embed
+                former = self.base.get_submodule(path).weight
+                key = f"{path}.weight"
+                tensors[key] = tensors[key] + weight * values.change(path, former)
+        tensors["out.weight"] = tensors["embed.weight"]
         with torch.no_grad():
-            for name, weight in chosen.items():
-                values = self.known[name]
-                for key, value in values.own.items():
-                    model.state_dict(keep_vars=True)[key].copy_(value)
-                for path in values.pairs.keys() - {"out"}:  # tied to embed
-                    former = self.base.get_submodule(path).weight
-                    change = values.change(path, former)
-                    model.get_submodule(path).weight.add_(change, alpha=weight)
-        return run(model)
+            return torch.func.functional_call(self.base, tensors, ids())
 
     def read(self, name):
         """Take an adapter's values over from the model."""

@@ -36,8 +36,8 @@ from lora_inject import (
     unmerge,
     use,
 )
-from lora_inject.core.marks import mark_of
 from lora_inject.core.state import state_of
+from lora_inject.core.tensor_marks import mark_of
 
 pytestmark = pytest.mark.cpu("it is about the order of calls")
 
@@ -398,7 +398,7 @@ class Parts(RuleBasedStateMachine):
             trains = set(weights if train is None else train)
             for p in self.below(path):
                 state = state_of(self.model.get_submodule(p))
-                if state is not None and state.own:
+                if state is not None and state.is_adapted:
                     assert (state.use.weights, state.use.trains) == (weights, trains)
 
     @rule(data=st.data(), path=parts, bias=biases, also=train_also)
@@ -455,10 +455,10 @@ class Parts(RuleBasedStateMachine):
         }[kind]  # fmt: skip
         block = make(part)
         must = kind == "disabled" and any(
-            state.own for m in self.modules.values() if (state := state_of(m))
+            state.is_adapted for m in self.modules.values() if (state := state_of(m))
         )
         if self.go(block.__enter__, data, must=must and part is self.model):
-            inside = [m for m in part.modules() if (s := state_of(m)) and s.own and s.blocks]
+            inside = [m for m in part.modules() if (s := state_of(m)) and s.is_adapted and s.blocks]
             self.blocks.append((block, inside if kind != "merged" else []))
 
     @rule(data=st.data())
@@ -479,7 +479,7 @@ class Parts(RuleBasedStateMachine):
 
     @rule()
     def off_is_the_base(self):
-        if any(state.own for m in self.modules.values() if (state := state_of(m))):
+        if any(state.is_adapted for m in self.modules.values() if (state := state_of(m))):
             with disabled(self.model):
                 assert torch.equal(self.forward(), self.plain)
         else:

@@ -26,10 +26,10 @@ from lora_inject.adapters.combine_rules import Method, Rule, check_options
 from lora_inject.arithmetic.low_rank import difference_norm, product_norm, side_by_side
 from lora_inject.core.adaptation import reached
 from lora_inject.core.adapter import Adapter, Term
-from lora_inject.core.arranging import Fresh
 from lora_inject.core.commit import commit
 from lora_inject.core.look import Look
 from lora_inject.core.starting import as_parameters
+from lora_inject.core.state import Fresh
 from lora_inject.core.state_parts import Injection
 from lora_inject.errors import ArgumentError, UnsupportedLayerError
 from lora_inject.kinds.base import Kind
@@ -162,8 +162,7 @@ class _Made:
 def _combined(look: Look, weights: Mapping[str, float], name: str, rule: Rule) -> list[_Made]:
     """The new adapters of a model's layers, in the order in which these were adapted."""
     groups: dict[tuple[nn.Module, tuple[str, ...]], list[tuple[str, Adapter]]] = {}
-    # Leaders first, for those that share their parameters.
-    for layer, adapter in sorted(look.adapters, key=lambda pair: bool(pair[1].follows)):
+    for layer, adapter in look.leaders_first:
         if adapter.name in weights:
             targets = tuple(dict.fromkeys(spec.weight for spec in adapter.specs))
             path = look.target_path(layer, adapter)
@@ -274,7 +273,7 @@ def _shaped(
     kind: Kind, layer: nn.Module, term: Term, A: Tensor, B: Tensor, r: int
 ) -> tuple[Spec, tuple[Tensor, Tensor]]:
     """Matrices padded to rank r, in the shapes of the layer's kind and its adapters' dtype."""
-    dtype = layer.get_parameter(term.A).dtype
+    dtype = layer.get_parameter(term.names["A"]).dtype
     A, B = F.pad(A, (0, 0, 0, r - A.shape[-2])), F.pad(B, (0, r - B.shape[-1]))
     A, B = (tensor.to(dtype).contiguous() for tensor in kind.from_matrices(layer, A, B))
     old = term.spec

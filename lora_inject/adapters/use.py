@@ -1,17 +1,20 @@
 """Several adapters in one model: which of them are in use, and taking one out."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
+from lora_inject.changes.edits import surely
+from lora_inject.core.arranging import Flags
 from lora_inject.core.commit import commit
 from lora_inject.core.company import use_of
 from lora_inject.core.drift import warn_of_drift
 from lora_inject.core.look import Look
 from lora_inject.core.removal import remove_adapters
 from lora_inject.core.state import State
-from lora_inject.core.state_parts import Trained
+from lora_inject.core.state_parts import Trained, Use
 from lora_inject.errors import ArgumentError
 from lora_inject.own import Model
 from lora_inject.settings import check_names, check_weights
@@ -61,21 +64,50 @@ def use(model: Model, *adapters: Any, train: Any = None) -> Model:
     look.require_switchable()
     warn_of_drift(look, "gone")
     chosen = use_of(look, weights, trains)
+    flags: Flags = "switched" if train is None else "owned"
+    _switch(look, dict.fromkeys(look.adapted, chosen), flags)
+    return model
+
+
+@contextmanager
+def in_use(look: Look, weights: Mapping[str, float]) -> Iterator[None]:
+    """Run other adapters for the length of a block; what trains goes on to, and none of them does.
+
+    Args:
+        look: the model, not merged and in no block.
+        weights: the adapters, with the weights that they count with; none is the base model.
+    """
+    former = {module: state.use for module, state in look.adapted.items()}
+    others = {id(use): use._replace(weights=weights) for use in former.values()}
+    try:
+        _switch(look, {module: others[id(use)] for module, use in former.items()}, "changed")
+        yield
+    finally:
+        surely(lambda: _switch(look.again(), former, "changed"))
+
+
+def _switch(look: Look, uses: Mapping[nn.Module, Use], flags: Flags) -> None:
+    """Let other adapters run on these modules.
+
+    Raises:
+        ArgumentError: two own what trains in place, or one that does has a weight other than 1.
+        LoRAInjectError: a former value cannot be shown.
+    """
     states = {
-        module: State(state.before, state.reach, chosen, state.adapters, state.trained)
-        for module, state in look.own.items()
+        module: State(old.before, old.reach, use, old.adapters, old.trained)
+        for module, use in uses.items()
+        for old in [look.adapted[module]]
     }
     moving = []
     for module, trained in look.trained:
-        _require_one_owner(module, trained, weights)
-        if states[module].inside(trained) != look.states[module].inside(trained):
+        _require_one_owner(module, trained, uses[module].weights)
+        if states[module].holder(trained) != look.states[module].holder(trained):
             moving.append((module, trained))
     look.require_restorable(moving)
     formers = look.loaded_formers(moving)
     for module, _ in moving if formers else ():
         states[module] = states[module].with_formers(formers)
-    commit(look, states, flags="switched" if train is None else "owned")
-    return model
+    commit(look, states, flags=flags)
 
 
 def remove(model: Model, adapters: Any) -> Model:

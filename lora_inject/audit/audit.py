@@ -17,7 +17,6 @@ from lora_inject.audit.restoring import Kept, restoring
 from lora_inject.audit.subject import Ran, Subject, numbers
 from lora_inject.calibration.calibrate import called
 from lora_inject.compat.torch_private import tree_map
-from lora_inject.core.checks import require_module
 from lora_inject.core.look import Look
 from lora_inject.core.unreached import nodes_behind
 from lora_inject.errors import ArgumentError, LoRAInjectWarning
@@ -67,7 +66,6 @@ def audit(
         ArgumentError: ``loss`` returned no number, or was given without a batch.
         LoRAInjectError: with ``strict``, something is wrong.
     """
-    require_module(model)
     if loss is not None and batch is None:
         raise ArgumentError("loss is for a batch.")
     result = audited(model, batch, partial(called, model), loss, optimizer)

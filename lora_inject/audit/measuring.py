@@ -8,12 +8,14 @@ from torch import Tensor, nn
 
 from lora_inject.compat.torch_private import is_functorch_wrapped, tree_leaves
 from lora_inject.core.class_swap import place_of_input
-from lora_inject.core.layer import oriented
 from lora_inject.core.state import State
 from lora_inject.own import STATE
 from lora_inject.sharding import is_distributed
 
 _ROWS = 256  # of an input, of which ranks are taken
+# From which share of the largest singular value on a direction counts: of an input, where it is
+# plain; of what A makes of it, where it is no rounding. What lies between is no fault of A.
+_PLAIN, _NO_ROUNDING = 1e-2, 1e-5
 
 
 class Sizes:
@@ -72,22 +74,23 @@ def _take_ranks(
         if not known or not isinstance(x, Tensor) or not x.is_floating_point():
             continue
         tensors = {role: layer.get_parameter(name) for role, name in term.names.items()}
-        A, B = oriented(term.spec, tensors["A"], tensors["B"])
+        change = term.change(tensors, term.factor)
+        A, B = change.tensors["A"], change.tensors["B"]
         A_RI = kind.to_matrices(layer, A, B)[0].float()
         x_NI = kind.input_rows(layer, x, y).reshape(-1, A_RI.shape[-1])[:_ROWS].float()
         if A_RI.dim() != 2 or not len(x_NI):
             continue
-        used, most = _rank(x_NI @ A_RI.mT), min(len(A_RI), len(x_NI))
+        used, most = _rank(x_NI @ A_RI.mT, _NO_ROUNDING), min(len(A_RI), len(x_NI))
         if used < most:
-            most = min(most, _rank(x_NI))
+            most = min(most, _rank(x_NI, _PLAIN))
         former = sizes.ranks.get(term.adapter, (0, 0))
         sizes.ranks[term.adapter] = max(former, (used, most))
 
 
-def _rank(matrix: Tensor) -> int:
-    """The rank, but for what rounding makes; 0 of what is not finite."""
+def _rank(matrix: Tensor, share: float) -> int:
+    """How many singular values are above a share of the largest; 0 of what is not finite."""
     values: Any = torch.linalg.svdvals(matrix.nan_to_num(0.0, 0.0, 0.0))
-    return int((values > 1e-4 * values[:1]).sum())
+    return int((values > share * values[:1]).sum())
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -1,12 +1,14 @@
 """A block after which a model is as it was, whatever ran in it: for one forward and backward pass.
 
-Attributes of modules (modes, hooks, caches, states), what their dicts, lists and sets hold, flags,
-gradients, the values of buffers and of adapters, and random numbers. Parameters of the base are not
-copied, which would take the memory of the model: nothing writes to them but by mistake.
+Attributes of modules (modes, hooks, caches, states), what their dicts, lists, sets and deques hold,
+flags, gradients, the values of buffers, of other tensors that a module keeps and of adapters, and
+random numbers. Parameters of the base are not copied, which would take the memory of the model:
+nothing writes to them but by mistake.
 """
 
 import random
 import sys
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -42,10 +44,21 @@ class Kept:
 
     def __init__(self, look: Look) -> None:
         self._modules = [_Module(module) for module in look.index.modules]
-        self._tensors = [_Tensor(tensor) for tensor in _tensors(look)]
+        self._tensors = [_Tensor(tensor) for tensor in self._kept_tensors(look)]
         self._parameters = [(p, p.grad, p.requires_grad, _writes(p)) for p in look.parameters]
         waiting = [hooks_after_accumulation(parameter) for parameter in look.parameters]
         self._hooks = [(own, list(own.items())) for own in waiting if own]
+
+    def _kept_tensors(self, look: Look) -> list[Tensor]:
+        """Buffers and others that modules keep, and what adapters have put there, each once."""
+        found = {id(tensor): tensor for module in self._modules for tensor in module.tensors}
+        for module, state in look.adapted.items():
+            for name, _, _ in owned(state):
+                tensor = own_tensor(module, name)
+                if tensor is not None:
+                    found[id(tensor)] = tensor
+        # What is of inference mode can be written to in there alone.
+        return [t for t in found.values() if not (t.is_meta or t.is_inference())]
 
     def begin(self) -> None:
         """Take gradients and what waits for them aside."""
@@ -86,9 +99,9 @@ class _Module:
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.cls, self.own = module, type(module), dict(module.__dict__)
-        self.held = [
-            (value, _items(value)) for value in self.own.values() if isinstance(value, _CONTAINERS)
-        ]
+        held = _held(module)
+        self.held = [(value, _items(value)) for value in held if isinstance(value, _CONTAINERS)]
+        self.tensors = [value for value in held if isinstance(value, Tensor)]
 
     def put_back(self) -> None:
         """Only what has changed: compilers watch writes to attributes."""
@@ -102,8 +115,7 @@ class _Module:
                 now[name] = value
         for container, items in self.held:
             if not _same(_items(container), items):
-                container.clear()
-                container.extend(items) if isinstance(container, list) else container.update(items)
+                _fill(container, items)
 
     def replaced_buffers(self) -> Iterator[Tensor]:
         """The former buffers in whose place others stand now."""
@@ -113,7 +125,33 @@ class _Module:
                 yield buffer
 
 
-_CONTAINERS = (dict, list, set)
+_CONTAINERS = (dict, list, set, deque)
+
+
+def _held(module: nn.Module) -> list[Any]:
+    """The containers that a module keeps and the tensors in them, but parameters, each once."""
+    found: dict[int, Any] = {}
+    left = [*module.__dict__.values(), *module._buffers.values()]  # a scripted one's are no dict
+    while left:
+        value = left.pop()
+        if isinstance(value, _CONTAINERS) and id(value) not in found:
+            left += value.values() if isinstance(value, dict) else value
+        elif not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
+            continue
+        found[id(value)] = value
+    return [*found.values()]
+
+
+def _fill(container: Any, items: list[Any]) -> None:
+    """Give a container these items alone, as classes of it understand that (a Counter, say)."""
+    container.clear()
+    if isinstance(container, dict):
+        for key, value in items:
+            container[key] = value
+    elif isinstance(container, set):
+        container.update(items)
+    else:
+        container.extend(items)
 
 
 def _items(value: Any) -> list[Any]:
@@ -136,36 +174,36 @@ class _Tensor:
     """A tensor with its value."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self.value = tensor, tensor.detach().clone()
+        self.tensor, self.value, self.writes = tensor, tensor.detach().clone(), _writes(tensor)
+        self.is_dense = tensor.layout is torch.strided and not tensor.is_nested
 
     def put_back(self) -> None:
         """By ``.data``, which is not counted: what has trained is told by how often it was."""
-        if self.tensor.shape != self.value.shape:
-            self.tensor.data = self.value
-        elif self.has_moved():
+        if not self.has_moved():
+            return
+        if not self.is_dense:  # of which ``.data`` is another one
+            with torch.no_grad():
+                self.tensor.copy_(self.value)
+        elif self.tensor.shape == self.value.shape:
             self.tensor.data.copy_(self.value)
+        else:
+            self.tensor.data = self.value
 
     def has_moved(self) -> bool:
-        """Whether it has other values now."""
-        now, then = self.tensor.detach(), self.value
-        if now.is_floating_point():  # NaN is what it was too
-            now, then = now.nan_to_num(), then.nan_to_num()
-        return not torch.equal(now, then)
+        """Whether it has other values now; of what is not dense, whether it was written to."""
+        if not self.is_dense:
+            return _writes(self.tensor) != self.writes
+        return not torch.equal(_comparable(self.tensor), _comparable(self.value))
 
 
-def _tensors(look: Look) -> list[Tensor]:
-    """Buffers, and what adapters have put into the model, each once."""
-    found: dict[int, Tensor] = {}
-    for module in look.index.modules:
-        for buffer in module._buffers.values() if len(module._buffers) else ():
-            if buffer is not None:
-                found[id(buffer)] = buffer
-        for name, _, _ in owned(look.own.get(module)):
-            tensor = own_tensor(module, name)
-            if tensor is not None:
-                found[id(tensor)] = tensor
-    # What is of inference mode can be written to in there alone.
-    return [t for t in found.values() if not (t.is_meta or t.is_inference())]
+def _comparable(tensor: Tensor) -> Tensor:
+    """The values in a type that torch compares, NaN as what is equal to itself."""
+    values = tensor.detach()
+    if values.is_complex():
+        values = torch.view_as_real(values.resolve_conj())
+    if values.is_floating_point():
+        return values.nan_to_num() if values.dtype.itemsize > 1 else values.view(torch.uint8)
+    return values
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lora_inject.audit.findings import Finding
 from lora_inject.audit.subject import Subject, numbers
-from lora_inject.changes.recompute import is_needed_early
+from lora_inject.changes.checkpointing import is_needed_early
 from lora_inject.compat.marks import has_accelerate_hook, is_fully_sharded
 from lora_inject.core.adapter import Adapter
 from lora_inject.core.look import Look
@@ -79,7 +79,7 @@ def in_place(s: Subject) -> Iterator[Finding]:
     """What trains in place and got no gradient."""
     for module, trained in s.look.trained:
         parameter = module._parameters.get(trained.name)
-        is_in_use = s.look.states[module].inside(trained) in trained.owners
+        is_in_use = s.look.states[module].holder(trained) in trained.owners
         if parameter is None or not parameter.requires_grad or not is_in_use:
             continue
         if parameter not in s.ran.gradients and s.ran.has_graph:

@@ -22,7 +22,7 @@ _DRIFT: dict[Kind, str] = {
 
 def adapters_there(s: Subject) -> Iterator[Finding]:
     """That there are adapters, and that something trains."""
-    if not s.look.own:
+    if not s.look.adapted:
         yield Finding("no-adapter", "")
     elif not any(parameter.requires_grad for parameter in s.look.parameters):
         yield Finding("nothing-trains", "")
@@ -31,7 +31,7 @@ def adapters_there(s: Subject) -> Iterator[Finding]:
 def adapters_asleep(s: Subject) -> Iterator[Finding]:
     """Adapters that train and do not run."""
     asleep: dict[str, str] = {}
-    for state in s.look.own.values():
+    for state in s.look.adapted.values():
         folded = state.merged.adapters if state.merged else ()
         for name in state.on_it & state.use.trains:
             if state.blocks and state.rows is None:

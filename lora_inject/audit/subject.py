@@ -108,7 +108,7 @@ class Subject:
     def trained(self) -> list[tuple[nn.Module, str, nn.Parameter]]:
         """What trains of adapters: module, name, parameter."""
         found: dict[int, tuple[nn.Module, str, nn.Parameter]] = {}
-        for module, state in self.look.own.items():
+        for module, state in self.look.adapted.items():
             for name, _, trains in owned(state):
                 parameter = module._parameters.get(name)
                 if trains and parameter is not None and parameter.requires_grad:

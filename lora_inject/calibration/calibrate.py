@@ -14,7 +14,7 @@ from lora_inject.core.patterns import parse
 from lora_inject.core.site import Site
 from lora_inject.errors import ArgumentError, LoRAInjectError, UnsupportedLayerError
 from lora_inject.plan import plan
-from lora_inject.progress import tracked
+from lora_inject.printing.progress import tracked
 from lora_inject.starts.default import matrix_shape
 
 Mask = str | bool | Callable[[Any], Tensor] | None

@@ -10,11 +10,6 @@ from torch.utils.hooks import RemovableHandle
 from lora_inject.changes.edits import Edit, items_edits
 
 
-def has_hook(module: nn.Module, hook: Callable[..., Any]) -> bool:
-    """Whether a forward pre-hook stands on the module."""
-    return any(other is hook for other in module._forward_pre_hooks.values())
-
-
 def pre_hook_edits(
     module: nn.Module, hook: Callable[..., Any], on: bool, *, first: bool = False
 ) -> list[Edit]:
@@ -22,17 +17,16 @@ def pre_hook_edits(
 
     Args:
         module: the module.
-        hook: a function of a module of ours. One that comes first gets no keyword arguments, and
-            one that does not gets them.
+        hook: a function of a module of ours, of the module, its arguments and keyword arguments.
         on: whether it is to be there.
-        first: whether it comes before all others.
+        first: whether it comes before all others; it gets no keyword arguments then.
     """
     hooks, with_kwargs = module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
     return _hook_edits(hooks, with_kwargs, hook, on, first=first)
 
 
 def after_hook_edits(module: nn.Module, hook: Callable[..., Any], on: bool) -> list[Edit]:
-    """Put a forward hook on a module that is called after an error too, or take it off."""
+    """The same with a forward hook, which is called after an error too."""
     return _hook_edits(module._forward_hooks, module._forward_hooks_always_called, hook, on)
 
 
@@ -41,6 +35,8 @@ def _hook_edits(
 ) -> list[Edit]:
     """Edits of a dict of hooks, and of the one that marks all but a hook that comes first."""
     ours = {key for key, other in hooks.items() if other is hook}
+    if bool(ours) is on:
+        return []
     kept = [item for item in hooks.items() if item[0] not in ours]
     marks = [item for item in marked.items() if item[0] not in ours]
     if on:

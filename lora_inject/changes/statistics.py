@@ -81,7 +81,7 @@ def _inside(module: nn.Module) -> list[Tensor]:
     return [b for path, b in module.named_buffers() if is_statistic(path.rpartition(".")[2])]
 
 
-class _Lent(NamedTuple):
+class _Former(NamedTuple):
     """What is put back after a forward pass: the buffers themselves, or values of theirs."""
 
     own: dict[str, Tensor]
@@ -99,19 +99,19 @@ class _Hidden(threading.local):
     """What puts statistics back, of modules whose forward runs, also where they call themselves."""
 
     def __init__(self) -> None:
-        self.of: dict[nn.Module, list[_Lent]] = {}
+        self.of: dict[nn.Module, list[_Former]] = {}
 
 
 _hidden = _Hidden()
 
 
-def _lend(module: nn.Module, args: Any) -> None:
+def _hide(module: nn.Module, args: Any) -> None:
     """Hide the statistics of a module while it trains, behind copies."""
     if module in _hidden.of:
         _put_back_left(module)
     if isinstance(module, torch.jit.ScriptModule):
         # It has its buffers to itself; whether it trains is said by each one inside.
-        lent = _Lent({}, [(tensor, tensor.clone()) for tensor in _inside(module)])
+        former = _Former({}, [(tensor, tensor.clone()) for tensor in _inside(module)])
     else:
         names = module.__dict__[_HELD] if module.training else ()
         own: dict[str, Tensor] = {}
@@ -119,9 +119,9 @@ def _lend(module: nn.Module, args: Any) -> None:
             buffer = module._buffers.get(name)
             if buffer is not None:
                 own[name] = buffer
-        lent = _Lent(own, [])
+        former = _Former(own, [])
         module._buffers.update({name: b.clone() for name, b in own.items()})
-    _hidden.of.setdefault(module, []).append(lent)
+    _hidden.of.setdefault(module, []).append(former)
 
 
 def _put_back(module: nn.Module, args: Any, output: Any) -> None:
@@ -139,7 +139,7 @@ def _put_back_left(module: nn.Module) -> None:
         del stack[others:]
 
 
-def _forget_left(module: nn.Module, _: None, stack: list[_Lent] | None) -> None:
+def _forget_left(module: nn.Module, _: None, stack: list[_Former] | None) -> None:
     if stack is None:
         _hidden.of.pop(module, None)
     else:
@@ -147,7 +147,7 @@ def _forget_left(module: nn.Module, _: None, stack: list[_Lent] | None) -> None:
 
 
 def _hook_edits(module: nn.Module, on: bool) -> list[Edit]:
-    before = pre_hook_edits(module, _lend, on, first=True)
+    before = pre_hook_edits(module, _hide, on, first=True)
     edits = [*before, *after_hook_edits(module, _put_back, on)]
     left = None if on else _hidden.of.get(module)
     if left:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lora_inject.errors import ArgumentError
 from lora_inject.inject import inject, strip
 from lora_inject.plan import plan
-from lora_inject.progress import doing, tracked
+from lora_inject.printing.progress import doing, tracked
 from lora_inject.training.optimizer import param_groups
 
 HELD_OUT = 1000

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import lora_inject
 from lora_inject.errors import LoRAInjectError
-from lora_inject.progress import doing
+from lora_inject.printing.progress import doing
 
 DTYPES = ("bf16", "fp16", "fp32")
 FORMATS = ("peft", "loralib", "kohya", "diffusers", "gguf")
@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_plan(commands: Any) -> None:
     show = commands.add_parser(
         "plan",
-        help="show what would be adapted, what would train and what memory that takes",
+        help="show what would be adapted and train, what memory that takes, and how many devices",
         description="Show what inject would do to a model, without its weights.",
     )
     show.set_defaults(run=_command("plan"))

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.jit import ScriptModule
 
@@ -200,6 +201,12 @@ def experts_function(module: nn.Module) -> str | None:
         return None
     name = getattr(_attribute(module, "config"), "_experts_implementation", None)
     return None if name in (None, "eager") else str(name)
+
+
+def compiles_to_own_operator(dtype: torch.dtype) -> bool:
+    """Whether transformers, compiled, makes products by groups by the operator of its own."""
+    known = hasattr(torch.ops.transformers, "grouped_mm_fallback")
+    return known and dtype != torch.bfloat16
 
 
 def is_fallback_of_grouped_product(function: Any) -> bool:

@@ -143,6 +143,10 @@ def offset_of_shard(shape: Any, mesh: Any, placements: Any) -> tuple[int, ...] |
     return tuple(compute_local_shape_and_global_offset(shape, mesh, placements)[1])
 
 
+# How attention makes queries, keys and values of a packed weight; None: it sees an effective one.
+packed_projections = getattr(F, "_in_projection_packed", None)
+
+
 def is_grouped_product(function: Any) -> bool:
     """Whether it is torch's product of rows, by groups, with a matrix for each group.
 

@@ -12,19 +12,16 @@ from lora_inject.arithmetic import starting_values as initial
 from lora_inject.changes.edits import Edit, value_edit
 from lora_inject.changes.statistics import is_held
 from lora_inject.core.adapter import Adapter
-from lora_inject.core.arranging import Fresh, stand_in
+from lora_inject.core.arranging import stand_in
 from lora_inject.core.company import company, joined, writes_to
 from lora_inject.core.look import Look
 from lora_inject.core.site import Site
 from lora_inject.core.starting import pair_parameters
-from lora_inject.core.state import State
+from lora_inject.core.state import Fresh, State
 from lora_inject.core.state_parts import Before, Injection, Reach, Trained, Use
 from lora_inject.own import Place, own_tensor
 from lora_inject.settings import BiasMode
 from lora_inject.sharding import fill, whole
-
-# A copy of such a module has no attributes but its own: its parent remembers what it was.
-_FORGETFUL = (torch.jit.ScriptModule, torch.fx.GraphModule)
 
 
 class Content(NamedTuple):
@@ -37,7 +34,7 @@ class Content(NamedTuple):
             updates.
         values: tensors by role, by path and prefix of each pair; None for starting values.
         tensors: values of what trains in place; what is not there keeps the base's.
-        use: whether the adapter joins those in use and trains; else it waits for ``use``.
+        joins: whether the adapter joins those in use and trains; else it waits for ``use``.
         beside: the adapters that were in use while it trained.
         said: what its file says besides, as JSON.
         left: what a pattern would have adapted and could not, by path, with the reasons.
@@ -49,7 +46,7 @@ class Content(NamedTuple):
     in_place: Mapping[Place, bool] = {}
     values: Mapping[tuple[str, str], Mapping[str, Tensor]] | None = None
     tensors: Mapping[Place, Tensor] = {}
-    use: bool = True
+    joins: bool = True
     beside: frozenset[str] = frozenset()
     said: str = ""
     left: Mapping[str, str] = {}
@@ -108,13 +105,13 @@ def adaptation(
             if site.follows:
                 pairs = leaders[site.follows]
             else:
-                pairs = pair_parameters(site, adapter, content.values, content.use, generator)
+                pairs = pair_parameters(site, adapter, content.values, content.joins, generator)
             leaders[site.path] = pairs
             own = made.fresh.setdefault(site.module, {})
             for (_, names), pair in zip(adapter.pairs, pairs, strict=True):
                 for role, key in names.items():
                     own[key, name] = pair[role]
-        own_in_place(look, made, name, content.in_place, content.use)
+        own_in_place(look, made, name, content.in_place, content.joins)
         _fill(made, name, content.tensors)
     train_in_full(look, made.states, name, content.train_also.values())
     _put_on_layers(look, made, name, adapters, content)
@@ -126,12 +123,12 @@ def reached(look: Look, injection: Injection | None = None) -> dict[nn.Module, S
 
     Args:
         look: the model.
-        injection: the call, where it puts an adapter into the model; else those that are known
-            reach what has been added to the model since.
+        injection: the call, where it puts an adapter into the model. Without one, those that are
+            known reach what has been added to the model since.
     """
     reaches: dict[int, Reach] = {}
     alike: dict[Before, State] = {}  # frozen modules that tell the same are one value
-    root, states = look.model, dict[nn.Module, State]()
+    states = dict[nn.Module, State]()
     new = () if injection is None else (injection,)
     first = Reach(new or look.injections)
     for module in look.index.modules:
@@ -148,18 +145,10 @@ def reached(look: Look, injection: Injection | None = None) -> dict[nn.Module, S
             states[module] = old.change(reach=reaches[id(reach)])
         else:
             states[module] = old
-    if injection is None:  # what was called on parts reaches the whole now, and goes with it
-        _reach_all(look, states)
-    else:
-        reach = states[root].reach
-        roots = reach.roots | {injection.id}
-        states[root] = states[root].change(reach=reach._replace(roots=roots))
-    forgetful = {module for module in look.index.modules if isinstance(module, _FORGETFUL)}
-    for module in look.index.modules if forgetful else ():
-        noted = tuple((n, states[m]) for n, m in module._modules.items() if m in forgetful)
-        if noted:
-            reach = states[module].reach._replace(noted=noted)
-            states[module] = states[module].change(reach=reach)
+    if injection is not None:
+        root = states[look.model]
+        reach = root.reach._replace(roots=root.reach.roots | {injection.id})
+        states[look.model] = root.change(reach=reach)
     return states
 
 
@@ -168,15 +157,6 @@ def _before(look: Look, module: nn.Module) -> Before:
     own = module._parameters
     named = [(n, look.former_flag(p)) for n, p in own.items() if p is not None] if len(own) else ()
     return Before(type(module), module.training, tuple(named), is_held(module))
-
-
-def _reach_all(look: Look, states: dict[nn.Module, State]) -> None:
-    """Let every call count as one on the model itself."""
-    for module, state in states.items():
-        roots = look.roots if module is look.model else frozenset[int]()
-        if state.reach.roots != roots or state.reach.injections != look.injections:
-            reach = state.reach._replace(injections=look.injections, roots=roots)
-            states[module] = state.change(reach=reach)
 
 
 def train_in_full(
@@ -193,7 +173,7 @@ def train_in_full(
 
 
 def own_in_place(
-    look: Look, made: Adaptation, name: str, tensors: Mapping[Place, bool], use: bool
+    look: Look, made: Adaptation, name: str, tensors: Mapping[Place, bool], joins: bool
 ) -> None:
     """Make an adapter an owner of what trains in place, wherever that is tied.
 
@@ -202,7 +182,7 @@ def own_in_place(
         made: its new states, and tensors that they name.
         name: the adapter's name.
         tensors: the places, and whether what stands there trains itself or only moves.
-        use: whether the adapter's tensors are to stand in the places now.
+        joins: whether the adapter's tensors are to stand in the places now.
     """
     formers: dict[int, Tensor] = {}  # by what stands in the place: tied places share one value
     copies: dict[int, Tensor | None] = {}  # by the former value
@@ -218,7 +198,7 @@ def own_in_place(
             state = made.states[owner] = made.states[owner].with_formers(loaded)
             known = state.find(key) or _untouched(tensor, key, owner, len(tied), formers)
             if name not in known.owners:
-                if use and known.original is None:
+                if joins and known.original is None:
                     known = replace(known, original=name)
                 else:
                     if id(known.former) not in copies:
@@ -240,7 +220,7 @@ def _untouched(
 
 
 def former_value(tensor: Tensor) -> Tensor:
-    """A copy of a value to keep; on the meta device there is none yet, and it is asked again."""
+    """A copy of a value to keep; there is none yet on the meta device, until values are reset."""
     value = tensor.detach()
     return value.to("meta") if value.is_meta else whole(value).to("cpu", copy=True)
 
@@ -273,10 +253,10 @@ def _put_on_layers(
     )
     for module, state in made.states.items():
         own, now = adapters.get(module, ()), state.use
-        if own or (state.own and name in state.on_it):
+        if own or (state.is_adapted and name in state.on_it):
             if id(now) not in uses:
                 known = now._replace(beside=beside)
-                uses[id(now)] = joined(look, known, name, writes) if content.use else known
+                uses[id(now)] = joined(look, known, name, writes) if content.joins else known
             now = uses[id(now)]
         if own or now is not state.use:
             made.states[module] = state.change(adapters=(*state.adapters, *own), use=now)

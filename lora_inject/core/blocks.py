@@ -55,10 +55,10 @@ def _enter(
     look.require_restorable(
         (module, trained)
         for module, trained in look.trained
-        if look.states[module].inside(trained) != BASE
+        if look.states[module].holder(trained) != BASE
     )
     states, values = dict[nn.Module, State](), [*around]
-    for module, state in look.own.items():
+    for module, state in look.adapted.items():
         computes = None if rows is None else rows(module, state)
         new = state.change(blocks=(*state.blocks, Block(token, computes)))
         if state.merged and not state.blocks:

@@ -1,7 +1,6 @@
 """What makes an injection wrong whatever layers it is for: refused before anything is changed."""
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -9,7 +8,6 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
 from lora_inject.changes.statistics import has_statistics
-from lora_inject.compat.marks import peft_modules
 from lora_inject.core.look import Look
 from lora_inject.core.site import Site
 from lora_inject.core.state import adapters_of, state_of
@@ -22,33 +20,27 @@ from lora_inject.settings import BASE, BiasMode, Settings
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
-def require_module(model: Any) -> None:
-    """Refuse what is no model, or one whose forward cannot be changed."""
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model must be an nn.Module, not a {type(model).__name__}.")
-    if isinstance(model, torch.jit.ScriptModule):
+def require_injectable(look: Look) -> None:
+    """Refuse what makes any injection wrong, wherever in the model it stands."""
+    if isinstance(look.model, torch.jit.ScriptModule):
         raise UnsupportedLayerError(
             "the model is a ScriptModule, whose forward cannot be changed.",
             remedy="Adapt it before scripting.",
         )
-
-
-def require_injectable(look: Look) -> None:
-    """Refuse what makes any injection wrong, wherever in the model it stands."""
-    for place in look.index.places:
-        if isinstance(place.module, _WRAPPERS):
+    for named in look.index.named:
+        if isinstance(named.module, _WRAPPERS):
             raise UnsupportedLayerError(
-                f"{type(place.module).__name__} would not know of new parameters.",
-                path=place.path,
+                f"{type(named.module).__name__} would not know of new parameters.",
+                path=named.path,
                 remedy="Inject first, then wrap the model.",
             )
-        if isinstance(place.module, LazyModuleMixin) and has_statistics(place.module):
-            raise UnsupportedLayerError(LAZY, path=place.path)  # held, they would stay so
-        for name, parameter in place.module._parameters.items():
+        if isinstance(named.module, LazyModuleMixin) and has_statistics(named.module):
+            raise UnsupportedLayerError(LAZY, path=named.path)  # held, they would stay so
+        for name, parameter in named.module._parameters.items():
             if parameter is not None and not is_lazy(parameter) and parameter.is_inference():
                 raise UnsupportedLayerError(
                     f"its {name} was made in inference mode and can never train again.",
-                    path=place.path,
+                    path=named.path,
                     remedy="Build or load the model outside of torch.inference_mode.",
                 )
 
@@ -57,8 +49,7 @@ def warn_of_adapters_of_peft(look: Look) -> None:
     """Warn of adapters that PEFT has put into the model and that an injection freezes."""
     layers = {
         look.index.path(layer): None
-        for layer in look.index.modules
-        for module in (m for own in peft_modules(layer) for m in look.index.below(own))
+        for module, layer in look.of_peft.items()
         if any(p is not None and p.requires_grad for p in module._parameters.values())
     }
     if layers:
@@ -71,7 +62,7 @@ def warn_of_adapters_of_peft(look: Look) -> None:
 
 def require_extensible(look: Look, adapter: str, bias: BiasMode) -> None:
     """Refuse to add layers to an adapter whose weight in use is not 1, or in another bias mode."""
-    for module, state in look.own.items():
+    for module, state in look.adapted.items():
         if adapter in state.on_it and state.use.weights.get(adapter) != 1.0:
             raise ArgumentError(
                 f"adapter: {adapter!r} is there already and not in use with a weight of 1.",
@@ -87,10 +78,10 @@ def require_free_places(look: Look, adapter: str, tensors: Collection[Place]) ->
         state = look.states.get(module)
         trained = None if state is None else state.find(name)
         if state is not None and trained is not None:
-            inside = state.inside(trained)
-            if inside not in (BASE, adapter):
+            holder = state.holder(trained)
+            if holder not in (BASE, adapter):
                 raise ArgumentError(
-                    f"{adapter!r} is to train {trained.text(module)}, which {inside!r} has trained "
+                    f"{adapter!r} is to train {trained.text(module)}, which {holder!r} has trained "
                     "and which is in use.",
                     remedy="Call use(model) first, which puts no adapter in use.",
                 )
@@ -114,9 +105,16 @@ def require_alive(sites: Sequence[Site]) -> None:
             )
 
 
-def require_shaped(look: Look, tensors: Collection[Place]) -> None:
-    """Refuse to train in place what is lazy: there is no former value yet that could come back."""
+def require_exchangeable(look: Look, tensors: Collection[Place]) -> None:
+    """Refuse to train in place what cannot give way to a former value, or has none yet."""
     for module, name in tensors:
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedLayerError(
+                f"its {name} is to train in place, and a ScriptModule lets no other tensor stand "
+                "there.",
+                path=look.index.path(module),
+                remedy='Take it out of train_also (or bias="all"), or script it after strip.',
+            )
         tensor = own_tensor(module, name)
         if tensor is not None and is_lazy(tensor):
             raise UnsupportedLayerError(LAZY, path=look.index.path(module))

@@ -187,7 +187,7 @@ def class_for(state: State) -> type[nn.Module]:
     return state.before.cls
 
 
-def follows(module: nn.Module, state: State) -> bool:
+def does_as_its_class(module: nn.Module, state: State) -> bool:
     """Whether a forward that was set on the instance does what its class does, whichever it is.
 
     Methods that a tool has kept of our classes ask for the class when they are called.
@@ -195,7 +195,7 @@ def follows(module: nn.Module, state: State) -> bool:
     return forward_below(module) is lora_class(state.before.cls, state.adapters).forward
 
 
-def is_bare(module: nn.Module, state: State) -> bool:
+def is_unparametrized(module: nn.Module, state: State) -> bool:
     """Whether what was a parametrized layer is none any more, since its norm was removed."""
     before = state.before.cls
     known = before.__name__ == f"Parametrized{type(module).__name__}"

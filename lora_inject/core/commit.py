@@ -23,19 +23,19 @@ from lora_inject.changes.edits import (
     run,
     training_edits,
 )
-from lora_inject.core.arranging import Arranging, Flags, Fresh, States
+from lora_inject.core.arranging import Arranging, Flags
 from lora_inject.core.look import Look
-from lora_inject.core.marks import Mark, is_marked, mark_edit, mark_of, unmarking_edits
 from lora_inject.core.module_edits import (
     add_class_and_scales,
-    edge_edits,
     lent_edits,
+    module_edits,
     root_edits,
     statistics_edits,
 )
 from lora_inject.core.recomputing import note_commit, note_parts
 from lora_inject.core.reduced import require_reduced
-from lora_inject.core.state import State, owned
+from lora_inject.core.state import Fresh, State, States, owned
+from lora_inject.core.tensor_marks import Mark, mark_edit, mark_of, unmarking_edits
 from lora_inject.own import STATE
 
 
@@ -67,6 +67,7 @@ def commit(
     Raises:
         LoRAInjectError: DistributedDataParallel would not reduce what is to train.
     """
+    states = _with_notes(look, states)
     with torch.inference_mode(False):  # tensors made in it could never train
         edits = edits_of(look, states, fresh or {}, values, flags, modes)
     require_reduced(look, states, edits, fresh or {})
@@ -74,6 +75,18 @@ def commit(
     done = run(edits, then)
     note_commit(look, states, lambda former: edits_of(look.again(), former, {}, (), "switched"))
     return done
+
+
+def _with_notes(look: Look, states: States) -> States:
+    """The new states, with those that copies will forget noted on what is around their modules."""
+    noted = dict(states)
+    for module, inside in look.forgetful.items():
+        state = noted.get(module, look.states.get(module))
+        if state is not None:
+            known = ((path, noted.get(m, look.states.get(m))) for path, m in inside)
+            reach = state.reach._replace(noted=tuple(note for note in known if note[1] is not None))
+            noted[module] = state.change(reach=reach)
+    return noted if look.forgetful else states
 
 
 def edits_of(
@@ -91,12 +104,13 @@ def edits_of(
         old = before.get(module)
         if old is not None and state is not None:
             moves = old.trained or state.trained or old.adapters is not state.adapters
-            sets = flags != "changed" or old.use.trains != state.use.trains
-            apart = flags == "all" and not _is_alone(look, module, state)
-            if moves or apart or (sets and _shares(module, state)):
+            sets_flags = flags != "changed" or old.use.trains != state.use.trains
+            # A flag that other modules share follows from the states of all of them.
+            of_base = flags == "all" and not _is_alone(look, module, state)
+            if moves or of_base or (sets_flags and _shares(module, state)):
                 general[module] = state
             else:
-                _add_still_edits(edits, module, old, state, flags if sets else None)
+                _add_still_edits(edits, module, old, state, flags if sets_flags else None)
         elif state is not None and _is_alone(look, module, state):
             _add_first_edits(edits, module, state, fresh.get(module, {}))
         elif old is not None and _is_alone(look, module, old):
@@ -136,10 +150,10 @@ def _add_first_edits(
 ) -> None:
     own: Any = module._parameters
     if len(own):
-        reference = weakref.ref(module)
+        reference, flags = weakref.ref(module), dict(state.before.flags)
         for name, parameter in own.items():
             if parameter is not None:
-                mark = Mark(parameter.requires_grad, ((reference, name),))
+                mark = Mark(flags[name], ((reference, name),))
                 edits += training_edits(parameter, False)
                 edits.append(mark_edit(parameter, mark))
     if fresh:
@@ -147,7 +161,7 @@ def _add_first_edits(
         items = now + [(name, tensor) for (name, _), tensor in fresh.items()]
         edits.append((put_items, own, None, now, items))
         own = dict(items)
-    edits += edge_edits(module, None, state, own)
+    edits += module_edits(module, None, state, own)
 
 
 def _add_last_edits(edits: list[Edit], module: nn.Module, state: State, modes: bool) -> None:
@@ -165,7 +179,7 @@ def _add_last_edits(edits: list[Edit], module: nn.Module, state: State, modes: b
                 edits += unmarking_edits(parameter)
         if ours:
             edits.append((put_items, own, None, now, kept))
-    edits += edge_edits(module, state, None, own, modes)
+    edits += module_edits(module, state, None, own, modes)
 
 
 # --- nothing moves ------------------------------------------------------------------------------
@@ -174,7 +188,8 @@ def _add_last_edits(edits: list[Edit], module: nn.Module, state: State, modes: b
 def _shares(module: nn.Module, state: State) -> bool:
     """Whether it shares the A or B of an adapter with what it is tied to."""
     own: Any = module._parameters
-    return any(is_marked(own[name]) for adapter in state.adapters for name in adapter.parameters)
+    names = (name for adapter in state.adapters for name in adapter.parameters)
+    return any(mark_of(own[name]) is not None for name in names)
 
 
 def _add_still_edits(

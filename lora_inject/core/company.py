@@ -14,7 +14,7 @@ from lora_inject.core.state_parts import Use
 
 def company(look: Look) -> dict[str, frozenset[str]]:
     """By adapter, the others that were in use while it trained; those without any are left out."""
-    uses = {id(state.use): state.use for state in look.own.values()}.values()
+    uses = {id(state.use): state.use for state in look.adapted.values()}.values()
     found: dict[str, frozenset[str]] = {}
     for name, now in _writes(look, _together(look)).items():
         if all(use.writes.get(name) != now for use in uses):
@@ -53,7 +53,7 @@ def _together(look: Look) -> set[str]:
 
 
 def _trains(look: Look) -> frozenset[str]:
-    return frozenset().union(*(state.use.trains for state in look.own.values()))
+    return frozenset().union(*(state.use.trains for state in look.adapted.values()))
 
 
 def writes_to(tensors: Iterable[Tensor]) -> int:

@@ -12,9 +12,9 @@ from torch import nn
 from lora_inject.core.layer import LoRALayer
 from lora_inject.core.layer_checks import has_own_forward
 from lora_inject.core.look import Look
-from lora_inject.core.marks import mark_of
 from lora_inject.core.state import State, owned, state_of
 from lora_inject.core.state_parts import Injection
+from lora_inject.core.tensor_marks import mark_of
 from lora_inject.errors import LoRAInjectError, warn
 from lora_inject.printing import few
 from lora_inject.settings import BASE
@@ -170,7 +170,7 @@ def _came(look: Look) -> Iterator[Drift]:
             yield Drift("came", look.index.path(child), sum(p.requires_grad for p in own))
     for module, state in look.states.items():
         for name in _unknown(module, state) if len(module._parameters) else ():
-            path = f"{look.index.path(module)}.{name}".lstrip(".")
+            path = look.index.path(module, name)
             yield Drift("came", path, int(module.get_parameter(name).requires_grad))
 
 
@@ -189,8 +189,7 @@ def _thawed(look: Look) -> Iterator[Drift]:
                 # Without a mark another call may have let it train: strip, of a shallow copy.
                 places = look.everywhere(parameter) if mark_of(parameter) is not None else []
                 if places and not any(_is_owned(*place) for place in places):
-                    path = f"{look.index.path(module)}.{name}".lstrip(".")
-                    yield Drift("thawed", path, 1)
+                    yield Drift("thawed", look.index.path(module, name), 1)
 
 
 def _is_owned(module: nn.Module, name: str) -> bool:
@@ -198,11 +197,11 @@ def _is_owned(module: nn.Module, name: str) -> bool:
 
 
 def _frozen(look: Look) -> Iterator[Drift]:
-    for module, state in look.own.items():
+    for module, state in look.adapted.items():
         for name, _, trains in owned(state):
             parameter = module._parameters.get(name)
             if trains and parameter is not None and not parameter.requires_grad:
-                yield Drift("frozen", f"{look.index.path(module)}.{name}".lstrip("."))
+                yield Drift("frozen", look.index.path(module, name))
 
 
 def _class(look: Look) -> Iterator[Drift]:

@@ -7,19 +7,26 @@ from os import PathLike
 import torch
 from torch import Tensor, nn
 
+from lora_inject.compat.marks import peft_modules
 from lora_inject.core.adapter import Adapter
 from lora_inject.core.index import Index
-from lora_inject.core.marks import mark_of, places_of
 from lora_inject.core.state import State
 from lora_inject.core.state_parts import Injection, Trained
+from lora_inject.core.tensor_marks import mark_of, places_of
 from lora_inject.errors import ArgumentError, LoRAInjectError
 from lora_inject.own import STATE, Place, own_tensor
 from lora_inject.settings import BASE, BiasMode
 from lora_inject.sharding import is_partial
 
+# A copy of such a module has no attributes but its own.
+_FORGETFUL = (torch.jit.ScriptModule, torch.fx.GraphModule)
+
 
 class Facts:
-    """What a model is when it is looked at.
+    """What a model is when it is looked at; each thing is worked out when somebody asks for it.
+
+    A ``Look`` is this with refusals. It stands apart from them, since what runs in an adapted layer
+    (``recomputing.py``) looks at models too, and the refusals know of layers.
 
     Attributes:
         model: the model.
@@ -40,15 +47,33 @@ class Facts:
         """What is known of each module that a call has reached."""
         found = {m: m.__dict__[STATE] for m in self.index.modules if STATE in m.__dict__}
         for module, state in list(found.items()):
-            for name, noted in state.reach.noted:  # of a child that forgets it when it is copied
-                child = dict(module._modules.items()).get(name)
-                if child is not None:
-                    found.setdefault(child, noted)
+            for path, noted in state.reach.noted:  # of a module that forgets it when it is copied
+                inside = self.index.by_path.get(self.index.path(module, path))
+                if inside is not None:
+                    found.setdefault(inside, noted)
         return found
 
     @cached_property
-    def own(self) -> dict[nn.Module, State]:
-        """Of these the modules on which an adapter has something."""
+    def forgetful(self) -> dict[nn.Module, list[tuple[str, nn.Module]]]:
+        """The modules that forget their states when they are copied, by what they are in.
+
+        Each with its path from there: the nearest module around it that is none of them.
+        """
+        found: dict[nn.Module, list[tuple[str, nn.Module]]] = {}
+        if any(issubclass(cls, _FORGETFUL) for cls in {type(m) for m in self.index.modules}):
+            for path, module in self.index.by_path.items():
+                above, around = path, module
+                while above and isinstance(around, _FORGETFUL):
+                    above = above.rpartition(".")[0]
+                    around = self.index.by_path[above]
+                if around is not module and not isinstance(around, _FORGETFUL):
+                    inside = path.removeprefix(above).lstrip(".")
+                    found.setdefault(around, []).append((inside, module))
+        return found
+
+    @cached_property
+    def adapted(self) -> dict[nn.Module, State]:
+        """Of these the modules on which an adapter has A and B, or that it trains in place."""
         return {m: state for m, state in self.states.items() if state.adapters or state.trained}
 
     @cached_property
@@ -64,13 +89,18 @@ class Facts:
     @cached_property
     def used(self) -> dict[str, float]:
         """The adapters in use, with their weights; parts of the model may differ."""
-        uses = {id(state.use): state.use for state in self.own.values()}
+        uses = {id(state.use): state.use for state in self.adapted.values()}
         return {name: weight for use in uses.values() for name, weight in use.weights.items()}
 
     @cached_property
     def adapters(self) -> list[tuple[nn.Module, Adapter]]:
         """Every adapter on every layer."""
-        return [(m, adapter) for m, state in self.own.items() for adapter in state.adapters]
+        return [(m, adapter) for m, state in self.adapted.items() for adapter in state.adapters]
+
+    @property
+    def leaders_first(self) -> list[tuple[nn.Module, Adapter]]:
+        """The same, with those that share the A and B of a tied layer after the others."""
+        return sorted(self.adapters, key=lambda pair: bool(pair[1].follows))
 
     def leader(self, layer: nn.Module, adapter: Adapter) -> tuple[nn.Module, Adapter]:
         """The adapter of the tied layer whose A and B this one shares.
@@ -94,9 +124,8 @@ class Facts:
 
     def target_path(self, layer: nn.Module, adapter: Adapter) -> str:
         """The path of what an adapter was put on: of a layer, or of a parameter of it."""
-        path = self.index.path(layer)
         of_parameter = adapter.kind.name == "parameter"
-        return f"{path}.{adapter.specs[0].weight}".lstrip(".") if of_parameter else path
+        return self.index.path(layer, adapter.specs[0].weight if of_parameter else "")
 
     @cached_property
     def injections(self) -> tuple[Injection, ...]:
@@ -124,7 +153,7 @@ class Facts:
     @cached_property
     def trained(self) -> list[tuple[nn.Module, Trained]]:
         """Every place of the model of which something trains in place."""
-        return [(m, trained) for m, state in self.own.items() for trained in state.trained]
+        return [(m, trained) for m, state in self.adapted.items() for trained in state.trained]
 
     def tensor(self, module: nn.Module, trained: Trained, owner: str) -> Tensor | None:
         """An owner's tensor for such a place, wherever it is."""
@@ -153,9 +182,9 @@ class Facts:
         """Every place where a parameter or buffer is registered, by the id of the tensor."""
         places: dict[int, list[Place]] = {}
         for module in self.index.modules:
-            for owned in (module._parameters, module._buffers):
-                if len(owned):
-                    for name, tensor in owned.items():
+            for tensors in (module._parameters, module._buffers):
+                if len(tensors):
+                    for name, tensor in tensors.items():
                         if tensor is not None:
                             places.setdefault(id(tensor), []).append((module, name))
         return places
@@ -163,13 +192,7 @@ class Facts:
     @cached_property
     def tied(self) -> set[int]:
         """The ids of the parameters and buffers that are registered in several places."""
-        seen, tied = set[int](), set[int]()
-        for module in self.index.modules:
-            for owned in (module._parameters, module._buffers):
-                if len(owned):
-                    for tensor in owned.values():
-                        (tied if id(tensor) in seen else seen).add(id(tensor))
-        return tied - {id(None)}
+        return {key for key, places in self.tensor_places.items() if len(places) > 1}
 
     def everywhere(self, tensor: Tensor) -> list[Place]:
         """The places of a tensor in this model, and in other parts that calls have seen."""
@@ -204,7 +227,7 @@ class Facts:
             tensor, former = own_tensor(module, trained.name), trained.former
             if tensor is None or former is None or tensor.is_meta or former.is_meta:
                 continue
-            if self.states[module].inside(trained) == BASE and not is_partial(tensor):
+            if self.states[module].holder(trained) == BASE and not is_partial(tensor):
                 value = tensor.detach()
                 if value.shape != former.shape or id(former) in found:
                     continue
@@ -216,6 +239,16 @@ class Facts:
     def in_full(self) -> dict[nn.Module, str]:
         """The modules that train in full, with the name of an adapter that does it."""
         return {m: name for m, state in self.states.items() for name in state.reach.in_full}
+
+    @cached_property
+    def of_peft(self) -> dict[nn.Module, nn.Module]:
+        """The modules that adapters of PEFT are made of, each with the layer that carries it."""
+        return {
+            module: layer
+            for layer in self.index.modules
+            for own in peft_modules(layer)
+            for module in self.index.below(own)
+        }
 
     @cached_property
     def tied_formers(self) -> dict[int, int]:

@@ -51,5 +51,6 @@ def in_place(
                 "partitioned it, so that its former value cannot be kept.",
                 remedy="Call inject inside deepspeed.zero.GatheredParameters(model.parameters()).",
             )
-    statistics = [(module, name) for module in in_full for name in module._buffers]
+    # Of items, since the mapping of a scripted module is no iterable.
+    statistics = [(module, name) for module in in_full for name, _ in module._buffers.items()]
     return found | {place: False for place in statistics if place not in waiting}

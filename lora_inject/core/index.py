@@ -62,8 +62,8 @@ class Index:
         return found
 
     @cached_property
-    def places(self) -> list[NamedModule]:
-        """The same as the patterns read it."""
+    def named(self) -> list[NamedModule]:
+        """The same, as patterns read it."""
         return [NamedModule(*item) for item in self.paths.items()]
 
     @cached_property
@@ -75,9 +75,10 @@ class Index:
         """Whether another walk met the same modules in the same places."""
         return self._visits == other._visits
 
-    def path(self, module: nn.Module) -> str:
-        """The first path of a module."""
-        return self.paths[module][0]
+    def path(self, module: nn.Module, name: str = "") -> str:
+        """The first path of a module, or of what it has under a name."""
+        path = self.paths[module][0]
+        return f"{path}.{name}".lstrip(".") if name else path
 
     def below(self, top: nn.Module) -> list[nn.Module]:
         """A module of the model with everything inside of it."""

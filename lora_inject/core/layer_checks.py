@@ -13,7 +13,7 @@ from lora_inject.compat.marks import (
     is_fully_sharded,
     kept_forwards,
 )
-from lora_inject.core.class_swap import follows, is_bare, is_intact
+from lora_inject.core.class_swap import does_as_its_class, is_intact, is_unparametrized
 from lora_inject.core.state import State
 from lora_inject.core.state_parts import Trained
 from lora_inject.errors import LoRAInjectError
@@ -43,7 +43,7 @@ def require_switchable(path: str, layer: nn.Module, state: State) -> None:
             remedy="Put the adapters in use before that (fully_shard, parametrize).",
         )
     own, kept = state.before.cls.forward, layer.__dict__.get("forward")
-    known = kept is None or has_accelerate_hook(layer) or follows(layer, state)
+    known = kept is None or has_accelerate_hook(layer) or does_as_its_class(layer, state)
     if not known and forward_below(layer) is own:
         raise LoRAInjectError(
             "while none of its adapters was in use, a tool has kept the forward of its class, "
@@ -85,7 +85,7 @@ def require_intact(path: str, layer: nn.Module, state: State) -> None:
             path=path,
             remedy="Remove it first (del layer.forward).",
         )
-    if not (is_intact(layer) or is_bare(layer, state)):
+    if not (is_intact(layer) or is_unparametrized(layer, state)):
         raise LoRAInjectError(
             f"its class is now {type(layer).__name__}, put there after inject.",
             path=path,
@@ -96,7 +96,9 @@ def require_intact(path: str, layer: nn.Module, state: State) -> None:
 def has_own_forward(layer: nn.Module, state: State) -> bool:
     """Whether a forward was set on the instance that does not do what its class does."""
     return "forward" in layer.__dict__ and not (
-        has_accelerate_hook(layer) or "forward" in kept_forwards(layer) or follows(layer, state)
+        has_accelerate_hook(layer)
+        or "forward" in kept_forwards(layer)
+        or does_as_its_class(layer, state)
     )
 
 

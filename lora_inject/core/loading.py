@@ -42,7 +42,7 @@ def merged_weights(look: Look, *, shown: bool = False) -> set[str]:
     """
     return {
         f"{path}.{name}".lstrip(".")
-        for module, state in look.own.items()
+        for module, state in look.adapted.items()
         if state.merged and not (shown and state.blocks)
         for path in look.index.paths[module]
         for name in state.merged.former

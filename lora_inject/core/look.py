@@ -52,7 +52,7 @@ class Look(Facts):
         Raises:
             LoRAInjectError: it has none.
         """
-        if self.own:
+        if self.adapted:
             return
         calls = [call for state in self.states.values() for call in state.reach.injections]
         if lost := sorted({path for call in calls for path in call.layers}):
@@ -128,7 +128,7 @@ class Look(Facts):
         Raises:
             LoRAInjectError: they are.
         """
-        for module, state in self.own.items():
+        for module, state in self.adapted.items():
             if state.merged:
                 raise LoRAInjectError(
                     "its adapter is merged now.",
@@ -145,7 +145,7 @@ class Look(Facts):
         Raises:
             LoRAInjectError: it is.
         """
-        for module, state in self.own.items():
+        for module, state in self.adapted.items():
             if state.blocks and not (but_rows and state.rows is not None):
                 raise LoRAInjectError(
                     f"it is inside a {state.block_text} block now.",
@@ -193,7 +193,7 @@ class Look(Facts):
             LoRAInjectError: a class was replaced, a forward that would bypass the adapter was kept,
                 or the adapter was rounded to 8 bits.
         """
-        for module, state in self.own.items():
+        for module, state in self.adapted.items():
             require_parameters(self.index.path(module), module, state)
             if state.adapters and not isinstance(module, LoRALayer):
                 require_switchable(self.index.path(module), module, state)
@@ -207,13 +207,13 @@ class Look(Facts):
         """
         for module, trained in places:
             require_restorable(module, trained)
-            self.require_inside(module, trained)
+            self.require_all_places(module, trained)
 
-    def require_inside(self, module: nn.Module, trained: Trained) -> None:
-        """Refuse to move what stands in some of the places where it is tied alone.
+    def require_all_places(self, module: nn.Module, trained: Trained) -> None:
+        """Refuse to move what is tied to places that are not in the model, and would stay behind.
 
         Raises:
-            LoRAInjectError: others are outside of the model.
+            LoRAInjectError: it is.
         """
         if trained.former is not None and self.tied_formers[id(trained.former)] < trained.places:
             raise LoRAInjectError(

@@ -5,11 +5,12 @@ from typing import Any
 
 from torch import nn
 
+from lora_inject.changes.checkpointing import checkpointing_edits, is_checkpointed, needing_edits
 from lora_inject.changes.edits import MISSING, Edit, attribute_edit
-from lora_inject.changes.recompute import is_checkpointed, needing_edits, recompute_edits
 from lora_inject.changes.statistics import has_statistics, holding_edits
 from lora_inject.compat.marks import RESIZE, TIED_KEYS, can_resize
 from lora_inject.core.class_swap import add_class_edits
+from lora_inject.core.dropping import dropping_edits
 from lora_inject.core.resizing import Resizing
 from lora_inject.core.scales import SCALES, Scales, scales_of
 from lora_inject.core.state import State
@@ -18,16 +19,25 @@ from lora_inject.core.unreached import unreached_edits
 from lora_inject.own import STATE
 
 
-def edge_edits(
+def module_edits(
     module: nn.Module,
     old: State | None,
     state: State | None,
-    own: Mapping[str, Any],
+    parameters: Mapping[str, Any],
     modes: bool = True,
 ) -> list[Edit]:
-    """State, class, statistics, hooks and what was lent; without a state the mode may come back."""
+    """All that a module gets with a state, and loses without one, but for its tensors.
+
+    Args:
+        module: the module.
+        old: its state until now.
+        state: the new one.
+        parameters: the parameters that it has then.
+        modes: whether its mode comes back where it has no state any more.
+    """
     edits: list[Edit] = [attribute_edit(module, STATE, MISSING if state is None else state)]
-    add_class_and_scales(edits, module, old, state, own)
+    add_class_and_scales(edits, module, old, state, parameters)
+    edits += dropping_edits(module, old, state)
     edits += statistics_edits(module, old, state)
     edits += lent_edits(module, old, state)
     edits += root_edits(module, old, state)
@@ -36,7 +46,7 @@ def edge_edits(
         if can_resize(module):
             edits.append(attribute_edit(module, RESIZE, Resizing(module) if state else MISSING))
         if is_checkpointed(module):
-            edits += recompute_edits(module, state is not None)
+            edits += checkpointing_edits(module, state is not None)
     if old is not None and state is None:
         edits += needing_edits(module, False)
         if modes and module.training is not old.before.training:
@@ -49,7 +59,7 @@ def add_class_and_scales(
     module: nn.Module,
     old: State | None,
     state: State | None,
-    own: Mapping[str, Any],
+    parameters: Mapping[str, Any],
 ) -> None:
     """Append the class that follows from a state, and the scaling of what runs as tensors."""
     known = module.__dict__.get(SCALES)
@@ -58,13 +68,12 @@ def add_class_and_scales(
         if scales and old is not None and old.adapters is not state.adapters:
             names = {adapter.name for adapter in state.adapters}
             scales = {name: scale for name, scale in scales.items() if name in names}
-        scales = scales_of(state.running, scales, own)
+        scales = scales_of(state.running, scales, parameters)
         if scales is not known:
             edits.append(attribute_edit(module, SCALES, scales))
     elif known is not None:
         edits.append(attribute_edit(module, SCALES, MISSING))
-    known_state = old or state
-    if known_state is not None:
+    if (known_state := old or state) is not None:
         add_class_edits(edits, module, known_state.before.cls, state)
 
 

@@ -8,7 +8,7 @@ and each is gone when no part needs it any more.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,16 +18,14 @@ from torch import nn
 from lora_inject.changes.edits import Edit, run, surely, undo
 from lora_inject.compat.torch_private import checkpointed_parts, may_be_checkpointed
 from lora_inject.core.facts import Facts
-from lora_inject.core.state import State, state_of
+from lora_inject.core.state import State, States, path_of, state_of
 from lora_inject.errors import LoRAInjectError
 
 _REMEDY = "Call backward before that, or do without gradient checkpointing here."
 _one_at_a_time = threading.RLock()  # devices have threads of their own in a backward pass
 
-States = Mapping[nn.Module, State | None]
-ToEdits = Callable[
-    [States], list[Edit]
-]  # what makes modules what these states say, as they are now
+# What makes modules what these states say, as they are now.
+ToEdits = Callable[[States], list[Edit]]
 
 
 class Moment:
@@ -93,7 +91,7 @@ def note_run(layer: nn.Module) -> None:
                     raise LoRAInjectError(
                         "an adapter runs in it now, in the backward pass, and none did when it was "
                         "computed first.",
-                        path=_path(layer),
+                        path=path_of(layer),
                         remedy=_REMEDY,
                     )
                 return
@@ -105,11 +103,6 @@ def _with_word(part: Any) -> "_AsItRan":
     if not isinstance(part.function, _AsItRan):
         part.function = _AsItRan(part.function, _times.shown or _now[0])
     return part.function
-
-
-def _path(layer: nn.Module) -> str:
-    state = state_of(layer)
-    return state.adapters[0].path if state and state.adapters else ""
 
 
 class _AsItRan:
@@ -164,11 +157,11 @@ class _AsItRan:
 
 def _what_runs(state: State | None) -> Any:
     """All by which a state decides what its module computes."""
-    if state is None or not state.own:
+    if state is None or not state.is_adapted:
         return None
-    inside = {trained.name: state.inside(trained) for trained in state.trained}
+    holders = {trained.name: state.holder(trained) for trained in state.trained}
     merged = state.merged.adapters if state.merged and not state.blocks else None
-    return state.running, id(state.rows), inside, merged
+    return state.running, id(state.rows), holders, merged
 
 
 def _require_alike(facts: Facts, module: nn.Module, old: State | None, now: State | None) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor, distributed, nn
 
 from lora_inject.changes.edits import Edit, put_flag
 from lora_inject.compat.torch_private import reduced_parameters
-from lora_inject.core.arranging import Fresh, States
 from lora_inject.core.look import Look
+from lora_inject.core.state import Fresh, States
 from lora_inject.errors import LoRAInjectError
 
 
@@ -24,7 +24,7 @@ def require_reduced(look: Look, states: States, edits: Iterable[Edit], fresh: Fr
     """
     if not distributed.is_available() or not distributed.is_initialized():
         return
-    if not any(state is not None and state.own for state in states.values()):
+    if not any(state is not None and state.is_adapted for state in states.values()):
         return  # strip, which ends the training
     new = [target for put, target, _, _, trains in edits if put is put_flag and trains]
     new += [t for own in fresh.values() for t in own.values() if t is not None and t.requires_grad]

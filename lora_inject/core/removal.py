@@ -7,12 +7,11 @@ from torch import Tensor, nn
 
 from lora_inject.changes.edits import Edit, value_edit
 from lora_inject.changes.statistics import conversion_edits
-from lora_inject.core.arranging import Fresh
 from lora_inject.core.commit import commit
 from lora_inject.core.look import Look
-from lora_inject.core.marks import mark_of, places_of
-from lora_inject.core.state import State
+from lora_inject.core.state import Fresh, State
 from lora_inject.core.state_parts import Reach, Trained
+from lora_inject.core.tensor_marks import mark_of, places_of
 from lora_inject.errors import warn
 from lora_inject.own import own_tensor
 from lora_inject.settings import BASE
@@ -36,14 +35,15 @@ def remove_adapters(
         values: edits of values that come before.
     """
     leaving = [(m, trained) for m, trained in look.trained if trained.owners.keys() & set(names)]
+    if not keep:
+        look.require_restorable(leaving)
     for module, trained in leaving:
-        look.require_inside(module, trained)
-    look.require_restorable(() if keep else leaving)
+        look.require_all_places(module, trained)
     removal = _Removal(look, frozenset(names), keep)
     new = {m: removal.state(m, (states or {}).get(m, s)) for m, s in look.states.items()}
     gone = dict.fromkeys(_marked_elsewhere(look))  # no state, and no adapter any more
     lost = _replaced(look, new)
-    converted = [
+    converted = [  # by convert_sync_batchnorm: other modules in the places of those that were held
         edit
         for parent, _, module in look.index.children
         if module not in look.states and parent in new and new[parent] is None
@@ -128,10 +128,10 @@ class _Removal:
         """The base's own tensor gets back its value from before, or the one that is to stay."""
         assert trained.original is not None
         tensor = self.look.tensor(module, trained, trained.original)
-        value, inside = trained.former, state.inside(trained)
+        value, holder = trained.former, state.holder(trained)
         value = self.formers.get(id(value), value)
-        if self.keep and inside != BASE:
-            if inside == trained.original:
+        if self.keep and holder != BASE:
+            if holder == trained.original:
                 return
             value = own_tensor(module, trained.name)
         if value is not None and value.is_meta:
@@ -169,4 +169,4 @@ def _replaced(look: Look, states: Mapping[nn.Module, State | None]) -> list[str]
     if not gone:
         return []
     seen = {place for p in look.parameters for place in places_of(mark_of(p))}
-    return [f"{look.index.path(m)}.{n}".lstrip(".") for m, n in gone if (m, n) not in seen]
+    return [look.index.path(m, n) for m, n in gone if (m, n) not in seen]

@@ -45,7 +45,7 @@ class Request(NamedTuple):
     rows: Mapping[Pattern, Settings] = {}
     excluded: tuple[Pattern, ...] = ()
     train_also: tuple[Pattern, ...] = ()
-    parts: Mapping[Pattern, Parts] | None = None
+    parts: Mapping[Pattern, Parts] = {}
     layers: tuple[int, ...] | None = None
     dtype: torch.dtype | str | None = None
     seed: int | None = None

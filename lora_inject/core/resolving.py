@@ -9,21 +9,21 @@ from torch import Tensor, nn
 
 from lora_inject.core.adapter import names_of
 from lora_inject.core.checks import require_finite
-from lora_inject.core.choosing import Limits
 from lora_inject.core.class_swap import class_refusal
-from lora_inject.core.matcher import Matcher, Target
+from lora_inject.core.matcher import Exclusions, Matcher, Target
+from lora_inject.core.parts import parts_by_module
 from lora_inject.core.patterns import NamedModule, Pattern
 from lora_inject.core.reads import Reads
 from lora_inject.core.request import Request
 from lora_inject.core.site import Refusal, Site
 from lora_inject.core.state import adapters_of
-from lora_inject.errors import ArgumentError, UnsupportedLayerError
+from lora_inject.errors import AlreadyAdaptedError, ArgumentError, UnsupportedLayerError
 from lora_inject.kinds import Kind, Spec
 from lora_inject.kinds.base import Way, is_packed, is_plain
 from lora_inject.kinds.parameter import ParameterKind, layout_of
 from lora_inject.kinds.refusals import general_refusal, lazy_refusal, weight_refusal
 from lora_inject.own import own_class
-from lora_inject.settings import Parts, Settings
+from lora_inject.settings import Settings
 from lora_inject.sharding import is_distributed, is_placeholder, whole_numel
 from lora_inject.starts import Start
 
@@ -34,22 +34,24 @@ class Resolver:
     Args:
         matcher: the model.
         request: what was asked for.
-        parts: the parts of fused projections.
-        limits: what is not to be adapted.
+        exclusions: what is not to be adapted.
     """
 
-    def __init__(
-        self, matcher: Matcher, request: Request, parts: Mapping[nn.Module, Parts], limits: Limits
-    ) -> None:
-        self.matcher, self.request, self.parts, self.limits = matcher, request, parts, limits
+    def __init__(self, matcher: Matcher, request: Request, exclusions: Exclusions) -> None:
+        self.matcher, self.request, self.exclusions = matcher, request, exclusions
+        self.parts = parts_by_module(matcher, request.parts)
         self.reads = Reads(matcher.look.index)
 
     def resolve(self, target: Target, pattern: Pattern) -> Site | Refusal:
-        """The site that the target is for this pattern, or why it cannot be one."""
+        """The site that the target is for this pattern, or why it cannot be one.
+
+        Raises:
+            AlreadyAdaptedError: it carries an adapter of this name.
+        """
         if lazy := lazy_refusal(target.module):
             return Refusal(lazy)
         module, settings = target.module, self._settings(target, pattern)
-        if module in self.limits.in_full:
+        if module in self.exclusions.in_full:
             return Refusal(
                 "it is to be adapted and to train in full. Exclude it, or take it out of "
                 "train_also."
@@ -67,7 +69,11 @@ class Resolver:
                 else "only parameters of two or three dimensions can be adapted. Exclude it."
             )
         if _is_adapted(target, self.request.adapter):
-            return Refusal(f"it already carries the adapter {self.request.adapter!r}.", True)
+            raise AlreadyAdaptedError(
+                f"it already carries the adapter {self.request.adapter!r}.",
+                path=target.path,
+                remedy="Name the new one by adapter=, exclude the layer, or remove the old one.",
+            )
         if writer := self.reads.writer(target):
             return Refusal(
                 f"{writer} writes to its weight while it runs, and an adapter would not follow. "
@@ -142,19 +148,19 @@ class Resolver:
             self._follower(site, NamedModule(module, look.index.paths[module]), other)
             for module, other in look.tensor_places[id(weight)]
             if (module, other) != (site.module, name) and other in module._parameters
-            if module not in self.limits.excluded
+            if module not in self.exclusions.excluded
         ]
 
-    def _follower(self, site: Site, place: NamedModule, name: str) -> Site:
+    def _follower(self, site: Site, named: NamedModule, name: str) -> Site:
         leader = site.specs[0]
         target = Target(
-            place, None if name == "weight" and self.matcher.kind(place.module) else name
+            named, None if name == "weight" and self.matcher.kind(named.module) else name
         )
         kind = self._kind(target, site.settings)
         own: Site | Refusal = Refusal("its shape tells no layout")
         if kind is not None:
             own = self._site(target, kind, site.settings, f"tied to {site.path}")
-        if isinstance(own, Refusal) or leader.part or place.module in self.limits.in_full:
+        if isinstance(own, Refusal) or leader.part or named.module in self.exclusions.in_full:
             reason = own.reason if isinstance(own, Refusal) else ""
             raise UnsupportedLayerError(
                 f"its {leader.weight} is tied to {name} of {target.path}, which cannot share the "
@@ -165,19 +171,13 @@ class Resolver:
         swapped = own.kind.transposes != site.kind.transposes
         spec = replace(leader, weight=name, swapped=swapped)
         if wrong := site.settings.variant.refusal(
-            own.kind, place.module, spec, own.way == "branch", site.settings.dropout
+            own.kind, named.module, spec, own.way == "branch", site.settings.dropout
         ):
             raise UnsupportedLayerError(
                 f"its {leader.weight} is tied to {name} of {target.path}: {wrong}",
                 path=site.path,
             )
-        return replace(
-            own,
-            specs=(spec,),
-            dtype=site.dtype,
-            base_elements=site.base_elements,
-            follows=site.path,
-        )
+        return replace(own, specs=(spec,), follows=site.path)
 
 
 def _specs(
@@ -228,9 +228,9 @@ def _specs(
 
 def _has_input(module: nn.Module, kind: Kind, way: Way, settings: Settings) -> bool:
     """Whether an adapter sees what its layer multiplies, on which dropout acts."""
-    return way == "branch" or kind.multiplies(
-        module, kind.specs(module, settings), settings.variant
-    )
+    specs = () if way == "branch" else kind.specs(module, settings)
+    drops = kind.drops_in_products and kind.multiplies(module, specs, settings.variant)
+    return way == "branch" or drops
 
 
 def _method_refusal(

@@ -21,7 +21,7 @@ def roles(look: Look) -> dict[nn.Parameter, str]:
         own = module._parameters
         if not len(own):
             continue
-        state = look.own.get(module)
+        state = look.adapted.get(module)
         ours = {
             name: f"lora_{role}"
             for adapter in (state.adapters if state else ())

@@ -53,6 +53,17 @@ class Site:
         return self.way == "weight" and multiplies
 
     @property
+    def compiles_products(self) -> bool:
+        """Whether a compiler follows those products; else it makes W + s B A."""
+        weights = [self.kind.weight(self.module, spec.weight) for spec in self.specs]
+        return all(self.kind.compiles_products(self.module, weight.dtype) for weight in weights)
+
+    @property
+    def has_input(self) -> bool:
+        """Whether the adapter sees what the layer multiplies, on which dropout acts."""
+        return self.way == "branch" or (self.kind.drops_in_products and self.multiplies)
+
+    @property
     def parameters(self) -> int:
         """How many parameters the adapter has; none of its own where it shares them."""
         variant = self.settings.variant
@@ -69,13 +80,6 @@ class Site:
 
 
 class Refusal(NamedTuple):
-    """Why a target cannot be adapted.
-
-    Attributes:
-        reason: why, with the remedy.
-        conflict: that it carries an adapter of this name already, which is an error for whatever
-            pattern chooses it.
-    """
+    """Why a target cannot be adapted, with the remedy."""
 
     reason: str
-    conflict: bool = False

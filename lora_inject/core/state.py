@@ -115,7 +115,7 @@ class State:
         return self.change(trained=tuple(trained))
 
     @property
-    def own(self) -> bool:
+    def is_adapted(self) -> bool:
         """Whether an adapter has something on this module, and not only around it."""
         return bool(self.adapters or self.trained)
 
@@ -130,7 +130,7 @@ class State:
         """The block that decides, in words."""
         return "per_row" if self.rows is not None else "disabled"
 
-    def inside(self, trained: Trained) -> str:
+    def holder(self, trained: Trained) -> str:
         """Whose tensor stands in a place: an adapter's name, or ``BASE`` for the former value."""
         if self.blocks:
             return BASE
@@ -140,12 +140,12 @@ class State:
         """Where the tensors of a place are, by owner.
 
         The former value has none while an adapter has the base's own tensor: where no adapter is
-        inside then, a stand-in is made for it.
+        holds the place then, a stand-in is made for it.
         """
-        inside = self.inside(trained)
+        holder = self.holder(trained)
         owners = (*trained.owners, *(() if trained.original else (BASE,)))
         return {
-            who: trained.name if who == inside else waiting_name(trained.name, who)
+            who: trained.name if who == holder else waiting_name(trained.name, who)
             for who in owners
         }
 
@@ -156,6 +156,11 @@ class State:
     def find(self, name: str) -> Trained | None:
         """What of it trains in place under this name."""
         return next((trained for trained in self.trained if trained.name == name), None)
+
+
+# What a call hands to ``commit``.
+States = Mapping[nn.Module, State | None]  # the new ones; None for a module as it was before us
+Fresh = dict[nn.Module, dict[tuple[str, str], Tensor | None]]  # new tensors by name and owner
 
 
 def terms(adapters: Iterable[Adapter], weights: Mapping[str, float]) -> tuple[Term, ...]:
@@ -178,6 +183,11 @@ def adapters_of(module: nn.Module) -> tuple[Adapter, ...]:
     """The adapters on a module, whether they run or not."""
     state = state_of(module)
     return state.adapters if state else ()
+
+
+def path_of(module: nn.Module) -> str:
+    """The path under which a module was adapted, for errors of its own; "" where it is not."""
+    return next((adapter.path for adapter in adapters_of(module)), "")
 
 
 def owned(state: State | None) -> Iterator[tuple[str, str, bool]]:

@@ -64,7 +64,7 @@ class Reach(NamedTuple):
         tops: those of them for which it was selected itself, and not something around it.
         lent: the names of attributes that a trainer's callback has put on it, each with what was
             there, or nothing.
-        noted: the states of submodules that forget theirs when they are copied, by name.
+        noted: the states of modules inside that forget theirs when they are copied, by path.
     """
 
     injections: tuple[Injection, ...]

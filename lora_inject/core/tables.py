@@ -15,10 +15,9 @@ def choose_tables(resolver: Resolver, chosen: Sequence[Site]) -> tuple[list[Site
         ArgumentError: one of them is among the layers that targets choose.
         LoRAInjectError: as ``choose``.
     """
-    limits, rows = resolver.limits._replace(layers=None), resolver.request.rows
-    request = resolver.request._replace(settings=rows)
-    own = Resolver(resolver.matcher, request, resolver.parts, limits)
-    tables, skips = choose(own.matcher, list(rows), limits, own.resolve, "rows")
+    request = resolver.request._replace(settings=resolver.request.rows)
+    exclusions = resolver.exclusions._replace(layers=None)
+    tables, skips = choose(Resolver(resolver.matcher, request, exclusions), "rows")
     adapted = {site.module for site in chosen}
     for site in tables:
         if site.module in adapted:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_inject.core.state import owned, state_of
+from lora_inject.core.state import owned, path_of, state_of
 from lora_inject.errors import LoRAInjectError, UnsupportedLayerError
 
 Cast = Callable[[Tensor], Tensor]
@@ -50,7 +50,7 @@ def refuse_script(layer: nn.Module) -> None:
     """
     raise UnsupportedLayerError(
         "torch.jit.script cannot compile an adapted layer.",
-        path=_path(layer),
+        path=path_of(layer),
         remedy="Script the model after strip(model, merge=True), or use torch.jit.trace or "
         "torch.export, which take it as it is.",
     )
@@ -65,7 +65,7 @@ def refuse_removal(layer: nn.Module) -> None:
     raise LoRAInjectError(
         "its norm or other parametrization cannot be removed while an adapter runs in it, on top "
         "of it.",
-        path=_path(layer),
+        path=path_of(layer),
         remedy="Save the adapter and strip, remove the parametrization, and load it again.",
     )
 
@@ -82,12 +82,7 @@ def require_values(layer: nn.Module, x: Tensor, own: Collection[Any]) -> None:
             continue
         raise LoRAInjectError(
             "its adapter is on the meta device and has no values, beside an input that has some.",
-            path=_path(layer),
+            path=path_of(layer),
             remedy="Call model.to_empty(device=...) or inject on the right device, then load the "
             "adapter (not in init_empty_weights) or call reset_lora_parameters.",
         )
-
-
-def _path(layer: nn.Module) -> str:
-    state = state_of(layer)
-    return state.adapters[0].path if state and state.adapters else ""

@@ -27,7 +27,7 @@ from lora_inject.core.loading import (
     require_as_merged,
 )
 from lora_inject.core.look import Look
-from lora_inject.core.state import State, adapters_of
+from lora_inject.core.state import State
 from lora_inject.errors import FormatError
 
 MERGED = "lora_inject_merged"  # in the metadata too: the keys of merged weights
@@ -61,7 +61,7 @@ class Described(NamedTuple):
         return f"r={self.r}, alpha={self.alpha:g}" + (f", {self.variant}" if self.variant else "")
 
 
-Settings = Mapping[str, Described]  # by the key of A
+SettingsByKey = Mapping[str, Described]  # the key is that of A
 
 
 def described(adapter: Adapter, pair: Pair) -> Described:
@@ -71,24 +71,24 @@ def described(adapter: Adapter, pair: Pair) -> Described:
     return Described(spec.rank, float(own.alpha), float(own.scaling), text, spec.swapped)
 
 
-def settings_below(module: nn.Module) -> Settings:
-    """The settings of every adapter in a module, by the key of its A in the module's state dict."""
+def _settings_of(look: Look) -> SettingsByKey:
+    """The settings of every adapter of a model, by the key of its A in the model's state dict."""
     return {
         f"{path}.{next(iter(pair.names.values()))}".lstrip("."): described(adapter, pair)
-        for path, below in module.named_modules(remove_duplicate=False)
-        for adapter in adapters_of(below)
+        for module, adapter in look.adapters
+        for path in look.index.paths[module]
         for pair in adapter.pairs
     }
 
 
-def saying(tensors: Mapping[str, Tensor], settings: Settings) -> dict[str, Tensor]:
+def saying(tensors: Mapping[str, Tensor], settings: SettingsByKey) -> dict[str, Tensor]:
     """A state dict that says settings, as one of torch does."""
     state = OrderedDict(tensors)
     state._metadata = {"": {SETTINGS: {k: tuple(s) for k, s in settings.items()}}}  # type: ignore[attr-defined]
     return state
 
 
-def said(state: Mapping[str, Tensor]) -> Settings:
+def said(state: Mapping[str, Tensor]) -> SettingsByKey:
     """The settings that a state dict says; none where it is a plain dict.
 
     Raises:
@@ -97,9 +97,10 @@ def said(state: Mapping[str, Tensor]) -> Settings:
     return _read(getattr(state, "_metadata", {}).get("", {}).get(SETTINGS, {}))
 
 
-def as_entry(settings: Settings) -> Tensor:
-    """The settings as a tensor, for files that hold nothing else."""
-    return torch.frombuffer(bytearray(json.dumps(settings).encode()), dtype=torch.uint8)
+def as_entry(model: nn.Module) -> Tensor:
+    """The settings of a model's adapters as a tensor, for files that hold nothing else."""
+    text = json.dumps(_settings_of(Look(model)))
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 
 def travelling_edits(module: nn.Module, old: State | None, state: State | None) -> list[Edit]:
@@ -124,9 +125,9 @@ def _say(module: nn.Module, state_dict: Any, prefix: str, metadata: dict[str, An
     At every path above a layer: it may be loaded where ``inject`` was called on more, or on less.
     """
     places = getattr(state_dict, "_metadata", {prefix[:-1]: metadata})
-    below: dict[str, dict[str, Any]] = {}
-    below[SETTINGS] = {key: tuple(each) for key, each in settings_below(module).items()}
-    below[MERGED] = dict.fromkeys(merged_weights(Look(module), shown=True), True)
+    look, below = Look(module), dict[str, dict[str, Any]]()
+    below[SETTINGS] = {key: tuple(each) for key, each in _settings_of(look).items()}
+    below[MERGED] = dict.fromkeys(merged_weights(look, shown=True), True)
     for kind, said_of in below.items():
         for key, each in said_of.items():
             names = f"{prefix}{key}".split(".")
@@ -158,9 +159,9 @@ class _Comparing:
         if module is None:
             return
         keys = {k.removeprefix(prefix) for k in state_dict if k.startswith(prefix)}
-        own = settings_below(module)
-        _require_alike(own, {k: s for k, s in given.items() if k in keys})
         look = Look(module)
+        own = _settings_of(look)
+        _require_alike(own, {k: s for k, s in given.items() if k in keys})
         require_as_merged(look, keys, metadata.get(MERGED, {}))
         is_base = keys.isdisjoint(own)
         self.places = before_loading(look, keys) if is_base else []
@@ -174,7 +175,7 @@ def _settle(module: nn.Module, _: Any) -> None:
             after_loading(Look(module), places)
 
 
-def _require_alike(own: Settings, given: Settings) -> None:
+def _require_alike(own: SettingsByKey, given: SettingsByKey) -> None:
     """Refuse values that were made with other settings than those of the adapters they are for.
 
     Raises:
@@ -191,7 +192,7 @@ def _require_alike(own: Settings, given: Settings) -> None:
         )
 
 
-def _of_entry(entry: Any) -> Settings:
+def _of_entry(entry: Any) -> SettingsByKey:
     """The settings that an entry says.
 
     Raises:
@@ -203,7 +204,7 @@ def _of_entry(entry: Any) -> Settings:
         raise FormatError(f"{ENTRY} cannot be read: {error}.") from error
 
 
-def _read(value: Any) -> Settings:
+def _read(value: Any) -> SettingsByKey:
     """Settings that came with values.
 
     Raises:

@@ -90,7 +90,7 @@ def _content(wanted: Layout, use: bool, sites: Sequence[Site]) -> Content:
 
 def _warn_of_dropout(wanted: Layout, sites: Sequence[Site]) -> None:
     """Say which layers train without the dropout that the file has for them."""
-    without = {site.path for site in sites if site.way == "weight" and not site.multiplies}
+    without = {site.path for site in sites if not site.has_input}
     lost = [f for f in wanted.pairs if f.target in without and f.pair.dropout]
     if lost:
         more = f" and {len(lost) - 1:,} more" if lost[1:] else ""

@@ -17,6 +17,7 @@ from lora_inject.errors import ArgumentError, FormatError
 from lora_inject.files import left_out
 from lora_inject.files.checkpoint_names import as_in_model
 from lora_inject.files.formats import find_format, named_format, read_adapter
+from lora_inject.files.formats.checkpoint import NAME as WHOLE
 from lora_inject.files.formats.data import AdapterData, PairData, RowsData
 from lora_inject.files.formats.pairs import as_portable
 from lora_inject.files.formats.storage import as_path
@@ -121,19 +122,23 @@ class Inspection(Shown):
         if self.data.tables:
             sections.append(_rows(self.data.tables))
         if self.data.tensors:
-            sections.append(_others(self.data.tensors))
+            whole = self.data.facts.get("format") == WHOLE
+            title = "Other weights, of the model" if whole else "Trained in place"
+            sections.append(_others(title, self.data.tensors))
         return Tables(sections)
 
 
 def _facts(path: Path, data: AdapterData) -> Section:
     pairs = [tensor for pair in data.pairs for tensor in (pair.A, pair.B)]
     tensors = [*pairs, *(own.rows for own in data.tables), *data.tensors.values()]
+    unsaid = any(pair.alpha is None for pair in data.pairs)
     facts = [
         ("format", str(data.facts.get("format"))),
         ("base", data.base_name or "-"),
         ("fingerprint of the base", "yes" if data.base else "no"),
         ("targets", ", ".join(data.targets) or "-"),
         ("bias", data.bias or "-"),
+        *([("alpha", "not in the file: say alpha= where it is loaded")] if unsaid else []),
         ("elements", count(data.elements)),
         ("size", size(sum(t.numel() * t.element_size() for t in tensors))),
     ]
@@ -174,13 +179,13 @@ def _rows(tables: Iterable[RowsData]) -> Section:
     return Section("Rows", ("~table", ">rows", "ids", "dtype"), rows)
 
 
-def _others(tensors: Mapping[str, Tensor]) -> Section:
+def _others(title: str, tensors: Mapping[str, Tensor]) -> Section:
     def text(name: str) -> tuple[str, str]:
         return f"{tuple(tensors[name].shape)}", _dtype(tensors[name])
 
     names = sorted(tensors, key=natural)
     rows = [(path, *text(same[0]), count(len(same))) for path, same in grouped(names, str, text)]
-    return Section("Trained in place", ("~tensor", "shape", "?dtype", ">tensors"), rows)
+    return Section(title, ("~tensor", "shape", "?dtype", ">tensors"), rows)
 
 
 def inspect(

@@ -81,7 +81,7 @@ def _said(look: Look, left: Sequence[tuple[nn.Module, list[str]]], what: str) ->
 
 
 def _holds_adapters(look: Look, module: nn.Module) -> bool:
-    inside = (look.own.get(m) for m in look.index.below(module))
+    inside = (look.adapted.get(m) for m in look.index.below(module))
     return any(state is not None and state.adapters for state in inside)
 
 

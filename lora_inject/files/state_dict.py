@@ -6,7 +6,7 @@ from typing import overload
 from torch import Tensor, nn
 
 from lora_inject.core.drift import require_nothing_gone
-from lora_inject.core.travelling import Settings, said, saying
+from lora_inject.core.travelling import SettingsByKey, said, saying
 from lora_inject.errors import ArgumentError, FormatError
 from lora_inject.files.formats import in_memory, named_format
 from lora_inject.files.formats.state import AdapterState
@@ -144,7 +144,7 @@ def load_lora_state_dict(
     return model
 
 
-def _require_same_rows(own: Settings, given: Settings) -> None:
+def _require_same_rows(own: SettingsByKey, given: SettingsByKey) -> None:
     """Refuse rows of a table that are for other ids.
 
     Raises:
@@ -158,7 +158,7 @@ def _require_same_rows(own: Settings, given: Settings) -> None:
             )
 
 
-def _as_they_stand(state: Mapping[str, Tensor], settings: Settings) -> dict[str, Tensor]:
+def _as_they_stand(state: Mapping[str, Tensor], settings: SettingsByKey) -> dict[str, Tensor]:
     """The values with the pairs of tied layers as these stand: they may not be tied here."""
     found = dict(state)
     for key, each in settings.items():

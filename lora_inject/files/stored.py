@@ -18,7 +18,7 @@ from lora_inject.core.company import company
 from lora_inject.core.look import Look
 from lora_inject.core.paths import bare, bare_key, bare_modules, first_paths, outputs
 from lora_inject.core.state_parts import Trained
-from lora_inject.core.travelling import Settings, described
+from lora_inject.core.travelling import SettingsByKey, described
 from lora_inject.errors import ArgumentError, FormatError, LoRAInjectError
 from lora_inject.files.fingerprint import fingerprints
 from lora_inject.files.fit_checks import (
@@ -129,7 +129,7 @@ class Stored:
                 found |= {key: own[role] for role, key in held.keys.items()}
         return found
 
-    def settings(self) -> Settings:
+    def settings(self) -> SettingsByKey:
         """What the meaning of its tensors depends on, by the key of each A."""
         pairs = ((next(iter(held.keys.values())), held) for held in self.pairs)
         return {key: described(held.adapter, held.pair) for key, held in pairs}

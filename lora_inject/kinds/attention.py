@@ -3,13 +3,19 @@
 The output projection is a child, ``out_proj``, and is a target of its own.
 """
 
-from torch import nn
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from lora_inject.kinds.base import Form, Kind, Way, out_in_spec, overrides_forward
+from lora_inject.kinds.experts import Changes
+from lora_inject.kinds.multiplied import multiplied
 from lora_inject.kinds.weight_reads import calls_super
 from lora_inject.own import own_class
 from lora_inject.settings import Settings
-from lora_inject.variants import Spec
+from lora_inject.variants import Spec, Variant
 
 
 class MultiheadAttentionKind(Kind):
@@ -35,6 +41,18 @@ class MultiheadAttentionKind(Kind):
             for name, weight in weights.items()
             if weight is not None
         )
+
+    def multiplies(self, module: nn.Module, specs: Sequence[Spec], variant: Variant) -> bool:
+        """The forward of torch does nothing else."""
+        return variant.additive
+
+    def multiplied(self, layer: nn.Module, W: Tensor, changes: Changes) -> Any:
+        """In eval mode without gradients torch has a fast path, which reads effective weights."""
+        own = (tensor for _, change in changes for tensor in change.tensors.values())
+        records = torch.is_grad_enabled() and any(t.requires_grad for t in (W, *own))
+        if not (layer.training or records):
+            return self.effective(layer, W, changes)
+        return multiplied(self, layer, W, changes)
 
     def form(self, layer: nn.Module) -> Form:
         """PEFT has the packed projections alone."""

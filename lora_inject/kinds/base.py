@@ -39,6 +39,9 @@ class Kind(ABC):
         rank_dim: the dimension of h that counts the rank; the first one counts the rows of a batch.
         stacks: whether ``down`` and ``up`` are products with the matrices A and B, of the last
             dimension of x, so that many pairs may be stacked.
+        in_products: how it is said that a weight acts in products with it.
+        drops_in_products: whether dropout can act on what weights are multiplied by, where it is
+            known how they are.
         has_rows: whether the weight is a table with a row for each id, of which some may train
             alone.
         below: a class whose forward the branch is added to directly, so that a subclass that
@@ -54,6 +57,8 @@ class Kind(ABC):
     rank_dim: ClassVar[int] = -1
     stacks: ClassVar[bool] = False
     has_rows: ClassVar[bool] = False
+    in_products: ClassVar[str] = "in products with its weight"
+    drops_in_products: ClassVar[bool] = False
     below: ClassVar[type[nn.Module] | None] = None
 
     @abstractmethod
@@ -175,6 +180,10 @@ class Kind(ABC):
 
     def multiplies(self, module: nn.Module, specs: Sequence[Spec], variant: Variant) -> bool:
         """Weight: whether it is known how the module's own forward multiplies by these weights."""
+        return False
+
+    def compiles_products(self, module: nn.Module, dtype: torch.dtype) -> bool:
+        """Weight: whether a compiler follows the products of weights of a dtype, in one graph."""
         return False
 
     def multiplied(

@@ -4,7 +4,9 @@ A forward of their own is tried out: where ``W + D`` gives ``y + D x`` an adapte
 where it does something else with its weight the adapter acts in the weight.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +22,13 @@ from lora_inject.kinds.base import (
     linear_spec,
     overrides_forward,
 )
+from lora_inject.kinds.experts import Changes
+from lora_inject.kinds.multiplied import multiplied
 from lora_inject.kinds.trials import Trial, try_linear, writes
 from lora_inject.kinds.weight_reads import calls_super, reads_own_weight
 from lora_inject.own import own_class, own_tensor
 from lora_inject.settings import Settings
-from lora_inject.variants import Spec
+from lora_inject.variants import Spec, Variant
 
 _FORWARD = nn.Linear.forward  # torch's own, whatever is put in its place later
 _BLOCK = 256  # rows of the identity that a packed weight is read with at once
@@ -38,6 +42,7 @@ class LinearKind(Kind):
     stacks = True
     has_parts = True
     has_rows = True
+    in_products = "in its weight, or products if called"
 
     def matches(self, module: nn.Module) -> bool:
         """Instances of ``nn.Linear``, quantized subclasses with a forward of their own included."""
@@ -83,6 +88,14 @@ class LinearKind(Kind):
     def is_product(self, base: type[nn.Module]) -> bool:
         """Classes that leave ``nn.Linear.forward`` as it is."""
         return base.forward is _FORWARD
+
+    def multiplies(self, module: nn.Module, specs: Sequence[Spec], variant: Variant) -> bool:
+        """Where the layer itself is called; what reads its weight otherwise sees ``W + s B A``."""
+        return variant.additive and own_class(module).forward is _FORWARD
+
+    def multiplied(self, layer: nn.Module, W: Tensor, changes: Changes) -> Any:
+        """What ``F.linear`` gets."""
+        return multiplied(self, layer, W, changes)
 
     def form(self, layer: nn.Module) -> Form:
         """As PEFT has it."""

@@ -1,4 +1,4 @@
-"""A fused weight that knows how to be multiplied: ``x W + s (x A) B``, and no ``W + s B A``.
+"""A weight that knows how to be multiplied: ``x W + s (x A) B``, and no ``W + s B A``.
 
 Nothing of the weight's size is made or kept for it. Dropout acts on x, in each of its products.
 """
@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_inject.arithmetic.grouped import grouped_change, may_be_one_function, padded
+from lora_inject.arithmetic.linear import adapted_linear, may_run_whole
 from lora_inject.compat.marks import is_fallback_of_grouped_product
 from lora_inject.compat.torch_private import is_grouped_product
 from lora_inject.errors import LoRAInjectError
 from lora_inject.kinds.base import Kind
 from lora_inject.kinds.experts import Changes, ExpertWeights, LazyWeight, as_tensor
+from lora_inject.kinds.projections import of_attention
+from lora_inject.sharding import is_distributed
 from lora_inject.variants import Spec
 from lora_inject.variants.lora import add
 
@@ -44,9 +47,10 @@ class Factored(NamedTuple):
 class MultipliedWeight(LazyWeight):
     """A weight, or a stack of them, that knows how to be multiplied by tensors.
 
-    Of ``linear``, ``x @ W`` and ``W @ x`` in all their forms, and grouped products, it computes the
-    product with W and those with the factors of its changes. ``W[e]``, ``W[ids]`` and transposed
-    ones know it too. For anything else it is the effective weight.
+    Of ``linear``, ``x @ W`` and ``W @ x`` in all their forms, grouped products and the projections
+    of attention, it computes the product with W and those with the factors of its changes.
+    ``W[e]``, ``W[ids]``, parts and transposed ones know it too. For anything else it is the
+    effective weight.
 
     Args:
         W: the weight without adapters, (..., rows, columns).
@@ -68,7 +72,8 @@ class MultipliedWeight(LazyWeight):
     def __getitem__(self, index: Any) -> Any:
         masks = isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
         if self._W.dim() < 3 or masks or type(index) not in (int, slice, Tensor):
-            return self._effective()[index]
+            whole = self._effective()
+            return whole[index] if self._W.dim() > 2 else as_tensor(whole)[index]
         if isinstance(index, Tensor) and index.dim() == 0:
             index = int(index)
         factors = self._experts_apart() if isinstance(index, int) else self._cast()
@@ -96,6 +101,25 @@ class MultipliedWeight(LazyWeight):
         own = [change.each(lambda L, R: (R.mT, L.mT)) for change in self._changes]
         return MultipliedWeight(self._W.mT, own, lambda: as_tensor(self._effective()).mT)
 
+    def chunk(self, chunks: int, dim: int = 0) -> Any:
+        """Parts with equally many rows each; along other dimensions they are tensors."""
+        return self._parted(lambda t: torch.chunk(t, chunks, dim), dim)
+
+    def split(self, sizes: int | list[int], dim: int = 0) -> Any:
+        """Parts of these sizes."""
+        return self._parted(lambda t: torch.split(t, sizes, dim), dim)
+
+    def _parted(self, parts: Callable[[Tensor], Sequence[Tensor]], dim: int) -> Sequence[Any]:
+        if dim or self._W.dim() != 2:
+            return parts(self._tensor())
+        apart = [c.each(lambda L, R: (parts(L), R)) for c in self._changes]
+
+        def part(i: int, W: Tensor) -> MultipliedWeight:
+            own = [change.each(lambda L, R: (L[i], R)) for change in apart]
+            return MultipliedWeight(W, own, lambda: parts(self._tensor())[i])
+
+        return [part(i, W) for i, W in enumerate(parts(self._W))]
+
     def t(self) -> Any:
         """The transpose of a matrix."""
         return self.transpose(0, 1) if self._W.dim() == 2 else self._tensor().t()
@@ -108,6 +132,17 @@ class MultipliedWeight(LazyWeight):
 
     def __rmatmul__(self, x: Any) -> Any:
         return self.__torch_function__(torch.matmul, (), (x, self))
+
+    def _linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``linear`` with a matrix: one Function where it may be, and nothing drops out."""
+        if x.dim() == 3:  # torch multiplies strided inputs one by one by a weight that is frozen
+            x = x.contiguous()
+        branches = [(R, L, cast(float, c.factor), c.dropout, None)
+                    for c in self._changes for L, R in c.products]  # fmt: skip
+        plain = len(branches) == len(self._changes) and not any(c.dropout for c in self._changes)
+        if plain and may_run_whole(x, self._W, branches):
+            return adapted_linear(x, self._W, bias, branches)
+        return self._add(x, F.linear(x, self._W, bias), F.linear, swapped=True)
 
     def _add(self, x: Tensor, y: Tensor, product: Any, swapped: bool) -> Tensor:
         """y, the product of x and W, with those of x and the changes.
@@ -159,11 +194,13 @@ class MultipliedWeight(LazyWeight):
         rest, kwargs = args[2:], kwargs or {}
         if isinstance(weight, MultipliedWeight) and isinstance(x, Tensor):
             if func is F.linear and weight._W.dim() == 2:
-                return weight._add(x, func(x, weight._W, *rest, **kwargs), func, swapped=True)
+                return weight._linear(x, *rest, **kwargs)
             grouped = is_grouped_product(func) or is_fallback_of_grouped_product(func)
             if grouped and x.dim() == 2 and weight._W.dim() == 3:
                 y = func(x, weight._W, *rest, **kwargs)
                 return weight._add_by_group(x, y, func, rest[0] if rest else kwargs["offs"])
+        if func is F.multi_head_attention_forward:
+            return of_attention(func, args, kwargs, MultipliedWeight)
         if func in _PRODUCTS and not rest and not kwargs:
             if isinstance(weight, MultipliedWeight) and isinstance(x, Tensor):
                 return weight._add(x, func(x, weight._W), func, swapped=False)
@@ -177,8 +214,17 @@ _PRODUCTS = {torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor
              Tensor.__matmul__}  # fmt: skip
 
 
-def multiplied(kind: Kind, layer: nn.Module, W: Tensor, changes: Changes) -> MultipliedWeight:
-    """A weight that knows how to be multiplied; all of its changes are products ``B A``."""
+def multiplied(kind: Kind, layer: nn.Module, W: Tensor, changes: Changes) -> Any:
+    """A weight that knows how to be multiplied, where it is known that this is enough.
+
+    Then all of its changes are products ``B A``; else it is the effective weight.
+    """
+    if torch.compiler.is_compiling() and not kind.compiles_products(layer, W.dtype):
+        return kind.effective(layer, W, changes)
+    known = all(kind.multiplies(layer, [change.spec], variant) for variant, change in changes)
+    tensors = [W, *(t for _, change in changes for t in change.tensors.values())]
+    if not known or any(map(is_distributed, tensors)):
+        return kind.effective(layer, W, changes)
     own = []
     for variant, change in changes:
         pairs = variant.products(kind, layer, change.tensors)

@@ -14,9 +14,8 @@ from lora_inject.arithmetic import starting_values as initial
 from lora_inject.kinds.base import Form, Kind, Way
 from lora_inject.kinds.experts import Changes, ExpertWeights
 from lora_inject.kinds.multiplied import multiplied, require_no_dropout
-from lora_inject.kinds.products import is_multiplied
+from lora_inject.kinds.products import is_multiplied, is_multiplied_when_compiled
 from lora_inject.settings import Settings
-from lora_inject.sharding import is_distributed
 from lora_inject.variants import Spec, Variant
 
 
@@ -30,6 +29,7 @@ class ParameterKind(Kind):
 
     name = "parameter"
     has_rows = True
+    drops_in_products = True
 
     def __init__(self, weight: str, layout: str) -> None:
         self.weight_name = weight
@@ -79,13 +79,13 @@ class ParameterKind(Kind):
         fused = all(spec.experts for spec in specs)
         return fused and variant.additive and is_multiplied(module, self.weight_name)
 
+    def compiles_products(self, module: nn.Module, dtype: torch.dtype) -> bool:
+        """Where transformers runs its experts."""
+        return is_multiplied_when_compiled(module, dtype)
+
     def multiplied(self, layer: nn.Module, W: Tensor, changes: Changes) -> Any:
         """What computes products with W and with A and B, where that is known to be enough."""
-        known = all(self.multiplies(layer, [change.spec], variant) for variant, change in changes)
-        tensors = [W, *(t for _, change in changes for t in change.tensors.values())]
-        if known and not any(map(is_distributed, tensors)):
-            return multiplied(self, layer, W, changes)
-        return self.effective(layer, W, changes)
+        return multiplied(self, layer, W, changes)
 
 
 def layout_of(module: nn.Module, parameter: Tensor) -> str | None:

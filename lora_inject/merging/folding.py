@@ -12,7 +12,6 @@ from lora_inject.arithmetic.product import without_autocast
 from lora_inject.changes.edits import Edit, value_edit
 from lora_inject.compat.marks import is_fully_sharded
 from lora_inject.core.adapter import Term
-from lora_inject.core.commit import commit
 from lora_inject.core.layer import changes_of
 from lora_inject.core.look import Look
 from lora_inject.core.path_groups import grouped
@@ -69,12 +68,12 @@ class MergeReport(Shown):
 
 
 class Folded(NamedTuple):
-    """What merging makes of a model.
+    """What merging or unmerging makes of a model.
 
     Attributes:
         states: the new states of the layers.
-        values: edits that give weights their merged values.
-        report: how much of each update was lost.
+        values: edits that give weights their new values.
+        report: of what was merged, how much of each update was lost.
     """
 
     states: dict[nn.Module, State]
@@ -90,7 +89,7 @@ def folded(look: Look, adapters: Any, keep: Keep) -> Folded:
     todo = {
         path: (layer, state, new)
         for path, layer in look.layers.items()
-        if (new := _running(state := look.states[layer]) & names)
+        if (new := _unmerged(state := look.states[layer]) & names)
     }
     if not todo:
         look.require_unmerged()
@@ -102,10 +101,10 @@ def folded(look: Look, adapters: Any, keep: Keep) -> Folded:
         for path, (layer, state, new) in todo.items()
         for weight in _weights(state, new)
     ]
-    _check_mergeable(look, places)
-    _check_left(todo)
+    _require_mergeable(look, places)
+    _require_none_left(todo)
     states, values, rows = dict[nn.Module, State](), list[Edit](), list[MergedWeight]()
-    for path, (layer, state, new) in todo.items():
+    for layer, state, new in todo.values():
         merged = state.merged or Merged(frozenset(), {})
         former = dict(merged.former)
         for name in _weights(state, new):
@@ -114,7 +113,7 @@ def folded(look: Look, adapters: Any, keep: Keep) -> Folded:
             if name not in former:
                 own = weight.detach()
                 former[name] = own if keep == "device" else own.cpu() if keep == "cpu" else None
-            shown = f"{path}.{name}".lstrip(".")
+            shown = look.index.path(layer, name)
             value, row = _merged_weight(shown, layer, name, state, merged.adapters | new)
             values.append(value_edit(weight, value))
             rows.append(row)
@@ -122,20 +121,25 @@ def folded(look: Look, adapters: Any, keep: Keep) -> Folded:
     return Folded(states, values, MergeReport(tuple(rows)))
 
 
-def unfold(look: Look, names: Mapping[nn.Module, frozenset[str]]) -> None:
-    """Take adapters out of the weights that they are merged into; others stay merged."""
+def unfolded(look: Look, names: Mapping[nn.Module, frozenset[str]]) -> Folded:
+    """What it makes of a model to take adapters out of weights; others stay merged.
+
+    Args:
+        look: the model.
+        names: by layer, of its merged adapters those to take out.
+    """
     states, values = dict[nn.Module, State](), list[Edit]()
-    for layer, own in names.items():
+    for layer, leaving in names.items():
         state = look.states[layer]
         assert state.merged is not None
-        left = state.merged.adapters - own
+        left = state.merged.adapters - leaving
         former, aside = dict(state.merged.former), dict(state.merged.aside)
         for name in list(former):
             weight, value = own_tensor(layer, name), former[name]
             assert weight is not None
             assert value is not None, "require_kept has refused this"
             if name in _weights(state, left):
-                path = f"{look.index.path(layer)}.{name}".lstrip(".")
+                path = look.index.path(layer, name)
                 value, _ = _merged_weight(path, layer, name, state, left)
             else:
                 del former[name]
@@ -144,10 +148,10 @@ def unfold(look: Look, names: Mapping[nn.Module, frozenset[str]]) -> None:
             elif name in former:  # the block, which has outlived ours, shows the former value
                 aside[name] = value
         states[layer] = state.change(merged=Merged(left, former, aside) if left else None)
-    commit(look, states, values=values)
+    return Folded(states, values, MergeReport(()))
 
 
-def _running(state: State) -> frozenset[str]:
+def _unmerged(state: State) -> frozenset[str]:
     """The adapters of a layer that are in use and not merged yet."""
     used = frozenset(a.name for a in state.adapters if a.name in state.use.weights)
     return used - state.merged.adapters if state.merged else used
@@ -171,7 +175,12 @@ def _weights(state: State, names: frozenset[str]) -> list[str]:
     return list(dict.fromkeys(spec.weight for spec in specs))
 
 
-def _check_mergeable(look: Look, places: list[tuple[str, nn.Module, str]]) -> None:
+def _require_mergeable(look: Look, places: list[tuple[str, nn.Module, str]]) -> None:
+    """Refuse weights to which nothing can be added, or to which more would be added than is meant.
+
+    Raises:
+        UnsupportedLayerError: there is such.
+    """
     for path, layer, name in places:
         state = look.states[layer]
         adapter = next(a for a in state.adapters if name in [s.weight for s in a.specs])
@@ -191,7 +200,7 @@ def _check_mergeable(look: Look, places: list[tuple[str, nn.Module, str]]) -> No
             )
 
 
-def _check_left(todo: Mapping[str, tuple[nn.Module, State, frozenset[str]]]) -> None:
+def _require_none_left(todo: Mapping[str, tuple[nn.Module, State, frozenset[str]]]) -> None:
     """Refuse to leave an adapter unmerged that reads the former weight, which it would not find."""
     for path, (_, state, new) in todo.items():
         names = new if state.merged is None else new | state.merged.adapters

@@ -18,12 +18,16 @@ from lora_inject.core.drift import warn_of_drift
 from lora_inject.core.look import Look
 from lora_inject.core.state_parts import Merged
 from lora_inject.errors import ArgumentError, LoRAInjectError
-from lora_inject.merging.folding import Folded, Keep, MergeReport, folded, unfold
+from lora_inject.merging.folding import Folded, Keep, MergeReport, folded, unfolded
 from lora_inject.own import Model
 
 
 def merge(model: nn.Module, adapters: Any = None, *, keep: Keep = "device") -> MergeReport:
     """Fold adapters into the weights, so that the model computes the same without them.
+
+    Nothing of a merged adapter trains: ``loss.backward()`` ends in torch's "element 0 of tensors
+    does not require grad", or where a head trains too, it trains alone. Call ``unmerge`` before
+    training; ``lora_parameters`` refuses a merged model, and ``audit`` finds one.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8))
@@ -73,12 +77,14 @@ def unmerge(model: Model) -> Model:
         LoRAInjectError: nothing is merged, or the former weights were not kept.
     """
     look = Look(model)
-    merged = {layer: state for layer, state in look.own.items() if state.merged}
+    merged = {layer: state for layer, state in look.adapted.items() if state.merged}
     if not merged:
         raise LoRAInjectError("nothing in the model is merged.", remedy="Call merge first.")
     look.require_no_block()
     look.require_kept()
-    unfold(look, {layer: state.merged.adapters for layer, state in merged.items() if state.merged})
+    names = {layer: state.merged.adapters for layer, state in merged.items() if state.merged}
+    new = unfolded(look, names)
+    commit(look, new.states, values=new.values)
     return model
 
 
@@ -120,11 +126,12 @@ def merged(
 def _end(look: Look, new: Folded, before: Mapping[nn.Module, Merged | None]) -> None:
     """Unmerge what the block has merged and is merged still."""
     look = look.again()
-    names = {}
+    names: dict[nn.Module, frozenset[str]] = {}
     for layer, state in new.states.items():
         former, now = before[layer], look.states.get(layer)
         assert state.merged is not None
         own = state.merged.adapters - (former.adapters if former else frozenset())
         if now is not None and now.merged is not None and own & now.merged.adapters:
             names[layer] = own & now.merged.adapters
-    unfold(look, names)
+    left = unfolded(look, names)
+    commit(look, left.states, values=left.values)

@@ -1,4 +1,4 @@
-"""Results for people: tables as text, in colour where a terminal has it, and as HTML."""
+"""Results for people: tables as text, in colour where a terminal has it, and as HTML; progress."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

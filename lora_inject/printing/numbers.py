@@ -22,7 +22,7 @@ def plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
-def few(names: Sequence[str]) -> str:
-    """The first three names, and how many more there are: 'a, b, c and 2 more'."""
-    more = f" and {len(names) - 3:,} more" if names[3:] else ""
-    return f"{', '.join(names[:3])}{more}"
+def few(names: Sequence[str], most: int = 3) -> str:
+    """The first names, and how many more there are: 'a, b, c and 2 more'."""
+    more = f" and {len(names) - most:,} more" if names[most:] else ""
+    return f"{', '.join(names[:most])}{more}"

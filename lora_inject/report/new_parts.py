@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from lora_inject.compat.marks import came_from_checkpoint, peft_modules, resizable_embeddings
+from lora_inject.compat.marks import came_from_checkpoint, resizable_embeddings
 from lora_inject.core.choosing import Skip
 from lora_inject.core.look import Look
 from lora_inject.core.output_heads import BY_NAME, OF_LANGUAGE_MODELS
@@ -59,10 +59,8 @@ def _by_checkpoint(look: Look) -> tuple[list[str], list[str]]:
     tokens, which may have been resized, and adapters of PEFT.
     """
     loaded, new = list[str](), list[str]()
-    others = {m for layer in look.index.modules for own in peft_modules(layer)
-              for m in look.index.below(own)}  # fmt: skip
-    others |= resizable_embeddings(look.model).keys()
-    for module in look.index.modules if look.own else ():
+    others = look.of_peft.keys() | resizable_embeddings(look.model).keys()
+    for module in look.index.modules if look.adapted else ():
         own = module._parameters
         if not len(own) or module in others:
             continue

@@ -20,13 +20,19 @@ def sites_section(plan: Any) -> Section:
         rows.append((path, *texts, count(len(sites)), total, pattern))
     # With settings beside it, alpha is a text that can be wrapped.
     alpha = "?alpha" if any("," in row[4] for row in rows) else "?>alpha"
-    shared = [f"{s.path} is also {', '.join(s.paths[1:])}" for s in plan.sites if len(s.paths) > 1]
+    notes = [f"{s.path} is also {', '.join(s.paths[1:])}" for s in plan.sites if len(s.paths) > 1]
+    if makes := [
+        site.path for site in plan.sites if site.multiplies and not site.compiles_products
+    ]:
+        notes.append(
+            f"In their weight under torch.compile, and not in products: {_and_more(makes)}"
+        )
     return Section(
         f"Plan: adapter {plan.adapter!r} on {plural(len(plan.sites), 'layer')} of "
         f"{type(plan.model).__name__}, {count(plan.parameters)} parameters, bias={plan.bias!r}",
         ("~path", "layer", ">in x out", ">r", alpha, ">layers", ">parameters", "?chosen by"),
         rows,
-        notes=shared,
+        notes=notes,
         styles=[TRAINS] * len(rows),
     )
 
@@ -37,7 +43,7 @@ def _texts(site: Site) -> tuple[str, ...]:
     alpha = f"{s.alpha:g}" + (f", dropout {s.dropout:g}" if s.dropout else "")
     alpha += s.drops.text
     alpha += s.variant.text
-    place = "in products with its weight" if site.multiplies else "in its weight"
+    place = site.kind.in_products if site.multiplies else "in its weight"
     kind = site.type + (f" ({place})" if site.way == "weight" else "")
     parts = "+".join(spec.part for spec in site.specs if spec.part)
     kind += f" ({parts})" if parts else ""

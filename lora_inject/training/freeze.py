@@ -8,7 +8,7 @@ from torch import nn
 from lora_inject.changes.edits import Edit, run, training_edits
 from lora_inject.changes.statistics import has_statistics, holding_edits
 from lora_inject.core.adaptation import Adaptation, own_in_place, reached, train_in_full
-from lora_inject.core.checks import require_one_owner
+from lora_inject.core.checks import require_exchangeable, require_one_owner
 from lora_inject.core.commit import commit
 from lora_inject.core.drift import held_below, warn_of_drift
 from lora_inject.core.in_place import in_place
@@ -66,7 +66,7 @@ def freeze(model: nn.Module, bias: BiasMode = "none", train_also: Patterns = ())
     look.require_awake()
 
     used = look.used
-    layers = [m for m, s in look.own.items() if any(a.name in used for a in s.adapters)]
+    layers = [m for m, s in look.adapted.items() if any(a.name in used for a in s.adapters)]
     tensors = in_place(look, layers, bias, tops)
     if look.states and tensors and not _is_one_in_use(look):
         raise ArgumentError(
@@ -75,6 +75,8 @@ def freeze(model: nn.Module, bias: BiasMode = "none", train_also: Patterns = ())
             remedy='Name that one first: use(model, "default").',
         )
     require_one_owner(look, tensors)
+    if look.states:
+        require_exchangeable(look, tensors)
     warn_of_drift(look, "gone", "class")
 
     def shown() -> Report:
@@ -84,11 +86,11 @@ def freeze(model: nn.Module, bias: BiasMode = "none", train_also: Patterns = ())
         return run(_plain_edits(look, tensors, tops), shown)  # type: ignore[no-any-return]
     made = Adaptation(_frozen(look, bias, in_full))
     for name in used:
-        own_in_place(look, made, name, tensors, use=True)
+        own_in_place(look, made, name, tensors, joins=True)
         train_in_full(look, made.states, name, tops)
     for module, state in made.states.items():
-        if state.own:
-            had = look.own[module].on_it if module in look.own else set()
+        if state.is_adapted:
+            had = look.adapted[module].on_it if module in look.adapted else set()
             new = {name: 1.0 for name in used if name in state.on_it - had}
             use = state.use._replace(weights={**state.use.weights, **new}, trains=frozenset(used))
             made.states[module] = state.change(use=use)
@@ -100,7 +102,7 @@ def freeze_adapter(model: nn.Module, name: str) -> None:
     look = Look(model)
     states = {
         module: state.change(use=state.use._replace(trains=state.use.trains - {name}))
-        for module, state in look.own.items()
+        for module, state in look.adapted.items()
         if name in state.use.trains
     }
     commit(look, states, flags="owned")
@@ -108,7 +110,7 @@ def freeze_adapter(model: nn.Module, name: str) -> None:
 
 def _is_one_in_use(look: Look) -> bool:
     """Whether one adapter is in use, with a weight of 1 wherever it has something."""
-    on_it = [s.use.weights for s in look.own.values() if look.used.keys() & s.on_it]
+    on_it = [s.use.weights for s in look.adapted.values() if look.used.keys() & s.on_it]
     return len(look.used) == 1 and all(list(weights.values()) == [1.0] for weights in on_it)
 
 
@@ -138,7 +140,9 @@ def _frozen(look: Look, bias: BiasMode, in_full: Collection[str]) -> dict[nn.Mod
     for module, state in states.items():
         reach = state.reach
         reach = reach._replace(
-            injections=tuple(calls[call.id] for call in reach.injections),
+            # What was called on parts is one call on the whole now, and goes with it.
+            injections=tuple(calls.values()),
+            roots=look.roots if module is look.model else frozenset(),
             in_full=tuple(name for name in reach.in_full if name not in used),
             tops=tuple(name for name in reach.tops if name not in used),
         )

@@ -41,7 +41,7 @@ def reset_lora_parameters(model: nn.Module) -> None:
             if not adapter.follows:
                 edits += _starting(path, layer, adapter)
     edits += _tying(look)
-    states = {m: s for m, s in look.own.items() if any(_is_unknown(m, t) for t in s.trained)}
+    states = {m: s for m, s in look.adapted.items() if any(_is_unknown(m, t) for t in s.trained)}
     formers: dict[int, Tensor] = {}
     new = {m: _known(m, state, formers, edits) for m, state in states.items()}
     commit(look, new, values=edits)

@@ -7,6 +7,7 @@ import torch
 from families import FAMILIES
 from helpers import Net, changed_parts, ids, randomize_adapters, snapshot
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 import lora_inject.adapters.rows as rows_of_layers
 from lora_inject import (
@@ -128,6 +129,17 @@ def test_which_products_are_made_follows_from_the_shapes(adapters, tokens, stack
     with per_row(model, names):
         model(x)
     assert bool(made) == (stacked and (tokens > 1 or x.is_cpu))
+
+
+def test_ranks_that_are_equal_are_not_padded():
+    model, names = nn.Sequential(nn.Linear(8, 8)), [f"a{i}" for i in range(8)]
+    for name in names:
+        inject(model, r=2, adapter=name)
+    with per_row(model, names), profile(activities=[ProfilerActivity.CPU]) as profiled:
+        model(torch.randn(8, 64, 8))
+    called = {event.key for event in profiled.key_averages()}
+    assert "aten::bmm" in called
+    assert "aten::constant_pad_nd" not in called  # which copies what it has nothing to add to
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bert", "vit"])
@@ -253,3 +265,28 @@ def test_nothing_else_is_possible_inside():
     use(model, "fr")
     merge(model)
     unmerge(model)
+
+
+DROPS = [{"dropout": 0.5}, {"dropout": {"rank": 0.5}}, {"dropout": 0.5, "init": "pissa"},
+         {"dropout": 0.3, "variant": "dora"}]  # fmt: skip
+
+
+@pytest.mark.usefixtures("either_way")
+@pytest.mark.parametrize("settings", DROPS, ids=str)
+def test_what_dropout_leaves_is_as_large_on_the_whole(settings):
+    """And it drops in training alone, for each row anew."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8))
+    for name in ("fr", "de"):
+        inject(model, "0", r=4, adapter=name, **settings)
+    randomize_adapters(model, names=["fr", "de"])
+    x = torch.randn(2, 8)
+    with per_row(model, ["fr", "de"]), torch.no_grad():
+        model.eval()
+        expected = model(x)
+        assert torch.equal(model(x), expected)
+        model.train()
+        runs = torch.stack([model(x) for _ in range(2000)])
+    assert runs.std(0).min() > 0
+    error = (runs.mean(0) - expected).abs() / runs.std(0)
+    assert error.max() < 5 / 2000**0.5

@@ -4,11 +4,20 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers import randomize_adapters
+from helpers import PEFT_WARNS, Net, randomize_adapters
 from torch import nn
 from torch.nn import functional as F
 
-from lora_inject import ArgumentError, NoMatchError, UnsupportedLayerError, inject, plan
+from lora_inject import (
+    ArgumentError,
+    LoRALayer,
+    NoMatchError,
+    UnsupportedLayerError,
+    inject,
+    plan,
+    strip,
+)
+from lora_inject.core.choosing import OF_PEFT
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -190,3 +199,61 @@ def test_modules_that_compare_by_value_are_refused():
             inject(model, "q", r=2)
         assert type(model[0].q) is nn.Linear
     inject(nn.ModuleList([Hashed(4), Hashed(5)]), "q", r=2)  # which are not equal
+
+
+@PEFT_WARNS
+@pytest.mark.parametrize("target", ["all-linear", nn.Linear, "*v_proj*", "re:.*proj.*"])
+def test_what_adapters_of_peft_are_made_of_is_adapted_where_it_is_named_alone(target):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(Net(), peft.LoraConfig(target_modules=["v_proj"], r=2))
+    shown = plan(model, target, r=2)
+    assert {skip.path for skip in shown.skipped if skip.reason == OF_PEFT} >= {
+        f"base_model.model.layers.{i}.v_proj.lora_{name}.default" for i in (0, 1) for name in "AB"
+    }
+    inject(model, target, r=2)
+    for layer in model.base_model.model.layers:
+        assert isinstance(layer.v_proj.base_layer, LoRALayer)
+        assert not any(isinstance(m, LoRALayer) for m in layer.v_proj.lora_A.modules())
+    strip(model)
+    assert len(plan(model, "lora_A.default", r=1).sites) == 2
+
+
+def test_a_pattern_that_adds_nothing_is_one_that_says_nothing_else():
+    model = nn.ModuleDict({"q": nn.Linear(4, 4), "k": nn.Linear(4, 4)})
+    assert len(plan(model, [nn.Linear, "q"], r=1).sites) == 2
+    assert len(plan(model, {nn.Linear: {"r": 2}, "q": {"r": 2}}).sites) == 2
+    with pytest.raises(NoMatchError, match="'class Linear' has chosen before"):
+        plan(model, {nn.Linear: {"r": 2}, "q": {"r": 3}})
+
+
+def test_what_cannot_be_adapted_is_told_of_ten_layers_and_counted_beyond():
+    def refused(number):
+        model = nn.ModuleList([nn.Linear(4, 4, device="meta") for _ in range(number)])
+        for layer in model:
+            layer.forward = layer.forward
+        with pytest.raises(UnsupportedLayerError) as caught:
+            plan(model, nn.Linear, r=1)
+        return str(caught.value).splitlines()
+
+    for number in (1, 2, 10):
+        lines = refused(number)
+        assert [line.split(":")[0] for line in lines] == [str(i) for i in range(number)]
+    assert [line.split(":")[0] for line in refused(12)[:-1]] == [str(i) for i in range(10)]
+    assert refused(12)[-1] == "... and 2 more."
+
+
+def test_a_pattern_that_chooses_nothing_says_what_it_met():
+    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in "abcdefgh"})
+    model["inner"] = nn.ModuleDict({name: nn.Linear(4, 4) for name in "stuvwxyz"})
+    with pytest.raises(NoMatchError, match="It selects 16 layers: excluded by '\\*'"):
+        plan(model, nn.Linear, r=1, exclude="*")
+    with pytest.raises(NoMatchError, match=r"can be: inner\.s, .*, inner\.x and 2 more\.$"):
+        plan(model, "inner", r=1)
+    model = nn.ModuleDict({"norm": nn.LayerNorm(4), "fc": nn.Linear(4, 4)})
+    with pytest.raises(NoMatchError, match="Names that can be adapted: fc"):
+        plan(model, "norm", r=1)
+    matrices = nn.Module()
+    for i in range(7):
+        matrices.register_parameter(f"m{i}", nn.Parameter(torch.randn(4, 4)))
+    with pytest.raises(NoMatchError, match=r"such as m\.m0, .*, m\.m5 and 1 more\.$"):
+        plan(nn.ModuleDict({"m": matrices}), "m", r=1)

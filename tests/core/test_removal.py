@@ -138,6 +138,19 @@ def test_what_was_lent_is_noted_once_however_often():
     assert changed_parts(before, snapshot(model)) == []
 
 
+def test_what_was_lent_stays_until_the_last_adapter_goes():
+    model = Net()
+    inject(model, "q_proj", r=2, adapter="a")
+    lend(model, "note", "ours")
+    inject(model, "v_proj", r=2, adapter="b")
+    use(model, "b")
+    freeze(model)
+    remove(model, "a")
+    assert model.note == "ours"
+    strip(model)
+    assert not hasattr(model, "note")
+
+
 @pytest.mark.parametrize("way", [strip, lambda model: take_back(model, "note")])
 def test_what_an_attribute_was_before_it_was_lent_comes_back(way):
     model = Net()
@@ -232,3 +245,15 @@ def test_a_part_with_one_place_of_a_tied_adapter_says_what_it_cannot():
         lora_state_dict(model)  # which would lose what b still has
     strip(model)
     assert changed_parts(before, snapshot(model)) == []
+
+
+def test_buffers_that_have_all_gone_since_come_back():
+    model = nn.ModuleDict({"fc": nn.Linear(3, 3), "norm": nn.BatchNorm1d(3)})
+    inject(model, "fc", r=1, train_also="norm")
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    for name in before:
+        setattr(model["norm"], name.removeprefix("norm."), None)
+    strip(model)
+    after = dict(model.named_buffers())
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)

@@ -113,3 +113,27 @@ def test_tied_gpt2():
     train_steps(model, inputs)
     strip(model)
     assert changed_parts(before, snapshot(model)) == []
+
+
+def test_a_kernel_that_stands_in_no_layer_too_cannot_be_shared():
+    model = nn.ModuleDict({"conv": nn.Conv2d(2, 2, 3), "other": nn.Module()})
+    model["other"].kernel = model["conv"].weight
+    with pytest.raises(UnsupportedLayerError, match=r"kernel of other\.kernel.*tells no layout"):
+        inject(model, "conv", r=1)
+    inject(model, "conv", r=1, exclude="other")
+
+
+def test_plain_parameters_are_tied_whatever_their_names():
+    model = nn.ModuleDict({"a": nn.Module(), "b": nn.Module()})
+    model["a"].pos = model["b"].places = nn.Parameter(torch.randn(4, 6))
+    inject(model, "a.pos", r=2)
+    randomize_adapters(model)
+    assert torch.equal(model["a"].pos, model["b"].places)
+    assert not torch.equal(model["a"].pos, model["a"]._parameters["pos"])
+
+
+def test_a_layer_that_is_adapted_in_parts_shares_nothing():
+    model = nn.ModuleDict({"qkv": nn.Linear(4, 12), "other": nn.Linear(4, 12)})
+    model["other"].weight = model["qkv"].weight
+    with pytest.raises(UnsupportedLayerError, match=r"weight of other.*adapted in parts"):
+        inject(model, "qkv", r=1, parts={"qkv": ("q", "k", "v")})

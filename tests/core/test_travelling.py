@@ -10,7 +10,7 @@ from helpers import Net, changed_parts, randomize_adapters, snapshot
 from torch import nn
 
 from lora_inject import FormatError, disabled, freeze, inject, merged, strip, use
-from lora_inject.core.travelling import ENTRY, as_entry, settings_below
+from lora_inject.core.travelling import ENTRY, as_entry
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -110,7 +110,7 @@ def test_adapters_are_compared_each_with_its_own():
 
 def test_files_of_tensors_alone_have_an_entry():
     model = adapted()
-    tensors = {**dict(model.state_dict()), ENTRY: as_entry(settings_below(model))}
+    tensors = {**dict(model.state_dict()), ENTRY: as_entry(model)}
     same, other = adapted(), adapted(alpha=2)
     result = same.load_state_dict(tensors)
     assert (result.missing_keys, result.unexpected_keys) == ([], [])

@@ -32,7 +32,7 @@ from lora_inject import (
 )
 from lora_inject.calibration.statistics import Statistics
 from lora_inject.core.expressions import Expression, Limits
-from lora_inject.core.travelling import ENTRY, as_entry, settings_below
+from lora_inject.core.travelling import ENTRY, as_entry
 from lora_inject.files.convert import inspect
 from lora_inject.files.formats.peft_patterns import Patterns
 from lora_inject.files.formats.storage import read_pickled, read_tensors
@@ -129,7 +129,7 @@ def resume(model, path):
 
 def checkpoint(path):
     model = trained("lora_only", train_also="head")
-    tensors = {**trained_tensors(model), ENTRY: as_entry(settings_below(model))}
+    tensors = {**trained_tensors(model), ENTRY: as_entry(model)}
     save_file(tensors, path, metadata={"format": "pt"})
 
 

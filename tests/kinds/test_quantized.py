@@ -7,7 +7,7 @@ from helpers import changed_parts, quantize, randomize_adapters, snapshot, train
 from torch import nn
 from torch.nn import functional as F
 
-from lora_inject import LoRALayer, UnsupportedLayerError, inject, report, strip
+from lora_inject import LoRALayer, UnsupportedLayerError, inject, plan, report, strip
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -150,3 +150,17 @@ def test_eight_bit_floats(dtype):
     train_steps(layer, x)
     strip(layer)
     assert torch.equal(layer(x), expected)
+
+
+def test_a_packed_weight_counts_as_what_it_stands_for():
+    class Packed(nn.Linear):
+        def __init__(self):
+            super().__init__(8, 6, bias=False)
+            del self.weight
+            self.register_buffer("weight", torch.zeros(24, 1, dtype=torch.uint8))
+
+        def forward(self, x):
+            return x @ torch.ones(8, 6)
+
+    (site,) = plan(nn.Sequential(Packed()), "0", r=2).sites
+    assert site.base_elements == 8 * 6

@@ -16,10 +16,13 @@ from torch import nn
 
 from lora_inject import (
     ArgumentError,
+    LoRAInjectError,
+    LoRAInjectWarning,
     NoMatchError,
     UnsupportedLayerError,
     freeze,
     inject,
+    lora_parameters,
     mark_only_lora_as_trainable,
     report,
     strip,
@@ -282,3 +285,22 @@ def test_adapters_do_not_train_in_full():
     inject(model, "q_proj")
     with pytest.raises(UnsupportedLayerError):
         freeze(model, train_also="layers.0")
+
+
+def test_what_is_trained_through_a_part_is_not_frozen_for_the_whole():
+    model = linears("a", "b")
+    model["b"].bias = model["a"].bias
+    inject(model["a"], nn.Linear, r=1, bias="all")
+    before = snapshot(model)
+    with pytest.raises(LoRAInjectError, match="tied, and trained already through a part"):
+        freeze(model, bias="all")
+    assert snapshot(model) == before
+
+
+def test_a_head_that_freeze_lets_train_is_missed_when_it_is_gone():
+    model = Net()
+    inject(model, "q_proj", r=2)
+    freeze(model, train_also="head")
+    model.head = nn.Linear(8, 3)
+    with pytest.warns(LoRAInjectWarning, match="head"):
+        lora_parameters(model)

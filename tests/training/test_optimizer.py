@@ -4,7 +4,15 @@ import pytest
 import torch
 from helpers import Net, ids, trainable_names
 
-from lora_inject import ArgumentError, LoRAInjectError, inject, lora_parameters, param_groups
+from lora_inject import (
+    ArgumentError,
+    LoRAInjectError,
+    LoRAInjectWarning,
+    inject,
+    lora_parameters,
+    merge,
+    param_groups,
+)
 
 pytestmark = pytest.mark.cpu("nothing is computed")
 
@@ -70,6 +78,12 @@ def test_a_model_in_which_nothing_trains():
             call(model)
 
 
+def test_an_optimizer_of_a_model_that_is_not_adapted_yet_is_a_warning():
+    for call in (lora_parameters, lambda m: param_groups(m, lr=0.1)):
+        with pytest.warns(LoRAInjectWarning, match="all of its parameters. Call inject first"):
+            call(Net())
+
+
 def test_adapters_of_embeddings_have_a_rate_of_their_own():
     model = Net()
     inject(model, ["q_proj", "embed"], rows={"head": [1]})
@@ -83,3 +97,12 @@ def test_adapters_of_embeddings_have_a_rate_of_their_own():
     assert len(grouped) == len(lora_parameters(model))
     with pytest.raises(ArgumentError, match="lr_embedding must be above 0"):
         param_groups(model, 0.1, lr_embedding=0.0)
+
+
+def test_a_merged_model_has_nothing_to_optimize():
+    model = Net()
+    inject(model, "q_proj", r=2)
+    merge(model)
+    for ask in (lora_parameters, lambda model: param_groups(model, lr=0.1)):
+        with pytest.raises(LoRAInjectError, match="merged"):
+            ask(model)

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from lora_inject import progress
-from lora_inject.progress import doing, tracked
+from lora_inject.printing import progress
+from lora_inject.printing.progress import doing, tracked
 
 pytestmark = pytest.mark.cpu("nothing is computed")
 

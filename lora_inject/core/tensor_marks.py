@@ -50,11 +50,6 @@ def mark_of(tensor: Tensor) -> Mark | None:
     return mark if isinstance(mark, Mark) else None
 
 
-def is_marked(tensor: Tensor) -> bool:
-    """Whether there is one."""
-    return hasattr(tensor, _MARK)
-
-
 def places_of(mark: Mark | None) -> list[Place]:
     """The places that a mark knows of and that are alive."""
     found = ((ref(), name) for ref, name in (mark.places if mark else ()))
@@ -77,5 +72,5 @@ def marking_edits(tensor: Tensor, flag: bool | None, places: list[Place]) -> lis
 
 
 def unmarking_edits(tensor: Tensor) -> list[Edit]:
-    """Take the mark off a tensor that has one."""
+    """Take the mark off a tensor that has one, or what a pickle has made of one."""
     return [mark_edit(tensor, None)] if _MARK in tensor.__dict__ else []

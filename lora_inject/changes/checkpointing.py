@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.changes.edits import Edit
-from lora_inject.changes.hooks import after_hook_edits, has_hook, pre_hook_edits
+from lora_inject.changes.hooks import after_hook_edits, pre_hook_edits
 from lora_inject.compat.marks import checkpointing_switch, may_be_reentrant
 
 
@@ -21,10 +21,8 @@ def is_checkpointed(module: nn.Module) -> bool:
     return isinstance(checkpointing_switch(module), bool)
 
 
-def recompute_edits(module: nn.Module, on: bool) -> list[Edit]:
+def checkpointing_edits(module: nn.Module, on: bool) -> list[Edit]:
     """Put the hook on a module that can be checkpointed, or take it off."""
-    if has_hook(module, _let_input_need_gradient) is on:
-        return []
     return pre_hook_edits(module, _let_input_need_gradient, on)
 
 
@@ -60,8 +58,6 @@ def is_needed_early(module: nn.Module) -> bool:
 
 def needing_edits(module: nn.Module, on: bool) -> list[Edit]:
     """Let what a module returns need a gradient while it trains, or no more."""
-    if any(hook is _let_output_need_gradient for hook in module._forward_hooks.values()) is on:
-        return []
     return after_hook_edits(module, _let_output_need_gradient, on)
 
 

@@ -1,0 +1,51 @@
+"""Tensors that come, go, move and wait: each stands where the states say, and is made once."""
+
+import pytest
+import torch
+from helpers import linears
+from torch import nn
+
+from lora_inject import inject, use
+
+pytestmark = pytest.mark.cpu("it is about places, not values")
+
+
+def test_what_stands_in_for_a_trained_tensor_is_made_once():
+    """A graph, a view or an optimizer that holds it goes on holding what the model has."""
+    model = linears("a", "b")
+    inject(model, "a", r=1, bias="lora_only")
+    own = model["a"].bias
+    use(model)
+    waiting = model["a"].bias
+    assert waiting is not own
+    inject(model, "b", r=1, adapter="other")
+    use(model)
+    use(model, "other")
+    assert model["a"].bias is waiting
+    use(model, "default")
+    assert model["a"].bias is own
+
+
+def test_a_layer_of_many_places_has_one_tensor_in_all_of_them():
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2), "c": nn.Linear(2, 2)})
+    model["b"].bias = model["c"].bias = model["a"].bias
+    inject(model, "a", r=1, bias="all")
+    own = model["a"].bias
+    own.data.fill_(7)
+    for _ in range(2):
+        use(model)
+        assert model["a"].bias is model["b"].bias is model["c"].bias is not own
+        use(model, "default")
+        assert model["a"].bias is model["b"].bias is model["c"].bias is own
+    assert torch.equal(own, torch.full((2,), 7.0))
+
+
+def test_what_stands_in_for_a_buffer_is_no_parameter():
+    model = nn.ModuleDict({"fc": nn.Linear(3, 3), "norm": nn.BatchNorm1d(3)})
+    inject(model, "fc", r=1, train_also="norm")
+    own = model["norm"].running_mean
+    use(model)
+    assert model["norm"].running_mean is not own
+    assert type(model["norm"].running_mean) is torch.Tensor
+    assert type(model["norm"].weight) is nn.Parameter
+    assert not model["norm"].weight.requires_grad

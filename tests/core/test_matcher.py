@@ -1,0 +1,93 @@
+"""What patterns select in a model, and what is said of one that selects nothing."""
+
+import pytest
+import torch
+from torch import nn
+
+from lora_inject import NoMatchError, inject, plan
+from lora_inject.printing import few
+
+pytestmark = pytest.mark.cpu("nothing is computed")
+
+
+def model():
+    """Two layers, a matrix of its own, and nothing that a container could train."""
+    own = nn.ModuleDict({"fc": nn.Linear(4, 4), "head": nn.Linear(4, 2), "act": nn.ReLU()})
+    own.register_parameter("mixing", nn.Parameter(torch.randn(4, 4)))
+    return own
+
+
+def said(targets, **arguments):
+    with pytest.raises(NoMatchError) as caught:
+        plan(model(), targets, r=1, **arguments)
+    return str(caught.value)
+
+
+def fc(path, module):
+    """A test that selects nothing, with a name like a layer's."""
+    return False
+
+
+def test_a_test_is_asked_about_modules_of_the_model_alone():
+    asked, own = [], model()
+
+    def never(path, module):
+        asked.append((path, module))
+        return False
+
+    for arguments in ({"targets": never}, {"targets": "fc", "exclude": never}):
+        with pytest.raises(NoMatchError, match="matches nothing"):
+            plan(own, r=1, **arguments)
+    assert {(path, id(module)) for path, module in asked} == {
+        (path, id(module)) for path, module in own.named_modules()
+    }
+
+
+def test_only_what_is_a_name_has_close_names_and_only_an_expression_is_called_one():
+    for targets in (fc, nn.GRU, "re:(fc|head)$x"):
+        assert "Close names" not in said(targets)
+        assert "expression" not in said(targets)
+    assert 'begins with "re:" and matches whole paths: "re:.*(fc|haed)"' in said("fc|haed")
+    assert '"re:.*fc$"' in said(".*fc$")
+    assert "Close names: head" in said("haed")
+    assert "expression" not in said("haed")
+
+
+def test_a_part_without_floating_point_parameters_cannot_train():
+    own = model()
+    own["norm"], own["ids"] = nn.LayerNorm(4, elementwise_affine=False), nn.Module()
+    own["ids"].register_parameter("ids", nn.Parameter(torch.arange(3), requires_grad=False))
+    for part in ("norm", "ids", "act"):
+        with pytest.raises(NoMatchError, match=f"'{part}' selects no module with parameters"):
+            plan(own, "fc", r=1, train_also=part)
+    assert list(plan(own, "fc", r=1, train_also="[hni]*").train_also) == ["head"]
+
+
+def test_a_container_names_the_matrices_that_it_holds_and_that_can_be_adapted():
+    own = nn.ModuleDict({"inner": nn.Module(), "other": nn.Module(), "fc": nn.Linear(4, 4)})
+    for name, shape in (("kernels", (2, 2, 2, 2)), ("stacked", (2, 4, 4)), ("mixing", (4, 4))):
+        for part in ("inner", "other"):
+            own[part].register_parameter(name, nn.Parameter(torch.randn(shape)))
+    with pytest.raises(NoMatchError, match=r"such as inner\.stacked, inner\.mixing\.$"):
+        plan(own, "inner", r=1)
+
+
+@pytest.mark.parametrize("argument", ["exclude", "train_also"])
+def test_what_is_said_of_a_part_that_is_not_there(argument):
+    """The parts where nothing is like it; else the close names, or that it is a parameter."""
+    parts, parameter = "There are head, fc.", "It names a parameter; name the module that owns it."
+    assert parts in said("fc", **{argument: "nowhere"})
+    assert said("fc", **{argument: "haed"}).endswith("Close names: head.")
+    for pattern in ("mixing", "*ix*"):
+        text = said("fc", **{argument: pattern})
+        assert parameter in text
+        assert parts not in text
+
+
+def test_names_are_listed_up_to_a_number():
+    names = [f"n{i}" for i in range(21)]
+    assert few(names[:20], 20) == ", ".join(names[:20])
+    assert few(names, 20) == ", ".join(names[:20]) + " and 1 more"
+    assert few(names[:3], 2) == "n0, n1 and 1 more"
+    with pytest.raises(NoMatchError, match="Names that can be adapted: none"):
+        inject(nn.Sequential(nn.ReLU()), "fc")
