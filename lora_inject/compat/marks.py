@@ -144,6 +144,18 @@ def rows_of_checkpoint(module: nn.Module) -> int | None:
     return rows if isinstance(rows, int) else None
 
 
+def sizes_of(module: nn.Module) -> dict[str, int]:
+    """How many layers, heads and heads of keys a language model of transformers has.
+
+    And whether its head is tied to its embeddings; nothing of a model that does not say it.
+    """
+    config = getattr(module, "config", None)
+    names = {"layers": "num_hidden_layers", "heads": "num_attention_heads",
+             "key_heads": "num_key_value_heads", "tied": "tie_word_embeddings"}  # fmt: skip
+    said = {own: getattr(config, name, None) for own, name in names.items()}
+    return {own: int(value) for own, value in said.items() if isinstance(value, int)}
+
+
 def can_resize(module: nn.Module) -> bool:
     """Whether a module's class can resize its vocabulary."""
     return hasattr(type(module), RESIZE)
