@@ -89,7 +89,8 @@ def convert(options: argparse.Namespace) -> None:
         options.source, options.target, options.to, format=options.format, model=model,
         alpha=options.alpha, portable=options.portable,
     )  # fmt: skip
-    show(inspect_file(options.target, model=model))
+    written = options.source if options.to == "gguf" else options.target  # which is not read
+    show(inspect_file(written, model=model))
 
 
 def demo(options: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ from lora_inject.errors import LoRAInjectError
 from lora_inject.printing.progress import doing
 
 DTYPES = ("bf16", "fp16", "fp32")
-FORMATS = ("peft", "loralib", "kohya", "diffusers")
+FORMATS = ("peft", "loralib", "kohya", "diffusers", "gguf")
 OPTIMIZERS = (
     "adamw", "adam", "nadam", "radam", "adamax", "rmsprop", "adagrad", "sgd-momentum", "sgd",
 )  # fmt: skip
@@ -177,7 +177,10 @@ def _add_files(commands: Any) -> None:
     change.add_argument("--portable", action="store_true", help="one rank, scalings folded into B")
     for command in (look, change):
         command.add_argument("--format", choices=FORMATS, help="default: found out")
-        command.add_argument("--model", help="what it is for, as in plan; kohya's names need it")
+        command.add_argument(
+            "--model", "--base", dest="model",
+            help="what it is for, as in plan; the names of kohya and of gguf need it",
+        )  # fmt: skip
 
 
 def _add_demo(commands: Any) -> None:

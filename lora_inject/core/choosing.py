@@ -21,6 +21,7 @@ from lora_inject.errors import (
     UnsupportedLayerError,
 )
 from lora_inject.kinds.parameter import layout_of
+from lora_inject.kinds.refusals import script_refusal
 from lora_inject.printing import few, plural
 
 OF_PEFT = "is a part of an adapter of PEFT; name it to adapt it"
@@ -86,7 +87,7 @@ def choose(resolver: Resolver, argument: str = "targets") -> tuple[list[Site], l
     winners = {key: winner for key, (winner, _) in chosen.items()}
     for pattern, targets in selected.items():
         _require_choice(matcher, pattern, targets, winners, skips, argument)
-    order = {place.module: index for index, place in enumerate(matcher.places)}
+    order = {named.module: index for index, named in enumerate(matcher.named)}
     sites = sorted([site for _, site in chosen.values()], key=lambda site: order[site.module])
     paths = {site.path for site in sites}
     return sites, [skip for skip in skips.values() if skip.path not in paths]
@@ -111,14 +112,15 @@ def _note_matrices(
             continue
         what = "a matrix" if target.tensor.dim() == 2 else "a fused weight"
         layout = "" if layout_of(module, target.tensor) else ", with layout="
-        reason = f"{what} and no layer: name it to adapt it{layout}"
+        named = f"{what} and no layer: name it to adapt it{layout}"
+        reason = script_refusal(module) or named
         skip = Skip(target.path, target.type, pattern.label, reason, wanted=True)
         skips.setdefault(target.path, skip)
 
 
 def _lies_in(target: Target, layers: tuple[int, ...], model: nn.Module) -> bool:
     try:
-        return bool(in_blocks([target.place], layers, model))
+        return bool(in_blocks([target.named], layers, model))
     except ArgumentError:
         return False
 
@@ -128,8 +130,8 @@ def _outside(
 ) -> set[nn.Module]:
     if layers is None:
         return set()
-    places = [t.place for targets in selected for t in targets if matcher.is_able(t)]
-    return {place.module for place in places} - in_blocks(places, layers, matcher.model)
+    able = [t.named for targets in selected for t in targets if matcher.is_able(t)]
+    return {named.module for named in able} - in_blocks(able, layers, matcher.model)
 
 
 def _reason_to_leave(

@@ -19,10 +19,17 @@ def lazy_refusal(module: nn.Module) -> str | None:
     return LAZY if any(p is not None and is_lazy(p) for p in module._parameters.values()) else None
 
 
-def general_refusal(module: nn.Module, new_names: Iterable[str], way: Way) -> str | None:
-    """Why a module of any kind cannot be adapted by a class swap, with the remedy; else None."""
+def script_refusal(module: nn.Module) -> str | None:
+    """Why nothing can be done to a module that was scripted or traced; else None."""
     if isinstance(module, torch.jit.ScriptModule):
         return "it is a ScriptModule, whose forward cannot be changed. Adapt it before scripting."
+    return None
+
+
+def general_refusal(module: nn.Module, new_names: Iterable[str], way: Way) -> str | None:
+    """Why a module of any kind cannot be adapted by a class swap, with the remedy; else None."""
+    if scripted := script_refusal(module):
+        return scripted
     if has_accelerate_hook(module) and any(p.is_meta for p in module.parameters(recurse=False)):
         return "accelerate has offloaded its weights. Remove the hooks, inject, and add them again."
     if way == "branch" and "forward" in module.__dict__:

@@ -265,3 +265,28 @@ def test_nothing_else_is_possible_inside():
     use(model, "fr")
     merge(model)
     unmerge(model)
+
+
+DROPS = [{"dropout": 0.5}, {"dropout": {"rank": 0.5}}, {"dropout": 0.5, "init": "pissa"},
+         {"dropout": 0.3, "variant": "dora"}]  # fmt: skip
+
+
+@pytest.mark.usefixtures("either_way")
+@pytest.mark.parametrize("settings", DROPS, ids=str)
+def test_what_dropout_leaves_is_as_large_on_the_whole(settings):
+    """And it drops in training alone, for each row anew."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8))
+    for name in ("fr", "de"):
+        inject(model, "0", r=4, adapter=name, **settings)
+    randomize_adapters(model, names=["fr", "de"])
+    x = torch.randn(2, 8)
+    with per_row(model, ["fr", "de"]), torch.no_grad():
+        model.eval()
+        expected = model(x)
+        assert torch.equal(model(x), expected)
+        model.train()
+        runs = torch.stack([model(x) for _ in range(2000)])
+    assert runs.std(0).min() > 0
+    error = (runs.mean(0) - expected).abs() / runs.std(0)
+    assert error.max() < 5 / 2000**0.5

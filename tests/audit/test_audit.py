@@ -23,6 +23,7 @@ from lora_inject import (
     disabled,
     inject,
     lora_parameters,
+    merge,
     monitor,
     param_groups,
     per_row,
@@ -362,3 +363,36 @@ def test_a_copy_of_a_model_is_audited_like_it():
     inject(model, ["q_proj"], r=2)
     assert audit(copy.deepcopy(model), batch).clean
     assert audit(llama(), batch).codes == ("no-adapter",)
+
+
+# --- what a loss is made of ---------------------------------------------------------------------
+
+
+class Returns(nn.Module):
+    def __init__(self, made):
+        super().__init__()
+        self.fc, self.made = nn.Linear(4, 4), made
+
+    def forward(self, x):
+        return self.made(self.fc(x))
+
+
+def test_a_loss_is_made_of_whatever_holds_numbers():
+    x = torch.randn(2, 4)
+    for made in (torch.mean, lambda y: y.sum().reshape(1), lambda y: {"y": [y]}, lambda y: (y, 3)):
+        model = Returns(made)
+        inject(model, "fc", r=2)
+        assert audit(model, x).clean
+    for made in (lambda y: None, lambda y: y.argmax(-1), lambda y: "text"):
+        model = Returns(made)
+        inject(model, "fc", r=2)
+        with pytest.raises(ArgumentError, match=r"returned no tensor\. Give loss="):
+            audit(model, x)
+        assert audit(model, x, loss=lambda *_, own=model.fc: own(x).square().mean()).clean
+
+
+def test_a_merged_adapter_that_should_train_sleeps():
+    model = Returns(torch.mean)
+    inject(model, "fc", r=2)
+    merge(model)
+    assert [(f.code, f.detail) for f in audit(model).findings] == [("asleep", "merged")]

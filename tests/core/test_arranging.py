@@ -38,3 +38,14 @@ def test_a_layer_of_many_places_has_one_tensor_in_all_of_them():
         use(model, "default")
         assert model["a"].bias is model["b"].bias is model["c"].bias is own
     assert torch.equal(own, torch.full((2,), 7.0))
+
+
+def test_what_stands_in_for_a_buffer_is_no_parameter():
+    model = nn.ModuleDict({"fc": nn.Linear(3, 3), "norm": nn.BatchNorm1d(3)})
+    inject(model, "fc", r=1, train_also="norm")
+    own = model["norm"].running_mean
+    use(model)
+    assert model["norm"].running_mean is not own
+    assert type(model["norm"].running_mean) is torch.Tensor
+    assert type(model["norm"].weight) is nn.Parameter
+    assert not model["norm"].weight.requires_grad

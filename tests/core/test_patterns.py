@@ -102,6 +102,7 @@ def test_a_mapping_gives_each_pattern_its_settings():
             "q_proj": {"r": 5},
             nn.Embedding: {"dropout": 0.5},
             "head": {},
+            lambda path, module: path.endswith("1.o_proj"): {"r": 6},
         },
         r=7,
     )
@@ -110,6 +111,7 @@ def test_a_mapping_gives_each_pattern_its_settings():
     assert (settings["layers.1.q_proj"].r, settings["layers.1.q_proj"].alpha) == (5, 5.0)
     assert (settings["embed"].r, settings["embed"].dropout) == (7, 0.5)
     assert settings["head"].scaling == 1.0
+    assert settings["layers.1.o_proj"].r == 6
     with pytest.raises(NoMatchError, match="put it first"):
         plan(Net(), {"q_proj": {"r": 5}, "layers.0.q_proj": {"r": 2}})
 
@@ -147,6 +149,8 @@ def test_layers_keeps_blocks():
     assert paths(Net(), "q_proj", layers=range(2)) == ["layers.0.q_proj", "layers.1.q_proj"]
     with pytest.raises(ArgumentError, match=r"layers=\[2\].*\{0\.\.1\}"):
         plan(Net(), "q_proj", layers=[0, 2])
+    with pytest.raises(ArgumentError, match=r"layers=\[0\] .*: no target lies in a block"):
+        plan(Net(), "head", layers=0)
     with pytest.raises(NoMatchError, match=r"'head' chooses nothing.*not in layers="):
         plan(Net(), ["q_proj", "head"], layers=0)
 
@@ -233,7 +237,7 @@ def test_an_exception_in_a_callable_leaves_the_model_alone():
 def test_a_shared_module_is_one_place_with_all_its_names():
     model = Net()
     model.alias = model.layers[1].q_proj
-    (place,) = [p for p in Index(model).places if "alias" in p.paths]
+    (place,) = [p for p in Index(model).named if "alias" in p.paths]
     assert place.paths == ("layers.1.q_proj", "alias")
     assert paths(model, "alias") == ["layers.1.q_proj"]
     assert paths(model, ["alias", "q_proj"]) == ["layers.0.q_proj", "layers.1.q_proj"]

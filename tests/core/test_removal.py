@@ -138,6 +138,19 @@ def test_what_was_lent_is_noted_once_however_often():
     assert changed_parts(before, snapshot(model)) == []
 
 
+def test_what_was_lent_stays_until_the_last_adapter_goes():
+    model = Net()
+    inject(model, "q_proj", r=2, adapter="a")
+    lend(model, "note", "ours")
+    inject(model, "v_proj", r=2, adapter="b")
+    use(model, "b")
+    freeze(model)
+    remove(model, "a")
+    assert model.note == "ours"
+    strip(model)
+    assert not hasattr(model, "note")
+
+
 @pytest.mark.parametrize("way", [strip, lambda model: take_back(model, "note")])
 def test_what_an_attribute_was_before_it_was_lent_comes_back(way):
     model = Net()

@@ -122,6 +122,29 @@ def test_modules_that_are_called_like_wrappers(format, tmp_path):
         assert torch.equal(layer(x), model["x"]["base_layer"]["base_layer"](x))
 
 
+@pytest.mark.parametrize("name", ["lora_A", "lora_B", "lora_proj", "base_layer", "default"])
+@pytest.mark.parametrize("inner", ["lora_A", "lora_B", "modules_to_save", "lora_magnitude_vector"])
+def test_what_trains_in_modules_that_are_called_like_parts_of_an_adapter(name, inner, tmp_path):
+    """Adapted ones, one that trains in full, and biases: what was saved can be loaded."""
+
+    def build():
+        torch.manual_seed(0)
+        layers = {inner: nn.Linear(4, 4), "weight": nn.Linear(4, 4), "head": nn.Linear(4, 4)}
+        return nn.Sequential(nn.ModuleDict({name: nn.ModuleDict(layers)}))
+
+    model = build()
+    inject(model, [inner, f"{name}.weight"], r=2, bias="all", train_also="head")
+    randomize_adapters(model)
+    with torch.no_grad():
+        for layer in model[0][name].values():
+            layer.bias.add_(1)
+    save(model, tmp_path)
+    twin = build()
+    load(twin, tmp_path)
+    for key, value in model.state_dict().items():
+        assert torch.equal(twin.state_dict()[key], value), key
+
+
 @pytest.mark.parametrize(
     ("key", "name"),
     [

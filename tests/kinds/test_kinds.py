@@ -14,6 +14,7 @@ from lora_inject import (
     Kind,
     LoRAInjectError,
     LoRALayer,
+    NoMatchError,
     Spec,
     UnsupportedLayerError,
     inject,
@@ -353,6 +354,13 @@ def test_scripted_modules_are_refused():
         scripted = torch.jit.script(nn.Linear(4, 4))
     with pytest.raises(UnsupportedLayerError, match="ScriptModule"):
         inject(scripted, "0")
+    model = nn.ModuleDict({"scripted": scripted, "fc": nn.Linear(4, 4)})
+    with pytest.raises(UnsupportedLayerError, match=r"scripted\.weight: it is a ScriptModule"):
+        inject(model, "scripted.weight")
+    with pytest.raises(NoMatchError, match=r"which cannot be adapted\. Names that can be"):
+        inject(model, "scripted")  # and not to name what is refused then
+    (note,) = inject(model, "all-linear", r=1).notes
+    assert "scripted.weight: it is a ScriptModule" in note
 
 
 def test_a_forward_on_the_instance_is_refused():

@@ -381,3 +381,29 @@ def test_a_dora_of_another_weight_of_the_module_may_stay():
     torch.testing.assert_close(module.up + 0, up)
     assert torch.equal(module.down + 0, down)
     assert torch.equal(module._parameters["up"], module.up + 0)
+
+
+def test_adapters_are_merged_one_after_another_where_nothing_is_kept():
+    model, x = nn.Sequential(nn.Linear(4, 4)).double(), torch.randn(3, 4).double()
+    base = model[0].weight.detach().clone()
+    for name in ("a", "b"):
+        inject(model, "0", r=2, adapter=name)
+    use(model, "a", "b")
+    randomize_adapters(model, names=["a", "b"])
+    updates = [B @ A for A, B in (("lora_A_a", "lora_B_a"), ("lora_A_b", "lora_B_b"))
+               for A, B in [(model[0].get_parameter(A), model[0].get_parameter(B))]]  # fmt: skip
+    expected = model(x)
+    for name, update in zip("ab", updates, strict=True):
+        merge(model, name, keep=False)
+        base = base + update.detach()
+        torch.testing.assert_close(model[0].weight.detach(), base)
+        torch.testing.assert_close(model(x), expected)
+    with pytest.raises(LoRAInjectError, match="merged with keep=False"):
+        unmerge(model)
+
+
+def test_without_adapters_in_use_there_is_nothing_to_merge():
+    model = adapted()
+    use(model)
+    with pytest.raises(LoRAInjectError, match="no adapters in use to merge"):
+        merge(model)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lora_inject.core.index import Index
 from lora_inject.errors import ArgumentError, FormatError
-from lora_inject.files.formats import checkpoint, diffusers, kohya, loralib, peft
+from lora_inject.files.formats import checkpoint, diffusers, gguf, kohya, loralib, peft
 from lora_inject.files.formats.data import AdapterData
 from lora_inject.files.formats.diffusers import TENSORS as IN_DIFFUSERS
 from lora_inject.files.formats.peft_config import CONFIG, TENSORS
@@ -22,6 +22,7 @@ FORMATS: dict[str, Any] = {
     "loralib": loralib,
     "kohya": kohya,
     "diffusers": diffusers,
+    "gguf": gguf,
 }
 # Kohya's: any other safetensors file.
 _BY_CONTENT = (peft, loralib, diffusers, checkpoint, kohya)

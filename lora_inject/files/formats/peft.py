@@ -108,7 +108,10 @@ def from_tensors(
     check_config(config, path / CONFIG)
     own = own_metadata(config, metadata, path)
     modules = None if index is None else bare_modules(index.by_path)
-    names = Names({*own.get("names", ()), *_names(modules or {})})
+    said = {*own.get("names", ())}
+    names = Names({*said, *_names(modules or {})})
+    bases = names.adapted_weights(tensors)
+    tensors, like_ours = names.without(tensors, said)
     tensors, tables = peft_rows.without_rows(tensors, config, path)
     tensors, betas = without_lora_bias(tensors)
     tensors, of_variants = without_others(tensors)
@@ -124,16 +127,16 @@ def from_tensors(
     added = added_biases(betas, pairs, config, path)
     if config.get("init_lora_weights") in REMADE_STARTS:
         pairs = with_moved_base(pairs, config, modules or {}, path)
-    said = own.get("bias") or config.get("bias") or "none"
+    bias = own.get("bias") or config.get("bias") or "none"
     return AdapterData(
         pairs=tuple(pairs),
-        tensors=others,
-        bias="lora_only" if added and said != "all" else said,
+        tensors={**others, **like_ours},
+        bias="lora_only" if added and bias != "all" else bias,
         train_also=tuple(own.get("train_also") or config.get("modules_to_save") or ()),
         facts={
             "format": "PEFT",
             "config": config,
-            "base_weights": names.adapted_weights(tensors),
+            "base_weights": bases,
             **({"train_also": own["train_also"]} if "train_also" in own else {}),
         },
         tables=tables,

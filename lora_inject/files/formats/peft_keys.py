@@ -2,7 +2,9 @@
 
 import itertools
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
+
+from torch import Tensor
 
 from lora_inject.files.formats.data import PairData
 from lora_inject.kinds.base import Form
@@ -28,6 +30,11 @@ def pair_key(key: str) -> tuple[str, str, bool] | None:
     """(path in the file, "A" or "B", whether of an embedding) of a key; None for other tensors."""
     match = re.fullmatch(_PAIR, key)
     return None if match is None else (match[1], match[3], bool(match[2]))
+
+
+def is_like_ours(name: str) -> bool:
+    """Whether a tensor of the base is called as one of an adapter, or of PEFT's wrappers, is."""
+    return ".lora_" in f".{name}" or Names(()).tensor(name) != name
 
 
 def base_key(name: str, pairs: Iterable[PairData]) -> str:
@@ -61,6 +68,17 @@ class Names:
         """The name of a base tensor for its key; None for one that PEFT keeps and does not use."""
         name = self._without(key.removeprefix(PREFIX), rf"\.({_WRAPPERS})(?=\.)")
         return None if ".original_module." in name and name not in self.known else name
+
+    def without(
+        self, tensors: Mapping[str, Tensor], said: Container[str]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(The other tensors by key, those of the base that a file says by name).
+
+        A module of the model may be called as the parts of an adapter are (``lora_B.bias``).
+        """
+        base = {key: name for key in tensors if (name := self.tensor(key)) in said}
+        others = {key: tensor for key, tensor in tensors.items() if key not in base}
+        return others, {name: tensors[key] for key, name in base.items() if name is not None}
 
     def adapted_weights(self, keys: Iterable[str]) -> list[str]:
         """The names of weights of adapted layers among the keys."""

@@ -9,7 +9,7 @@ from lora_inject.errors import FormatError
 from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.pairs import config_rank
 from lora_inject.files.formats.peft_config import config_digest
-from lora_inject.files.formats.peft_keys import Names
+from lora_inject.files.formats.peft_keys import Names, is_like_ours
 from lora_inject.files.formats.peft_targets import target_names
 from lora_inject.printing import few
 from lora_inject.variants import SCALINGS, Scaling
@@ -128,9 +128,9 @@ def to_metadata(
     fixed = {p.path: p.fixed for p in data.pairs if p.fixed}
     starts = {p.path: p.start for p in pairs if p.start}  # but for what was padded
     drops = {p.path: [*p.drops] for p in data.pairs if any(p.drops)}
-    plain = Names(())
-    names = [p.path for p in data.pairs if plain.tensor(f"{p.path}.") != f"{p.path}."]
-    names += [name for name in data.tensors if plain.tensor(name) != name]
+    paths = [f"{p.path}." for p in data.pairs]
+    names = [path[:-1] for path in paths if Names(()).tensor(path) != path]
+    names += filter(is_like_ours, data.tensors)
     return {
         "config": config_digest(config),
         "targets": list(data.targets),
