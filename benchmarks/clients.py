@@ -8,9 +8,13 @@ A run of the tests that say which client they are about:
     @pytest.mark.client("A1111", "otherwise", rule="1.10")  read as something else: we warn
 
 What passes counts as the outcome that it says; ``what=`` says it in words, for what is not equal.
+Engines are no part of the test extra. For their rows install vLLM and SGLang without what they
+depend on (``pip install --no-deps vllm sglang``, and what their imports miss), and let
+``$LLAMA_CPP`` be a directory with the source of llama.cpp.
 """
 
 import importlib.metadata
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -53,7 +57,8 @@ def version_of(client: str, rule: str | None) -> str:
     try:
         return importlib.metadata.version(client)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        source = os.environ.get(client.upper().replace(".", "_"))
+        return "its source" if source else "not installed"
 
 
 def measure(paths: list[str]) -> dict[str, Any]:

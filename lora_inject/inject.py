@@ -58,7 +58,8 @@ def inject(*args: Any, **kwargs: Any) -> Report:  # noqa: D417 (those of plan)
         alpha: the delta is scaled by alpha / r; None means alpha = r, a scaling of 1.
         dropout: probability of dropout on the input of the adapter, in [0, 1); or a mapping,
             ``{"input": 0.1, "rank": 0.1, "module": 0.05}``, where "rank" leaves ranks out, and
-            "module" the adapter on a layer, for one call in training.
+            "module" the adapter on a layer, for one call in training. Each is a child of the layer,
+            ``layer.lora_dropout``, whose ``p`` may be set.
         scaling: "lora" scales by alpha / r, "rslora" by alpha / sqrt(r) (arXiv 2312.03732).
         variant: "lora", or "dora" (arXiv 2402.09353): the length of each row of the adapted weight
             is trained on its own, ``lora_magnitude``; "dora_columns": of each column. Or no

@@ -139,7 +139,7 @@ def _hinting(function: Callable[P, Plan]) -> Callable[P, Plan]:
 
     @wraps(function)
     def hinted(*args: P.args, **kwargs: P.kwargs) -> Plan:
-        require_arguments(kwargs, known)
+        require_arguments(args, kwargs, known)
         return function(*args, **kwargs)
 
     return hinted

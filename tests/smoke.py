@@ -1,4 +1,4 @@
-"""What must work where nothing is installed but the package and what it requires itself.
+"""A user's first hour, where nothing is installed but the package and what it requires itself.
 
 ``.ci/run`` builds the package, installs the wheel in a new virtual environment and runs this there:
 
@@ -18,7 +18,19 @@ import torch
 from torch import nn
 
 import lora_inject
-from lora_inject import inject, load, lora_parameters, merge, report, save, strip, unmerge
+from lora_inject import (
+    LoRAInjectError,
+    inject,
+    inspect,
+    load,
+    lora_parameters,
+    merge,
+    plan,
+    report,
+    save,
+    strip,
+    unmerge,
+)
 
 X = torch.linspace(-1, 1, 48).view(3, 16)
 TARGETS = ["0", "2"]
@@ -63,6 +75,51 @@ def every_format_comes_back():
         assert torch.equal(other(X), model(X)), name
 
 
+def another_process_loads_what_was_saved():
+    save(trained(), "kept")
+    here = str(Path(__file__).resolve().parent)
+    code = f"import sys; sys.path.append({here!r}); import smoke; m = smoke.base(); "
+    code += "smoke.load(m, 'kept'); print(smoke.torch.equal(m(smoke.X), smoke.trained()(smoke.X)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "True\n", done
+
+
+def what_is_printed_is_short_or_a_table():
+    model = base()
+    shown = (plan(model, TARGETS, r=2), inject(model, TARGETS, r=2), inspect("kept"))
+    assert all(repr(one).count("\n") == 0 and len(repr(one)) < 200 for one in shown[:2]), shown
+    assert all("<table>" in one._repr_html_() and "───" in str(one) for one in shown), shown
+
+
+def _error_of(call, model):
+    try:
+        call(model)
+    except LoRAInjectError as error:
+        return str(error)
+    return "no error"
+
+
+def mistakes_are_said_before_anything_has_changed():
+    for call, said in (
+        (lambda m: inject(m, "1_proj"), "Names that can be adapted"),
+        (lambda m: inject(m, "0|2"), "re:"),
+        (lambda m: inject(m, TARGETS, 8), "r=8"),
+        (lambda m: inject(m, target_modules=["0"], lora_alpha=16), "Here it is targets"),
+        (lambda m: inject(m, TARGETS, r="8"), "r must be an integer"),
+        (lambda m: inject("0", m), "The model comes first"),
+        (lambda m: save(m, "nothing"), "Call inject first"),
+        (lambda m: merge(m), "Call inject first"),
+        (lambda m: load(m, "nowhere"), "no file or directory"),
+        (lambda m: load(m, "."), "holds no adapter"),
+        (lambda m: load(m, "kept/adapter_config.json"), "Give the directory"),
+        (lambda m: load(m[0], "kept"), "another model"),
+    ):
+        model, before = base(), str(base())
+        assert said in _error_of(call, model)
+        assert str(model) == before
+        assert all(p.requires_grad for p in model.parameters())
+
+
 def merging_and_stripping_are_undone_to_the_bit():
     model, before = trained(), base()
     y = model(X)
@@ -87,6 +144,17 @@ def the_command_line_plans_inspects_and_converts():
         done = subprocess.run([*command, *arguments], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert shown in done.stdout, done.stdout
+    for arguments, said in {
+        ("plan", "nowhere"): "no file or directory",
+        ("plan", "of_mine:build", "--targets", "x"): "matches nothing",
+        ("inspect", "."): "holds no adapter",
+        ("convert", "again.pt", "more", "--to", "peft"): "--alpha 16",
+        ("audit", "peft"): "no package.module:callable",
+        ("capacity",): "invalid choice",
+    }.items():
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (2, ""), done
+        assert said in done.stderr.splitlines()[-1], done.stderr
 
 
 def what_needs_more_says_what():
@@ -101,6 +169,9 @@ STEPS = (
     the_package_is_the_installed_one,
     a_step_trains_the_adapter_alone,
     every_format_comes_back,
+    another_process_loads_what_was_saved,
+    what_is_printed_is_short_or_a_table,
+    mistakes_are_said_before_anything_has_changed,
     merging_and_stripping_are_undone_to_the_bit,
     the_command_line_plans_inspects_and_converts,
     what_needs_more_says_what,

@@ -36,8 +36,8 @@ from lora_inject import (
     unmerge,
     use,
 )
-from lora_inject.core.marks import mark_of
 from lora_inject.core.state import state_of
+from lora_inject.core.tensor_marks import mark_of
 
 pytestmark = pytest.mark.cpu("it is about the order of calls")
 

@@ -118,7 +118,7 @@ def apart(index: Index) -> set[nn.Module]:
         if not all(reads[above] for above in around):
             found.add(module)
         elif any(other.startswith(f"{around[-1]}.".lstrip(".")) for other in others):
-            heads = find_heads(index.places) if heads is None else heads
+            heads = find_heads(index.named) if heads is None else heads
             if module not in heads:
                 found.add(module)
     return found

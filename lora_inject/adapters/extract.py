@@ -133,7 +133,7 @@ def extract(
     reports: list[ExtractReport] = []
 
     def content(sites: Sequence[Site]) -> Content:
-        values, report = _difference(base, tuned, [site for site in sites if not site.follows], r)
+        values, report = _difference(look, tuned, [site for site in sites if not site.follows], r)
         reports.append(report)
         return Content(values=values)
 
@@ -142,10 +142,11 @@ def extract(
 
 
 def _difference(
-    base: nn.Module, tuned: nn.Module, sites: Sequence[Site], r: int
+    look: Look, tuned: nn.Module, sites: Sequence[Site], r: int
 ) -> tuple[dict[tuple[str, str], dict[str, Tensor]], ExtractReport]:
     """The tensors by path and prefix of each pair, and what they could not hold."""
-    tuned_weights = [_tuned_weights(site, tuned) for site in sites]
+    index = look.index
+    tuned_weights = [_tuned_weights(index.path(site.module), site, tuned) for site in sites]
     values, found, held = {}, [], set[int]()
     for site, weights in zip(sites, tuned_weights, strict=True):
         for spec in site.specs:
@@ -154,22 +155,20 @@ def _difference(
             own, lost = _extracted(site, spec, W, weights[spec.weight], how)
             held.add(id(W))
             values[site.path, spec.prefix] = own
-            found.append(
-                ExtractedWeight(f"{_module_path(site)}.{spec.weight}".lstrip("."), r, lost)
-            )
-    others = tuple(_others(base, tuned, {weight.path for weight in found}, held))
+            found.append(ExtractedWeight(index.path(site.module, spec.weight), r, lost))
+    others = tuple(_others(look.model, tuned, {weight.path for weight in found}, held))
     return values, ExtractReport(tuple(found), others)
 
 
-def _tuned_weights(site: Site, tuned: nn.Module) -> dict[str, Tensor]:
-    """The weights of a site in the fine-tuned model.
+def _tuned_weights(path: str, site: Site, tuned: nn.Module) -> dict[str, Tensor]:
+    """The weights of a site, whose module is at that path, in the fine-tuned model.
 
     Raises:
         ArgumentError: one is not there, has another shape, or is packed.
         UnsupportedLayerError: one is sharded.
     """
     try:
-        module = tuned.get_submodule(_module_path(site))
+        module = tuned.get_submodule(path)
     except AttributeError as error:
         raise ArgumentError("tuned: it has no such module.", path=site.path) from error
     weights = {}
@@ -193,13 +192,6 @@ def _tuned_weights(site: Site, tuned: nn.Module) -> dict[str, Tensor]:
             )
         weights[spec.weight] = other
     return weights
-
-
-def _module_path(site: Site) -> str:
-    """The path of the site's module: that of a parameter ends in its own name."""
-    suffix = f".{site.specs[0].weight}"
-    own = site.kind.name == "parameter" and f".{site.path}".endswith(suffix)
-    return f".{site.path}".removesuffix(suffix)[1:] if own else site.path
 
 
 @torch.no_grad()

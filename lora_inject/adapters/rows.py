@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from lora_inject.adapters.batch import Batch
 from lora_inject.arithmetic.low_rank import side_by_side
 from lora_inject.core.adapter import Adapter, Term
+from lora_inject.core.dropping import dropout_now, drops_now
 from lora_inject.core.tools import require_values
 from lora_inject.errors import LoRAInjectError
 from lora_inject.sharding import alongside
@@ -107,7 +108,7 @@ class _Group:
 
     def add(self, layer: nn.Module, x: Tensor, y: Tensor, count: Count) -> Tensor:
         """The layer's output with what each row's adapter adds to it."""
-        dropout = self.dropout if layer.training else 0.0
+        dropout = dropout_now(layer, self.terms[0])
         if not self.terms[0].plain and dropout:  # A and A0 see the same input
             x, dropout = F.dropout(x, dropout), 0.0
         own = [_thinned(layer, term) for term in self.terms]
@@ -202,9 +203,9 @@ class _Alone:
         tensors = {role: own[name] for role, name in term.names.items()}
         require_values(layer, x, tensors.values())
         factor: Any = term.factor
-        if term.drops and layer.training:
-            factor, tensors = term.drops.factor(factor, y), term.drops.thinned(tensors)
-        change = term.change(tensors, factor, term.dropout if layer.training else 0.0)
+        if term.drops and (drops := drops_now(layer, term.dropping)):
+            factor, tensors = drops.factor(factor, y), drops.thinned(tensors)
+        change = term.change(tensors, factor, dropout_now(layer, term))
         x_k, y_k = x.index_select(0, at), y.index_select(0, at)
         added = term.variant.add_to_output(term.kind, layer, x_k, y_k, y_k, change)
         return y.index_copy(0, at, added)
@@ -214,4 +215,5 @@ def _thinned(layer: nn.Module, term: Term) -> dict[str, Tensor]:
     """The tensors of an adapter, without the ranks that are left out in training."""
     own: Any = layer._parameters
     tensors = {role: own[name] for role, name in term.names.items()}
-    return term.drops.folded(tensors) if term.drops and layer.training else tensors
+    drops = term.drops and drops_now(layer, term.dropping)
+    return drops.folded(tensors) if drops else tensors

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lora_inject.audit.findings import Finding
 from lora_inject.audit.subject import Subject, numbers
-from lora_inject.changes.recompute import is_needed_early
+from lora_inject.changes.checkpointing import is_needed_early
 from lora_inject.compat.marks import has_accelerate_hook, is_fully_sharded
 from lora_inject.core.adapter import Adapter
 from lora_inject.core.look import Look

@@ -17,10 +17,9 @@ def pre_hook_edits(
 
     Args:
         module: the module.
-        hook: a function of a module of ours. One that comes first gets no keyword arguments, and
-            one that does not gets them.
+        hook: a function of a module of ours, of the module, its arguments and keyword arguments.
         on: whether it is to be there.
-        first: whether it comes before all others.
+        first: whether it comes before all others; it gets no keyword arguments then.
     """
     hooks, with_kwargs = module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs
     return _hook_edits(hooks, with_kwargs, hook, on, first=first)

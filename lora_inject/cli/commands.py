@@ -89,7 +89,8 @@ def convert(options: argparse.Namespace) -> None:
         options.source, options.target, options.to, format=options.format, model=model,
         alpha=options.alpha, portable=options.portable,
     )  # fmt: skip
-    show(inspect_file(options.target, model=model))
+    written = options.source if options.to == "gguf" else options.target  # which is not read
+    show(inspect_file(written, model=model))
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -113,17 +114,29 @@ def load_model(source: str) -> nn.Module:
         ArgumentError: there is no such file, module or function, or it makes no model.
     """
     path = Path(source)
-    return _from_config(path) if source and path.exists() else _checked(_built(source), source)
-
-
-def _built(source: str) -> Any:
-    """What the user's function returns, or what stands there."""
-    module_name, colon, attribute = source.partition(":")
-    if not colon or not module_name or not attribute or module_name.startswith("."):
+    if source and path.exists():
+        return _from_config(path)
+    if not _names_a_function(source):
         raise ArgumentError(
             f"MODEL: there is no file or directory {source!r}.",
             remedy="Give a config's path or package.module:callable.",
         )
+    return _checked(_built(source), source)
+
+
+def _names_a_function(source: str) -> bool:
+    module_name, _, attribute = source.partition(":")
+    return bool(module_name and attribute) and not module_name.startswith(".")
+
+
+def _built(source: str) -> Any:
+    """What the user's function returns, or what stands there."""
+    if not _names_a_function(source):
+        raise ArgumentError(
+            f"MODEL: {source!r} is no package.module:callable.",
+            remedy="Give a function that builds the model, so that it can run with its weights.",
+        )
+    module_name, _, attribute = source.partition(":")
     sys.path.insert(0, "")
     try:
         build = getattr(importlib.import_module(module_name), attribute)

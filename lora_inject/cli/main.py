@@ -20,7 +20,7 @@ from lora_inject.errors import LoRAInjectError
 from lora_inject.printing.progress import doing
 
 DTYPES = ("bf16", "fp16", "fp32")
-FORMATS = ("peft", "loralib", "kohya", "diffusers")
+FORMATS = ("peft", "loralib", "kohya", "diffusers", "gguf")
 OPTIMIZERS = (
     "adamw", "adam", "nadam", "radam", "adamax", "rmsprop", "adagrad", "sgd-momentum", "sgd",
 )  # fmt: skip
@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_plan(commands: Any) -> None:
     show = commands.add_parser(
         "plan",
-        help="show what would be adapted, what would train and what memory that takes",
+        help="show what would be adapted and train, what memory that takes, and how many devices",
         description="Show what inject would do to a model, without its weights.",
     )
     show.set_defaults(run=_command("plan"))
@@ -177,7 +177,10 @@ def _add_files(commands: Any) -> None:
     change.add_argument("--portable", action="store_true", help="one rank, scalings folded into B")
     for command in (look, change):
         command.add_argument("--format", choices=FORMATS, help="default: found out")
-        command.add_argument("--model", help="what it is for, as in plan; kohya's names need it")
+        command.add_argument(
+            "--model", "--base", dest="model",
+            help="what it is for, as in plan; the names of kohya and of gguf need it",
+        )  # fmt: skip
 
 
 def _add_demo(commands: Any) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.jit import ScriptModule
 
@@ -143,6 +144,18 @@ def rows_of_checkpoint(module: nn.Module) -> int | None:
     return rows if isinstance(rows, int) else None
 
 
+def sizes_of(module: nn.Module) -> dict[str, int]:
+    """How many layers, heads and heads of keys a language model of transformers has.
+
+    And whether its head is tied to its embeddings; nothing of a model that does not say it.
+    """
+    config = getattr(module, "config", None)
+    names = {"layers": "num_hidden_layers", "heads": "num_attention_heads",
+             "key_heads": "num_key_value_heads", "tied": "tie_word_embeddings"}  # fmt: skip
+    said = {own: getattr(config, name, None) for own, name in names.items()}
+    return {own: int(value) for own, value in said.items() if isinstance(value, int)}
+
+
 def can_resize(module: nn.Module) -> bool:
     """Whether a module's class can resize its vocabulary."""
     return hasattr(type(module), RESIZE)
@@ -188,6 +201,12 @@ def experts_function(module: nn.Module) -> str | None:
         return None
     name = getattr(_attribute(module, "config"), "_experts_implementation", None)
     return None if name in (None, "eager") else str(name)
+
+
+def compiles_to_own_operator(dtype: torch.dtype) -> bool:
+    """Whether transformers, compiled, makes products by groups by the operator of its own."""
+    known = hasattr(torch.ops.transformers, "grouped_mm_fallback")
+    return known and dtype != torch.bfloat16
 
 
 def is_fallback_of_grouped_product(function: Any) -> bool:

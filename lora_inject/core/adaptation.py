@@ -220,7 +220,7 @@ def _untouched(
 
 
 def former_value(tensor: Tensor) -> Tensor:
-    """A copy of a value to keep; on the meta device there is none yet, and it is asked again."""
+    """A copy of a value to keep; there is none yet on the meta device, until values are reset."""
     value = tensor.detach()
     return value.to("meta") if value.is_meta else whole(value).to("cpu", copy=True)
 

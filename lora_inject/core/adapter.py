@@ -24,6 +24,27 @@ def parameter_names(spec: Spec, adapter: str, variant: Variant) -> dict[str, str
     return {role: f"{spec.prefix}lora_{role}{suffix}" for role in variant.shapes(spec)}
 
 
+class Dropping(NamedTuple):
+    """The names of the children of a layer that say with which probabilities an adapter drops.
+
+    Attributes:
+        input: of dropping entries of what A reads.
+        rank: of leaving out a rank.
+        module: of leaving out the adapter on the layer.
+    """
+
+    input: str
+    rank: str
+    module: str
+
+
+def dropping_names(spec: Spec, adapter: str) -> Dropping:
+    """The names for an adapter whose first pair is this one, made like those of A and B."""
+    suffix = "" if adapter == DEFAULT_ADAPTER else f"_{adapter}"
+    names = (f"{spec.prefix}lora_{what}dropout{suffix}" for what in ("", "rank_", "module_"))
+    return Dropping(*names)
+
+
 class Pair(NamedTuple):
     """The tensors of an adapter on one weight.
 
@@ -47,15 +68,16 @@ class Term(NamedTuple):
         kind: the kind of layer, with its arithmetic.
         spec: the pair.
         factor: the scaling times the weight with which the adapter is in use.
-        dropout: the probability in training mode.
+        dropout: the probability that was asked for; whether there is one.
         adapter: the adapter's name.
         part: the first feature of the output that it adds to and their number; None for all.
         names: the names of all tensors of the pair by role.
         scaling: alpha / r, or what the rule of scaling makes of them.
         variant: what the tensors are to the weight.
         plain: whether the change is ``B A`` alone.
-        drops: what is left out for one call in training; None where nothing is.
+        drops: what was asked to be left out for one call in training; None for nothing.
         finishes: whether it is made of the output with ``B A`` added: ``Variant.finish``.
+        dropping: the names of the children that have the probabilities now.
     """
 
     kind: Kind
@@ -70,6 +92,7 @@ class Term(NamedTuple):
     plain: bool
     drops: Drops | None
     finishes: bool
+    dropping: Dropping
 
     def change(
         self, tensors: Mapping[str, Tensor], factor: float | Tensor, dropout: float = 0.0
@@ -96,6 +119,8 @@ class Adapter:
         follows: the path of the tied target whose A and B it shares, or "".
         pairs: each pair's spec with the names of its tensors.
         parameters: the names of all of its parameters, and whether they train when it does.
+        dropouts: the names of the layer's children for what it drops, each with the probability
+            that was asked for.
         terms: what it adds when it is in use with a weight of 1.
     """
 
@@ -110,10 +135,14 @@ class Adapter:
     follows: str = ""
     pairs: tuple[Pair, ...] = field(init=False)
     parameters: Mapping[str, bool] = field(init=False)
+    dropouts: Mapping[str, float] = field(init=False)
     terms: tuple[Term, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         self.pairs, self.parameters = names_of(self.specs, self.name, self.settings.variant)
+        s = self.settings
+        asked = zip(dropping_names(self.specs[0], self.name), (s.dropout, *s.drops), strict=True)
+        self.dropouts = {name: p for name, p in asked if p}
         self.terms = self.weighted_terms(1.0)
 
     def weighted_terms(self, weight: float) -> tuple[Term, ...]:
@@ -144,6 +173,7 @@ def _terms(
     kind: Kind, specs: tuple[Spec, ...], variant: Variant, scaling: float, dropout: float,
     drops: Drops | None, adapter: str, weight: float,
 ) -> tuple[Term, ...]:  # fmt: skip
+    dropping = dropping_names(specs[0], adapter)
     return tuple(
         Term(
             kind=kind,
@@ -158,6 +188,7 @@ def _terms(
             plain=variant.additive and not variant.offset,
             drops=drops,
             finishes=variant.finishes and not variant.offset and weight == 1.0,
+            dropping=dropping,
         )
         for spec, names in names_of(specs, adapter, variant)[0]
     )

@@ -20,10 +20,10 @@ from lora_inject.changes.edits import (
     training_edits,
 )
 from lora_inject.core.look import Look
-from lora_inject.core.marks import mark_of, marking_edits, unmarking_edits
 from lora_inject.core.module_edits import module_edits
 from lora_inject.core.state import Fresh, State, States, owned, state_of
 from lora_inject.core.state_parts import Trained
+from lora_inject.core.tensor_marks import mark_of, marking_edits, unmarking_edits
 from lora_inject.own import Place, own_tensor
 from lora_inject.settings import BASE
 from lora_inject.sharding import is_distributed, shards
@@ -118,68 +118,55 @@ class Arranging:
         What is not ours stays in its order; ours comes after it, in the order of the state.
         """
         old, state = self.look.states.get(module), self.states[module]
-        parts = old.trained if old else ()
-        had = {
-            (trained.name, who): own_tensor(module, home)
-            for trained in parts
-            for who, home in old.homes(trained).items()  # type: ignore[union-attr]
-        }
-        ours = {name for a in (old.adapters if old else ()) for name in a.parameters}
-        ours |= {n for t in parts for n in old.homes(t).values() if n != t.name}  # type: ignore[union-attr]
-        after = state.trained if state else ()
-        wanted: dict[str, Tensor | None] = {}  # by the name of a place
-        for name in {trained.name for trained in (*parts, *after)}:
-            before, now = (s.find(name) if s else None for s in (old, state))
-            wanted[name] = self._in_place(module, name, before, now, had)
-        had |= self.fresh.get(module, {})
+        tensors = self._by_owner(module)
+        ours = {name for adapter in (old.adapters if old else ()) for name in adapter.parameters}
+        ours |= {home for trained, _, home in _homes(old) if home != trained.name}
+        trained = [*(old.trained if old else ()), *(state.trained if state else ())]
+        standing = {t.name: self._standing(module, t.name, tensors) for t in trained}
         placed: dict[str, Tensor | None] = {}  # what is ours, by its own name
         for adapter in state.adapters if state else ():
             for name in adapter.parameters:
                 key = (name, adapter.name)
-                placed[name] = had[key] if key in had else own_tensor(module, name)
+                placed[name] = tensors[key] if key in tensors else own_tensor(module, name)
         waiting = [
-            (trained, home, had[trained.name, who])
-            for trained in after
-            for who, home in state.homes(trained).items()  # type: ignore[union-attr]
-            if home != trained.name
+            (t, home, tensors[t.name, who]) for t, who, home in _homes(state) if home != t.name
         ]
-        placed |= {home: tensor for trained, home, tensor in waiting if trained.is_parameter}
-        parameters = [
-            (n, wanted.get(n, t)) for n, t in module._parameters.items() if n not in ours
-        ] + list(placed.items())
-        buffers = [(n, wanted.get(n, t)) for n, t in module._buffers.items() if n not in ours]
+        placed |= {home: tensor for t, home, tensor in waiting if t.is_parameter}
+        kept = [(n, standing.get(n, t)) for n, t in module._parameters.items() if n not in ours]
+        buffers = [(n, standing.get(n, t)) for n, t in module._buffers.items() if n not in ours]
         buffers += [(home, tensor) for t, home, tensor in waiting if not t.is_parameter]
         unsaved = module._non_persistent_buffers_set
         hidden = {n for n in unsaved if n not in ours}
         hidden |= {home for t, home, _ in waiting if not t.is_parameter and t.name in unsaved}
-        return Arrangement(parameters, buffers, hidden)
+        return Arrangement([*kept, *placed.items()], buffers, hidden)
 
-    def _in_place(
-        self,
-        module: nn.Module,
-        name: str,
-        before: Trained | None,
-        now: Trained | None,
-        had: dict[tuple[str, str], Tensor | None],
-    ) -> Tensor | None:
-        """The tensor that is to stand in a place.
+    def _by_owner(self, module: nn.Module) -> dict[tuple[str, str], Tensor | None]:
+        """The tensors of a module by name and owner, those that are new among them.
 
-        In ``had``, the tensors by name and owner, the base's own is handed to whom it belongs then.
+        The base's own tensor goes to the adapter that trains it then, or back to the base.
         """
-        current = own_tensor(module, name)
-        first, then = (t.original if t else None for t in (before, now))
-        if before is None:
-            had[name, BASE] = current
-        if first is not None and then != first:
-            had[name, BASE] = had.pop((name, first))
-        if then is not None and then != first:
-            had[name, then] = had.pop((name, BASE))
-        state, fresh = self.states[module], self.fresh.get(module, {})
-        holder = BASE if state is None or now is None else state.holder(now)
-        if holder == BASE and then is not None:
-            tensor = fresh.get((name, _STAND_IN), current)
+        old, state = self.look.states.get(module), self.states[module]
+        found = {(t.name, who): own_tensor(module, home) for t, who, home in _homes(old)}
+        for name in {t.name for s in (old, state) if s for t in s.trained}:
+            before, now = (s.find(name) if s else None for s in (old, state))
+            if before is None:
+                found[name, BASE] = own_tensor(module, name)
+            was, then = ((t.original if t else None) or BASE for t in (before, now))
+            if was != then:
+                found[name, then] = found.pop((name, was))
+        return found | self.fresh.get(module, {})
+
+    def _standing(
+        self, module: nn.Module, name: str, tensors: Mapping[tuple[str, str], Tensor | None]
+    ) -> Tensor | None:
+        """The tensor that is to stand in a place, noted where it takes that of another."""
+        state, current = self.states[module], own_tensor(module, name)
+        now = state.find(name) if state else None
+        holder = state.holder(now) if state and now else BASE
+        if holder == BASE and now is not None and now.original is not None:
+            tensor = tensors.get((name, _STAND_IN), current)
         else:
-            tensor = fresh[name, holder] if (name, holder) in fresh else had[name, holder]
+            tensor = tensors[name, holder]
         if tensor is not current and current is not None:
             self.replaced[id(current)] = current, tensor
         return tensor
@@ -257,6 +244,12 @@ class Arranging:
         return state is not None and any(
             state.homes(trained).get(trained.original or BASE) == name for trained in state.trained
         )
+
+
+def _homes(state: State | None) -> list[tuple[Trained, str, str]]:
+    """What trains in place, with each of its owners and the name of that one's tensor."""
+    trained = state.trained if state else ()
+    return [(t, who, home) for t in trained for who, home in state.homes(t).items()]  # type: ignore[union-attr]
 
 
 def _fact(state: State | None, name: str) -> Fact | None:

@@ -27,20 +27,20 @@ def require_injectable(look: Look) -> None:
             "the model is a ScriptModule, whose forward cannot be changed.",
             remedy="Adapt it before scripting.",
         )
-    for place in look.index.places:
-        if isinstance(place.module, _WRAPPERS):
+    for named in look.index.named:
+        if isinstance(named.module, _WRAPPERS):
             raise UnsupportedLayerError(
-                f"{type(place.module).__name__} would not know of new parameters.",
-                path=place.path,
+                f"{type(named.module).__name__} would not know of new parameters.",
+                path=named.path,
                 remedy="Inject first, then wrap the model.",
             )
-        if isinstance(place.module, LazyModuleMixin) and has_statistics(place.module):
-            raise UnsupportedLayerError(LAZY, path=place.path)  # held, they would stay so
-        for name, parameter in place.module._parameters.items():
+        if isinstance(named.module, LazyModuleMixin) and has_statistics(named.module):
+            raise UnsupportedLayerError(LAZY, path=named.path)  # held, they would stay so
+        for name, parameter in named.module._parameters.items():
             if parameter is not None and not is_lazy(parameter) and parameter.is_inference():
                 raise UnsupportedLayerError(
                     f"its {name} was made in inference mode and can never train again.",
-                    path=place.path,
+                    path=named.path,
                     remedy="Build or load the model outside of torch.inference_mode.",
                 )
 

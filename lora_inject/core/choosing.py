@@ -87,7 +87,7 @@ def choose(resolver: Resolver, argument: str = "targets") -> tuple[list[Site], l
     winners = {key: winner for key, (winner, _) in chosen.items()}
     for pattern, targets in selected.items():
         _require_choice(matcher, pattern, targets, winners, skips, argument)
-    order = {place.module: index for index, place in enumerate(matcher.places)}
+    order = {named.module: index for index, named in enumerate(matcher.named)}
     sites = sorted([site for _, site in chosen.values()], key=lambda site: order[site.module])
     paths = {site.path for site in sites}
     return sites, [skip for skip in skips.values() if skip.path not in paths]
@@ -120,7 +120,7 @@ def _note_matrices(
 
 def _lies_in(target: Target, layers: tuple[int, ...], model: nn.Module) -> bool:
     try:
-        return bool(in_blocks([target.place], layers, model))
+        return bool(in_blocks([target.named], layers, model))
     except ArgumentError:
         return False
 
@@ -130,8 +130,8 @@ def _outside(
 ) -> set[nn.Module]:
     if layers is None:
         return set()
-    places = [t.place for targets in selected for t in targets if matcher.is_able(t)]
-    return {place.module for place in places} - in_blocks(places, layers, matcher.model)
+    able = [t.named for targets in selected for t in targets if matcher.is_able(t)]
+    return {named.module for named in able} - in_blocks(able, layers, matcher.model)
 
 
 def _reason_to_leave(

@@ -25,7 +25,6 @@ from lora_inject.changes.edits import (
 )
 from lora_inject.core.arranging import Arranging, Flags
 from lora_inject.core.look import Look
-from lora_inject.core.marks import Mark, mark_edit, mark_of, unmarking_edits
 from lora_inject.core.module_edits import (
     add_class_and_scales,
     lent_edits,
@@ -36,6 +35,7 @@ from lora_inject.core.module_edits import (
 from lora_inject.core.recomputing import note_commit, note_parts
 from lora_inject.core.reduced import require_reduced
 from lora_inject.core.state import Fresh, State, States, owned
+from lora_inject.core.tensor_marks import Mark, mark_edit, mark_of, unmarking_edits
 from lora_inject.own import STATE
 
 
@@ -104,12 +104,13 @@ def edits_of(
         old = before.get(module)
         if old is not None and state is not None:
             moves = old.trained or state.trained or old.adapters is not state.adapters
-            sets = flags != "changed" or old.use.trains != state.use.trains
-            apart = flags == "all" and not _is_alone(look, module, state)
-            if moves or apart or (sets and _shares(module, state)):
+            sets_flags = flags != "changed" or old.use.trains != state.use.trains
+            # A flag that other modules share follows from the states of all of them.
+            of_base = flags == "all" and not _is_alone(look, module, state)
+            if moves or of_base or (sets_flags and _shares(module, state)):
                 general[module] = state
             else:
-                _add_still_edits(edits, module, old, state, flags if sets else None)
+                _add_still_edits(edits, module, old, state, flags if sets_flags else None)
         elif state is not None and _is_alone(look, module, state):
             _add_first_edits(edits, module, state, fresh.get(module, {}))
         elif old is not None and _is_alone(look, module, old):
@@ -149,10 +150,10 @@ def _add_first_edits(
 ) -> None:
     own: Any = module._parameters
     if len(own):
-        reference = weakref.ref(module)
+        reference, flags = weakref.ref(module), dict(state.before.flags)
         for name, parameter in own.items():
             if parameter is not None:
-                mark = Mark(parameter.requires_grad, ((reference, name),))
+                mark = Mark(flags[name], ((reference, name),))
                 edits += training_edits(parameter, False)
                 edits.append(mark_edit(parameter, mark))
     if fresh:

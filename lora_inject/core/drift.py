@@ -12,9 +12,9 @@ from torch import nn
 from lora_inject.core.layer import LoRALayer
 from lora_inject.core.layer_checks import has_own_forward
 from lora_inject.core.look import Look
-from lora_inject.core.marks import mark_of
 from lora_inject.core.state import State, owned, state_of
 from lora_inject.core.state_parts import Injection
+from lora_inject.core.tensor_marks import mark_of
 from lora_inject.errors import LoRAInjectError, warn
 from lora_inject.printing import few
 from lora_inject.settings import BASE

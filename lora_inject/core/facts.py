@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from lora_inject.compat.marks import peft_modules
 from lora_inject.core.adapter import Adapter
 from lora_inject.core.index import Index
-from lora_inject.core.marks import mark_of, places_of
 from lora_inject.core.state import State
 from lora_inject.core.state_parts import Injection, Trained
+from lora_inject.core.tensor_marks import mark_of, places_of
 from lora_inject.errors import ArgumentError, LoRAInjectError
 from lora_inject.own import STATE, Place, own_tensor
 from lora_inject.settings import BASE, BiasMode

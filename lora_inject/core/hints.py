@@ -1,7 +1,8 @@
 """Words of other libraries, and what they are here: for messages alone."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from inspect import Parameter
 from typing import Any
 
 from lora_inject.compat.marks import config_of_peft
@@ -29,21 +30,41 @@ _HERE = {
     "lora_config": "targets, r and alpha",
     "config": "targets, r and alpha",
 }
+_OF_THE_OPTIMIZER = "The optimizer has it: torch.optim.AdamW(lora_parameters(model), lr=2e-4)."
+_ELSEWHERE = {
+    "lr": _OF_THE_OPTIMIZER,
+    "learning_rate": _OF_THE_OPTIMIZER,
+    "task_type": "Leave it out: the model stays of its class.",
+    "inference_mode": "load(model, path, trainable=False) has it.",
+}
 
 
-def require_arguments(given: Iterable[str], known: Collection[str]) -> None:
-    """Refuse keyword arguments that there are not, and say what they are called here.
+def require_arguments(
+    values: Sequence[Any], names: Iterable[str], known: Mapping[str, Parameter]
+) -> None:
+    """Refuse arguments that there are not, and say what they are called here.
+
+    Args:
+        values: those that are given without a name.
+        names: of the others.
+        known: what the function takes.
 
     Raises:
-        ArgumentError: there is such.
+        ArgumentError: there is such, or too many have no name.
     """
-    for name in given:
+    nameless = [name for name, own in known.items() if own.kind is own.POSITIONAL_OR_KEYWORD]
+    if extra := values[len(nameless) :]:
+        raise ArgumentError(
+            f"only {' and '.join(nameless)} can be given without a name, not {extra[0]!r}.",
+            remedy="Say what it is, as in r=8.",
+        )
+    for name in names:
         if name not in known:
-            close = get_close_matches(name, known, n=1)
+            close = get_close_matches(name, known, n=1) if len(name) > 2 else []
             meant = _HERE.get(name) or (close[0] if close else "")
+            there = f"Here it is {meant}." if meant else f"There are {', '.join(known)}."
             raise ArgumentError(
-                f"there is no argument {name!r}.",
-                remedy=f"Here it is {meant}." if meant else f"There are {', '.join(known)}.",
+                f"there is no argument {name!r}.", remedy=_ELSEWHERE.get(name, there)
             )
 
 

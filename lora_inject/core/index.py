@@ -62,8 +62,8 @@ class Index:
         return found
 
     @cached_property
-    def places(self) -> list[NamedModule]:
-        """The same as the patterns read it."""
+    def named(self) -> list[NamedModule]:
+        """The same, as patterns read it."""
         return [NamedModule(*item) for item in self.paths.items()]
 
     @cached_property

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from lora_inject.arithmetic.linear import Branch, adapted_linear, may_run_whole
 from lora_inject.compat.torch_private import is_removing_parametrizations
 from lora_inject.core.adapter import Adapter, Term
+from lora_inject.core.dropping import dropout_now, drops_now
+from lora_inject.core.printed import adapters_text, has_other_children
 from lora_inject.core.recomputing import note_run
 from lora_inject.core.scales import SCALES, Scales, scales_of
 from lora_inject.core.sharded import following, is_of_fsdp
@@ -88,15 +90,13 @@ class LoRALayer(nn.Module):
 
     def extra_repr(self) -> str:
         """The layer's own, then the adapters."""
-        state: State = self.__dict__[STATE]
-        shown = []
-        for a in state.adapters:
-            s, weights = a.settings, [spec.part or spec.weight for spec in a.specs]
-            on = "" if weights == ["weight"] else f"{'+'.join(weights)}: "
-            used = "" if a.name in state.use.weights else ", not in use"
-            own = f"r={s.r}, alpha={s.alpha:g}, dropout={s.dropout:g}{s.drops.text}{s.variant.text}"
-            shown.append(f"{on}{a.name}({own}{used})")
-        return ", ".join(filter(None, [super().extra_repr(), "lora=" + " ".join(shown)]))
+        return ", ".join(filter(None, [super().extra_repr(), adapters_text(self)]))
+
+    def __repr__(self) -> str:
+        """In one line, which says what the children for dropout do."""
+        if has_other_children(self):
+            return super().__repr__()
+        return f"{type(self).__name__}({self.extra_repr()})"
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Also what ``parallelize_module`` calls: A and B take the placements of their weight."""
@@ -156,9 +156,9 @@ class BranchLayer(LoRALayer):
             factor = self.__dict__[SCALES][term.adapter][1] if compiles else term.factor
             tensors = {role: getattr(self, name) for role, name in term.names.items()}
             require_values(self, x, tensors.values())
-            if term.drops and self.training:
-                factor, tensors = term.drops.factor(factor, y), term.drops.thinned(tensors)
-            change = term.change(tensors, factor, term.dropout if self.training else 0.0)
+            if term.drops and (drops := drops_now(self, term.dropping)):
+                factor, tensors = drops.factor(factor, y), drops.thinned(tensors)
+            change = term.change(tensors, factor, dropout_now(self, term))
             y = term.variant.add_to_output(term.kind, self, x, former, y, change)
         return y
 
@@ -183,8 +183,7 @@ class WholeLayer(BranchLayer):
         own: Any = self._parameters  # a weight that is not here is computed when it is read
         cls, known = self._lora_product
         if state.running and "bias" in own and cls.forward is known:  # nobody has patched it since
-            W, training = own.get("weight"), self.training
-            branches = _branches(own, state.running, training)
+            W, branches = own.get("weight"), _branches(self, own, state.running)
             if branches and may_run_whole(x, W, branches):
                 note_run(self)
                 W_OI, rest = W.t() if self._lora_transposed else W, state.running[len(branches) :]
@@ -198,11 +197,11 @@ class WholeLayer(BranchLayer):
         return super().forward(*args, **kwargs)
 
 
-def _branches(own: Any, terms: Sequence[Term], training: bool) -> list[Branch]:
+def _branches(layer: nn.Module, own: Any, terms: Sequence[Term]) -> list[Branch]:
     """What ``adapted_linear`` is to add: the first terms that are a ``B A``, or one to finish."""
     found: list[Branch] = []
     for term in terms:
-        drops = term.drops if training else None
+        drops = term.drops and drops_now(layer, term.dropping)
         if not (term.plain or (term.finishes and not found and not drops)):
             break
         A, B = own.get(term.names["A"]), own.get(term.names["B"])
@@ -212,7 +211,7 @@ def _branches(own: Any, terms: Sequence[Term], training: bool) -> list[Branch]:
             if term.spec.swapped:
                 turned = term.variant.turned({"A": A, "B": B})
                 A, B = turned["A"], turned["B"]
-        found.append((A, B, term.factor, term.dropout if training else 0.0, term.part))
+        found.append((A, B, term.factor, dropout_now(layer, term), term.part))
         if term.finishes:
             break
     return found
@@ -260,7 +259,7 @@ class WeightLayer(LoRALayer):
             note_run(self)
         state: State = self.__dict__[STATE]
         scales = self.__dict__[SCALES] if torch.compiler.is_compiling() else None
-        kind, changes = changes_of(self, state.running, name, scales, self.training)
+        kind, changes = changes_of(self, state.running, name, scales, drops=True)
         W = bare(self, name)
         own = [W, *(tensor for _, change in changes for tensor in change.tensors.values())]
         if any(t is not None and is_distributed(t) for t in own) and is_of_fsdp(self):
@@ -269,8 +268,8 @@ class WeightLayer(LoRALayer):
         if kind and W is not None:
             require_values(self, W, own[1:])
             # Nothing is known of what others do to it who read it.
-            read = kind.effective if computed is None else kind.multiplied
-            value = read(self, W, changes)
+            inside = computed is not None or torch.compiler.is_compiling()
+            value = (kind.multiplied if inside else kind.effective)(self, W, changes)
         if computed is None:
             return shown(value, W) if isinstance(W, Tensor) and value is not W else value
         computed[key] = value
@@ -279,7 +278,7 @@ class WeightLayer(LoRALayer):
 
 def changes_of(
     module: nn.Module, terms: Sequence[Term], weight: str, scales: Scales | None = None,
-    training: bool = False,
+    drops: bool = False,
 ) -> tuple[Kind | None, list[tuple[Variant, Change]]]:  # fmt: skip
     """The kind, and the changes that these terms make of the module's weight of this name.
 
@@ -293,5 +292,6 @@ def changes_of(
             # Parameters, or what stands in their place for a while (``torch.func``).
             tensors = {role: getattr(module, name) for role, name in term.names.items()}
             factor = term.factor if scales is None else scales[term.adapter][1]
-            changes.append((term.variant, term.change(tensors, factor, term.dropout * training)))
+            change = term.change(tensors, factor, dropout_now(module, term) if drops else 0.0)
+            changes.append((term.variant, change))
     return kind, changes

@@ -29,7 +29,7 @@ Key = tuple[nn.Module, str | None]  # what tells a target from others
 class Target(NamedTuple):
     """Something that a pattern can select: a module, or with a name one of its own parameters."""
 
-    place: NamedModule
+    named: NamedModule
     parameter: str | None = None
 
     @property
@@ -41,13 +41,13 @@ class Target(NamedTuple):
     def paths(self) -> tuple[str, ...]:
         """All of its paths."""
         if self.parameter is None:
-            return self.place.paths
-        return tuple(f"{path}.{self.parameter}".lstrip(".") for path in self.place.paths)
+            return self.named.paths
+        return tuple(f"{path}.{self.parameter}".lstrip(".") for path in self.named.paths)
 
     @property
     def module(self) -> nn.Module:
         """The module, or the owner of the parameter."""
-        return self.place.module
+        return self.named.module
 
     @property
     def key(self) -> Key:
@@ -89,7 +89,7 @@ class Matcher:
     def __init__(self, look: Look) -> None:
         self.look = look
         self.model = look.model
-        self.places = look.index.places
+        self.named = look.index.named
         self.by_path = look.index.by_path
         self._kinds: dict[nn.Module, Kind | None] = {}
 
@@ -101,23 +101,23 @@ class Matcher:
 
     def is_able(self, target: Target) -> bool:
         """Whether a target is a layer with a kind, or a parameter."""
-        return target.parameter is not None or self.kind(target.place.module) is not None
+        return target.parameter is not None or self.kind(target.named.module) is not None
 
     @cached_property
     def heads(self) -> dict[nn.Module, str]:
         """The output heads, looked for when somebody asks."""
-        return find_heads(self.places)
+        return find_heads(self.named)
 
     @cached_property
     def matrices(self) -> list[Target]:
         """Parameters of two dimensions or more that belong to no layer with a kind."""
         return [
-            Target(place, name)
-            for place in self.places
-            if len(place.module._parameters)
-            for name, parameter in place.module._parameters.items()
+            Target(named, name)
+            for named in self.named
+            if len(named.module._parameters)
+            for name, parameter in named.module._parameters.items()
             if parameter is not None and not is_lazy(parameter) and len(whole_shape(parameter)) > 1
-            if self.kind(place.module) is None and not is_bias(place.module, name)
+            if self.kind(named.module) is None and not is_bias(named.module, name)
         ]
 
     @cached_property
@@ -132,14 +132,13 @@ class Matcher:
         Raises:
             NoMatchError: there is none.
         """
-        places = self._selected(pattern)
-        if places:
-            return places
-        named = pattern.by_name and any(
+        if selected := self._selected(pattern):
+            return selected
+        of_parameter = pattern.by_name and any(
             pattern.names(path) for t in self.matrices for path in t.paths
         )
         problem = f"{argument}: {self.no_match(pattern)}"
-        remedy = "It names a parameter; name the module that owns it." if named else ""
+        remedy = "It names a parameter; name the module that owns it." if of_parameter else ""
         if not remedy and problem.endswith("nothing."):  # without a hint
             remedy = f"There are {few(self._parts(), 8)}."
         raise NoMatchError(problem, remedy=remedy)
@@ -147,23 +146,23 @@ class Matcher:
     def _parts(self) -> list[str]:
         """The paths of the output heads and of the parts that the model is made of."""
         heads = [self.look.index.path(head) for head in self.heads]
-        parts = [p for p in self.places if p.path and "." not in p.path]
-        able = [place.path for place in parts if self._can_train(place.module)]
+        parts = [p for p in self.named if p.path and "." not in p.path]
+        able = [named.path for named in parts if self._can_train(named.module)]
         return list(dict.fromkeys((*heads, *able)))
 
     def _selected(self, pattern: Pattern) -> list[NamedModule]:
         """The modules that a pattern selects; of a plain name only those that end so are asked."""
         if pattern.last is None:
-            return [place for place in self.places if pattern.selects(place)]
-        return [place for place in self._by_last.get(pattern.last, ()) if pattern.selects(place)]
+            return [named for named in self.named if pattern.selects(named)]
+        return [named for named in self._by_last.get(pattern.last, ()) if pattern.selects(named)]
 
     @cached_property
     def _by_last(self) -> dict[str, list[NamedModule]]:
         """The modules by the last components of their paths."""
         found: dict[str, list[NamedModule]] = {}
-        for place in self.places:
-            for last in {path.rpartition(".")[2] for path in place.paths}:
-                found.setdefault(last, []).append(place)
+        for named in self.named:
+            for last in {path.rpartition(".")[2] for path in named.paths}:
+                found.setdefault(last, []).append(named)
         return found
 
     def targets_of(self, pattern: Pattern) -> list[Target]:
@@ -172,10 +171,10 @@ class Matcher:
         The only matrix of a layer is the layer. A glob or an expression names parameters only if
         it selects no layer: written for layers, it would otherwise catch every matrix on the way.
         """
-        selected = [Target(place) for place in self._selected(pattern)]
+        selected = [Target(named) for named in self._selected(pattern)]
         exact = pattern.by_name and not pattern.wide
         if exact and not selected and "." in pattern.label:
-            selected = [Target(place) for place in self._layers_by_matrix(pattern)]
+            selected = [Target(named) for named in self._layers_by_matrix(pattern)]
         if exact or (pattern.by_name and not any(map(self.is_able, selected))):
             selected += [t for t in self.matrices if any(pattern.names(path) for path in t.paths)]
         return selected
@@ -183,26 +182,26 @@ class Matcher:
     def _layers_by_matrix(self, pattern: Pattern) -> list[NamedModule]:
         """The layers of whose only matrix a pattern is the name."""
         return [
-            place
-            for place in self.places
-            if pattern.last in place.module._parameters and self.kind(place.module) is not None
-            if self._matrices_of(place.module) == [pattern.last]
-            if any(pattern.names(f"{path}.{pattern.last}".lstrip(".")) for path in place.paths)
+            named
+            for named in self.named
+            if pattern.last in named.module._parameters and self.kind(named.module) is not None
+            if self._matrices_of(named.module) == [pattern.last]
+            if any(pattern.names(f"{path}.{pattern.last}".lstrip(".")) for path in named.paths)
         ]
 
     def _matrices_of(self, module: nn.Module) -> list[str]:
         """The names of a module's own parameters of two dimensions or more, but for adapters'."""
         ours = {n for n, owner, _ in owned(self.look.states.get(module)) if owner != BASE}
-        named = module._parameters.items()
-        return [n for n, p in named if p is not None and n not in ours and len(whole_shape(p)) > 1]
+        own = module._parameters.items()
+        return [n for n, p in own if p is not None and n not in ours and len(whole_shape(p)) > 1]
 
     def no_match(self, pattern: Pattern) -> str:
         """The sentence for a pattern that selects nothing."""
         names = [path for path in self.by_path if path] + [t.path for t in self.matrices]
         close = close_names(pattern.label, names) if pattern.by_name else []
         hint = f" Close names: {', '.join(close)}." if close else ""
-        named = pattern.by_name and not pattern.label.startswith("re:")
-        if named and not _EXPRESSION.isdisjoint(pattern.label):
+        by_name = pattern.by_name and not pattern.label.startswith("re:")
+        if by_name and not _EXPRESSION.isdisjoint(pattern.label):
             text = pattern.label if pattern.label.startswith(".*") else f".*({pattern.label})"
             hint = f' A regular expression begins with "re:" and matches whole paths: "re:{text}".'
         return f"{pattern.label!r} matches nothing.{hint}"
@@ -212,8 +211,8 @@ class Matcher:
         return {
             module: pattern.label
             for pattern in patterns
-            for place in self.modules_of(argument, pattern)
-            for module in self.look.index.below(place.module)
+            for named in self.modules_of(argument, pattern)
+            for module in self.look.index.below(named.module)
         }
 
     def trainable_modules(self, argument: str, patterns: Iterable[Pattern]) -> dict[str, nn.Module]:
@@ -224,13 +223,13 @@ class Matcher:
         """
         selected: dict[str, nn.Module] = {}
         for pattern in patterns:
-            places = self.modules_of(argument, pattern)
-            able = {place.path: place.module for place in places if self._can_train(place.module)}
+            modules = self.modules_of(argument, pattern)
+            able = {named.path: named.module for named in modules if self._can_train(named.module)}
             if not able:
                 raise NoMatchError(
                     f"{argument}: {pattern.label!r} selects no module with "
                     "parameters that can train.",
-                    path=places[0].path,
+                    path=modules[0].path,
                     remedy="Name a module that can train.",
                 )
             selected |= able
@@ -242,13 +241,13 @@ class Matcher:
 
     def adaptable_names(self) -> str:
         """The last components of the paths of everything that has a kind, for a message."""
-        names = [p.path.rpartition(".")[2] for p in self.places if self.kind(p.module) is not None]
+        names = [p.path.rpartition(".")[2] for p in self.named if self.kind(p.module) is not None]
         return few(sorted(set(names) - {""}), 20) or "none"
 
     def adaptable_below(self, targets: Iterable[Target]) -> list[str]:
         """Paths of layers with a kind inside these modules."""
         inside = {m for target in targets for m in self.look.index.below(target.module)}
-        return [p.path for p in self.places if p.module in inside and self.kind(p.module)]
+        return [p.path for p in self.named if p.module in inside and self.kind(p.module)]
 
     def matrices_below(self, targets: Iterable[Target]) -> list[str]:
         """Paths of parameters inside these modules that can be adapted by them."""

@@ -5,11 +5,12 @@ from typing import Any
 
 from torch import nn
 
+from lora_inject.changes.checkpointing import checkpointing_edits, is_checkpointed, needing_edits
 from lora_inject.changes.edits import MISSING, Edit, attribute_edit
-from lora_inject.changes.recompute import is_checkpointed, needing_edits, recompute_edits
 from lora_inject.changes.statistics import has_statistics, holding_edits
 from lora_inject.compat.marks import RESIZE, TIED_KEYS, can_resize
 from lora_inject.core.class_swap import add_class_edits
+from lora_inject.core.dropping import dropping_edits
 from lora_inject.core.resizing import Resizing
 from lora_inject.core.scales import SCALES, Scales, scales_of
 from lora_inject.core.state import State
@@ -36,6 +37,7 @@ def module_edits(
     """
     edits: list[Edit] = [attribute_edit(module, STATE, MISSING if state is None else state)]
     add_class_and_scales(edits, module, old, state, parameters)
+    edits += dropping_edits(module, old, state)
     edits += statistics_edits(module, old, state)
     edits += lent_edits(module, old, state)
     edits += root_edits(module, old, state)
@@ -44,7 +46,7 @@ def module_edits(
         if can_resize(module):
             edits.append(attribute_edit(module, RESIZE, Resizing(module) if state else MISSING))
         if is_checkpointed(module):
-            edits += recompute_edits(module, state is not None)
+            edits += checkpointing_edits(module, state is not None)
     if old is not None and state is None:
         edits += needing_edits(module, False)
         if modes and module.training is not old.before.training:

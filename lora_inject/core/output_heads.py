@@ -20,21 +20,21 @@ OF_LANGUAGE_MODELS = frozenset({"lm_head", "embed_out"})  # of these, which nobo
 BY_NAME = "output head (by its name)"
 
 
-def find_heads(places: Iterable[NamedModule]) -> dict[nn.Module, str]:
+def find_heads(modules: Iterable[NamedModule]) -> dict[nn.Module, str]:
     """The output heads of a model, each with the reason why it is taken for one."""
-    places = list(places)
-    weights = {place.module: _own_weight(place.module) for place in places}
+    modules = list(modules)
+    weights = {named.module: _own_weight(named.module) for named in modules}
     embeddings = {id(w) for m, w in weights.items() if isinstance(m, nn.Embedding)}
     heads: dict[nn.Module, str] = {}
-    for place in places:
-        if (head := _declared_head(place.module)) is not None:
+    for named in modules:
+        if (head := _declared_head(named.module)) is not None:
             heads.setdefault(head, "output head (get_output_embeddings)")
-        if isinstance(place.module, nn.Embedding):
+        if isinstance(named.module, nn.Embedding):
             continue
-        if weights[place.module] is not None and id(weights[place.module]) in embeddings:
-            heads.setdefault(place.module, "output head (shares its weight with an embedding)")
-        elif any(_named_like_a_head(path) for path in place.paths):
-            heads.setdefault(place.module, BY_NAME)
+        if weights[named.module] is not None and id(weights[named.module]) in embeddings:
+            heads.setdefault(named.module, "output head (shares its weight with an embedding)")
+        elif any(_named_like_a_head(path) for path in named.paths):
+            heads.setdefault(named.module, BY_NAME)
     return heads
 
 

@@ -14,9 +14,9 @@ from lora_inject.settings import Parts
 def parts_by_module(matcher: Matcher, to_part: Mapping[Pattern, Parts]) -> dict[nn.Module, Parts]:
     """The parts of each layer that a pattern selects."""
     return {
-        place.module: parts
+        named.module: parts
         for pattern, parts in to_part.items()
-        for place in matcher.modules_of("parts", pattern)
+        for named in matcher.modules_of("parts", pattern)
     }
 
 
@@ -26,5 +26,5 @@ def require_parts_used(
     """Refuse parts of layers that nothing adapts."""
     chosen = {site.module for site in sites}
     for pattern in to_part:
-        if not any(place.module in chosen for place in matcher.modules_of("parts", pattern)):
+        if not any(named.module in chosen for named in matcher.modules_of("parts", pattern)):
             raise NoMatchError(f"parts: {pattern.label!r} selects no layer that targets choose.")

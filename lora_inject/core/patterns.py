@@ -54,9 +54,9 @@ class Pattern:
     last: str | None = None
     settings: Any = None
 
-    def selects(self, place: NamedModule) -> bool:
+    def selects(self, named: NamedModule) -> bool:
         """Whether the pattern matches any of the module's names."""
-        return any(self.test(path, place.module) for path in place.paths)
+        return any(self.test(path, named.module) for path in named.paths)
 
     def names(self, path: str) -> bool:
         """Whether a pattern that reads the path alone matches it."""
@@ -156,7 +156,7 @@ def _text_test(text: str, argument: str) -> Predicate:
 
 
 def in_blocks(
-    places: Iterable[NamedModule], layers: tuple[int, ...], model: nn.Module
+    modules: Iterable[NamedModule], layers: tuple[int, ...], model: nn.Module
 ) -> set[nn.Module]:
     """The modules that lie in the blocks of these indices.
 
@@ -168,8 +168,8 @@ def in_blocks(
     """
     wanted, ends = set(layers), dict[str, dict[int, int]]()
     kept, met, unused = set(), set(), set(wanted)
-    for place in places:
-        for path in place.paths:
+    for named in modules:
+        for path in named.paths:
             block = _block(path)
             if block is None:
                 continue
@@ -180,7 +180,7 @@ def in_blocks(
             met.add(index)
             unused -= names
             if names:
-                kept.add(place.module)
+                kept.add(named.module)
     if unused:
         there = f"the targets lie in blocks {braces(met)}" if met else "no target lies in a block"
         raise ArgumentError(f"layers={sorted(unused)} selects nothing: {there}.")

@@ -9,9 +9,9 @@ from lora_inject.changes.edits import Edit, value_edit
 from lora_inject.changes.statistics import conversion_edits
 from lora_inject.core.commit import commit
 from lora_inject.core.look import Look
-from lora_inject.core.marks import mark_of, places_of
 from lora_inject.core.state import Fresh, State
 from lora_inject.core.state_parts import Reach, Trained
+from lora_inject.core.tensor_marks import mark_of, places_of
 from lora_inject.errors import warn
 from lora_inject.own import own_tensor
 from lora_inject.settings import BASE
@@ -43,7 +43,7 @@ def remove_adapters(
     new = {m: removal.state(m, (states or {}).get(m, s)) for m, s in look.states.items()}
     gone = dict.fromkeys(_marked_elsewhere(look))  # no state, and no adapter any more
     lost = _replaced(look, new)
-    converted = [
+    converted = [  # by convert_sync_batchnorm: other modules in the places of those that were held
         edit
         for parent, _, module in look.index.children
         if module not in look.states and parent in new and new[parent] is None

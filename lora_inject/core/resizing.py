@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_inject.changes.edits import Edit, put_gradient, run, training_edits, value_edit
+from lora_inject.changes.edits import Edit, put_gradient, value_edit
 from lora_inject.compat.marks import RESIZE, resizable_embeddings
 from lora_inject.core.adapter import Adapter
 from lora_inject.core.look import Look
@@ -22,6 +22,8 @@ from lora_inject.core.state_parts import Trained
 from lora_inject.errors import UnsupportedLayerError
 from lora_inject.own import own_tensor
 from lora_inject.variants import SIDES, Spec
+
+Values = dict[int, list[Edit]]  # by the tensor: tied ones are written once
 
 
 class Resizing:
@@ -70,7 +72,7 @@ def _settle(before: Look, now: Look, tables: Mapping[str, nn.Module]) -> None:
     """Take states to the modules that stand in the places now, and tensors to their rows."""
     from lora_inject.core.commit import commit  # which puts our method on models
 
-    states, fresh, values = dict[nn.Module, State](), Fresh(), dict[int, Edit]()
+    states, fresh, values = dict[nn.Module, State](), Fresh(), Values()
     for path, old in tables.items():
         state, new = before.states.get(old), now.index.by_path.get(path)
         if state is None or new is None:
@@ -83,14 +85,15 @@ def _settle(before: Look, now: Look, tables: Mapping[str, nn.Module]) -> None:
         adapters = tuple(_resized(a, old, len(table), values) for a in state.adapters)
         trained = tuple(_with_rows(t, state, old, new, values) for t in state.trained)
         states[new] = state.change(adapters=adapters, trained=trained)
-    commit(now, states, fresh=fresh, values=values.values(), flags="owned")
+    edits = [edit for each in values.values() for edit in each]
+    commit(now, states, fresh=fresh, values=edits, flags="owned")
 
 
 def _moved(state: State, old: nn.Module, new: nn.Module, fresh: Fresh) -> State:
     """The state for a module in the place of another, with what adapters have on that."""
-    flags = dict(state.before.flags)
-    run([e for n, p in new.named_parameters() for e in training_edits(p, flags.get(n, True))])
-    before = state.before._replace(cls=type(new), flags=tuple(flags.items()))
+    known = dict(state.before.flags)
+    flags = tuple((n, known.get(n, True)) for n, p in new._parameters.items() if p is not None)
+    before = state.before._replace(cls=type(new), flags=flags)
     own = fresh.setdefault(new, {})
     for adapter in state.adapters:
         own |= {(name, adapter.name): own_tensor(old, name) for name in adapter.parameters}
@@ -101,7 +104,7 @@ def _moved(state: State, old: nn.Module, new: nn.Module, fresh: Fresh) -> State:
     return State(before, state.reach, state.use, state.adapters, state.trained)
 
 
-def _resized(adapter: Adapter, layer: nn.Module, rows: int, values: dict[int, Edit]) -> Adapter:
+def _resized(adapter: Adapter, layer: nn.Module, rows: int, values: Values) -> Adapter:
     """The adapter for another number of rows; those that its tensors gain are zero."""
     specs = []
     for pair in adapter.pairs:
@@ -110,7 +113,7 @@ def _resized(adapter: Adapter, layer: nn.Module, rows: int, values: dict[int, Ed
         for role, name in pair.names.items():
             tensor = own_tensor(layer, name)
             if tensor is not None and role.startswith("A" if of_A else "B"):
-                values |= {id(tensor): _edit(tensor, _cut(tensor, rows, 1 if of_A else 0))}
+                values[id(tensor)] = _edits(tensor, _cut(tensor, rows, 1 if of_A else 0))
     return replace(adapter, specs=tuple(specs))
 
 
@@ -129,15 +132,17 @@ def _cut(tensor: Tensor, rows: int, dim: int) -> Tensor:
     return new
 
 
-def _edit(tensor: Tensor, value: Tensor) -> Edit:
+def _edits(tensor: Tensor, value: Tensor) -> list[Edit]:
+    """Give a tensor a value of another shape, which its gradient would not fit."""
+    edits = [value_edit(tensor, value)]
     if tensor.grad is not None and tensor.grad.shape != value.shape:
-        run([(put_gradient, tensor, None, tensor.grad, None)])
-    return value_edit(tensor, value)
+        edits.insert(0, (put_gradient, tensor, None, tensor.grad, None))
+    return edits
 
 
 @torch.no_grad()
 def _with_rows(
-    trained: Trained, state: State, old: nn.Module, new: nn.Module, values: dict[int, Edit]
+    trained: Trained, state: State, old: nn.Module, new: nn.Module, values: Values
 ) -> Trained:
     """What trains in place, with the rows that the base has now after those that were there."""
     now, former = own_tensor(new, trained.name), trained.former
@@ -147,7 +152,7 @@ def _with_rows(
     for home in state.homes(trained).values():
         waiting = own_tensor(old, home) if home != trained.name else None
         if waiting is not None:
-            values[id(waiting)] = _edit(waiting, _joined(waiting, now, rows))
+            values[id(waiting)] = _edits(waiting, _joined(waiting, now, rows))
     return replace(trained, former=_joined(former, now, rows))
 
 

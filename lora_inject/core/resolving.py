@@ -151,16 +151,16 @@ class Resolver:
             if module not in self.exclusions.excluded
         ]
 
-    def _follower(self, site: Site, place: NamedModule, name: str) -> Site:
+    def _follower(self, site: Site, named: NamedModule, name: str) -> Site:
         leader = site.specs[0]
         target = Target(
-            place, None if name == "weight" and self.matcher.kind(place.module) else name
+            named, None if name == "weight" and self.matcher.kind(named.module) else name
         )
         kind = self._kind(target, site.settings)
         own: Site | Refusal = Refusal("its shape tells no layout")
         if kind is not None:
             own = self._site(target, kind, site.settings, f"tied to {site.path}")
-        if isinstance(own, Refusal) or leader.part or place.module in self.exclusions.in_full:
+        if isinstance(own, Refusal) or leader.part or named.module in self.exclusions.in_full:
             reason = own.reason if isinstance(own, Refusal) else ""
             raise UnsupportedLayerError(
                 f"its {leader.weight} is tied to {name} of {target.path}, which cannot share the "
@@ -171,7 +171,7 @@ class Resolver:
         swapped = own.kind.transposes != site.kind.transposes
         spec = replace(leader, weight=name, swapped=swapped)
         if wrong := site.settings.variant.refusal(
-            own.kind, place.module, spec, own.way == "branch", site.settings.dropout
+            own.kind, named.module, spec, own.way == "branch", site.settings.dropout
         ):
             raise UnsupportedLayerError(
                 f"its {leader.weight} is tied to {name} of {target.path}: {wrong}",

@@ -53,6 +53,12 @@ class Site:
         return self.way == "weight" and multiplies
 
     @property
+    def compiles_products(self) -> bool:
+        """Whether a compiler follows those products; else it makes W + s B A."""
+        weights = [self.kind.weight(self.module, spec.weight) for spec in self.specs]
+        return all(self.kind.compiles_products(self.module, weight.dtype) for weight in weights)
+
+    @property
     def has_input(self) -> bool:
         """Whether the adapter sees what the layer multiplies, on which dropout acts."""
         return self.way == "branch" or (self.kind.drops_in_products and self.multiplies)

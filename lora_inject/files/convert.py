@@ -15,11 +15,13 @@ from lora_inject.core.path_groups import grouped, natural
 from lora_inject.core.paths import outputs
 from lora_inject.errors import ArgumentError, FormatError
 from lora_inject.files import left_out
+from lora_inject.files.checkpoint_names import as_in_model
 from lora_inject.files.formats import find_format, named_format, read_adapter
+from lora_inject.files.formats.checkpoint import NAME as WHOLE
 from lora_inject.files.formats.data import AdapterData, PairData, RowsData
 from lora_inject.files.formats.pairs import as_portable
 from lora_inject.files.formats.storage import as_path
-from lora_inject.files.portable import for_engines
+from lora_inject.files.portable import for_readers
 from lora_inject.printing import Section, Shown, Tables, count, size
 
 
@@ -41,10 +43,11 @@ def convert(
     Args:
         source: the file or directory to read.
         target: the file or directory to write.
-        to: "peft", "loralib", "kohya" or "diffusers".
+        to: "peft", "loralib", "kohya", "diffusers" or "gguf" (for llama.cpp).
         format: the format of the source; None finds out.
         model: the model that it is for, on any device: without it, flattened names and fused
-            parameters cannot be told, and an embedding in a loralib file looks like a Linear layer.
+            parameters cannot be told, and an embedding in a loralib file looks like a Linear layer;
+            the names of GGUF are made from it.
         alpha: for files that do not say it.
         portable: one rank and a scaling of 1 for all layers.
 
@@ -68,13 +71,14 @@ def convert(
     if to != "loralib":
         for pair in data.pairs:
             pair.known_alpha  # noqa: B018 (raises where it is not known)
+    modules = {} if model is None else dict(model.named_modules())
     if model is not None:
-        modules = {path: outputs(module) for path, module in model.named_modules() if path}
-        data = replace(data, modules=modules, model_class=type(model).__name__)
-    if portable:
-        data = as_portable(data)
-        if to == "peft" and model is not None:
-            data = for_engines(data, model, dict(model.named_modules()))
+        data = as_in_model(data, model, modules)
+        sizes = {path: outputs(module) for path, module in modules.items() if path}
+        data = replace(data, modules=sizes, model_class=type(model).__name__)
+    data = as_portable(data) if portable else data
+    if model is not None:
+        data = for_readers(data, to, portable, model, modules)
     writer.write(data, target)
 
 
@@ -118,19 +122,23 @@ class Inspection(Shown):
         if self.data.tables:
             sections.append(_rows(self.data.tables))
         if self.data.tensors:
-            sections.append(_others(self.data.tensors))
+            whole = self.data.facts.get("format") == WHOLE
+            title = "Other weights, of the model" if whole else "Trained in place"
+            sections.append(_others(title, self.data.tensors))
         return Tables(sections)
 
 
 def _facts(path: Path, data: AdapterData) -> Section:
     pairs = [tensor for pair in data.pairs for tensor in (pair.A, pair.B)]
     tensors = [*pairs, *(own.rows for own in data.tables), *data.tensors.values()]
+    unsaid = any(pair.alpha is None for pair in data.pairs)
     facts = [
         ("format", str(data.facts.get("format"))),
         ("base", data.base_name or "-"),
         ("fingerprint of the base", "yes" if data.base else "no"),
         ("targets", ", ".join(data.targets) or "-"),
         ("bias", data.bias or "-"),
+        *([("alpha", "not in the file: say alpha= where it is loaded")] if unsaid else []),
         ("elements", count(data.elements)),
         ("size", size(sum(t.numel() * t.element_size() for t in tensors))),
     ]
@@ -171,13 +179,13 @@ def _rows(tables: Iterable[RowsData]) -> Section:
     return Section("Rows", ("~table", ">rows", "ids", "dtype"), rows)
 
 
-def _others(tensors: Mapping[str, Tensor]) -> Section:
+def _others(title: str, tensors: Mapping[str, Tensor]) -> Section:
     def text(name: str) -> tuple[str, str]:
         return f"{tuple(tensors[name].shape)}", _dtype(tensors[name])
 
     names = sorted(tensors, key=natural)
     rows = [(path, *text(same[0]), count(len(same))) for path, same in grouped(names, str, text)]
-    return Section("Trained in place", ("~tensor", "shape", "?dtype", ">tensors"), rows)
+    return Section(title, ("~tensor", "shape", "?dtype", ">tensors"), rows)
 
 
 def inspect(

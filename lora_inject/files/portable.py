@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.arithmetic.low_rank import difference_norm, product_norm, truncated
+from lora_inject.compat.marks import sizes_of
 from lora_inject.errors import FormatError
 from lora_inject.files.checkpoint_names import as_in_checkpoint
 from lora_inject.files.formats.data import AdapterData, PairData
@@ -80,17 +81,28 @@ def portable(
     return as_portable(replace(data, pairs=tuple(pairs))), report
 
 
-def for_engines(
-    data: AdapterData, model: nn.Module, modules: Mapping[str, nn.Module]
+def for_readers(
+    data: AdapterData,
+    format: str,
+    portable: bool,
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
 ) -> AdapterData:
-    """The same by the names of the model's checkpoint, with all of what engines read as one.
+    """An adapter by the names of the model's checkpoint, for readers that know these alone.
 
     Args:
-        data: an adapter of one rank.
+        data: an adapter by the names of the model.
+        format: what it is written in. GGUF's names are made of the checkpoint's.
+        portable: whether it is for engines, which in PEFT's format have the checkpoint's names, and
+            want all of what they read as one.
         model: the model, without wrappers.
         modules: its modules by path.
     """
-    return as_in_checkpoint(with_partners(data, modules), model, modules)
+    if format == "gguf":
+        return replace(as_in_checkpoint(data, model, modules), sizes=sizes_of(model))
+    if format == "peft" and portable:
+        return as_in_checkpoint(with_partners(data, modules), model, modules)
+    return data
 
 
 @torch.no_grad()

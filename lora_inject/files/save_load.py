@@ -19,7 +19,7 @@ from lora_inject.files.formats import named_format, read_adapter, read_state
 from lora_inject.files.formats.data import AdapterData
 from lora_inject.files.formats.storage import as_path
 from lora_inject.files.loading import Loading
-from lora_inject.files.portable import PortableReport, for_engines
+from lora_inject.files.portable import PortableReport, for_readers
 from lora_inject.files.portable import portable as as_plain_lora
 from lora_inject.files.stored import Stored
 from lora_inject.files.token_rows import warn_of_unsaved_rows
@@ -57,8 +57,9 @@ def save(
         path: a directory for "peft" and "diffusers", a file for the others; made if need be. What a
             directory of diffusers holds of other components of a pipeline stays in it.
         adapter: the adapter's name; None for the only one there is, or the only one in use.
-        format: "peft", "loralib" (a .pt file), "kohya" or "diffusers". The names are those that the
-            tools know: ``save_pipeline`` tells an SDXL's first text encoder from an SD 1.5's.
+        format: "peft", "loralib" (a .pt file), "kohya", "diffusers" or "gguf" (for llama.cpp). The
+            names are those that the tools know: ``save_pipeline`` tells an SDXL's first text
+            encoder from an SD 1.5's.
         portable: write a plain LoRA with one rank and a scaling of 1 for all layers, for readers
             that know nothing else (SGLang, llama.cpp): ranks are padded with zeros, scalings folded
             into B, and what is no product of low rank (DoRA) becomes the best one of rank r. In a
@@ -92,14 +93,13 @@ def save(
         data, report = as_plain_lora(
             stored, data, None if r is None else check_count(r, "r"), error
         )
-        if format == "peft":
-            data = for_engines(data, bare(model), stored.modules)
     elif r is not None or error:
         raise ArgumentError("r and error are for portable=True.")
     require_nothing_gone(stored.look, stored.name)
     left_out.require_nothing_left_out(stored.look, "the file")
     cautions.warn_of_directory(file, format)
     cautions.warn_of_untrained(whole, stored.name)
+    data = for_readers(data, format, portable, bare(model), stored.modules)
     if format == "peft" and not portable:
         warn_of_engines(data, stored.name, bare(model), stored.modules)
     write(stored, data, file, format)

@@ -9,10 +9,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_inject.core.look import Look
-from lora_inject.core.travelling import ENTRY, as_entry
 from lora_inject.errors import LoRAInjectError
 from lora_inject.files.formats.storage import read_tensors
-from lora_inject.integrations.trained import require_trained, trained_tensors
+from lora_inject.integrations.trained import (
+    require_trained,
+    trained_tensors,
+    with_settings,
+    without_settings,
+)
 
 _IN_SHARDS = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
@@ -45,9 +49,8 @@ def checkpoint_adapters(accelerator: Accelerator) -> None:
 
     def write(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
         for number, model in _adapted(models):
-            tensors = {key: t.contiguous() for key, t in trained_tensors(model).items()}
+            tensors = with_settings(model, trained_tensors(model))
             if accelerator.is_main_process:
-                tensors[ENTRY] = as_entry(model)
                 save_file(tensors, _file(folder, number), metadata={"format": "pt"})
             del weights[number]  # the whole model's, which accelerate would write
 
@@ -55,7 +58,7 @@ def checkpoint_adapters(accelerator: Accelerator) -> None:
         found = []
         for number, model in _adapted(models):
             tensors, _ = read_tensors(_file(folder, number))
-            require_trained(model, {key: t for key, t in tensors.items() if key != ENTRY})
+            require_trained(model, without_settings(tensors))
             found.append((number, model, tensors))
         for number, model, tensors in found:
             model.load_state_dict(tensors, strict=False)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from lora_inject.core.look import Look
 from lora_inject.core.state import owned as tensors_of
+from lora_inject.core.travelling import ENTRY, as_entry
 from lora_inject.files.fit_checks import require_fit
 from lora_inject.own import own_tensor
 from lora_inject.settings import BASE
@@ -52,6 +53,49 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
             if name in owned.get(module, ()) or tensor.requires_grad or moves:
                 found.setdefault(id(tensor), (f"{path}.{name}".lstrip("."), tensor.detach()))
     return dict(found.values())
+
+
+def with_settings(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a model for a file that holds nothing else, with the settings of its adapters.
+
+    They are beside the tensors of what ``inject`` was called on, which compares them.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4))
+        >>> _ = inject(model, "0", r=2)
+        >>> list(with_settings(model, trained_tensors(model)))
+        ['0.lora_A', '0.lora_B', 'lora_settings']
+
+    Args:
+        model: an adapted model.
+        tensors: what ``trained_tensors`` returned.
+
+    Returns:
+        The tensors, contiguous, and the settings.
+    """
+    look = Look(model)
+    said = {
+        f"{look.index.path(root)}.{ENTRY}".lstrip("."): as_entry(root) for root, _ in look.calls
+    }
+    return {key: t.contiguous() for key, t in tensors.items()} | said
+
+
+def without_settings(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of such a file alone.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4))
+        >>> _ = inject(model, "0", r=2)
+        >>> list(without_settings(with_settings(model, trained_tensors(model))))
+        ['0.lora_A', '0.lora_B']
+
+    Args:
+        tensors: what is in the file.
+
+    Returns:
+        The tensors by their keys in the state dict.
+    """
+    return {key: t for key, t in tensors.items() if key.rpartition(".")[2] != ENTRY}
 
 
 def require_trained(model: nn.Module, checkpoint: Mapping[str, Tensor]) -> None:

@@ -1,23 +1,13 @@
-"""For the ``Trainer`` of transformers: checkpoints that hold the adapter and not the base model."""
+"""For the ``Trainer`` of transformers, and those made of it: adapters are what they write."""
 
-from collections.abc import Mapping
-from functools import partial
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lora_inject.core.lend import lend, take_back
-from lora_inject.core.look import Look
-from lora_inject.core.travelling import ENTRY, as_entry
-from lora_inject.errors import FormatError, LoRAInjectError
-from lora_inject.files.formats import named_format
-from lora_inject.files.save_load import write
-from lora_inject.files.stored import Stored
+from lora_inject.errors import LoRAInjectError
+from lora_inject.integrations.calling import trainer_above
 from lora_inject.integrations.first_step import FirstStep
-from lora_inject.integrations.trained import require_trained, trained_tensors
+from lora_inject.integrations.saving import require_resumable, write_adapters
 
 
 class AuditFirstStep(TrainerCallback):
@@ -62,20 +52,24 @@ class AuditFirstStep(TrainerCallback):
 
 
 class AdapterCheckpoint(TrainerCallback):
-    """Lets the ``Trainer`` write and resume checkpoints that hold adapter tensors alone.
+    """Lets a trainer write adapters: in its checkpoints, from which it resumes, and at its end.
 
-    ``model.safetensors`` in a checkpoint then has what trains and the adapters' settings, which
-    must be the model's, and ``Trainer`` resumes from it by itself. Beside it lies the adapter as a
-    PEFT directory, for ``load`` and other libraries. For this the model has a ``save_pretrained``
-    of its own while it trains, which ``Trainer`` alone notices, and a ``load_state_dict`` that
-    refuses other adapters; ``strip`` takes both off. ``Trainer`` itself needs accelerate.
+    A checkpoint holds what trains and the adapters' settings, which must be the model's; the
+    trainer resumes from it by itself, and loads the best one at the end. What ``save_model`` and
+    ``push_to_hub`` write is a PEFT directory, for ``load`` and other libraries. It lies in every
+    checkpoint too. The same goes for trainers that are made of ``Trainer``, as TRL's and those of
+    sentence-transformers: of a model of these the part that transformers saves is a PEFT
+    directory. Merged or stripped, a model is written as a whole. ``Trainer`` needs accelerate.
 
     Example:
         >>> trainer = Trainer(model, arguments, callbacks=[AdapterCheckpoint()])  # doctest: +SKIP
         >>> trainer.train(resume_from_checkpoint=True)  # doctest: +SKIP
+        >>> trainer.save_model("adapter")  # doctest: +SKIP
+        >>> load(base_model, "adapter")  # doctest: +SKIP
 
     Args:
-        peft: whether to write the PEFT files too; some kinds of layer have no word there.
+        peft: whether to write PEFT directories; some kinds of layer have no word there. Without,
+            ``save_model`` writes the whole model, which ``load`` reads too.
         audit: whether to audit the model at the first step, as ``AuditFirstStep`` does.
     """
 
@@ -86,28 +80,24 @@ class AdapterCheckpoint(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Let the model refuse checkpoints of other adapters, which ``Trainer`` would half load."""
-        lend(kwargs["model"], "load_state_dict", partial(_load, kwargs["model"]))
+        """Let the trainer write adapters, and refuse checkpoints of others.
+
+        Raises:
+            LoRAInjectError: no ``Trainer`` is calling.
+        """
+        self._take_over(kwargs["model"])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Let the model save itself in our way.
+        """The same for one that the callback was added to later; and refuse what it cannot save.
 
         Raises:
-            LoRAInjectError: it has no adapters, or ``Trainer`` cannot load a part of it.
+            LoRAInjectError: the model has no adapters, or the trainer cannot load a part of it.
             FormatError: a PEFT file has no word for one of them, such as a tied ``train_also``.
         """
-        model = kwargs["model"]
-        trained_tensors(model)
-        if not hasattr(model, "save_pretrained"):
-            raise LoRAInjectError(
-                f"Trainer resumes a {type(model).__name__} from whole checkpoints only.",
-                remedy="Leave AdapterCheckpoint out, or use a PreTrainedModel.",
-            )
-        if self.peft:
-            _require_peft(model)
-        lend(model, "save_pretrained", partial(_write, model, self.peft))
+        self._take_over(kwargs["model"])
+        require_resumable(kwargs["model"], self.peft)
         if self._audit is not None:
             self._audit.on_train_begin(args, state, control, **kwargs)
 
@@ -121,71 +111,15 @@ class AdapterCheckpoint(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Give the model back its own way."""
-        take_back(kwargs["model"], "save_pretrained")
+        """Let go of a model that took no step."""
         if self._audit is not None:
             self._audit.on_train_end(args, state, control, **kwargs)
 
-
-def _require_peft(model: Any) -> None:
-    """Refuse at the start what the first save would refuse.
-
-    Raises:
-        FormatError: PEFT has no word for an adapter.
-    """
-    try:
-        for name in Look(model).known:
-            named_format("peft", "format").to_state(Stored(model, name).data())
-    except FormatError as error:
-        problem = str(error).removesuffix(error.remedy).rstrip()
-        raise FormatError(
-            f"AdapterCheckpoint cannot write PEFT files beside its checkpoints: {problem}",
-            remedy="Leave them out: AdapterCheckpoint(peft=False).",
-        ) from error
-
-
-def _load(
-    model: Any, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-) -> Any:
-    """What ``load_state_dict`` does, but a checkpoint without the base model has to fit."""
-    if not Look(model).states:
-        if ENTRY in state_dict:
+    def _take_over(self, model: Any) -> None:
+        trainer = trainer_above()
+        if trainer is None:
             raise LoRAInjectError(
-                "the checkpoint holds adapters, and the model has none.",
-                remedy="Call inject with the arguments of the first run, and resume then.",
+                "AdapterCheckpoint works for trainers that are a Trainer of transformers.",
+                remedy="Call save(model, folder) instead.",
             )
-        return type(model).load_state_dict(model, state_dict, strict, assign)
-    base = model.state_dict().keys() - trained_tensors(model).keys()
-    alone = not strict and not base & state_dict.keys()
-    if alone:
-        require_trained(model, {key: t for key, t in state_dict.items() if key != ENTRY})
-    result = type(model).load_state_dict(model, state_dict, strict, assign)
-    if alone:  # that the base is in no checkpoint is no news
-        result.missing_keys[:] = [key for key in result.missing_keys if key not in base]
-    return result
-
-
-def _write(
-    model: Any,
-    peft: bool,
-    directory: str | PathLike[str],
-    is_main_process: bool = True,
-    **options: Any,
-) -> None:
-    """What ``save_pretrained`` does, for what trains alone."""
-    if "state_dict" not in options:  # nobody but Trainer gives one
-        type(model).save_pretrained(model, directory, is_main_process, **options)
-        return
-    own, state_dict = trained_tensors(model), options["state_dict"]
-    given = own if state_dict is None else state_dict  # one that was gathered from all processes
-    if not is_main_process:
-        return
-    model.config.save_pretrained(directory)
-    tensors = {key: given[key].contiguous() for key in own}
-    tensors[ENTRY] = as_entry(model)  # Trainer reads nothing but tensors
-    save_file(tensors, Path(directory) / "model.safetensors", metadata={"format": "pt"})
-    names = set(Look(model).known) if peft else set()
-    for name in names:
-        file = Path(directory) / name if len(names) > 1 else Path(directory)
-        stored = Stored(model, name)
-        write(stored, stored.data(), file)  # whatever else trains is in model.safetensors
+        write_adapters(trainer, model, self)

@@ -4,14 +4,12 @@ TRL asks PEFT's models for what it needs of an adapter. Of any other model it ma
 anew, from the directory that the base came from, and gives vLLM the parameters as they stand.
 """
 
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 
 from lora_inject.adapters.copying import copy_adapter
 from lora_inject.adapters.disabled import disabled
@@ -21,6 +19,7 @@ from lora_inject.core.look import Look
 from lora_inject.core.state import owned
 from lora_inject.errors import ArgumentError, LoRAInjectError
 from lora_inject.files.stored import Stored
+from lora_inject.integrations.calling import trainer_above
 from lora_inject.merging.merge import merged
 
 COPY = "ref"  # PEFT's name for it too
@@ -52,7 +51,7 @@ class Reference(nn.Module):
             LoRAInjectError: a trainer would move it, or the policy has no adapters any more.
         """
         if not self._is_fixed:
-            _require_fixed(_trainer_above())
+            _require_fixed(trainer_above())
             self._is_fixed = True
         with self._shown(), torch.no_grad():
             return super().__call__(*args, **kwargs)
@@ -212,17 +211,6 @@ def _is_at_start(model: nn.Module, adapter: str) -> bool:
     """Whether an adapter is known to change nothing yet."""
     data = Stored(model, adapter).data()
     return not data.tensors and not data.tables and all(pair.is_untrained for pair in data.pairs)
-
-
-def _trainer_above() -> Any:
-    """The trainer that is calling; None where there is none."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        own = frame.f_locals.get("self")
-        if isinstance(own, Trainer):
-            return own
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
 
 
 def _require_fixed(trainer: Any) -> None:

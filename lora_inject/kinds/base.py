@@ -182,6 +182,10 @@ class Kind(ABC):
         """Weight: whether it is known how the module's own forward multiplies by these weights."""
         return False
 
+    def compiles_products(self, module: nn.Module, dtype: torch.dtype) -> bool:
+        """Weight: whether a compiler follows the products of weights of a dtype, in one graph."""
+        return False
+
     def multiplied(
         self, layer: nn.Module, W: Tensor, changes: "list[tuple[Variant, Change]]"
     ) -> Any:

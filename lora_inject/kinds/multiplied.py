@@ -219,6 +219,8 @@ def multiplied(kind: Kind, layer: nn.Module, W: Tensor, changes: Changes) -> Any
 
     Then all of its changes are products ``B A``; else it is the effective weight.
     """
+    if torch.compiler.is_compiling() and not kind.compiles_products(layer, W.dtype):
+        return kind.effective(layer, W, changes)
     known = all(kind.multiplies(layer, [change.spec], variant) for variant, change in changes)
     tensors = [W, *(t for _, change in changes for t in change.tensors.values())]
     if not known or any(map(is_distributed, tensors)):

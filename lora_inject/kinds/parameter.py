@@ -14,7 +14,7 @@ from lora_inject.arithmetic import starting_values as initial
 from lora_inject.kinds.base import Form, Kind, Way
 from lora_inject.kinds.experts import Changes, ExpertWeights
 from lora_inject.kinds.multiplied import multiplied, require_no_dropout
-from lora_inject.kinds.products import is_multiplied
+from lora_inject.kinds.products import is_multiplied, is_multiplied_when_compiled
 from lora_inject.settings import Settings
 from lora_inject.variants import Spec, Variant
 
@@ -78,6 +78,10 @@ class ParameterKind(Kind):
         """By a fused weight, as its code or transformers tells."""
         fused = all(spec.experts for spec in specs)
         return fused and variant.additive and is_multiplied(module, self.weight_name)
+
+    def compiles_products(self, module: nn.Module, dtype: torch.dtype) -> bool:
+        """Where transformers runs its experts."""
+        return is_multiplied_when_compiled(module, dtype)
 
     def multiplied(self, layer: nn.Module, W: Tensor, changes: Changes) -> Any:
         """What computes products with W and with A and B, where that is known to be enough."""

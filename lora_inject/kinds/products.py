@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from types import CodeType
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
-from lora_inject.compat.marks import experts_function
+from lora_inject.compat.marks import compiles_to_own_operator, experts_function
 from lora_inject.kinds.bytecode import function_of
 from lora_inject.own import own_class
 from lora_inject.sharding import whole_shape
@@ -43,6 +44,16 @@ def is_multiplied(module: nn.Module, name: str) -> bool:
     if function is None:
         return name in _factors(own_class(module))
     return function in ("batched_mm", "grouped_mm")
+
+
+def is_multiplied_when_compiled(module: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether a compiler sees how fused experts multiply, in one graph: where a function does it.
+
+    It lets nobody but tensors into torch's product by groups, and transformers' operator does.
+    """
+    function = experts_function(module)
+    grouped = function == "grouped_mm" and compiles_to_own_operator(dtype)
+    return grouped or function == "batched_mm"
 
 
 _known: WeakKeyDictionary[type, frozenset[str]] = WeakKeyDictionary()

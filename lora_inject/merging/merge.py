@@ -25,6 +25,10 @@ from lora_inject.own import Model
 def merge(model: nn.Module, adapters: Any = None, *, keep: Keep = "device") -> MergeReport:
     """Fold adapters into the weights, so that the model computes the same without them.
 
+    Nothing of a merged adapter trains: ``loss.backward()`` ends in torch's "element 0 of tensors
+    does not require grad", or where a head trains too, it trains alone. Call ``unmerge`` before
+    training; ``lora_parameters`` refuses a merged model, and ``audit`` finds one.
+
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8))
         >>> _ = inject(model, nn.Linear, r=2)

@@ -20,13 +20,19 @@ def sites_section(plan: Any) -> Section:
         rows.append((path, *texts, count(len(sites)), total, pattern))
     # With settings beside it, alpha is a text that can be wrapped.
     alpha = "?alpha" if any("," in row[4] for row in rows) else "?>alpha"
-    shared = [f"{s.path} is also {', '.join(s.paths[1:])}" for s in plan.sites if len(s.paths) > 1]
+    notes = [f"{s.path} is also {', '.join(s.paths[1:])}" for s in plan.sites if len(s.paths) > 1]
+    if makes := [
+        site.path for site in plan.sites if site.multiplies and not site.compiles_products
+    ]:
+        notes.append(
+            f"In their weight under torch.compile, and not in products: {_and_more(makes)}"
+        )
     return Section(
         f"Plan: adapter {plan.adapter!r} on {plural(len(plan.sites), 'layer')} of "
         f"{type(plan.model).__name__}, {count(plan.parameters)} parameters, bias={plan.bias!r}",
         ("~path", "layer", ">in x out", ">r", alpha, ">layers", ">parameters", "?chosen by"),
         rows,
-        notes=shared,
+        notes=notes,
         styles=[TRAINS] * len(rows),
     )
 

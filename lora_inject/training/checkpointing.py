@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lora_inject.changes.recompute import needing_edits
+from lora_inject.changes.checkpointing import needing_edits
 from lora_inject.core.commit import commit
 from lora_inject.core.look import Look
 from lora_inject.core.matcher import Matcher

@@ -7,7 +7,7 @@ from torch import nn
 from lora_inject.core.drift import warn_of_drift
 from lora_inject.core.look import Look
 from lora_inject.core.roles import ROLES, biases, roles
-from lora_inject.errors import ArgumentError, LoRAInjectError
+from lora_inject.errors import ArgumentError, LoRAInjectError, warn
 
 # Decay would shrink the layer itself by them.
 _UNDECAYED = ("bias", "lora_magnitude")
@@ -17,7 +17,8 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Everything that trains, each parameter once: adapters, trainable biases, ``train_also``.
 
     Build the optimizer after ``inject``: one that was built before has none of A and B, and what it
-    has is frozen, so that its steps change nothing.
+    has is frozen, so that its steps change nothing. A model without adapters, all of which trains,
+    is a warning.
 
     Example:
         >>> report = inject(model, "q_proj")  # doctest: +SKIP
@@ -36,6 +37,11 @@ def _trainable(look: Look) -> list[nn.Parameter]:
     parameters = [p for p in look.parameters if p.requires_grad]
     if not parameters:
         raise LoRAInjectError("no parameter of this model trains.", remedy="Call inject first.")
+    if not look.states and len(parameters) == len(look.parameters):
+        warn(
+            "the model has no adapters, and these are all of its parameters. Call inject first, "
+            "and make the optimizer after it."
+        )
     return parameters
 
 

@@ -33,7 +33,7 @@ from lora_inject import (
     save,
     strip,
 )
-from lora_inject.changes.recompute import is_checkpointed
+from lora_inject.changes.checkpointing import is_checkpointed
 
 pytestmark = pytest.mark.usefixtures("device")
 

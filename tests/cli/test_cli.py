@@ -86,6 +86,8 @@ def test_audit_says_what_is_wrong_by_its_exit_code(capsys):
     assert "as it stands" in capsys.readouterr().out
     assert main(["audit", f"{__name__}:NOT_A_MODEL"]) == 2
     assert "gives a int, not an nn.Module" in capsys.readouterr().err
+    assert main(["audit", "."]) == 2  # a directory, which can be planned alone
+    assert "'.' is no package.module:callable. Give a function" in capsys.readouterr().err
 
 
 CAPACITY = ["--dtype", "bf16", "--fsdp", "8", "--tp", "2", "--seq", "4096", "--batch", "1"]
@@ -288,6 +290,20 @@ def test_inspect(adapter, capsys):
     assert shown["pairs"][0]["norm"] == 0.0
 
 
+def test_inspect_says_what_a_file_leaves_out_and_what_is_no_adapter_in_it(tmp_path, capsys):
+    model = small_model()
+    inject(model, "0", r=2)
+    save(model, tmp_path / "a.pt", format="loralib")
+    (tmp_path / "whole").mkdir()
+    torch.save(model.state_dict(), tmp_path / "whole" / "pytorch_model.bin")
+    assert main(["inspect", str(tmp_path / "a.pt")]) == 0
+    assert "not in the file: say alpha= where it is loaded" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "whole")]) == 0
+    out = capsys.readouterr().out
+    assert "Other weights, of the model" in out
+    assert "Trained in place" not in out
+
+
 def test_output_that_nobody_reads_to_its_end_is_no_error(adapter):
     command = [sys.executable, "-m", "lora_inject", "inspect", str(adapter)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -352,6 +368,13 @@ def test_a_model_with_a_module_called_as_a_component_converts_to_diffusers(tmp_p
         (["convert", "{}", "x", "--to", "zip"], "invalid choice"),
         (["convert", "{}/k.safetensors", "{}/x", "--to", "peft"], "--model CONFIG"),
         (["convert", "{}/l.pt", "{}/x", "--to", "peft"], "alpha=16"),
+        (
+            ["convert", "{}/h.pt", "{}/x", "--to", "peft", "--alpha", "3"],
+            "holds 1.bias, 1.weight. Load it into its model, and save it there.",
+        ),
+        (["inspect", "{}"], "holds no adapter: there is neither adapter_config.json (PEFT) nor"),
+        (["inspect", "{}/peft/adapter_config.json"], "Give the directory that it is in."),
+        (["inspect", "{}/k.txt"], "If it is an adapter, say what it is: one of peft, loralib"),
     ],
 )
 def test_file_commands_fail_in_one_line(arguments, message, capsys, tmp_path):
@@ -359,6 +382,11 @@ def test_file_commands_fail_in_one_line(arguments, message, capsys, tmp_path):
     inject(model, "0", r=2)
     save(model, tmp_path / "k.safetensors", format="kohya")
     save(model, tmp_path / "l.pt", format="loralib")
+    save(model, tmp_path / "peft")
+    (tmp_path / "k.txt").write_text("words")
+    model = small_model()
+    inject(model, "0", r=2, train_also="1")
+    save(model, tmp_path / "h.pt", format="loralib")
     with contextlib.suppress(SystemExit):
         assert main([argument.format(tmp_path) for argument in arguments]) == 2
     error = capsys.readouterr().err

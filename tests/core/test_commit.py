@@ -30,8 +30,8 @@ from lora_inject import (
 )
 from lora_inject.changes import edits
 from lora_inject.core.lend import lend, take_back
-from lora_inject.core.marks import mark_of
 from lora_inject.core.state import state_of
+from lora_inject.core.tensor_marks import mark_of
 
 pytestmark = pytest.mark.cpu("it is about steps, not values")
 

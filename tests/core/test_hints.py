@@ -27,6 +27,22 @@ def test_an_argument_that_is_like_none_says_which_there_are():
         inject(llama(), zzzzzz=1)
 
 
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [("lr", "The optimizer has it"), ("task_type", "Leave it out"), ("inference_mode", "load")],
+)
+def test_an_argument_that_is_elsewhere_says_where(name, where):
+    with pytest.raises(ArgumentError, match=f"no argument '{name}'. {where}"):
+        inject(llama(), "q_proj", **{name: 1})
+
+
+@pytest.mark.parametrize("call", [inject, plan])
+def test_a_rank_without_its_name_is_said_to_need_one(call):
+    message = "only model and targets can be given without a name, not 8. Say what it is, as in r=8"
+    with pytest.raises(ArgumentError, match=message):
+        call(llama(), "q_proj", 8)
+
+
 def test_a_config_of_peft_is_said_in_arguments():
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["v_proj", "q_proj"])

@@ -237,7 +237,7 @@ def test_an_exception_in_a_callable_leaves_the_model_alone():
 def test_a_shared_module_is_one_place_with_all_its_names():
     model = Net()
     model.alias = model.layers[1].q_proj
-    (place,) = [p for p in Index(model).places if "alias" in p.paths]
+    (place,) = [p for p in Index(model).named if "alias" in p.paths]
     assert place.paths == ("layers.1.q_proj", "alias")
     assert paths(model, "alias") == ["layers.1.q_proj"]
     assert paths(model, ["alias", "q_proj"]) == ["layers.0.q_proj", "layers.1.q_proj"]

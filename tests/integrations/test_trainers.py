@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import accelerate
 import lightning
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from lora_inject import (
     FormatError,
     LoRAInjectError,
+    LoRAInjectWarning,
     UnsupportedLayerError,
     disabled,
     inject,
@@ -202,6 +204,85 @@ def test_a_checkpoint_of_trainer_is_a_peft_directory(tmp_path):
     assert {k: raw(v) for k, v in got.items()} == {k: raw(v) for k, v in expected.items()}
     config = json.loads((tmp_path / "checkpoint-3" / "adapter_config.json").read_text())
     assert config["r"] == 2
+
+
+@pytest.mark.client("transformers")
+def test_what_trainer_saves_at_its_end_is_an_adapter(tmp_path):
+    from lora_inject.integrations.transformers import AdapterCheckpoint
+
+    torch.manual_seed(0)
+    llama().save_pretrained(tmp_path / "base")
+    model = tf.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    inject(model, TARGETS, r=2)
+    run = trainer(model, tmp_path / "run", steps=3)
+    run.train()
+    run.save_model(str(tmp_path / "end"))
+    tensors = [file.name for file in (tmp_path / "end").glob("*.safetensors")]
+    assert tensors == ["adapter_model.safetensors"]
+    expected = outputs(model.eval())
+    ours = tf.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    load(ours, tmp_path / "end")
+    assert torch.equal(outputs(ours), expected)
+    theirs = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "end")  # through PEFT
+    torch.testing.assert_close(outputs(theirs), expected)
+
+    run.remove_callback(AdapterCheckpoint)
+    run.save_model(str(tmp_path / "whole"))
+    assert "model.embed_tokens.weight" in load_file(tmp_path / "whole" / "model.safetensors")
+    run.add_callback(AdapterCheckpoint())
+    with merged(model):
+        run.save_model(str(tmp_path / "merged"))
+    whole = tf.LlamaForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(outputs(whole), expected)
+    strip(model, merge=True)
+    run.save_model(str(tmp_path / "stripped"))
+    whole = tf.LlamaForCausalLM.from_pretrained(tmp_path / "stripped")
+    torch.testing.assert_close(outputs(whole), expected)
+
+
+def test_what_trainer_pushes_to_the_hub_is_an_adapter(tmp_path, monkeypatch):
+    pushed = []
+    hub = SimpleNamespace(upload_folder=lambda **said: pushed.append(said))
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    model = adapted()
+    run = trainer(model, tmp_path, steps=1)
+    run.train()
+    run.hub_model_id = "user/name"
+    run.push_to_hub()
+    assert [str(said["folder_path"]) for said in pushed] == [str(tmp_path)]
+    assert not (tmp_path / "model.safetensors").exists()
+    assert "library_name: peft" in (tmp_path / "README.md").read_text()
+    torch.manual_seed(0)
+    other = llama()
+    load(other, tmp_path)
+    assert torch.equal(outputs(other), outputs(model.eval()))
+
+
+def test_where_something_else_trains_the_whole_model_is_saved(tmp_path):
+    model = adapted()
+    run = trainer(model, tmp_path / "run", steps=1)
+    run.train()
+    model.model.norm.weight.requires_grad_(True)
+    with pytest.warns(LoRAInjectWarning, match=r"norm.*So the whole model is written"):
+        run.save_model(str(tmp_path / "end"))
+    assert "model.norm.weight" in load_file(tmp_path / "end" / "model.safetensors")
+
+
+def test_a_checkpoint_of_a_part_that_was_adapted_has_its_settings(tmp_path):
+    def build(**settings):
+        torch.manual_seed(0)
+        model = llama()
+        inject(model.model, TARGETS, r=2, seed=1, **settings)
+        return model
+
+    model, again, other = build(), build(), build(alpha=16)
+    trainer(model, tmp_path).train()
+    checkpoint = str(tmp_path / "checkpoint-3")
+    assert f"model.{ENTRY}" in load_file(tmp_path / "checkpoint-3" / "model.safetensors")
+    trainer(again, tmp_path).train(resume_from_checkpoint=checkpoint)
+    assert values(again) == values(model)
+    with pytest.raises(FormatError, match="alpha=16"):
+        trainer(other, tmp_path).train(resume_from_checkpoint=checkpoint)
 
 
 def test_trainer_with_several_adapters_and_checkpointing(tmp_path):

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import accelerate
 import pytest
 import torch
 import transformers as tf
@@ -124,12 +125,11 @@ def reward(completions, **_):
     return [float(text.split().count("e") - text.split().count("j")) for text in completions]
 
 
-def grpo(model, folder, **settings):
-    return trl.GRPOTrainer(
-        model, reward, processing_class=tokenizer(),
-        args=arguments(
-            trl.GRPOConfig, folder, num_generations=4, max_completion_length=4, **settings
-        ),
+def grpo(model, folder, kind="GRPO", **settings):
+    settings |= {"num_generations": 4, "max_completion_length": 4}
+    return getattr(trl, f"{kind}Trainer")(
+        model, reward_funcs=reward, processing_class=tokenizer(),
+        args=arguments(getattr(trl, f"{kind}Config"), folder, **settings),
         train_dataset=datasets.Dataset.from_dict({"prompt": PAIRS["prompt"]}),
     )  # fmt: skip
 
@@ -153,11 +153,13 @@ def test_losses_are_those_of_peft_and_of_log_2_at_first(make, start, tmp_path):
 
 
 @pytest.mark.client("trl")
-@pytest.mark.parametrize("start", [adapted, trained])
-def test_grpo_has_the_losses_of_peft_and_loads_no_second_model(start, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "start"), [("GRPO", adapted), ("GRPO", trained), ("RLOO", adapted)]
+)
+def test_online_trainers_have_the_losses_of_peft_and_load_no_second_model(kind, start, tmp_path):
     model = start()
-    theirs = losses(grpo(of_peft(model), tmp_path / "theirs", beta=0.5))
-    trainer = grpo(model, tmp_path / "ours", beta=0.0)
+    theirs = losses(grpo(of_peft(model), tmp_path / "theirs", kind, beta=0.5))
+    trainer = grpo(model, tmp_path / "ours", kind, beta=0.0)
     connect(trainer, beta=0.5)
     assert not list(trainer.ref_model.parameters())
     assert losses(trainer) == pytest.approx(theirs, abs=1e-6)
@@ -290,6 +292,13 @@ def test_what_trl_has_cached_of_one_reference_is_none_of_anothers(tmp_path):
     assert losses(trainer) == pytest.approx(expected, abs=1e-6)
 
 
+def test_trl_switches_the_dropout_of_adapters_off(tmp_path):
+    model, ids = trained(dropout=0.5), torch.arange(3, 9)[None]
+    expected = model.eval()(input_ids=ids).logits
+    dpo(model, reference(model), tmp_path)
+    assert torch.equal(model.train()(input_ids=ids).logits, expected)
+
+
 def test_the_fused_head_of_trl_is_told(tmp_path):
     model = base()
     inject(model, ["q_proj", "lm_head"], r=2)
@@ -300,3 +309,70 @@ def test_the_fused_head_of_trl_is_told(tmp_path):
     inject(model, "lm_head", r=2, how="weight")
     dpo(model, reference(model), tmp_path).train()
     assert model.lm_head.lora_B.any()
+
+
+class Engine:
+    """What TRL's vLLM client is given, kept as vLLM would take it."""
+
+    def __init__(self):
+        self.got, self.said = {}, []
+
+    def update_named_params(self, metadata, named):
+        self.said = metadata
+        self.got = {name: tensor.clone() for name, tensor in named}
+
+    def reset_prefix_cache(self):
+        pass
+
+
+def generation(model):
+    """TRL's own side of vLLM, without vLLM."""
+    from trl.generation import vllm_generation as theirs
+
+    made = theirs.VLLMGeneration.__new__(theirs.VLLMGeneration)
+    made.model, made.accelerator = model, accelerate.Accelerator(cpu=True)
+    made._dist = theirs.DistributedBackend(made.accelerator)
+    made.mode, made._weight_metadata = "server", None
+    made.vllm_client = Engine()
+    return made
+
+
+@pytest.mark.client("trl")
+@pytest.mark.parametrize("settings", [{}, {"bias": "all"}, {"adapter": "fr"}])
+def test_vllm_gets_what_the_model_computes_with_under_its_own_names(settings, tmp_path):
+    bare, model = base(), trained(**settings)
+    inject(model, ["o_proj"], r=2, adapter="unused")
+    use(model, settings.get("adapter", "default"))
+    before = {key: raw(t) for key, t in model.state_dict().items()}
+    trainer = grpo(model, tmp_path, beta=0.0)
+    trainer.vllm_generation = generation(model)
+    connect(trainer)
+    trainer.vllm_generation.sync_weights()
+    engine = trainer.vllm_generation.vllm_client
+    assert list(engine.got) == [name for name, _ in bare.named_parameters()]
+    assert [(name, shape) for name, _, shape in engine.said] == [
+        (name, list(t.shape)) for name, t in engine.got.items()
+    ]
+    ids = torch.arange(3, 9)[None]
+    bare.load_state_dict(engine.got)
+    torch.testing.assert_close(bare(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert {key: raw(t) for key, t in model.state_dict().items()} == before
+    _move(model)
+    trainer.vllm_generation.sync_weights()
+    bare.load_state_dict(engine.got)
+    torch.testing.assert_close(bare(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.client("trl")
+def test_vllm_gets_what_it_gets_of_peft(tmp_path):
+    model = trained()
+    theirs = generation(of_peft(model))
+    theirs.sync_weights()
+    trainer = grpo(model, tmp_path, beta=0.0)
+    trainer.vllm_generation = generation(model)
+    connect(trainer)
+    trainer.vllm_generation.sync_weights()
+    ours = trainer.vllm_generation.vllm_client
+    assert ours.said == theirs.vllm_client.said
+    for name, tensor in theirs.vllm_client.got.items():
+        torch.testing.assert_close(ours.got[name], tensor)

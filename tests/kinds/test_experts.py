@@ -226,14 +226,70 @@ def test_compiled(family, way, dtype, build):
 
 @pytest.mark.usefixtures("afresh")
 @pytest.mark.filterwarnings(*WARNINGS)
-@pytest.mark.parametrize("way", ["eager", "batched_mm", "grouped_mm"])
-def test_compiled_experts_do_not_train_with_dropout(way, build):
-    model, args = build("out_in", way), inputs()
+@pytest.mark.parametrize(("way", "dtype", "followed"), [
+    ("batched_mm", torch.float32, True), ("batched_mm", torch.bfloat16, True),
+    ("grouped_mm", torch.float32, True), ("grouped_mm", torch.bfloat16, False),
+])  # fmt: skip
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled_experts_make_and_keep_no_weight_where_a_compiler_follows_their_products(
+    family, way, dtype, followed, build
+):
+    model, args = build(family, way, dtype), inputs(dtype)
+    size, made, kept = E * H * M, [], []
+    said = "In their weight under torch.compile, and not in products: gate_up_proj and 1 more"
+    assert (said in str(plan(model, NAMES))) is not followed
+
+    def noting(graph, values):
+        def shapes():
+            for node in graph.graph.nodes:
+                value = node.meta.get("example_value")
+                if isinstance(value, torch.Tensor) and node.op.startswith("call"):
+                    yield value.numel(), value.untyped_storage()
+
+        own = {v.untyped_storage()._cdata for n in graph.graph.nodes if n.op == "placeholder"
+               if isinstance(v := n.meta.get("example_value"), torch.Tensor)}  # fmt: skip
+        made.append(sum(n >= size and s._cdata not in own for n, s in shapes()))
+        return graph.forward
+
+    for adapted in (False, True):
+        if adapted:
+            inject(model, NAMES, r=1)
+            randomize_adapters(model)
+        torch.compiler.reset()
+        torch.compile(model, backend=noting, fullgraph=True)(*args)
+        torch.compiler.reset()
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        compiled(*args)
+        kept.append(bytes_kept(lambda: compiled(*args)))  # noqa: B023
+    assert (made[0] == made[1]) is followed
+    assert (kept[1] - kept[0] < size * dtype.itemsize) is followed
+
+
+@pytest.mark.usefixtures("afresh")
+@pytest.mark.filterwarnings(*WARNINGS)
+def test_compiled_experts_do_not_train_with_dropout_where_no_compiler_follows_their_products(build):
+    model, args = build("out_in", "eager"), inputs()
     inject(model, NAMES, r=3, dropout=0.5)
     randomize_adapters(model, 0.1)
     compiled = torch.compile(model, backend="eager")
     with pytest.raises(LoRAInjectError, match=r"leave the experts out of torch\.compile"):
         compiled(*args)
+    torch.testing.assert_close(compiled.eval()(*args), model.eval()(*args))
+
+
+@pytest.mark.usefixtures("afresh")
+@pytest.mark.filterwarnings(*WARNINGS)
+@pytest.mark.parametrize("way", ["batched_mm", "grouped_mm"])
+def test_compiled_experts_train_with_dropout_of_what_they_multiply(way, build):
+    model, args = build("out_in", way), inputs()
+    inject(model, NAMES, r=3, dropout=0.5)
+    randomize_adapters(model, 0.1)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.manual_seed(5)
+    found = compiled(*args)
+    torch.manual_seed(5)
+    torch.testing.assert_close(found, model(*args))
+    assert not torch.equal(found, compiled(*args))
     torch.testing.assert_close(compiled.eval()(*args), model.eval()(*args))
 
 

@@ -7,6 +7,7 @@ from helpers import Net, ids, trainable_names
 from lora_inject import (
     ArgumentError,
     LoRAInjectError,
+    LoRAInjectWarning,
     inject,
     lora_parameters,
     merge,
@@ -75,6 +76,12 @@ def test_a_model_in_which_nothing_trains():
     for call in (lora_parameters, lambda m: param_groups(m, lr=0.1)):
         with pytest.raises(LoRAInjectError, match="no parameter"):
             call(model)
+
+
+def test_an_optimizer_of_a_model_that_is_not_adapted_yet_is_a_warning():
+    for call in (lora_parameters, lambda m: param_groups(m, lr=0.1)):
+        with pytest.warns(LoRAInjectWarning, match="all of its parameters. Call inject first"):
+            call(Net())
 
 
 def test_adapters_of_embeddings_have_a_rate_of_their_own():

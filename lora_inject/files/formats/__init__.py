@@ -8,8 +8,9 @@ from torch import Tensor
 
 from lora_inject.core.index import Index
 from lora_inject.errors import ArgumentError, FormatError
-from lora_inject.files.formats import checkpoint, diffusers, kohya, loralib, peft
+from lora_inject.files.formats import checkpoint, diffusers, gguf, kohya, loralib, peft
 from lora_inject.files.formats.data import AdapterData
+from lora_inject.files.formats.diffusers import TENSORS as IN_DIFFUSERS
 from lora_inject.files.formats.peft_config import CONFIG, TENSORS
 from lora_inject.files.formats.peft_keys import PREFIX
 from lora_inject.files.formats.state import AdapterState
@@ -21,6 +22,7 @@ FORMATS: dict[str, Any] = {
     "loralib": loralib,
     "kohya": kohya,
     "diffusers": diffusers,
+    "gguf": gguf,
 }
 # Kohya's: any other safetensors file.
 _BY_CONTENT = (peft, loralib, diffusers, checkpoint, kohya)
@@ -111,7 +113,14 @@ def find_format(path: Path, name: str | None = None) -> Any:
                     f"{TENSORS}.",
                 )
             return format
+    if path.name == CONFIG:
+        raise FormatError(f"{path} holds no tensors.", remedy="Give the directory that it is in.")
+    if path.is_dir():
+        raise FormatError(
+            f"{path} holds no adapter: there is neither {CONFIG} (PEFT) nor {IN_DIFFUSERS}.",
+            remedy="Give the directory that save was given, or the file itself.",
+        )
     raise FormatError(
         f"nothing tells the format of {path}.",
-        remedy=f"Say it: one of {', '.join(FORMATS)}.",
+        remedy=f"If it is an adapter, say what it is: one of {', '.join(FORMATS)}.",
     )

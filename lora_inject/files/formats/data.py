@@ -239,6 +239,8 @@ class AdapterData:
         added: what is added to tensors of the base, by their names: a model tells their values.
         component: what the model is called in its pipeline, where that is known.
         encoders: how many text encoders its pipeline has, where that is known.
+        sizes: the numbers of layers, heads and heads of keys of a language model, and whether its
+            head is tied, where a format needs them.
         left: how many names of the file are for other parts of a pipeline, by what is in front.
     """
 
@@ -262,6 +264,7 @@ class AdapterData:
     added: Mapping[str, Tensor] = field(default_factory=dict)
     component: str = ""
     encoders: int = 0
+    sizes: Mapping[str, int] = field(default_factory=dict)
     left: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from lora_inject.files.formats.pairs import config_rank
 from lora_inject.files.formats.peft_config import config_digest
 from lora_inject.files.formats.peft_keys import Names, is_like_ours
 from lora_inject.files.formats.peft_targets import target_names
+from lora_inject.printing import few
 from lora_inject.variants import SCALINGS, Scaling
 
 
@@ -72,7 +73,11 @@ def _guessed_bias(data: AdapterData) -> str:
     """
     layers = {f"{pair.path}.bias" for pair in data.pairs}
     if not data.tensors.keys() <= layers:
-        raise FormatError("what was trained besides A and B cannot be told without a model.")
+        raise FormatError(
+            "the file does not say what was trained besides A and B, of which it holds "
+            f"{few(sorted(data.tensors.keys() - layers))}.",
+            remedy="Load it into its model, and save it there.",
+        )
     return "lora_only" if data.tensors else "none"
 
 

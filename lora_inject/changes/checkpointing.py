@@ -21,7 +21,7 @@ def is_checkpointed(module: nn.Module) -> bool:
     return isinstance(checkpointing_switch(module), bool)
 
 
-def recompute_edits(module: nn.Module, on: bool) -> list[Edit]:
+def checkpointing_edits(module: nn.Module, on: bool) -> list[Edit]:
     """Put the hook on a module that can be checkpointed, or take it off."""
     return pre_hook_edits(module, _let_input_need_gradient, on)
 
