@@ -21,6 +21,7 @@ from lora_inject.compat.conversions import (
 from lora_inject.core.paths import bare_key
 from lora_inject.errors import FormatError
 from lora_inject.files.formats.data import AdapterData, PairData
+from lora_inject.files.formats.one_place import Given, is_repeated_pair
 from lora_inject.files.packed import fused_weights
 from lora_inject.variants import SCALINGS
 
@@ -119,7 +120,11 @@ def as_in_model(
     fused = {n: W for n, W in _fused(modules).items() if n in {known[p + _END] for p in unknown}}
     pieces = _pieces(model, fused)
     apart = {piece.path for own in pieces.values() for piece in own}
-    given = {paths[pair.path]: pair for pair in data.pairs if paths[pair.path] in apart}
+    seen, given = Given(), dict[str, PairData]()
+    for pair in data.pairs:
+        path = paths[pair.path]
+        if path in apart and not is_repeated_pair(seen, path, pair.name, pair):
+            given[path] = pair
 
     def renamed(pair: PairData) -> PairData:
         own = paths[pair.path]
