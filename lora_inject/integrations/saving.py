@@ -127,7 +127,6 @@ def _write(
         type(part).save_pretrained(part, directory, is_main_process, state_dict, **options)
         return
     if not is_main_process:
-        trained_tensors(part)  # which gathers what is sharded
         return
     if resumes:  # Trainer reads nothing but the tensors
         part.config.save_pretrained(directory)

@@ -173,7 +173,7 @@ def connect(trainer: Any, *, beta: float | None = None, adapter: str | None = No
     _require_fixed(trainer)
     model = trainer.accelerator.unwrap_model(trainer.model)
     own = getattr(trainer, "beta", 0.0) if beta is None else beta
-    if own:
+    if own and not isinstance(getattr(trainer, "ref_model", None), Reference):
         trainer.ref_model = reference(model, adapter)
     trainer.beta = own
     if getattr(trainer, "vllm_generation", None) is not None:
