@@ -184,7 +184,7 @@ def _slices(model, path, A, B, scaling, r):
     if f".{block}." not in f"{path}." and ".self_attn." not in path:
         return {}
     if name not in GROUPS and any(name in own for own in GROUPS.values()):
-        return {}  # not stacked, and no buffer has its name
+        raise ValueError(f"{path}: no buffer has its name")  # get_target_module_name of utils.py
     names = GROUPS.get(name, (name,))
     As = A.split(r) if name in GROUPS else [A]
     if len(As) != len(names) or any(len(own) != r for own in As):

@@ -82,15 +82,17 @@ def as_in_checkpoint(
 def differs_in_checkpoint(
     pairs: Sequence[PairData], model: nn.Module, modules: Mapping[str, nn.Module]
 ) -> tuple[str, str] | None:
-    """A pair that a checkpoint has by another name or in several, and the first of its names."""
+    """A pair that a checkpoint has by another name or in several, and the first of its names.
+
+    Of fused experts and of matrices the first stands for all.
+    """
     if not pairs or not is_converted(model):
         return None
-    pieces = _pieces(model, _fused({pair.path: modules[pair.path] for pair in pairs}))
-    names = _Names(model, [pair.path for pair in pairs])
-    for pair in pairs:
-        if own := pieces.get(f"{pair.path}.{pair.weight}"):
-            return pair.name, own[0].path
-        if (other := names.of(pair.path)) != pair.path:
+    for pair in {pair.A.dim(): pair for pair in reversed(pairs)}.values():
+        pieces = _pieces(model, _fused({pair.path: modules[pair.path]}))
+        own = pieces.get(f"{pair.path}.{pair.weight}")
+        other = own[0].path if own else _Names(model, [pair.path]).of(pair.path)
+        if other != pair.path:
             return pair.name, other
     return None
 
