@@ -210,8 +210,9 @@ def adapted_linear(
     if x_MI is x_NI:
         return y_MO
     shape = [*x_NI.shape[:-1], y_MO.shape[-1]]
-    # As F.linear returns it: a view with a bias, and without one what may be used more freely.
-    return y_MO.view(shape) if b_O is not None else cast(Tensor, unsafe_view(y_MO, shape))
+    # No view, which allows less than what F.linear returns: that is one where there is a bias and
+    # torch is older, and never else.
+    return cast(Tensor, unsafe_view(y_MO, shape))
 
 
 def _at_once(

@@ -53,7 +53,7 @@ class Expression:
             raise error(f"{what}: {text!r} {why}.", remedy="Use a simpler expression.")
         try:
             self.compiled = regex.compile(text)
-        except (regex.error, ValueError, RecursionError, OverflowError, MemoryError) as problem:
+        except Exception as problem:  # what it raises differs from version to version
             why = f"cannot be used, as it is not a regular expression: {problem}"
             raise error(f"{what}: {text!r} {why}.") from problem
 

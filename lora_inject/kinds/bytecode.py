@@ -8,6 +8,7 @@ index, a loop or a call. In doubt too much is found: an adapter in the weight is
 import dis
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from functools import cached_property, partial
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -21,7 +22,6 @@ WRITING = frozenset(name for name in dir(Tensor) if name.endswith("_") and not n
 _OF_CONTAINERS = {"items", "values", "get"}
 _SKIPPED = ("EXTENDED_ARG", "CACHE", "PRECALL", "RESUME", "NOP", "COPY_FREE_VARS", "MAKE_CELL")
 _ENDS = ("POP_TOP", "RETURN_VALUE", "RETURN_CONST", "YIELD_VALUE")
-
 
 # The path of a module from ``self``, whose weight is read: () for itself. ANY stands for any number
 # of components: for what comes out of an index, a loop or a call.
@@ -119,6 +119,7 @@ def _read(
 
 
 _helping: dict[CodeType, bool] = {}
+_asked: ContextVar[frozenset[CodeType]] = ContextVar("_asked", default=frozenset())  # by a thread
 
 
 def _reads_its_arguments(function: Any, skip_first: bool = False) -> bool:
@@ -127,10 +128,14 @@ def _reads_its_arguments(function: Any, skip_first: bool = False) -> bool:
     if found is None or "weight" not in names_in(found.__code__):
         return False
     code = found.__code__
-    if code not in _helping:
-        _helping[code] = False  # where it calls itself
-        given = code.co_varnames[skip_first : code.co_argcount + code.co_kwonlyargcount]
+    if code in _helping or code in _asked.get():
+        return _helping.get(code, False)  # where it calls itself
+    given = code.co_varnames[skip_first : code.co_argcount + code.co_kwonlyargcount]
+    former = _asked.set(_asked.get() | {code})
+    try:
         _helping[code] = bool(_read(found, {n: frozenset([(n,)]) for n in given}, None))
+    finally:
+        _asked.reset(former)
     return _helping[code]
 
 

@@ -1,7 +1,7 @@
 """A fused weight with adapters as code sees it: no more of it is computed than is asked for.
 
 Of ``ExpertWeights`` the experts that are indexed are computed. Where it is known how a module
-multiplies by its weight, it reads a ``MultipliedWeight`` instead (``multiplied.py``).
+multiplies by a weight, fused or not, it reads a ``MultipliedWeight`` instead (``multiplied.py``).
 """
 
 from abc import ABC, abstractmethod

@@ -62,7 +62,8 @@ _known: WeakKeyDictionary[type, frozenset[str]] = WeakKeyDictionary()
 def _factors(cls: type[nn.Module]) -> frozenset[str]:
     """The attributes of itself that stand in a statement with a product in a class's methods."""
     if cls not in _known:
-        members = [m for base in cls.__mro__ for m in vars(base).values() if base is not nn.Module]
+        bases = [base for base in cls.__mro__ if base is not nn.Module]
+        members = [m for base in bases for m in list(vars(base).values())]  # at once, for threads
         codes = [function.__code__ for member in members if (function := function_of(member))]
         _known[cls] = frozenset(name for code in codes for name in _multiplied(code))
     return _known[cls]

@@ -94,13 +94,14 @@ def _reached(methods: Sequence[_Method]) -> set[str]:
 def _methods(cls: type) -> list[_Method]:
     """The methods and properties that a class itself defines."""
     if cls not in _known:
-        _known[cls] = []
-        for name, member in vars(cls).items():
+        methods = []  # known when whole: another thread may ask, or change the class
+        for name, member in list(vars(cls).items()):
             function = function_of(member)
             if function is not None:
                 mentions = names_in(function.__code__)
                 may = may_read(function, cls, mentions)
                 reads = weights_read(function, cls) if may else frozenset()
                 writes = weights_written(function) if reads and mentions & WRITING else frozenset()
-                _known[cls].append(_Method(name, mentions, reads, writes))
+                methods.append(_Method(name, mentions, reads, writes))
+        _known[cls] = methods
     return _known[cls]

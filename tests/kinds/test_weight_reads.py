@@ -1,5 +1,7 @@
 """Weights that something reads without calling their layer, however its code comes to them."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import transformers as tf
@@ -9,6 +11,7 @@ from torch.nn import functional as F
 
 from lora_inject import inject, merge, merged, plan
 from lora_inject.errors import UnsupportedLayerError
+from lora_inject.kinds import bytecode, weight_reads
 
 pytestmark = pytest.mark.usefixtures("device")
 N = 4
@@ -285,3 +288,44 @@ class Initialised(nn.Module):
 
 def test_what_initialises_a_weight_is_no_writer():
     assert [site.path for site in plan(Initialised(), "proj").sites] == ["proj"]
+
+
+def from_another_thread(call):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
+
+
+def test_a_class_may_change_and_be_asked_about_while_its_code_is_read(monkeypatch):
+    class Reads(Plainly):
+        def forward(self, x):
+            return F.linear(self.fc(x), self.p.weight)
+
+    looks, answers = weight_reads.function_of, []
+
+    def look(member):
+        if not answers:
+            answers.append(None)
+            Reads.other = None  # as inject does to a class, in a thread of its own
+            answers[:] = [from_another_thread(lambda: weight_reads.weights_read_below(Reads))]
+        return looks(member)
+
+    monkeypatch.setattr(weight_reads, "function_of", look)
+    assert [weight_reads.weights_read_below(Reads), *answers] == [{("p",)}] * 2
+
+
+def reads_the_weight(layer, x):
+    return x @ layer.weight.T
+
+
+def test_a_helper_may_be_asked_about_while_its_code_is_read(monkeypatch):
+    reads, answers = bytecode._read, []
+
+    def read(*arguments):
+        if not answers:
+            answers.append(None)
+            helper = bytecode._reads_its_arguments
+            answers[:] = [from_another_thread(lambda: helper(reads_the_weight))]
+        return reads(*arguments)
+
+    monkeypatch.setattr(bytecode, "_read", read)
+    assert [bytecode._reads_its_arguments(reads_the_weight), *answers] == [True, True]
