@@ -14,6 +14,7 @@ from rich.progress import track
 from benchmarks import (  # noqa: F401 (they register their rows)
     adapters,
     arithmetic,
+    attention,
     clients,
     commands,
     compiled,

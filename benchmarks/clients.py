@@ -9,15 +9,21 @@ A run of the tests that say which client they are about:
 
 What passes counts as the outcome that it says; ``what=`` says it in words, for what is not equal.
 Engines are no part of the test extra. For their rows install vLLM and SGLang without what they
-depend on (``pip install --no-deps vllm sglang``, and what their imports miss), and let
-``$LLAMA_CPP`` be a directory with the source of llama.cpp.
+depend on (``pip install --no-deps vllm sglang``, and what their imports miss), let ``$LLAMA_CPP``
+be a directory with the source of llama.cpp, and run ``clients tests/files/test_engines.py``: rows
+of other clients stay.
 """
 
 import importlib.metadata
+import json
 import os
+import re
 from collections import Counter
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
+
+from benchmarks.harness import DATA
 
 TESTS = Path(__file__).parent.parent / "tests"
 OUTCOMES = ("equal", "refused", "otherwise", "failed", "not run")
@@ -58,27 +64,33 @@ def version_of(client: str, rule: str | None) -> str:
         return importlib.metadata.version(client)
     except importlib.metadata.PackageNotFoundError:
         source = os.environ.get(client.upper().replace(".", "_"))
-        return "its source" if source else "not installed"
+        if source is None:
+            return "not installed"
+        project = (Path(source) / "gguf-py" / "pyproject.toml").read_text()
+        return "its source, with gguf " + re.findall(r'(?m)^version = "(.+)"', project)[0]
 
 
 def measure(paths: list[str]) -> dict[str, Any]:
-    """Run the tests of clients, and count."""
+    """Run the tests of clients, and count: of some files alone, in place of their clients' rows."""
     import pytest
 
     collector = Collector()
     options = ["-m", "client", "-q", "-p", "no:cacheprovider", "--rootdir", str(TESTS.parent)]
     pytest.main([*options, *(paths or [str(TESTS)])], plugins=[collector])
-    return {
-        "rows": [
-            {
-                "client": client,
-                "version": version,
-                "cases": {name: found[name] for name in OUTCOMES if found[name]},
-                "notes": sorted(set(collector.notes.get((client, version), []))),
-            }
-            for (client, version), found in sorted(collector.found.items())
-        ]
-    }
+    rows = [
+        {
+            "client": client,
+            "version": version,
+            "cases": {name: found[name] for name in OUTCOMES if found[name]},
+            "notes": sorted(set(collector.notes.get((client, version), []))),
+        }
+        for (client, version), found in collector.found.items()
+    ]
+    if paths:
+        asked = {row["client"] for row in rows}
+        former = json.loads(DATA.read_text()).get("clients", {"rows": []})["rows"]
+        rows += [row for row in former if row["client"] not in asked]
+    return {"rows": sorted(rows, key=itemgetter("client", "version"))}
 
 
 def lines(found: dict[str, Any]) -> list[str]:
@@ -96,8 +108,10 @@ def lines(found: dict[str, Any]) -> list[str]:
         "Written by `python -m benchmarks clients`, a run of the tests that are marked so: files "
         'of ours in the client, and the client\'s in here. "Its rule" is what its code computes '
         "and which names it knows, written down in the tests, where it is not installed. Equal: "
-        "the same update of every weight; refused: with the reason; otherwise: read as something "
-        "else, of which a warning tells.",
+        "the same update of every weight; refused: with the reason, or it fails; otherwise: read "
+        "as something else, of which a warning tells. vLLM, SGLang and llama.cpp are asked by "
+        "their own readers of adapters, for layers that are listed by hand: no model of theirs "
+        "is built, and nothing is served.",
         "",
         f"| client | version | {' | '.join(OUTCOMES)} |",
         f"|---|---|{'---|' * len(OUTCOMES)}",

@@ -15,6 +15,7 @@ import re
 import runpy
 import sys
 import types
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -183,7 +184,7 @@ def _slices(model, path, A, B, scaling, r):
     if f".{block}." not in f"{path}." and ".self_attn." not in path:
         return {}
     if name not in GROUPS and any(name in own for own in GROUPS.values()):
-        return {}  # not stacked, and no buffer has its name
+        raise ValueError(f"{path}: no buffer has its name")  # get_target_module_name of utils.py
     names = GROUPS.get(name, (name,))
     As = A.split(r) if name in GROUPS else [A]
     if len(As) != len(names) or any(len(own) != r for own in As):
@@ -215,6 +216,24 @@ def _with_experts_together(changes):
     return together
 
 
+_THEIRS = {}  # llama.cpp has a gguf of its own, newer than the package
+
+
+@contextmanager
+def _modules_of_llama_cpp():
+    def taken():
+        names = [name for name in sys.modules if name.split(".")[0] in ("gguf", "conversion")]
+        return {name: sys.modules.pop(name) for name in names}
+
+    ours = taken()
+    sys.modules.update(_THEIRS)
+    try:
+        yield
+    finally:
+        _THEIRS.update(taken())
+        sys.modules.update(ours)
+
+
 def by_llama_cpp(model, folder, tmp_path, monkeypatch):
     """A GGUF file that llama.cpp's converter makes of a directory. It raises where that fails."""
     source = os.environ.get("LLAMA_CPP")
@@ -225,10 +244,10 @@ def by_llama_cpp(model, folder, tmp_path, monkeypatch):
     converter = Path(source) / "convert_lora_to_gguf.py"
     target = tmp_path / "theirs.gguf"
     arguments = [str(folder), "--base", str(tmp_path / "base"), "--outfile", str(target)]
-    with monkeypatch.context() as patch:  # in this process, which has imported what it needs
+    with monkeypatch.context() as patch, _modules_of_llama_cpp():
         patch.setattr(sys, "argv", [str(converter), *arguments])
         patch.syspath_prepend(source)
-        try:
+        try:  # in this process, which has imported what it needs
             runpy.run_path(str(converter), run_name="__main__")
         except SystemExit as end:
             raise ValueError(f"the converter ended with {end.code}") from end

@@ -21,6 +21,7 @@ from lora_inject.compat.conversions import (
 from lora_inject.core.paths import bare_key
 from lora_inject.errors import FormatError
 from lora_inject.files.formats.data import AdapterData, PairData
+from lora_inject.files.formats.one_place import Given, is_repeated_pair
 from lora_inject.files.packed import fused_weights
 from lora_inject.variants import SCALINGS
 
@@ -81,15 +82,17 @@ def as_in_checkpoint(
 def differs_in_checkpoint(
     pairs: Sequence[PairData], model: nn.Module, modules: Mapping[str, nn.Module]
 ) -> tuple[str, str] | None:
-    """A pair that a checkpoint has by another name or in several, and the first of its names."""
+    """A pair that a checkpoint has by another name or in several, and the first of its names.
+
+    Of fused experts and of matrices the first stands for all.
+    """
     if not pairs or not is_converted(model):
         return None
-    pieces = _pieces(model, _fused({pair.path: modules[pair.path] for pair in pairs}))
-    names = _Names(model, [pair.path for pair in pairs])
-    for pair in pairs:
-        if own := pieces.get(f"{pair.path}.{pair.weight}"):
-            return pair.name, own[0].path
-        if (other := names.of(pair.path)) != pair.path:
+    for pair in {pair.A.dim(): pair for pair in reversed(pairs)}.values():
+        pieces = _pieces(model, _fused({pair.path: modules[pair.path]}))
+        own = pieces.get(f"{pair.path}.{pair.weight}")
+        other = own[0].path if own else _Names(model, [pair.path]).of(pair.path)
+        if other != pair.path:
             return pair.name, other
     return None
 
@@ -119,7 +122,11 @@ def as_in_model(
     fused = {n: W for n, W in _fused(modules).items() if n in {known[p + _END] for p in unknown}}
     pieces = _pieces(model, fused)
     apart = {piece.path for own in pieces.values() for piece in own}
-    given = {paths[pair.path]: pair for pair in data.pairs if paths[pair.path] in apart}
+    seen, given = Given(), dict[str, PairData]()
+    for pair in data.pairs:
+        path = paths[pair.path]
+        if path in apart and not is_repeated_pair(seen, path, pair.name, pair):
+            given[path] = pair
 
     def renamed(pair: PairData) -> PairData:
         own = paths[pair.path]

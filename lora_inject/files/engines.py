@@ -57,7 +57,7 @@ def _of_groups(pairs: list[PairData], modules: Mapping[str, nn.Module]) -> Itera
         first, last = (QKV[0], QKV[-1]) if len(group) == len(QKV) else (GATE_UP[0], GATE_UP[0])
         if group and not {first, last} <= names:
             wanted = " and ".join(dict.fromkeys((first, last)))
-            yield f"SGLang, which leaves {path} out without {wanted} beside it"
+            yield f"SGLang, which fails at {path} without {wanted} beside it"
             return
 
 

@@ -227,8 +227,9 @@ class Layout:
         if trained is not None and adapter in trained.owners:
             return False
         value = own_tensor(other.module, other.name) if trained is None else trained.former
-        tops = self.data.train_also
-        inside = any(f"{owner}.".startswith(f"{top}.") or owner.endswith(top) for top in tops)
+        paths = {owner, *self.look.index.paths[other.module]}  # of a shared one another is first
+        tops = [(path, top) for path in paths for top in self.data.train_also]
+        inside = any(f"{path}.".startswith(f"{top}.") or path.endswith(top) for path, top in tops)
         same = value is not None and _is_equal(other.value, whole(value.detach()))
         if same and not inside and "bias" not in other.name:  # bias_ih_l0 of a layer too
             return True

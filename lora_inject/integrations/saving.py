@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from lora_inject.core.adapter import DEFAULT_ADAPTER
 from lora_inject.core.lend import lend, take_back
 from lora_inject.core.look import Look
 from lora_inject.errors import FormatError, LoRAInjectError, warn
@@ -126,14 +127,14 @@ def _write(
         type(part).save_pretrained(part, directory, is_main_process, state_dict, **options)
         return
     if not is_main_process:
-        trained_tensors(part)  # which gathers what is sharded
         return
     if resumes:  # Trainer reads nothing but the tensors
         part.config.save_pretrained(directory)
         _write_tensors(part, Path(directory) / "model.safetensors", state_dict)
     names = set(Look(part).known) if peft else set()
     for name in names:
-        file = Path(directory) / name if len(names) > 1 else Path(directory)
+        alone = len(names) == 1 or name == DEFAULT_ADAPTER  # as PEFT has it
+        file = Path(directory) if alone else Path(directory) / name
         stored = Stored(part, name)
         write(stored, stored.data(), file)  # whatever else trains is beside it
 

@@ -173,7 +173,7 @@ def connect(trainer: Any, *, beta: float | None = None, adapter: str | None = No
     _require_fixed(trainer)
     model = trainer.accelerator.unwrap_model(trainer.model)
     own = getattr(trainer, "beta", 0.0) if beta is None else beta
-    if own:
+    if own and not isinstance(getattr(trainer, "ref_model", None), Reference):
         trainer.ref_model = reference(model, adapter)
     trainer.beta = own
     if getattr(trainer, "vllm_generation", None) is not None:
@@ -181,8 +181,18 @@ def connect(trainer: Any, *, beta: float | None = None, adapter: str | None = No
 
 
 def _push_merged(generation: Any, model: nn.Module) -> None:
-    """Let TRL push to vLLM what the model computes with, under the names that vLLM knows."""
-    push, named = generation.sync_weights, generation._iter_named_params
+    """Let TRL push to vLLM what the model computes with, under the names that vLLM knows.
+
+    Raises:
+        LoRAInjectError: it is another version of TRL, with other names for its methods.
+    """
+    push = generation.sync_weights
+    named = getattr(generation, "_iter_named_params", None)
+    if named is None:
+        raise LoRAInjectError(
+            "this version of TRL pushes weights to vLLM in a way that is not known here.",
+            remedy="Generate without vLLM (use_vllm=False), or install trl 1.16.",
+        )
 
     def plain() -> Iterator[tuple[str, Tensor]]:
         ours = _names_of_adapters(Look(model))

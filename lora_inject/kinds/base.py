@@ -18,6 +18,7 @@ from lora_inject.sharding import is_distributed, placements_of_pair, replicated,
 from lora_inject.variants import Change, Spec, Variant
 
 Way = Literal["branch", "weight"]
+Changes = list[tuple[Variant, Change]]  # of one weight
 # What adapter files call A and B: see ``formats.data``. "other" is what only we have.
 Form = Literal["linear", "embedding", "conv", "experts", "other"]
 
@@ -40,10 +41,8 @@ class Kind(ABC):
         stacks: whether ``down`` and ``up`` are products with the matrices A and B, of the last
             dimension of x, so that many pairs may be stacked.
         in_products: how it is said that a weight acts in products with it.
-        drops_in_products: whether dropout can act on what weights are multiplied by, where it is
-            known how they are.
-        has_rows: whether the weight is a table with a row for each id, of which some may train
-            alone.
+        drops_in_products: whether dropout can act on what weights are known to be multiplied by.
+        has_rows: whether the weight is a table, a row for each id, of which some may train alone.
         below: a class whose forward the branch is added to directly, so that a subclass that
             scales or shifts what ``super().forward`` returns does the same to the adapter. None
             adds it to what the layer as a whole returns.
@@ -169,9 +168,7 @@ class Kind(ABC):
             B = F.pad(B, (0, 0, spec.start, n_out - spec.start - spec.n_out))
         return self.from_matrix(layer, B @ A, W.shape)
 
-    def effective(
-        self, layer: nn.Module, W: Tensor, changes: "list[tuple[Variant, Change]]"
-    ) -> Any:
+    def effective(self, layer: nn.Module, W: Tensor, changes: Changes) -> Any:
         """Weight: what the layer reads in place of W: the sum in A's precision, rounded once."""
         total: Any = W
         for variant, change in changes:
@@ -186,17 +183,12 @@ class Kind(ABC):
         """Weight: whether a compiler follows the products of weights of a dtype, in one graph."""
         return False
 
-    def multiplied(
-        self, layer: nn.Module, W: Tensor, changes: "list[tuple[Variant, Change]]"
-    ) -> Any:
+    def multiplied(self, layer: nn.Module, W: Tensor, changes: Changes) -> Any:
         """Weight: what the layer's own forward reads in place of W; ``effective`` is for others."""
         return self.effective(layer, W, changes)
 
     def affine_refusal(self, layer: nn.Module) -> str | None:
-        """Why what a layer computes is not known to be ``W x + b``; None where it is.
-
-        What acts in the weight is sure that it is.
-        """
+        """Why what a layer computes is not known to be ``W x + b``: never in the weight."""
         return None
 
     def dense(self, layer: nn.Module, spec: Spec) -> Tensor | None:

@@ -1,7 +1,7 @@
 """A fused weight with adapters as code sees it: no more of it is computed than is asked for.
 
 Of ``ExpertWeights`` the experts that are indexed are computed. Where it is known how a module
-multiplies by its weight, it reads a ``MultipliedWeight`` instead (``multiplied.py``).
+multiplies by a weight, fused or not, it reads a ``MultipliedWeight`` instead (``multiplied.py``).
 """
 
 from abc import ABC, abstractmethod
@@ -11,12 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.compat.torch_private import tree_map
-from lora_inject.kinds.base import Kind
+from lora_inject.kinds.base import Changes, Kind
 from lora_inject.kinds.bytecode import WRITING
 from lora_inject.kinds.shown import shown
-from lora_inject.variants import Change, Variant
 
-Changes = list[tuple[Variant, Change]]
 _FACTS = {"shape", "dtype", "device", "ndim", "dim", "size", "is_cuda", "is_cpu", "numel"}
 
 

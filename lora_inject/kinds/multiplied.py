@@ -4,6 +4,7 @@ Nothing of the weight's size is made or kept for it. Dropout acts on x, in each 
 """
 
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,8 +16,8 @@ from lora_inject.arithmetic.linear import adapted_linear, may_run_whole
 from lora_inject.compat.marks import is_fallback_of_grouped_product
 from lora_inject.compat.torch_private import is_grouped_product
 from lora_inject.errors import LoRAInjectError
-from lora_inject.kinds.base import Kind
-from lora_inject.kinds.experts import Changes, ExpertWeights, LazyWeight, as_tensor
+from lora_inject.kinds.base import Changes, Kind
+from lora_inject.kinds.experts import ExpertWeights, LazyWeight, as_tensor
 from lora_inject.kinds.projections import of_attention
 from lora_inject.sharding import is_distributed
 from lora_inject.variants import Spec
@@ -134,17 +135,21 @@ class MultipliedWeight(LazyWeight):
         return self.__torch_function__(torch.matmul, (), (x, self))
 
     def _linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``linear`` with a matrix: one Function where it may be, and nothing drops out."""
+        """``linear`` with a matrix; the first changes that are a ``B A`` in one Function with it.
+
+        The rest is added to that, so that an adapter that comes later changes nothing before it.
+        """
         if x.dim() == 3:  # torch multiplies strided inputs one by one by a weight that is frozen
             x = x.contiguous()
-        branches = [(R, L, cast(float, c.factor), c.dropout, None)
-                    for c in self._changes for L, R in c.products]  # fmt: skip
-        plain = len(branches) == len(self._changes) and not any(c.dropout for c in self._changes)
-        if plain and may_run_whole(x, self._W, branches):
-            return adapted_linear(x, self._W, bias, branches)
-        return self._add(x, F.linear(x, self._W, bias), F.linear, swapped=True)
+        first = list(takewhile(lambda c: len(c.products) == 1 and not c.dropout, self._changes))
+        branches = [(R, L, cast(float, c.factor), 0.0, None)
+                    for c in first for L, R in c.products]  # fmt: skip
+        if not (branches and may_run_whole(x, self._W, branches)):
+            return self._add(x, F.linear(x, self._W, bias), F.linear, swapped=True)
+        y = adapted_linear(x, self._W, bias, branches)
+        return self._add(x, y, F.linear, swapped=True, done=len(first))
 
-    def _add(self, x: Tensor, y: Tensor, product: Any, swapped: bool) -> Tensor:
+    def _add(self, x: Tensor, y: Tensor, product: Any, swapped: bool, done: int = 0) -> Tensor:
         """y, the product of x and W, with those of x and the changes.
 
         Args:
@@ -152,6 +157,7 @@ class MultipliedWeight(LazyWeight):
             y: the product with W.
             product: computes one of an x and a matrix, or a stack.
             swapped: whether R comes to the input before L.
+            done: how many changes y has already.
         """
 
         def times(x: Tensor, L: Tensor, R: Tensor) -> Tensor:
@@ -159,26 +165,28 @@ class MultipliedWeight(LazyWeight):
             h = product(x, first.to(x.dtype))
             return cast(Tensor, product(h, second.to(h.dtype)))
 
-        return self._added(x, y, times)
+        return self._added(x, y, times, self._changes[done:])
 
     def _add_by_group(self, x: Tensor, y: Tensor, product: Any, ends: Tensor) -> Tensor:
         """The same for rows that are sorted by group, whose last ones are at these ends."""
         factors = [t for change in self._changes for pair in change.products for t in pair]
         if is_grouped_product(product) and may_be_one_function(x, factors):
             times = lambda x, L, R: grouped_change(x, L, R, ends, product)  # noqa: E731
-            return self._added(x, y, times, in_place=True)
+            return self._added(x, y, times, self._changes, in_place=True)
 
         def composed(x: Tensor, L: Tensor, R: Tensor) -> Tensor:
             L, R = padded(L.to(x.dtype), R.to(x.dtype))
             return cast(Tensor, product(product(x, L, offs=ends), R, offs=ends))
 
-        return self._added(x, y, composed)
+        return self._added(x, y, composed, self._changes)
 
+    @staticmethod
     def _added(
-        self, x: Tensor, y: Tensor, times: Callable[..., Tensor], in_place: bool = False
-    ) -> Tensor:
+        x: Tensor, y: Tensor, times: Callable[..., Tensor], changes: Sequence[Factored],
+        in_place: bool = False,
+    ) -> Tensor:  # fmt: skip
         """An output with what ``times`` makes of x, an L and an R; in place where y is new."""
-        for change in self._changes:
+        for change in changes:
             seen = F.dropout(x, change.dropout) if change.dropout else x
             made = [times(seen, L, R) for L, R in change.products]
             delta = made[0] - made[1] if made[1:] else made[0]

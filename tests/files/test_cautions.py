@@ -142,9 +142,9 @@ MISREAD = {
     "alphas": ("llama", {"q_proj": {"alpha": 4}, "v_proj": {"alpha": 2}}, "SGLang and llama.cpp"),
     "rslora": ("llama", {"q_proj": {"scaling": "rslora"}, "v_proj": {"scaling": "rslora"}},
                "SGLang and llama.cpp.*alpha / r"),
-    "k alone": ("llama", {"k_proj": {}}, r"SGLang.*\.k_proj out without q_proj and v_proj"),
-    "q alone": ("llama", {"q_proj": {}}, r"SGLang.*\.q_proj out without q_proj and v_proj"),
-    "up alone": ("llama", {"up_proj": {}}, r"SGLang.*mlp\.up_proj out without gate_proj"),
+    "k alone": ("llama", {"k_proj": {}}, r"SGLang.*\.k_proj without q_proj and v_proj"),
+    "q alone": ("llama", {"q_proj": {}}, r"SGLang.*\.q_proj without q_proj and v_proj"),
+    "up alone": ("llama", {"up_proj": {}}, r"SGLang.*mlp\.up_proj without gate_proj"),
     "experts": ("qwen3_moe", {"mlp.experts.down_proj": {}}, r"vLLM.*experts\.0\.down_proj"),
     "router": ("mixtral", {r"re:.*mlp\.gate\.weight": {}}, r"vLLM.*block_sparse_moe\.gate"),
 }  # fmt: skip

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from stored_models import Tied
 from torch import nn
 
-from lora_inject import FormatError, load, lora_parameters, save, strip, use
+from lora_inject import FormatError, inject, load, lora_parameters, save, strip, use
 
 pytestmark = pytest.mark.cpu("files are read on it")
 
@@ -153,3 +153,25 @@ def test_more_tokens_than_the_model_has_rows_for(case, filled, tmp_path):
     assert changed_parts(before, snapshot(model)) == []
     base.resize_token_embeddings(70, mean_resizing=False)
     load(base, tmp_path)
+
+
+def shared_norm():
+    norm = nn.BatchNorm1d(4)
+    body = nn.ModuleDict({"first": nn.Sequential(norm), "q": nn.Linear(4, 4)})
+    return nn.ModuleDict({"body": body, "head": nn.Sequential(nn.Linear(4, 4), norm)})
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_what_trains_in_full_and_is_shared_with_another_part(trains, tmp_path):
+    """Its first path is not below what was named; as it began it is no repetition of the base."""
+    model = shared_norm()
+    base = copy.deepcopy(model)
+    inject(model, "q", r=2, train_also="head")
+    if trains:
+        with torch.no_grad():
+            for tensor in model["head"].state_dict().values():
+                tensor.add_(1)
+    save(model, tmp_path)
+    load(base, tmp_path)
+    for key, value in model.state_dict().items():
+        assert torch.equal(base.state_dict()[key], value), key

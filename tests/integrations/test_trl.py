@@ -15,6 +15,7 @@ from lora_inject import (
     LoRAInjectWarning,
     disabled,
     inject,
+    load,
     lora_state_dict,
     merged,
     strip,
@@ -25,6 +26,7 @@ trl = pytest.importorskip("trl", reason="TRL is not installed: pip install trl")
 datasets = pytest.importorskip("datasets")
 peft = pytest.importorskip("peft")
 
+from lora_inject.integrations.transformers import AdapterCheckpoint  # noqa: E402
 from lora_inject.integrations.trl import connect, reference  # noqa: E402
 
 pytestmark = [
@@ -97,8 +99,8 @@ def of_peft(model):
 def arguments(kind, folder, **settings):
     return kind(
         output_dir=str(folder), max_steps=3, per_device_train_batch_size=4, learning_rate=0.02,
-        logging_steps=1, save_strategy="no", lr_scheduler_type="constant", report_to=[],
-        use_cpu=True, bf16=False, disable_tqdm=True, dataloader_pin_memory=False, **settings,
+        logging_steps=1, lr_scheduler_type="constant", report_to=[], use_cpu=True, bf16=False,
+        disable_tqdm=True, dataloader_pin_memory=False, **{"save_strategy": "no", **settings},
     )  # fmt: skip
 
 
@@ -275,6 +277,28 @@ def test_a_trainer_that_would_move_its_reference_is_refused_before_a_step(tmp_pa
     assert {key: raw(t) for key, t in model.state_dict().items()} == before
     with pytest.raises(LoRAInjectError, match="sync_ref_model=False"):
         connect(trainer)
+
+
+@pytest.mark.client("trl")
+def test_a_run_with_a_copy_for_its_reference_resumes_and_is_saved_as_peft_has_it(tmp_path):
+    def run(folder=tmp_path / "run", **settings):
+        model = trained()
+        trainer = dpo(model, reference(model), folder, **settings)
+        trainer.add_callback(AdapterCheckpoint())
+        return model, trainer
+
+    model, trainer = run(save_strategy="steps", save_steps=1)
+    trainer.train()
+    again, resumed = run(save_strategy="steps", save_steps=1)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    expected = {key: raw(t) for key, t in model.state_dict().items()}
+    assert {key: raw(t) for key, t in again.state_dict().items()} == expected
+    trainer.save_model(str(tmp_path / "end"))
+    files = {file.relative_to(tmp_path / "end") for file in tmp_path.glob("end/**/adapter_config*")}
+    assert sorted(map(str, files)) == ["adapter_config.json", "ref/adapter_config.json"]
+    other, ids = base(), torch.arange(3, 9)[None]
+    load(other, tmp_path / "end")
+    assert torch.equal(other.eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
 
 
 def test_what_trl_has_cached_of_one_reference_is_none_of_anothers(tmp_path):

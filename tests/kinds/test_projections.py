@@ -128,6 +128,19 @@ def test_a_linear_layer_that_is_adapted_in_its_weight_makes_none_where_it_is_cal
     torch.testing.assert_close(found, nn.functional.linear(x, layer.weight, layer.bias))
 
 
+@pytest.mark.parametrize("init", ["default", "olora", "pissa", "gaussian"])
+def test_an_adapter_that_comes_later_changes_nothing_yet(init):
+    """However it starts: what is multiplied in one go stays so, and what it adds is exactly 0."""
+    model = nn.Sequential(nn.Linear(40, 70)).double()
+    x = torch.randn(3, 50, 40).double()
+    inject(model, "0", r=3, how="weight", fixed="A", adapter="a")
+    inject(model, "0", r=3, how="weight", adapter="b")
+    randomize_adapters(model)
+    before = model(x)
+    inject(model, "0", r=3, how="weight", init=init, adapter="c")
+    assert torch.equal(model(x), before)
+
+
 def test_the_encoder_in_training_makes_one_weight_which_attention_reads_of_another_module():
     layer = nn.TransformerEncoderLayer(E, 4, 2 * E, batch_first=True)
     inject(layer, "all-linear", r=2)
