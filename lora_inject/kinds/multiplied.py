@@ -225,16 +225,22 @@ _PRODUCTS = {torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor
 def multiplied(kind: Kind, layer: nn.Module, W: Tensor, changes: Changes) -> Any:
     """A weight that knows how to be multiplied, where it is known that this is enough.
 
-    Then all of its changes are products ``B A``; else it is the effective weight.
+    What is a product ``B A`` is multiplied, whatever else there is: so one that comes later changes
+    no bit of what was there. The rest changes W, and where that is all, it is the effective weight.
     """
     if torch.compiler.is_compiling() and not kind.compiles_products(layer, W.dtype):
         return kind.effective(layer, W, changes)
-    known = all(kind.multiplies(layer, [change.spec], variant) for variant, change in changes)
     tensors = [W, *(t for _, change in changes for t in change.tensors.values())]
-    if not known or any(map(is_distributed, tensors)):
-        return kind.effective(layer, W, changes)
-    own = []
+    apart, rest = Changes(), Changes()
     for variant, change in changes:
+        known = kind.multiplies(layer, [change.spec], variant)
+        (apart if known else rest).append((variant, change))
+    if not apart or any(map(is_distributed, tensors)):
+        return kind.effective(layer, W, changes)
+    require_no_dropout(layer, rest)
+    base = as_tensor(kind.effective(layer, W, rest)) if rest else W
+    own = []
+    for variant, change in apart:
         pairs = variant.products(kind, layer, change.tensors)
         products = [(A.mT, B.mT) if kind.transposes else (B, A) for A, B in pairs]
         own.append(Factored(change.spec, change.factor, products, change.dropout))
@@ -244,7 +250,7 @@ def multiplied(kind: Kind, layer: nn.Module, W: Tensor, changes: Changes) -> Any
         require_no_dropout(layer, changes)
         return whole
 
-    return MultipliedWeight(W, own, effective)
+    return MultipliedWeight(base, own, effective)
 
 
 def require_no_dropout(layer: Any, changes: Changes) -> None:

@@ -128,8 +128,13 @@ def test_a_linear_layer_that_is_adapted_in_its_weight_makes_none_where_it_is_cal
     torch.testing.assert_close(found, nn.functional.linear(x, layer.weight, layer.bias))
 
 
-@pytest.mark.parametrize("init", ["default", "olora", "pissa", "gaussian"])
-def test_an_adapter_that_comes_later_changes_nothing_yet(init):
+LATER = [{"init": init} for init in ("default", "olora", "pissa", "gaussian")] + [
+    {"variant": variant} for variant in ("dora", "loha", "lokr")
+]
+
+
+@pytest.mark.parametrize("method", LATER, ids=lambda method: str(*method.values()))
+def test_an_adapter_that_comes_later_changes_nothing_yet(method):
     """However it starts: what is multiplied in one go stays so, and what it adds is exactly 0."""
     model = nn.Sequential(nn.Linear(40, 70)).double()
     x = torch.randn(3, 50, 40).double()
@@ -137,7 +142,7 @@ def test_an_adapter_that_comes_later_changes_nothing_yet(init):
     inject(model, "0", r=3, how="weight", adapter="b")
     randomize_adapters(model)
     before = model(x)
-    inject(model, "0", r=3, how="weight", init=init, adapter="c")
+    inject(model, "0", r=3, how="weight", adapter="c", **method)
     assert torch.equal(model(x), before)
 
 
