@@ -231,7 +231,8 @@ def multiplied(kind: Kind, layer: nn.Module, W: Tensor, changes: Changes) -> Any
     if torch.compiler.is_compiling() and not kind.compiles_products(layer, W.dtype):
         return kind.effective(layer, W, changes)
     tensors = [W, *(t for _, change in changes for t in change.tensors.values())]
-    apart, rest = Changes(), Changes()
+    apart: Changes = []
+    rest: Changes = []
     for variant, change in changes:
         known = kind.multiplies(layer, [change.spec], variant)
         (apart if known else rest).append((variant, change))
