@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_inject.kinds.base import Form, Kind, Way, out_in_spec, overrides_forward
-from lora_inject.kinds.experts import Changes
+from lora_inject.kinds.base import Changes, Form, Kind, Way, out_in_spec, overrides_forward
 from lora_inject.kinds.multiplied import multiplied
 from lora_inject.kinds.weight_reads import calls_super
 from lora_inject.own import own_class

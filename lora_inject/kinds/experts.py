@@ -11,12 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.compat.torch_private import tree_map
-from lora_inject.kinds.base import Kind
+from lora_inject.kinds.base import Changes, Kind
 from lora_inject.kinds.bytecode import WRITING
 from lora_inject.kinds.shown import shown
-from lora_inject.variants import Change, Variant
 
-Changes = list[tuple[Variant, Change]]
 _FACTS = {"shape", "dtype", "device", "ndim", "dim", "size", "is_cuda", "is_cpu", "numel"}
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lora_inject.arithmetic.linear import linear_down, linear_up
 from lora_inject.compat.marks import is_known_linear
 from lora_inject.kinds.base import (
+    Changes,
     Form,
     Kind,
     Way,
@@ -22,7 +23,6 @@ from lora_inject.kinds.base import (
     linear_spec,
     overrides_forward,
 )
-from lora_inject.kinds.experts import Changes
 from lora_inject.kinds.multiplied import multiplied
 from lora_inject.kinds.trials import Trial, try_linear, writes
 from lora_inject.kinds.weight_reads import calls_super, reads_own_weight

@@ -16,8 +16,8 @@ from lora_inject.arithmetic.linear import adapted_linear, may_run_whole
 from lora_inject.compat.marks import is_fallback_of_grouped_product
 from lora_inject.compat.torch_private import is_grouped_product
 from lora_inject.errors import LoRAInjectError
-from lora_inject.kinds.base import Kind
-from lora_inject.kinds.experts import Changes, ExpertWeights, LazyWeight, as_tensor
+from lora_inject.kinds.base import Changes, Kind
+from lora_inject.kinds.experts import ExpertWeights, LazyWeight, as_tensor
 from lora_inject.kinds.projections import of_attention
 from lora_inject.sharding import is_distributed
 from lora_inject.variants import Spec

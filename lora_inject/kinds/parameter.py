@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.arithmetic import starting_values as initial
-from lora_inject.kinds.base import Form, Kind, Way
-from lora_inject.kinds.experts import Changes, ExpertWeights
+from lora_inject.kinds.base import Changes, Form, Kind, Way
+from lora_inject.kinds.experts import ExpertWeights
 from lora_inject.kinds.multiplied import multiplied, require_no_dropout
 from lora_inject.kinds.products import is_multiplied, is_multiplied_when_compiled
 from lora_inject.settings import Settings
