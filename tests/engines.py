@@ -31,6 +31,14 @@ BLOCKS = {
 }
 
 
+def require(engine):
+    """Skip the test of an engine whose reader is not here."""
+    if engine != "llama.cpp":
+        pytest.importorskip(engine, reason=f"{engine} is not installed")
+    elif "LLAMA_CPP" not in os.environ:
+        pytest.skip("$LLAMA_CPP names no directory with the source of llama.cpp")
+
+
 def in_vllm(model):
     """The layers of vLLM's model that take adapters, by path."""
     kind = model.config.model_type
@@ -49,7 +57,6 @@ def in_vllm(model):
 
 
 def _vllm():
-    pytest.importorskip("vllm", reason="vLLM is not installed")
     names = ("lora.lora_model", "lora.peft_helper", "lora.model_manager", "lora.layers",
              "config.lora", "model_executor.models.gpt_oss")  # fmt: skip
     return [importlib.import_module(f"vllm.{name}") for name in names]
@@ -128,7 +135,6 @@ def _products(model, found):
 
 def _sglang(monkeypatch):
     """SGLang's reader of adapters, without the modules that need what it serves with."""
-    pytest.importorskip("sglang", reason="SGLang is not installed")
     heavy = {
         "sglang.srt.configs.load_config": {"LoadConfig": object},
         "sglang.srt.layers.utils": {"get_layer_id": _layer_id},
@@ -236,9 +242,7 @@ def _modules_of_llama_cpp():
 
 def by_llama_cpp(model, folder, tmp_path, monkeypatch):
     """A GGUF file that llama.cpp's converter makes of a directory. It raises where that fails."""
-    source = os.environ.get("LLAMA_CPP")
-    if not source:
-        pytest.skip("$LLAMA_CPP names no directory with the source of llama.cpp")
+    source = os.environ["LLAMA_CPP"]
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(tmp_path / "base")
     converter = Path(source) / "convert_lora_to_gguf.py"

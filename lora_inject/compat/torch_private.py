@@ -43,13 +43,14 @@ _is_legacy_batched = _named("_C._functorch.is_legacy_batchedtensor", _yes)
 _call_of_module = getattr(getattr(nn.Module, "_call_impl", None), "__code__", None)
 # Without this: every device is asked whether it has autocast on.
 is_autocast_anywhere = _named("_C._is_any_autocast_enabled", _yes)
-# Without this: tensors inside of torch.func count as ordinary ones, of which capacity says that it
-# cannot follow them.
+# Without this: tensors inside of torch.func count as ordinary ones, which capacity cannot follow.
 is_functorch_wrapped = _named("_C._functorch.is_functorch_wrapped_tensor", _no)
 # Without this: no tensor is known again, and layers that read one each have sums of their own.
 _weak_reference = _named("utils.weak.TensorWeakRef", lambda _: lambda: None)
 # Without this: an output is a view of the product, which allows a little less to be done with it.
 unsafe_view = _named("ops.aten._unsafe_view.default", Tensor.view)
+# Without this: attention sees an effective weight, and makes queries, keys and values of that.
+packed_projections = getattr(F, "_in_projection_packed", None)
 # Without these: every forward asks whether it runs in a checkpointed part, and products are kept.
 _hooks_of_saved_tensors = _named("_C._autograd._top_saved_tensors_default_hooks", _yes)
 _number_of_backward_pass = _named("_C._current_graph_task_id", lambda: 0)
@@ -86,9 +87,8 @@ def is_transformed() -> bool:
     A compiler fuses the composed way by itself, ``torch.func`` cannot always write in place, and a
     dispatch mode may keep what an operation returned (selective checkpointing does).
     """
-    return bool(
-        is_compiling() or _is_functorch_active() or _count_dispatch_modes() > 0 or _is_tracing()
-    )
+    watched = is_compiling() or _is_functorch_active() or _count_dispatch_modes() > 0
+    return bool(watched or _is_tracing())
 
 
 def wants_parameter(reader: FrameType) -> bool:
@@ -141,10 +141,6 @@ def offset_of_shard(shape: Any, mesh: Any, placements: Any) -> tuple[int, ...] |
     except ImportError:
         return None
     return tuple(compute_local_shape_and_global_offset(shape, mesh, placements)[1])
-
-
-# How attention makes queries, keys and values of a packed weight; None: it sees an effective one.
-packed_projections = getattr(F, "_in_projection_packed", None)
 
 
 def is_grouped_product(function: Any) -> bool:

@@ -18,7 +18,7 @@ from lora_inject.sharding import is_distributed, placements_of_pair, replicated,
 from lora_inject.variants import Change, Spec, Variant
 
 Way = Literal["branch", "weight"]
-Changes = list[tuple[Variant, Change]]
+Changes = list[tuple[Variant, Change]]  # of one weight
 # What adapter files call A and B: see ``formats.data``. "other" is what only we have.
 Form = Literal["linear", "embedding", "conv", "experts", "other"]
 
@@ -38,11 +38,11 @@ class Kind(ABC):
         transposes: whether the weight is (in, out), so that its update is B A transposed.
         zero: which of A and B starts at zero.
         rank_dim: the dimension of h that counts the rank; the first one counts the rows of a batch.
-        stacks: whether ``down`` and ``up`` multiply the last dimension of x by matrices A and B.
-        in_products: what is said where the adapter acts in products with the weight.
-        drops_in_products: whether dropout can act on what is multiplied there.
-        has_rows: whether the weight is a table with a row for each id, of which some may train
-            alone.
+        stacks: whether ``down`` and ``up`` are products with the matrices A and B, of the last
+            dimension of x, so that many pairs may be stacked.
+        in_products: how it is said that a weight acts in products with it.
+        drops_in_products: whether dropout can act on what weights are known to be multiplied by.
+        has_rows: whether the weight is a table, a row for each id, of which some may train alone.
         below: a class whose forward the branch is added to directly, so that a subclass that
             scales or shifts what ``super().forward`` returns does the same to the adapter. None
             adds it to what the layer as a whole returns.
@@ -188,18 +188,15 @@ class Kind(ABC):
         return self.effective(layer, W, changes)
 
     def affine_refusal(self, layer: nn.Module) -> str | None:
-        """Why what a layer computes is not known to be ``W x + b``; None where it is.
-
-        What acts in the weight is sure that it is.
-        """
+        """Why what a layer computes is not known to be ``W x + b``: never in the weight."""
         return None
 
     def dense(self, layer: nn.Module, spec: Spec) -> Tensor | None:
         """The whole weight, worked out where it is packed; None where it cannot be."""
         weight = layer._parameters.get(spec.weight)
-        if weight is None or not is_distributed(weight):
-            return weight if is_plain(weight) else None
-        return whole(weight)
+        if weight is not None and is_distributed(weight):
+            return whole(weight)
+        return weight if weight is not None and is_plain(weight) else None
 
     def product(self, layer: nn.Module, spec: Spec, rows: Tensor) -> Tensor:
         """``W`` of rows (N, in) by the layer's own forward, where the weight is packed."""
@@ -266,7 +263,8 @@ class Kind(ABC):
         originals = getattr(getattr(module, "parametrizations", None), name, None)
         if isinstance(originals, nn.Module):
             return max(originals.parameters(), key=Tensor.numel)  # beside norms of its rows
-        value: Tensor = getattr(module, name)
+        value = getattr(module, name)
+        assert isinstance(value, Tensor)
         return value
 
 
@@ -296,5 +294,6 @@ def is_plain(weight: Tensor | None) -> TypeGuard[nn.Parameter]:
 
 def is_packed(weight: Tensor) -> bool:
     """Whether only the layer's own forward can read a weight: integers, or a tensor's subclass."""
-    plain = type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()
-    return not plain or weight.dtype.itemsize == 1
+    return type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point() or (
+        weight.dtype.itemsize == 1
+    )  # fmt: skip

@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 import transformers as tf
-from engines import BLOCKS, by_llama_cpp, by_sglang, by_vllm, changes_of
+from engines import BLOCKS, by_llama_cpp, by_sglang, by_vllm, changes_of, require
 from families import DECODER, llama, mixtral, qwen3_moe
 from helpers import PEFT_WARNS, randomize_adapters
 from test_checkpoint_names import DOWN, GATE_UP, ROUTER, built
@@ -119,6 +119,7 @@ def is_same(found, expected):
 def test_an_engine_adds_what_we_add(
     engine, name, targets, portable, outcome, tmp_path, monkeypatch
 ):
+    require(engine)
     base = base_of(name)
     model = copy.deepcopy(base)
     settings = {"r": 2, "alpha": 6}

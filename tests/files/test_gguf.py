@@ -5,6 +5,7 @@ llama.cpp's layout, must come out as these changes by the names of transformers.
 """
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -217,3 +218,13 @@ def test_a_gguf_file_is_not_read(tmp_path):
             load(built(llama), tmp_path / "a.gguf", format=format)
     with pytest.raises(FormatError, match="not read"):
         convert(tmp_path / "a.gguf", tmp_path / "b", "peft", format="gguf")
+
+
+def test_without_the_package_the_extra_is_named(tmp_path, monkeypatch):
+    model = built(llama)
+    inject(model, "q_proj", r=2)
+    randomize_adapters(model)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(FormatError, match=r"lora_inject\[gguf\]"):
+        save(model, tmp_path / "a.gguf", format="gguf")
+    assert not [*tmp_path.iterdir()]

@@ -350,7 +350,7 @@ def test_zero_sized_layers_are_refused():
 
 
 def test_scripted_modules_are_refused():
-    with pytest.warns(DeprecationWarning, match="jit"):
+    with pytest.warns((DeprecationWarning, FutureWarning), match="jit"):
         scripted = torch.jit.script(nn.Linear(4, 4))
     with pytest.raises(UnsupportedLayerError, match="ScriptModule"):
         inject(scripted, "0")
