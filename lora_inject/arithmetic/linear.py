@@ -91,13 +91,18 @@ def _is_flattened(x_NI: Tensor) -> bool:
     return x_NI.dim() == 3 and strided and x_NI.is_contiguous()
 
 
-def _masks(x_NI: Tensor, A_RI: Tensor) -> Masks | None:
+def _is_drawn(x_NI: Tensor, p: float) -> bool:
+    """Whether masks are made here: of a large input; of 1 and what is no probability torch knows."""
+    return x_NI.numel() >= _LARGE and 0 < p < 1
+
+
+def _masks(x_NI: Tensor, A_RI: Tensor, p: float) -> Masks | None:
     """What makes the masks of dropout, or None for torch's own dropout.
 
     The same in every grad mode: checkpointing computes without gradients, then with them, and both
     have to draw alike.
     """
-    if x_NI.numel() < _LARGE or not may_use_function(x_NI, A_RI):
+    if not _is_drawn(x_NI, p) or not may_use_function(x_NI, A_RI):
         return None
     return masks_for(x_NI, _dtype_of_products(x_NI))
 
@@ -239,7 +244,7 @@ def _added(x_MI: Tensor, branch: Branch, dtype: torch.dtype) -> tuple[Added, Ten
         if not p:
             return Added(scaling, part), A_RI
         # What else _masks asks holds wherever there is one Function.
-        masks = masks_for(x_MI, dtype) if x_MI.numel() >= _LARGE else None
+        masks = masks_for(x_MI, dtype) if _is_drawn(x_MI, p) else None
         if masks is not None:
             return Added(scaling, part, False, *draw_dropout(masks, x_MI, p)), A_RI
     return Added(scaling, part, True), linear_down(x_MI, A_RI, p)
@@ -251,7 +256,7 @@ def linear_down(x_NI: Tensor, A_RI: Tensor, dropout: float) -> Tensor:
     A is cast to x's dtype, never x to its: A is small, and a copy of x in another dtype would be
     kept for the backward pass.
     """
-    masks = _masks(x_NI, A_RI) if dropout else None
+    masks = _masks(x_NI, A_RI, dropout)
     if dropout and masks is None:
         x_NI = F.dropout(x_NI, dropout)
     if masks or (torch.is_grad_enabled() and _keeps_x(x_NI, A_RI)):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 _OF_RANKS = ("B", "B0")  # whose second dimension counts the rank
 
@@ -36,7 +37,7 @@ class Drops(NamedTuple):
         if not self.rank:
             return {**tensors}
         B = tensors["B"]
-        keep_R = (torch.rand(B.shape[1], device=B.device) >= self.rank) / (1 - self.rank)
+        keep_R = F.dropout(torch.ones(B.shape[1], device=B.device), self.rank)
         keep = keep_R.to(B.dtype).reshape(-1, *(1,) * (B.dim() - 2))
         return {role: t * keep if role in _OF_RANKS else t for role, t in tensors.items()}
 

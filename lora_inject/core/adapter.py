@@ -45,6 +45,12 @@ def dropping_names(spec: Spec, adapter: str) -> Dropping:
     return Dropping(*names)
 
 
+def dropouts_of(spec: Spec, adapter: str, settings: Settings) -> dict[str, float]:
+    """The names of the children that an adapter needs, each with the probability asked for."""
+    asked = (settings.dropout, *settings.drops)
+    return {name: p for name, p in zip(dropping_names(spec, adapter), asked, strict=True) if p}
+
+
 class Pair(NamedTuple):
     """The tensors of an adapter on one weight.
 
@@ -140,9 +146,7 @@ class Adapter:
 
     def __post_init__(self) -> None:
         self.pairs, self.parameters = names_of(self.specs, self.name, self.settings.variant)
-        s = self.settings
-        asked = zip(dropping_names(self.specs[0], self.name), (s.dropout, *s.drops), strict=True)
-        self.dropouts = {name: p for name, p in asked if p}
+        self.dropouts = dropouts_of(self.specs[0], self.name, self.settings)
         self.terms = self.weighted_terms(1.0)
 
     def weighted_terms(self, weight: float) -> tuple[Term, ...]:

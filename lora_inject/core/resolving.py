@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from lora_inject.core.adapter import names_of
+from lora_inject.core.adapter import dropouts_of, names_of
 from lora_inject.core.checks import require_finite
 from lora_inject.core.class_swap import class_refusal
 from lora_inject.core.matcher import Exclusions, Matcher, Target
@@ -204,7 +204,8 @@ def _specs(
         return Refusal(
             "its weights are normed, pruned or otherwise computed. Undo that or exclude it."
         )
-    names = names_of(specs, adapter, settings.variant)[1]
+    names = [*names_of(specs, adapter, settings.variant)[1]]
+    names += dropouts_of(specs[0], adapter, settings)
     if reason := general_refusal(module, names if others else ["lora_adapters", *names], way):
         return Refusal(reason)
     if settings.dropout and not _has_input(module, kind, way, settings):

@@ -11,6 +11,7 @@ from torch import nn
 
 from lora_inject import disabled, inject, lora_state_dict, merge, per_row, remove, strip, unmerge
 from lora_inject.core.dropping import LoRADropout
+from lora_inject.errors import UnsupportedLayerError
 
 pytestmark = pytest.mark.usefixtures("device")
 DROPS = [0.5, {"rank": 0.5}, {"module": 0.5}, {"input": 0.3, "rank": 0.3, "module": 0.3}]
@@ -192,3 +193,41 @@ def test_with_a_seed_the_values_are_those_of_the_probability_that_was_asked_for(
     y = outputs(model, inputs)
     torch.manual_seed(3)
     assert raw(outputs(other, inputs)) == raw(y)
+
+
+def test_a_layer_with_a_child_or_attribute_of_that_name_is_refused_and_keeps_it():
+    class Own(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.lora_dropout_fr, self.lora_rank_dropout = nn.Dropout(0.9), 0.9
+
+    model = nn.Sequential(Own())
+    before = snapshot(model)
+    for dropout, adapter in ((0.5, "fr"), ({"rank": 0.5}, "default")):
+        with pytest.raises(UnsupportedLayerError, match=r"attribute lora_.*dropout.* of its own"):
+            inject(model, "0", r=2, dropout=dropout, adapter=adapter)
+    assert not changed_parts(before, snapshot(model))
+    inject(model, "0", r=2, adapter="fr")  # which drops nothing
+    inject(model, "0", r=2, dropout=0.5)
+    strip(model)
+    assert model[0].lora_dropout_fr.p == 0.9
+    assert model[0].lora_rank_dropout == 0.9
+
+
+@pytest.mark.parametrize("init", ["default", "pissa"])
+@pytest.mark.parametrize("dropout", DROPS)
+def test_a_probability_of_1_drops_all_of_the_adapter(dropout, init):
+    layers = [nn.Linear(6, 5), nn.Linear(256, 128), nn.Conv1d(4, 6, 1), nn.Embedding(9, 4)]
+    inputs = [torch.randn(4, 6), torch.randn(256, 256), torch.randn(2, 4, 3), torch.arange(9)]
+    reads_ids = init == "default"  # a start that is subtracted has no input to drop there
+    for layer, x in [*zip(layers, inputs, strict=True)][: 4 if reads_ids else 3]:
+        model = nn.Sequential(layer)
+        before = model(x)
+        inject(model, "0", r=2, dropout=dropout, init=init)
+        randomize_adapters(model)
+        for child in children(model).values():
+            child.p = 1.0
+        y = model(x)
+        assert torch.equal(y, before)
+        y.square().sum().backward()
+        assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
