@@ -29,6 +29,7 @@ from lora_inject.core.tools import (
 )
 from lora_inject.errors import LoRAInjectError
 from lora_inject.kinds.base import Kind
+from lora_inject.kinds.experts import any_answers_itself
 from lora_inject.kinds.shown import bare, shown
 from lora_inject.own import STATE
 from lora_inject.sharding import is_distributed
@@ -237,7 +238,8 @@ class WeightLayer(LoRALayer):
         """The layer's own forward."""
         if not isinstance(self, LoRALayer):  # a tool has kept this method from before
             return type(self).forward(self, *args, **kwargs)
-        if torch.compiler.is_compiling():  # the compiler computes equal things once by itself
+        # A compiler computes equal things once by itself; some tensors take tensors alone.
+        if torch.compiler.is_compiling() or any_answers_itself((*args, *kwargs.values())):
             return super().forward(*args, **kwargs)
         former = _computed.of.get(self)
         _computed.of[self] = {}

@@ -5,6 +5,7 @@ multiplies by a weight, fused or not, it reads a ``MultipliedWeight`` instead (`
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -69,6 +70,22 @@ for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv"
 def as_tensor(value: Any) -> Any:
     """The effective weight in place of a lazy one, and anything else as it is."""
     return value._tensor() if isinstance(value, LazyWeight) else value
+
+
+def any_answers_itself(inputs: Iterable[Any]) -> bool:
+    """Whether torch asks one of these what a function does before it asks a lazy weight.
+
+    Jagged tensors, for one, know of no weights but tensors.
+    """
+    return any(
+        getattr(type(x).__torch_function__, "__func__", None) not in _TORCHS
+        for x in inputs
+        if isinstance(x, Tensor) and type(x) is not Tensor
+    )
+
+
+# Of subclasses without a function of their own.
+_TORCHS = (Tensor.__torch_function__.__func__, None)  # type: ignore[attr-defined]
 
 
 class ExpertWeights(LazyWeight):

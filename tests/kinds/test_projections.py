@@ -182,3 +182,14 @@ def test_parts_of_a_weight_are_multiplied_and_its_columns_are_tensors():
     assert [isinstance(w, LazyWeight) for w in seen] == [True, True, False, False, False, False]
     for one, other in zip(seen, expected, strict=True):
         torch.testing.assert_close(torch.as_tensor(one + 0), other + 0)
+
+
+def test_a_jagged_batch_is_multiplied_as_torch_multiplies_it():
+    layer, rows = nn.Linear(E, E), [torch.randn(2, E), torch.randn(3, E)]
+    inject(layer, nn.Linear, r=2, how="weight")
+    randomize_adapters(layer)
+    y = layer(torch.nested.nested_tensor(rows, layout=torch.jagged))
+    assert y.is_nested
+    torch.testing.assert_close(y.values(), layer(torch.cat(rows)))
+    y.values().sum().backward()
+    assert layer.lora_B.grad.any()
