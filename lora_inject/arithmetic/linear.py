@@ -92,7 +92,7 @@ def _is_flattened(x_NI: Tensor) -> bool:
 
 
 def _is_drawn(x_NI: Tensor, p: float) -> bool:
-    """Whether masks are made here: of a large input; of 1 and what is no probability torch knows."""
+    """Whether masks are made here: of a large input. Of 1, and of what is none, torch knows."""
     return x_NI.numel() >= _LARGE and 0 < p < 1
 
 
