@@ -48,7 +48,8 @@ class Reference(nn.Module):
         """What the policy computed at first.
 
         Raises:
-            LoRAInjectError: a trainer would move it, or the policy has no adapters any more.
+            LoRAInjectError: a trainer would move it, its adapters train now or are there no more,
+                or the policy is merged or in a block.
         """
         if not self._is_fixed:
             _require_fixed(trainer_above())
@@ -81,8 +82,20 @@ class Reference(nn.Module):
 
     @contextmanager
     def _shown(self) -> Iterator[None]:
-        """Let the policy be the reference."""
+        """Let the policy be the reference.
+
+        Raises:
+            LoRAInjectError: it has these adapters no more, or trains one of them.
+        """
         look = Look(self.policy)
+        look.require_adapters()
+        look.require_awake()
+        look.require_known(self.weights, "reference")
+        if moving := sorted(self.weights.keys() & _training(look)):
+            raise LoRAInjectError(
+                f"the adapter {moving[0]!r} is the reference, and trains now: it moves.",
+                remedy="Freeze it: use(model, ..., train=...); or call reference again.",
+            )
         modes = [module for module in look.index.modules if module.training]
         with in_use(look, self.weights) if self.weights else disabled(self.policy):
             try:
@@ -125,7 +138,7 @@ def reference(model: nn.Module, adapter: str | None = None) -> Reference:
             remedy="Call inject first; or give TRL a copy, copy.deepcopy(model).",
         )
     look.require_awake()
-    trains = {name for state in look.adapted.values() for name in state.use.trains}
+    trains = _training(look)
     if adapter is not None:
         look.require_known([adapter], "adapter")
         if adapter in trains:
@@ -215,6 +228,11 @@ def _names_of_adapters(look: Look) -> set[str]:
             path = path.replace(infix, "")
         names |= {f"{path}.{n}".lstrip(".") for n, *_ in owned(state) if n not in places}
     return names
+
+
+def _training(look: Look) -> set[str]:
+    """The adapters that train."""
+    return {name for state in look.adapted.values() for name in state.use.trains}
 
 
 def _is_at_start(model: nn.Module, adapter: str) -> bool:

@@ -18,6 +18,7 @@ from lora_inject import (
     load,
     lora_state_dict,
     merged,
+    remove,
     strip,
     use,
 )
@@ -251,6 +252,27 @@ def test_an_adapter_that_does_not_train_may_be_the_reference():
     with disabled(model):
         bare = model(input_ids=ids).logits
     assert not torch.equal(bare, expected)
+
+
+def test_a_reference_that_is_there_no_more_or_trains_is_refused_where_it_is_called():
+    model, ids = trained(adapter="sft"), torch.arange(3, 9)[None]
+    inject(model, TARGETS, r=2, adapter="dpo")
+    use(model, "sft", "dpo", train="dpo")
+    ref = reference(model)
+    use(model, "sft", "dpo", train=["sft", "dpo"])
+    with pytest.raises(LoRAInjectError, match=r"'sft' is the reference, and trains now.*Freeze"):
+        ref(input_ids=ids)
+    use(model, "dpo")
+    ref(input_ids=ids)
+    for block, problem in ((disabled, "inside a disabled block"), (merged, "is merged now")):
+        with block(model), pytest.raises(LoRAInjectError, match=problem):
+            ref(input_ids=ids)
+    remove(model, "sft")
+    with pytest.raises(LoRAInjectError, match="no adapter 'sft'"):
+        ref(input_ids=ids)
+    strip(model)
+    with pytest.raises(LoRAInjectError, match="has no adapters"):
+        ref(input_ids=ids)
 
 
 def test_what_cannot_be_a_reference_is_refused_with_the_remedy():
