@@ -51,7 +51,7 @@ def write_adapters(trainer: Any, model: Any, callback: Any) -> None:
         trainer.create_model_card = partial(_write_card, model, trainer.create_model_card)
         if not isinstance(model, PreTrainedModel):
             trainer._load_from_checkpoint = partial(_resume, model)
-    trainer._save.callback = callback
+    trainer._save.callbacks[callback] = None
 
 
 def require_resumable(model: Any, peft: bool) -> None:
@@ -93,16 +93,18 @@ class _Saving:
 
     def __init__(self, trainer: Any, model: Any) -> None:
         self.trainer, self.model, self.own = trainer, model, trainer._save
-        self.callback: Any = None
+        self.callbacks: dict[Any, None] = {}
 
     def __call__(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write to a directory; the trainer's own where none is given."""
         folder, model = Path(output_dir or self.trainer.args.output_dir), self.model
         is_checkpoint = _CHECKPOINT.fullmatch(folder.name) is not None
-        look, parts, peft = Look(model), list[Any](), self.callback.peft
+        look, parts, peft = Look(model), list[Any](), False
         is_merged = any(state.merged for state in look.adapted.values())
-        is_on = self.callback in self.trainer.callback_handler.callbacks
-        if look.adapted and is_on and not is_merged:
+        there = self.trainer.callback_handler.callbacks
+        callbacks = [callback for callback in self.callbacks if callback in there]
+        if look.adapted and callbacks and not is_merged:
+            peft = callbacks[-1].peft  # of several, the last one that the trainer still has
             look.require_awake()
             if is_checkpoint or (peft and _is_all(look)):
                 parts = _parts(model)

@@ -207,6 +207,20 @@ def test_a_checkpoint_of_trainer_is_a_peft_directory(tmp_path):
 
 
 @pytest.mark.client("transformers")
+def test_a_second_callback_that_is_taken_off_again_leaves_the_first_one(tmp_path):
+    from lora_inject.integrations.transformers import AdapterCheckpoint
+
+    run, second = trainer(adapted(), tmp_path / "run", steps=1), AdapterCheckpoint(peft=False)
+    run.add_callback(second)
+    run.train()
+    run.remove_callback(second)
+    run.save_model(str(tmp_path / "end"))
+    assert [f.name for f in (tmp_path / "end").glob("*.safetensors")] == [
+        "adapter_model.safetensors"
+    ]
+
+
+@pytest.mark.client("transformers")
 def test_what_trainer_saves_at_its_end_is_an_adapter(tmp_path):
     from lora_inject.integrations.transformers import AdapterCheckpoint
 
