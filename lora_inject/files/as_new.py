@@ -149,7 +149,7 @@ def _targets(wanted: Layout) -> dict[Pattern, dict[str, Any]]:
         # That of the start counts in the file's rank, and so in its alpha.
         r, rule = pair.own_rank, SCALINGS[pair.rule]
         alpha = rule.alpha(pair.scaling, r) if pair.start else pair.known_alpha
-        layout = pair.layout if pair.form == "experts" and pair.A.dim() == 3 else None
+        layout = (pair.layout or None) if pair.form == "experts" and pair.A.dim() == 3 else None
         key = (r, alpha, pair.dropouts, layout, pair.rule, pair.fixed or None)
         variant = VARIANTS[pair.variant].of(pair.tensors)
         groups.setdefault((*key, variant, pair.start), set()).add(f.target)

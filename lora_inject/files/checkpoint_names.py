@@ -135,9 +135,9 @@ def as_in_model(
 
     plain = [renamed(pair) for pair in data.pairs if paths[pair.path] not in given]
     whole = [
-        _of_all_experts(name, fused[name], own, given)
-        for name, own in pieces.items()
-        if any(piece.path in given for piece in own)
+        _of_all_experts(name, W, pieces[name], given)
+        for name, W in fused.items()  # in the order of the parameters, by which PEFT names them
+        if any(piece.path in given for piece in pieces.get(name, ()))
     ]
     there = {n for n in others if known[n].rpartition(".")[0] in modules}
     tensors = {known[n] if n in there else n: tensor for n, tensor in data.tensors.items()}

@@ -13,7 +13,7 @@ from families import DECODER, mixtral, qwen3_moe
 from helpers import PEFT_WARNS, randomize_adapters
 from safetensors.torch import load_file, save_file
 
-from lora_inject import FormatError, inject, load, save, strip
+from lora_inject import FormatError, convert, inject, load, save, strip
 
 pytestmark = [pytest.mark.cpu("it is about files"), PEFT_WARNS]
 SAFE = "adapter_model.safetensors"
@@ -252,3 +252,25 @@ def test_a_dora_of_experts_apart_is_refused(tmp_path):
     config.write_text(json.dumps({**json.loads(config.read_text()), "use_dora": True}))
     with pytest.raises(FormatError, match=r"dora.*one weight of all experts"):
         load(base, folder)
+
+
+@pytest.mark.client("peft")
+@pytest.mark.parametrize("name", OLD)
+def test_experts_apart_are_converted_to_fused_ones_and_back(name, tmp_path):
+    base = built(OLD[name][0])
+    save(adapted(base, [GATE_UP, DOWN]), tmp_path / "apart", portable=True)
+    convert(tmp_path / "apart", tmp_path / "fused", to="peft", model=copy.deepcopy(base))
+    expected = ours(base, tmp_path / "apart")
+    assert_same(ours(base, tmp_path / "fused"), expected, base)
+    assert_same(theirs(base, tmp_path / "fused"), expected, base)
+    with pytest.raises(FormatError, match=r"how many experts .* by its model alone.*--model"):
+        convert(tmp_path / "fused", tmp_path / "again", to="peft")
+
+
+def test_experts_in_loralibs_format_load_onto_the_bare_model(tmp_path):
+    base = built(mixtral)
+    model = adapted(base, [GATE_UP, "q_proj"])
+    save(model, tmp_path / "a.pt", format="loralib")
+    loaded = load(copy.deepcopy(base), tmp_path / "a.pt", alpha=6)
+    merged = [strip(each, merge=True).state_dict() for each in (loaded, model)]
+    assert_same(*merged, base)

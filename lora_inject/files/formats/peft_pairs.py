@@ -113,11 +113,16 @@ class PairReader:
         if in_attention:
             B = B * OUT_PROJ_TIMES
         PairData(name, A, B, None)  # checked before its shapes are read
+        weight = self.weights.get(key, "weight")
+        if not weight and A.shape[0] != self.scalings.rank_of(name):
+            raise FormatError(
+                f"{self.path}: how many experts {name} has can be told by its model alone.",
+                remedy="Give it: --model CONFIG.",
+            )
         groups = max(1, A.shape[0] // B.shape[1])  # of a convolution: its rank counts all of them
         rule, alpha = SCALINGS[self.scalings.rule], self.scalings.alpha_of(name, A.shape[0])
         if groups > 1:
             alpha = rule.alpha(rule.factor(alpha, A.shape[0]), A.shape[0] // groups)
-        weight = self.weights.get(key, "weight")
         data = PairData(name, A, B, alpha, form, weight, in_attention=in_attention, rule=rule.name)
         return list(divided(data, self.parts[name], self.path)) if name in self.parts else [data]
 
