@@ -5,6 +5,7 @@ llama.cpp's layout, must come out as these changes by the names of transformers.
 """
 
 import copy
+import gc
 import sys
 
 import pytest
@@ -228,3 +229,21 @@ def test_without_the_package_the_extra_is_named(tmp_path, monkeypatch):
     with pytest.raises(FormatError, match=r"lora_inject\[gguf\]"):
         save(model, tmp_path / "a.gguf", format="gguf")
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_file_that_cannot_be_written_is_closed_and_leaves_the_former_one(tmp_path, monkeypatch):
+    model, path = llama(), tmp_path / "a.gguf"
+    inject(model, "q_proj", r=2)
+    randomize_adapters(model)
+    save(model, path, format="gguf")
+    before = path.read_bytes()
+
+    def full(self, **options):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
+    with pytest.raises(FormatError, match="disk full"):
+        save(model, path, format="gguf")
+    gc.collect()  # a file that is open would be told of now
+    assert path.read_bytes() == before
+    assert [*tmp_path.iterdir()] == [path]

@@ -8,6 +8,7 @@ alpha for all, divided by the rank of each tensor: what another scaling needs go
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -103,8 +104,10 @@ def write(data: AdapterData, path: Path) -> None:
             B = _turned(B, path_there, data.sizes)
         tensors[f"{name}.weight.lora_a"] = A.T if name == _EMBEDDING else A
         tensors[f"{name}.weight.lora_b"] = B
-    with replaced_together(path) as (file,):
-        writer = gguf.GGUFWriter(file, architecture.name)
+    with (
+        replaced_together(path) as (file,),
+        closing(gguf.GGUFWriter(file, architecture.name)) as writer,
+    ):
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
@@ -113,7 +116,6 @@ def write(data: AdapterData, path: Path) -> None:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-        writer.close()
 
 
 def _package() -> ModuleType:
