@@ -67,7 +67,7 @@ def per_row(model: nn.Module, adapters: Iterable[str | None]) -> Iterator[nn.Mod
     def rows(module: nn.Module, state: State) -> Rows:
         chosen = [adapter for adapter in state.adapters if adapter.name in wanted]
         followed = None if module in others else batch
-        return Rows(look.index.path(module), names, chosen, followed)
+        return Rows(look.index.path(module), names, chosen, module, followed)
 
     with block(look, rows, batch.edits):
         yield model

@@ -37,6 +37,7 @@ class Rows:
         path: the layer's path, for errors.
         names: the adapter of each row.
         adapters: those that stand on the layer; false if there are none.
+        layer: the layer.
         batch: the batch of the model; None for a layer that has rows of its own.
     """
 
@@ -45,25 +46,39 @@ class Rows:
         path: str,
         names: Sequence[str | None],
         adapters: list[Adapter],
+        layer: nn.Module,
         batch: Batch | None,
     ) -> None:
         self.path, self.names, self.batch = path, names, batch
-        groups: dict[tuple[Any, ...], list[Term]] = {}
-        terms = [term for adapter in adapters for term in adapter.terms]
-        for term in terms:
-            if term.variant.additive:
-                groups.setdefault((*term.spec.place, term.dropout, term.plain), []).append(term)
-        self.groups: list[_Group | _Alone] = [_Group(terms, names) for terms in groups.values()]
-        self.groups += [_Alone(term, names) for term in terms if not term.variant.additive]
+        self.terms = [term for adapter in adapters for term in adapter.terms]
+        dropouts = self._dropouts(layer)
+        self._last = dropouts, self._grouped(dropouts)
 
     def __len__(self) -> int:
-        return len(self.groups)
+        return len(self.terms)
 
     def add(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """The layer's output with what each row's adapter adds to it."""
-        for group in self.groups:
+        dropouts, (known, groups) = self._dropouts(layer), self._last
+        if dropouts != known:  # the mode has changed, or somebody has set one
+            groups = self._grouped(dropouts)
+            self._last = dropouts, groups
+        for group in groups:
             y = group.add(layer, x, y, self._times)
         return y
+
+    def _dropouts(self, layer: nn.Module) -> list[float]:
+        """The dropout of each term that is in force."""
+        return [dropout_now(layer, term) for term in self.terms]
+
+    def _grouped(self, dropouts: list[float]) -> list["_Group | _Alone"]:
+        """The terms by what they read and where they add."""
+        groups: dict[tuple[Any, ...], list[Term]] = {}
+        for term, dropout in zip(self.terms, dropouts, strict=True):
+            if term.variant.additive:
+                groups.setdefault((*term.spec.place, dropout, term.plain), []).append(term)
+        alone = [_Alone(term, self.names) for term in self.terms if not term.variant.additive]
+        return [*(_Group(terms, self.names) for terms in groups.values()), *alone]
 
     def _times(self, h: Tensor, dims: int) -> int:
         """How many entries in a row of h each row of the batch has."""
@@ -92,7 +107,7 @@ class _Group:
 
     def __init__(self, terms: list[Term], names: Sequence[str | None]) -> None:
         self.terms = terms
-        self.kind, self.spec, self.dropout = terms[0].kind, terms[0].spec, terms[0].dropout
+        self.kind, self.spec = terms[0].kind, terms[0].spec
         # One factor is applied while adding; the mask holds the others relative to it.
         self.factor = terms[0].factor
         self.weighted = any(term.factor != self.factor for term in terms)

@@ -231,3 +231,20 @@ def test_a_probability_of_1_drops_all_of_the_adapter(dropout, init):
         assert torch.equal(y, before)
         y.square().sum().backward()
         assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("silent", ["default", "fr"])
+def test_each_row_drops_as_the_child_of_its_own_adapter_says_now(silent):
+    model = nn.Sequential(nn.Linear(64, 64))
+    for adapter in ("default", "fr"):
+        inject(model, "0", r=4, dropout=0.5, adapter=adapter)
+    randomize_adapters(model, names=["default", "fr"])
+    model[0].get_submodule("lora_dropout" + ("_fr" if silent == "fr" else "")).p = 0.0
+    with per_row(model, ["default", "fr"]):
+        x = torch.randn(2, 64)
+        first, second = model(x), model(x)
+        rows = [bool(torch.equal(a, b)) for a, b in zip(first, second, strict=True)]
+        assert rows == [silent == "default", silent == "fr"]
+        model.eval()
+        assert torch.equal(model(x), model(x))
+        assert not torch.equal(model.train()(x), model(x))
