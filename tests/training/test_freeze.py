@@ -24,6 +24,7 @@ from lora_inject import (
     UnsupportedLayerError,
     freeze,
     inject,
+    load,
     lora_parameters,
     mark_only_lora_as_trainable,
     report,
@@ -285,6 +286,16 @@ def test_freezing_one_adapter_leaves_what_somebody_has_set_of_others(second):
     model.head.weight.requires_grad_(True)
     before = trainable_names(model)
     freeze_adapter(model, "a")
+    assert trainable_names(model) == {name for name in before if not name.endswith("_a")}
+
+
+def test_loading_what_is_not_to_train_leaves_what_somebody_has_set_of_others(tmp_path):
+    model = two_in_use()
+    save(model, tmp_path, adapter="a")
+    use(model, "a", "b")
+    model.layers[0].q_proj.lora_A_b.requires_grad_(False)
+    before = trainable_names(model)
+    load(model, tmp_path, adapter="a", trainable=False)
     assert trainable_names(model) == {name for name in before if not name.endswith("_a")}
 
 
