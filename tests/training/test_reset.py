@@ -100,6 +100,7 @@ def test_what_was_taken_out_meanwhile_has_no_value_to_come():
     model = on_meta()
     use(model, "a")
     model.to_empty(device="cpu")
-    model.head.bias = None
+    for layer in (model.head, model.layers[0].q_proj):
+        layer.bias = None
     reset_lora_parameters(model)
-    assert model.head.bias is None
+    assert model.head.bias is model.layers[0].q_proj.bias is None
