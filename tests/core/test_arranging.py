@@ -72,3 +72,25 @@ def test_the_base_has_its_own_tensor_again_while_another_owner_goes_on():
     inject(model, "a", r=1, adapter="third")
     use(model, "third")
     assert model["a"].bias is own
+
+
+def test_where_tensors_move_a_switch_keeps_gradients_and_what_is_not_the_adapters():
+    model = linears("a")
+    for name in ("first", "second"):
+        inject(model, "a", r=1, bias="lora_only", adapter=name)
+        use(model)
+    use(model, "first")
+    layer = model["a"].requires_grad_(True)
+    own = {name: p for name, p in layer.named_parameters() if "second" not in name}
+    for parameter in own.values():
+        parameter.grad = torch.ones_like(parameter)
+    use(model, "second")
+    assert all(own[name].grad is not None for name in own)
+    assert own["weight"].requires_grad
+    assert not own["bias"].requires_grad
+    assert not [*layer.buffers()]
+    use(model, "first")
+    assert {name for name, p in layer.named_parameters() if p.grad is not None} == own.keys()
+    assert layer.bias is own["bias"]
+    use(model, "second", train="second")  # which freezes, and does not only switch
+    assert {name for name, p in own.items() if p.grad is not None} == {"weight"}
