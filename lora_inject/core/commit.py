@@ -110,7 +110,7 @@ def edits_of(
             if moves or of_base or (sets_flags and _shares(module, state)):
                 general[module] = state
             else:
-                _add_still_edits(edits, module, old, state, flags if sets_flags else None)
+                _add_still_edits(edits, module, old, state, flags)
         elif state is not None and _is_alone(look, module, state):
             _add_first_edits(edits, module, state, fresh.get(module, {}))
         elif old is not None and _is_alone(look, module, old):
@@ -193,20 +193,20 @@ def _shares(module: nn.Module, state: State) -> bool:
 
 
 def _add_still_edits(
-    edits: list[Edit], module: nn.Module, old: State, state: State, flags: Flags | None
+    edits: list[Edit], module: nn.Module, old: State, state: State, flags: Flags
 ) -> None:
-    """Append the edits of a module of which no tensor moves: the way of a hot swap.
-
-    Of the flags none is set where ``flags`` is None.
-    """
+    """Append the edits of a module of which no tensor moves: the way of a hot swap."""
     own: Any = module._parameters
     if flags == "all":
         known = {name: trains for name, _, trains in owned(state)}
         for name, parameter in own.items() if len(own) else ():
             if parameter is not None:
                 edits += training_edits(parameter, known.get(name, False))
-    elif flags is not None:
+    else:
+        differ = old.use.trains ^ state.use.trains
         for adapter in state.adapters:
+            if flags == "changed" and adapter.name not in differ:
+                continue  # whatever somebody has set since
             trains = adapter.name in state.use.trains
             for name, can_train in adapter.parameters.items():
                 parameter, train = own[name], trains and can_train

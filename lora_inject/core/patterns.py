@@ -97,7 +97,7 @@ def parse(
             raise ArgumentError(f"{argument} takes patterns without settings, not a mapping.")
         pairs = [(item, f"{argument}[{item!r}]", value) for item, value in spec.items()]
     elif isinstance(spec, Iterable) and not isinstance(spec, str | bytes | type | nn.Module):
-        items = sorted(spec, key=str) if isinstance(spec, set | frozenset) else list(spec)
+        items = sorted(spec, key=str) if isinstance(spec, set | frozenset) else spec
         pairs = [(item, argument, None) for item in items]
     else:
         pairs = [(spec, argument, None)]
@@ -218,4 +218,4 @@ def close_names(wanted: str, names: Iterable[str], most: int = 4) -> list[str]:
     """The names most like the one that was asked for, best first."""
     depth = wanted.count(".") + 1
     tails = {".".join(name.split(".")[-depth:]): None for name in sorted(names)}
-    return difflib.get_close_matches(wanted, list(tails), n=most, cutoff=0.6)
+    return difflib.get_close_matches(wanted, list(tails), n=most)

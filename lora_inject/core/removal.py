@@ -54,7 +54,6 @@ def remove_adapters(
         {**gone, **new},
         fresh=removal.fresh,
         values=[*values, *removal.values.values(), *converted],
-        flags="owned",
         modes=not keep,
     )
     if lost:

@@ -105,7 +105,7 @@ def freeze_adapter(model: nn.Module, name: str) -> None:
         for module, state in look.adapted.items()
         if name in state.use.trains
     }
-    commit(look, states, flags="owned")
+    commit(look, states)
 
 
 def _is_one_in_use(look: Look) -> bool:

@@ -5,7 +5,7 @@ import torch
 from helpers import linears
 from torch import nn
 
-from lora_inject import inject, use
+from lora_inject import inject, remove, use
 
 pytestmark = pytest.mark.cpu("it is about places, not values")
 
@@ -49,3 +49,48 @@ def test_what_stands_in_for_a_buffer_is_no_parameter():
     assert type(model["norm"].running_mean) is torch.Tensor
     assert type(model["norm"].weight) is nn.Parameter
     assert not model["norm"].weight.requires_grad
+
+
+def test_the_base_has_its_own_tensor_again_while_another_owner_goes_on():
+    model = linears("a")
+    own, value = model["a"].bias, model["a"].bias.detach().clone()
+    for name in ("first", "second"):
+        inject(model, "a", r=1, bias="lora_only", adapter=name)
+        use(model)
+    use(model, "second")
+    theirs = model["a"].bias
+    theirs.data.fill_(7)
+    remove(model, "first")
+    assert model["a"].bias is theirs
+    for _ in range(2):
+        use(model)
+        assert model["a"].bias is own
+        assert torch.equal(own, value)
+        use(model, "second")
+        assert model["a"].bias is theirs
+        assert torch.equal(theirs, torch.full_like(theirs, 7))
+    inject(model, "a", r=1, adapter="third")
+    use(model, "third")
+    assert model["a"].bias is own
+
+
+def test_where_tensors_move_a_switch_keeps_gradients_and_what_is_not_the_adapters():
+    model = linears("a")
+    for name in ("first", "second"):
+        inject(model, "a", r=1, bias="lora_only", adapter=name)
+        use(model)
+    use(model, "first")
+    layer = model["a"].requires_grad_(True)
+    own = {name: p for name, p in layer.named_parameters() if "second" not in name}
+    for parameter in own.values():
+        parameter.grad = torch.ones_like(parameter)
+    use(model, "second")
+    assert all(own[name].grad is not None for name in own)
+    assert own["weight"].requires_grad
+    assert not own["bias"].requires_grad
+    assert not [*layer.buffers()]
+    use(model, "first")
+    assert {name for name, p in layer.named_parameters() if p.grad is not None} == own.keys()
+    assert layer.bias is own["bias"]
+    use(model, "second", train="second")  # which freezes, and does not only switch
+    assert {name for name, p in own.items() if p.grad is not None} == {"weight"}

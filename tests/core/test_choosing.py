@@ -238,8 +238,8 @@ def test_what_cannot_be_adapted_is_told_of_ten_layers_and_counted_beyond():
     for number in (1, 2, 10):
         lines = refused(number)
         assert [line.split(":")[0] for line in lines] == [str(i) for i in range(number)]
-    assert [line.split(":")[0] for line in refused(12)[:-1]] == [str(i) for i in range(10)]
-    assert refused(12)[-1] == "... and 2 more."
+    assert [line.split(":")[0] for line in refused(11)[:-1]] == [str(i) for i in range(10)]
+    assert refused(11)[-1] == "... and 1 more."
 
 
 def test_a_pattern_that_chooses_nothing_says_what_it_met():
@@ -257,3 +257,29 @@ def test_a_pattern_that_chooses_nothing_says_what_it_met():
         matrices.register_parameter(f"m{i}", nn.Parameter(torch.randn(4, 4)))
     with pytest.raises(NoMatchError, match=r"such as m\.m0, .*, m\.m5 and 1 more\.$"):
         plan(nn.ModuleDict({"m": matrices}), "m", r=1)
+
+
+def test_a_matrix_says_whether_it_needs_a_layout():
+    reasons = {skip.path: skip.reason for skip in plan(odd_model(), r=2).skipped}
+    assert reasons["lin.weight"] == "a matrix and no layer: name it to adapt it"
+    assert (
+        reasons["pair.weight"] == "a fused weight and no layer: name it to adapt it, with layout="
+    )
+
+
+def test_of_what_a_glob_passes_over_only_layers_with_parameters_are_named():
+    model = nn.Sequential(*(nn.ModuleDict({"fc": nn.Linear(4, 4), "act": nn.ReLU()}) for _ in "ab"))
+    for block in model:
+        block["norm"], block["plain"] = nn.LayerNorm(4), nn.LayerNorm(4, elementwise_affine=False)
+    for layers, outside in ((None, {}), ([1], {"0.fc": "not in layers="})):
+        shown = plan(model, "*", r=1, layers=layers)
+        kept = [f"{i}.norm" for i in (0, 1)]
+        told = dict.fromkeys(kept, "no kind of layer that can be adapted")
+        assert {skip.path: skip.reason for skip in shown.skipped} == told | outside
+
+
+def test_a_kernel_that_is_tied_to_an_unknown_one_has_no_layout_there():
+    model = nn.ModuleDict({"conv": nn.Conv2d(3, 3, 3), "other": nn.Module()})
+    model["other"].kernel = model["conv"].weight
+    with pytest.raises(UnsupportedLayerError, match="shape tells no layout"):
+        plan(model, "conv", r=1)

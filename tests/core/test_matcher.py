@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_inject import NoMatchError, inject, plan
+from lora_inject import NoMatchError, UnsupportedLayerError, inject, plan, use
 from lora_inject.printing import few
 
 pytestmark = pytest.mark.cpu("nothing is computed")
@@ -91,3 +91,26 @@ def test_names_are_listed_up_to_a_number():
     assert few(names[:3], 2) == "n0, n1 and 1 more"
     with pytest.raises(NoMatchError, match="Names that can be adapted: none"):
         inject(nn.Sequential(nn.ReLU()), "fc")
+
+
+def test_a_parameter_is_told_by_its_path_and_shape_and_a_layer_by_its_class():
+    shown = plan(model(), ["mixing", "fc"], r=1)
+    assert {(site.path, site.type) for site in shown.sites} == {
+        ("mixing", "Parameter (4, 4)"),
+        ("fc", "Linear"),
+    }
+
+
+def test_only_the_parts_of_a_model_are_named_and_not_what_is_in_them():
+    own = nn.ModuleDict({"trunk": nn.ModuleDict({"inner": nn.Linear(4, 4)}), "fc": nn.Linear(4, 4)})
+    with pytest.raises(NoMatchError, match=r"There are trunk, fc\.$"):
+        plan(own, "fc", r=1, exclude="nowhere")
+
+
+def test_the_matrix_of_a_layer_that_trains_in_full_is_named_and_refused_as_the_layer_is():
+    own = model()
+    inject(own, "fc", r=1, train_also="head")
+    use(own)  # the base's own weight stands in its place
+    for name in ("head", "head.weight"):
+        with pytest.raises(UnsupportedLayerError, match="'default' trains it in full"):
+            plan(own, name, r=1, adapter="b")

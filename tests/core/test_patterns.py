@@ -294,3 +294,14 @@ def test_a_compiled_expression_is_one():
         plan(Net(), re.compile("q_proj"))  # the whole path, as always
     with pytest.raises(ArgumentError, match="not a pattern"):
         plan(Net(), re.compile(b"q_proj"))
+
+
+def test_patterns_of_any_sort_stand_in_a_set_and_keywords_have_settings():
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4), "conv": nn.Conv1d(4, 4, 1)})
+    assert len(plan(model, {"fc", nn.Conv1d}, r=1).sites) == 2
+    assert [site.settings.r for site in plan(model, {"all-linear": {"r": 3}}).sites] == [3]
+
+
+def test_a_name_beside_the_blocks_is_no_block():
+    model = nn.ModuleDict({"0": nn.Linear(4, 4), "1": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})
+    assert [site.path for site in plan(model, nn.Linear, r=1, layers=-2).sites] == ["0"]

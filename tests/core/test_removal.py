@@ -6,7 +6,16 @@ import warnings
 
 import pytest
 import torch
-from helpers import Faults, Net, changed_parts, ids, randomize_adapters, snapshot, train_steps
+from helpers import (
+    Faults,
+    Net,
+    changed_parts,
+    ids,
+    linears,
+    randomize_adapters,
+    snapshot,
+    train_steps,
+)
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
@@ -27,6 +36,7 @@ from lora_inject import (
     use,
 )
 from lora_inject.core.lend import lend, take_back
+from lora_inject.core.look import Look
 from lora_inject.core.state import state_of
 
 pytestmark = pytest.mark.cpu("it is about states, not values")
@@ -257,3 +267,51 @@ def test_buffers_that_have_all_gone_since_come_back():
     after = dict(model.named_buffers())
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_place_that_something_has_replaced_is_told_where_it_trained():
+    model = linears("a", "b", "c")
+    model["c"].bias.requires_grad_(False)
+    inject(model, "a", r=1)
+    for name in "bc":
+        del model[name].bias
+        model[name].register_buffer("bias", None)
+    with pytest.warns(LoRAInjectWarning, match=r"^b\.bias is gone: .* left as it is\.$"):
+        strip(model)
+
+
+def test_of_a_part_that_is_stripped_other_places_are_not_told():
+    model = linears("a", "b")
+    inject(model["a"], nn.Linear, r=1)
+    inject(model["b"], nn.Linear, r=1, adapter="other")
+    del model["b"].bias
+    model["b"].register_buffer("bias", None)
+    strip(model["a"])
+    with pytest.warns(LoRAInjectWarning, match=r"^bias is gone"):
+        strip(model["b"])
+
+
+def test_removing_one_adapter_leaves_what_somebody_has_set_of_others():
+    model = linears("a")
+    for name in ("first", "second"):
+        inject(model, "a", r=1, adapter=name)
+    use(model, "first", "second")
+    model["a"].lora_A_second.requires_grad_(False)
+    remove(model, "first")
+    assert not model["a"].lora_A_second.requires_grad
+    assert model["a"].lora_B_second.requires_grad
+
+
+def test_what_a_removed_adapter_trained_in_full_stands_still():
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4), "norm": nn.BatchNorm1d(4)})
+    inject(model, "fc", r=1, adapter="first", train_also="norm")
+    use(model)
+    inject(model, "fc", r=1, adapter="second")
+    use(model, "first")
+    remove(model, "first")
+    former = model["norm"].running_mean.clone()
+    model.train()["norm"](torch.randn(8, 4))
+    assert torch.equal(model["norm"].running_mean, former)
+    inject(model, "fc", r=1, adapter="first")
+    assert not Look(model).in_full
+    assert all("first" not in state.reach.tops for state in Look(model).states.values())

@@ -1,5 +1,7 @@
 """What trains: bias modes, modules in full, and gradients that are dropped."""
 
+import json
+
 import pytest
 import torch
 from families import FAMILIES
@@ -22,9 +24,11 @@ from lora_inject import (
     UnsupportedLayerError,
     freeze,
     inject,
+    load,
     lora_parameters,
     mark_only_lora_as_trainable,
     report,
+    save,
     strip,
     use,
 )
@@ -193,8 +197,8 @@ def test_freeze_alone_and_its_other_name():
     assert shown.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
     freeze(model)
     assert trainable_names(model) == set()
-    for bad in ({"bias": "lora"}, {"train_also": "haed"}):
-        with pytest.raises((ArgumentError, NoMatchError)):
+    for bad in ({"bias": "lora"}, {"train_also": "haed"}, {"train_also": 3}):
+        with pytest.raises((ArgumentError, NoMatchError), match=f"^{next(iter(bad))}"):
             freeze(model, **bad)
 
 
@@ -272,6 +276,29 @@ def test_one_adapter_is_frozen_and_others_train_on():
     assert trainable_names(model) == {name for name in both if not name.endswith("_a")}
 
 
+@pytest.mark.parametrize("second", ["q_proj", "v_proj"])
+def test_freezing_one_adapter_leaves_what_somebody_has_set_of_others(second):
+    model = Net()
+    inject(model, "q_proj", r=2, adapter="a")
+    inject(model, second, r=2, adapter="b")
+    use(model, "a", "b")
+    model.layers[0].get_submodule(second).lora_A_b.requires_grad_(False)
+    model.head.weight.requires_grad_(True)
+    before = trainable_names(model)
+    freeze_adapter(model, "a")
+    assert trainable_names(model) == {name for name in before if not name.endswith("_a")}
+
+
+def test_loading_what_is_not_to_train_leaves_what_somebody_has_set_of_others(tmp_path):
+    model = two_in_use()
+    save(model, tmp_path, adapter="a")
+    use(model, "a", "b")
+    model.layers[0].q_proj.lora_A_b.requires_grad_(False)
+    before = trainable_names(model)
+    load(model, tmp_path, adapter="a", trainable=False)
+    assert trainable_names(model) == {name for name in before if not name.endswith("_a")}
+
+
 def test_freeze_alone_leaves_frozen_biases_frozen():
     model = Net()
     model.head.bias.requires_grad_(False)
@@ -303,4 +330,37 @@ def test_a_head_that_freeze_lets_train_is_missed_when_it_is_gone():
     freeze(model, train_also="head")
     model.head = nn.Linear(8, 3)
     with pytest.warns(LoRAInjectWarning, match="head"):
+        lora_parameters(model)
+
+
+def test_what_is_gone_is_missed_until_freeze_takes_the_model_as_it_is():
+    model = Net()
+    inject(model, "q_proj", r=2)
+    model.layers[1].q_proj = nn.Linear(8, 8)
+    with pytest.warns(LoRAInjectWarning, match=r"layers\.1\.q_proj had something"):
+        freeze(model)
+    lora_parameters(model)
+    model.layers[0].q_proj = nn.Linear(8, 8)
+    with pytest.warns(LoRAInjectWarning, match=r"^layers\.0\.q_proj had something"):
+        lora_parameters(model)
+
+
+def test_what_another_adapter_trains_in_full_stays_its_own(tmp_path):
+    """Of the one in use that is what freeze says, and no more what inject said."""
+    model = Net()
+    inject(model, "q_proj", r=2, adapter="a", train_also="head")
+    inject(model, "v_proj", r=2, adapter="b", train_also="layers.0.norm")
+    randomize_adapters(model)
+    use(model, "b")
+    freeze(model, train_also="layers.1.norm")
+
+    def saved(adapter):
+        save(model, tmp_path / adapter, adapter=adapter)
+        return json.loads((tmp_path / adapter / "adapter_config.json").read_text())
+
+    for _ in range(2):
+        assert saved("a")["modules_to_save"] == ["head"]
+        assert saved("b")["modules_to_save"] == ["layers.1.norm"]
+    model.head = nn.Linear(8, 3)
+    with pytest.warns(LoRAInjectWarning, match="^head had something"):
         lora_parameters(model)

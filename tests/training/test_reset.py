@@ -55,3 +55,52 @@ def test_what_trains_in_place_begins_with_weights_that_came_by_hand(bring):
     strip(model)
     for key, own in base.state_dict().items():
         assert torch.equal(model.state_dict()[key], own), key
+
+
+def tied(device):
+    with torch.device(device):
+        model = nn.ModuleDict({"embed": nn.Embedding(9, 4), "head": nn.Linear(4, 9, bias=False)})
+    model["head"].weight = model["embed"].weight
+    inject(model, ["embed", "head"], r=2, seed=3)
+    return model
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_tied_layers_share_the_starting_values_of_inject(device):
+    model = tied(device)
+    if device == "meta":
+        model.to_empty(device="cpu")
+        model["head"].weight = model["embed"].weight
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7)
+    reset_lora_parameters(model)
+    for name in ("lora_A", "lora_B"):
+        assert model["embed"].get_parameter(name) is model["head"].get_parameter(name)
+        assert torch.equal(
+            model.get_parameter(f"embed.{name}"), tied("cpu").get_parameter(f"embed.{name}")
+        )
+
+
+def test_former_values_that_were_known_stay_as_they_were():
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4), "head": nn.Linear(4, 4)})
+    model["head"].weight = nn.Parameter(model["head"].weight.to("meta"))
+    inject(model, "fc", r=2, train_also="head")
+    bias, weight = model["head"].bias.detach().clone(), torch.eye(4)
+    model["head"].weight = nn.Parameter(weight.clone())
+    with torch.no_grad():
+        model["head"].bias.add_(1)
+    reset_lora_parameters(model)
+    strip(model)
+    assert torch.equal(model["head"].bias, bias)
+    assert torch.equal(model["head"].weight, weight)
+
+
+def test_what_was_taken_out_meanwhile_has_no_value_to_come():
+    model = on_meta()
+    use(model, "a")
+    model.to_empty(device="cpu")
+    for layer in (model.head, model.layers[0].q_proj):
+        layer.bias = None
+    reset_lora_parameters(model)
+    assert model.head.bias is model.layers[0].q_proj.bias is None
