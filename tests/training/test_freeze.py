@@ -364,3 +364,12 @@ def test_what_another_adapter_trains_in_full_stays_its_own(tmp_path):
     model.head = nn.Linear(8, 3)
     with pytest.warns(LoRAInjectWarning, match="^head had something"):
         lora_parameters(model)
+
+
+def test_what_was_taken_out_altogether_is_missed_no_more_after_freeze():
+    model = linears("a", "b")
+    inject(model, nn.Linear, r=1)
+    del model["b"]
+    with pytest.warns(LoRAInjectWarning, match="^b had something"):
+        freeze(model)
+    lora_parameters(model)
