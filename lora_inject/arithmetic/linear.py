@@ -93,7 +93,7 @@ def _is_flattened(x_NI: Tensor) -> bool:
 
 def _is_drawn(x_NI: Tensor, p: float) -> bool:
     """Whether masks are made here: of a large input. Of 1, and of what is none, torch knows."""
-    return x_NI.numel() >= _LARGE and 0 < p < 1
+    return 0 < p < 1 and x_NI.numel() >= _LARGE  # in this order: of what is traced it is a tensor
 
 
 def _masks(x_NI: Tensor, A_RI: Tensor, p: float) -> Masks | None:

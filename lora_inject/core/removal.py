@@ -118,15 +118,15 @@ class _Removal:
     def _without(self, module: nn.Module, state: State, trained: Trained) -> Trained | None:
         owners = {n: trains for n, trains in trained.owners.items() if n not in self.names}
         original = trained.original
-        if original in self.names:
+        stays = self.keep and state.holder(trained) in self.names  # whoever's tensor it is in now
+        if original in self.names or stays:
             self._give_back(module, state, trained)
             original = None
         return replace(trained, owners=owners, original=original) if owners else None
 
     def _give_back(self, module: nn.Module, state: State, trained: Trained) -> None:
         """The base's own tensor gets back its value from before, or the one that is to stay."""
-        assert trained.original is not None
-        tensor = self.look.tensor(module, trained, trained.original)
+        tensor = self.look.tensor(module, trained, trained.original or BASE)
         value, holder = trained.former, state.holder(trained)
         value = self.formers.get(id(value), value)
         if self.keep and holder != BASE:

@@ -26,6 +26,7 @@ from lora_inject import (
     disabled,
     freeze,
     inject,
+    load,
     lora_state_dict,
     merge,
     remove,
@@ -315,3 +316,22 @@ def test_what_a_removed_adapter_trained_in_full_stands_still():
     inject(model, "fc", r=1, adapter="first")
     assert not Look(model).in_full
     assert all("first" not in state.reach.tops for state in Look(model).states.values())
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_what_is_in_use_stays_with_its_weight_when_the_first_adapter_is_gone(tmp_path, others):
+    """The base's own bias holds its former value then; the adapter in use has another."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).double()
+    inject(model, "0", r=2, bias="all", train_also="1")
+    train_steps(model, torch.randn(8, 4).double())
+    save(model, tmp_path)
+    for name in ["x", "y"][: 1 + others]:
+        load(model, tmp_path, adapter=name)
+    remove(model, "default")
+    use(model, "x")
+    x, bias = torch.randn(8, 4).double(), model[0].bias.detach().clone()
+    before, moved = model.eval()(x), model[1].running_mean.clone()
+    strip(model, merge=True)
+    torch.testing.assert_close(model(x), before)
+    assert torch.equal(model[0].bias, bias)
+    assert torch.equal(model[1].running_mean, moved)
