@@ -51,6 +51,7 @@ class Rows:
     ) -> None:
         self.path, self.names, self.batch = path, names, batch
         self.terms = [term for adapter in adapters for term in adapter.terms]
+        self._dropping = [term for term in self.terms if term.dropout]
         dropouts = self._dropouts(layer)
         self._last = dropouts, self._grouped(dropouts)
 
@@ -68,15 +69,17 @@ class Rows:
         return y
 
     def _dropouts(self, layer: nn.Module) -> list[float]:
-        """The dropout of each term that is in force."""
-        return [dropout_now(layer, term) for term in self.terms]
+        """The dropout that is in force, of each term that has one."""
+        return [dropout_now(layer, term) for term in self._dropping]
 
     def _grouped(self, dropouts: list[float]) -> list["_Group | _Alone"]:
         """The terms by what they read and where they add."""
+        in_force = dict(zip(map(id, self._dropping), dropouts, strict=True))
         groups: dict[tuple[Any, ...], list[Term]] = {}
-        for term, dropout in zip(self.terms, dropouts, strict=True):
+        for term in self.terms:
             if term.variant.additive:
-                groups.setdefault((*term.spec.place, dropout, term.plain), []).append(term)
+                key = (*term.spec.place, in_force.get(id(term), 0.0), term.plain)
+                groups.setdefault(key, []).append(term)
         alone = [_Alone(term, self.names) for term in self.terms if not term.variant.additive]
         return [*(_Group(terms, self.names) for terms in groups.values()), *alone]
 
