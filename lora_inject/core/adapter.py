@@ -48,6 +48,8 @@ def dropping_names(spec: Spec, adapter: str) -> Dropping:
 def dropouts_of(spec: Spec, adapter: str, settings: Settings) -> dict[str, float]:
     """The names of the children that an adapter needs, each with the probability asked for."""
     asked = (settings.dropout, *settings.drops)
+    if not any(asked):  # as of nearly all, and very many layers are asked
+        return {}
     return {name: p for name, p in zip(dropping_names(spec, adapter), asked, strict=True) if p}
 
 

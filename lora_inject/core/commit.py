@@ -79,6 +79,8 @@ def commit(
 
 def _with_notes(look: Look, states: States) -> States:
     """The new states, with those that copies will forget noted on what is around their modules."""
+    if not look.forgetful:
+        return states
     noted = dict(states)
     for module, inside in look.forgetful.items():
         state = noted.get(module, look.states.get(module))
@@ -86,7 +88,7 @@ def _with_notes(look: Look, states: States) -> States:
             known = ((path, noted.get(m, look.states.get(m))) for path, m in inside)
             reach = state.reach._replace(noted=tuple(note for note in known if note[1] is not None))
             noted[module] = state.change(reach=reach)
-    return noted if look.forgetful else states
+    return noted
 
 
 def edits_of(
