@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lora_inject.arithmetic.moments import Moments
-from lora_inject.printing import Section, Shown, Tables, count, plural, size
+from lora_inject.printing import Section, Shown, Tables, count, few, plural, size
 
 Paths = tuple[str, ...]
 
@@ -123,7 +123,7 @@ class Statistics(Shown):
             moments = self._moments[paths[0]]
             norms = [float(g.norm()) for p in paths if (g := self.gradient_of(p)) is not None]
             rows.append((
-                ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else ""),
+                few(paths),
                 count(moments.mean.shape[-1]),
                 count(moments.count),
                 f"{moments.variance:.4g}",

@@ -22,6 +22,7 @@ from lora_inject.files.rows import values_of_tables
 from lora_inject.kinds import find_kind
 from lora_inject.own import Place, own_tensor
 from lora_inject.plan import Plan, plan_for
+from lora_inject.printing import few
 from lora_inject.settings import check_bias, check_dtype
 from lora_inject.starts import Saved
 from lora_inject.variants import SCALINGS, VARIANTS, name_prefix
@@ -93,10 +94,9 @@ def _warn_of_dropout(wanted: Layout, sites: Sequence[Site]) -> None:
     without = {site.path for site in sites if not site.has_input}
     lost = [f for f in wanted.pairs if f.target in without and f.pair.dropout]
     if lost:
-        more = f" and {len(lost) - 1:,} more" if lost[1:] else ""
-        name, dropout = lost[0].pair.name, lost[0].pair.dropout
+        names, dropout = [f.pair.name for f in lost], lost[0].pair.dropout
         warn(
-            f"{name}{more}: the file has a dropout of {dropout:g}, and the adapter "
+            f"{few(names, 1)}: the file has a dropout of {dropout:g}, and the adapter "
             "acts in the weight here, where it has no input to act on: it is left out."
         )
 

@@ -8,7 +8,7 @@ from torch import nn
 from lora_inject.core.choosing import Skip
 from lora_inject.core.path_groups import grouped
 from lora_inject.core.site import Site
-from lora_inject.printing import REFUSED, TRAINS, Section, count, plural
+from lora_inject.printing import REFUSED, TRAINS, Section, count, few, plural
 
 
 def sites_section(plan: Any) -> Section:
@@ -21,12 +21,9 @@ def sites_section(plan: Any) -> Section:
     # With settings beside it, alpha is a text that can be wrapped.
     alpha = "?alpha" if any("," in row[4] for row in rows) else "?>alpha"
     notes = [f"{s.path} is also {', '.join(s.paths[1:])}" for s in plan.sites if len(s.paths) > 1]
-    if makes := [
-        site.path for site in plan.sites if site.multiplies and not site.compiles_products
-    ]:
-        notes.append(
-            f"In their weight under torch.compile, and not in products: {_and_more(makes)}"
-        )
+    made = [s.path for s in plan.sites if s.multiplies and not s.compiles_products]
+    if made:
+        notes.append(f"In their weight under torch.compile, and not in products: {few(made, 1)}")
     return Section(
         f"Plan: adapter {plan.adapter!r} on {plural(len(plan.sites), 'layer')} of "
         f"{type(plan.model).__name__}, {count(plan.parameters)} parameters, bias={plan.bias!r}",
@@ -66,8 +63,7 @@ def skipped_section(skips: Sequence[Skip]) -> Section:
     for skip in skips:
         groups.setdefault((skip.type, skip.pattern, skip.reason), []).append(skip.path)
     rows = [
-        (_and_more(paths), kind, pattern, reason)
-        for (kind, pattern, reason), paths in groups.items()
+        (few(paths, 1), kind, pattern, reason) for (kind, pattern, reason), paths in groups.items()
     ]
     columns = ("~path", "type", "?selected by", "why")
     return Section("Skipped", columns, rows, styles=[REFUSED] * len(rows))
@@ -78,8 +74,4 @@ def not_adapted(skips: Sequence[Skip]) -> list[str]:
     paths: dict[str, list[str]] = {}
     for skip in skips:
         paths.setdefault(skip.reason, []).append(skip.path)
-    return [f"Not adapted: {_and_more(left)}: {why}" for why, left in paths.items()]
-
-
-def _and_more(paths: Sequence[str]) -> str:
-    return paths[0] + (f" and {len(paths) - 1} more" if paths[1:] else "")
+    return [f"Not adapted: {few(left, 1)}: {why}" for why, left in paths.items()]
