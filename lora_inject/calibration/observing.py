@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lora_inject.arithmetic.moments import Moments
 from lora_inject.arithmetic.product import without_autocast
+from lora_inject.changes.modes import in_eval_mode
 from lora_inject.compat.torch_private import Seen
 from lora_inject.core.class_swap import place_of_input
 from lora_inject.core.site import Site
@@ -148,20 +149,16 @@ def observing(
             gradients come; None for inputs alone.
     """
     seen = Observer(device)
-    modes = [(module, module.training) for module in model.modules()]
     handles: list[Any] = []
-    try:
-        for module, _ in modes:
-            module.training = False  # and not .eval(), which a model may have a method for
-        for site in sites:
-            hook = _hook(site, seen, probe)
-            handles.append(site.module.register_forward_hook(hook, with_kwargs=True))
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes:
-            module.training = training
+    with in_eval_mode(model.modules()):
+        try:
+            for site in sites:
+                hook = _hook(site, seen, probe)
+                handles.append(site.module.register_forward_hook(hook, with_kwargs=True))
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def _hook(site: Site, seen: Observer, probe: Tensor | None) -> Any:

@@ -44,13 +44,18 @@ def outputs(module: nn.Module) -> int:
     return own if isinstance(own, int) else 0
 
 
+def without_infixes(key: str) -> str:
+    """A key without the names that wrappers put between those of the model."""
+    for infix in WRAPPED_INFIXES:
+        key = key.replace(infix, "")
+    return key
+
+
 def bare_key(key: str, known: Container[str]) -> str:
     """A key without the names of wrappers, if only so it is one of those known."""
     if key in known:
         return key
-    candidate = key
-    for infix in WRAPPED_INFIXES:
-        candidate = candidate.replace(infix, "")
+    candidate = without_infixes(key)
     while candidate not in known:
         prefix = next((p for p in WRAPPED_PREFIXES if candidate.startswith(p)), None)
         if prefix is None:

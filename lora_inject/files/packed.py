@@ -6,7 +6,7 @@ down. Where one of a group is adapted and another is not, the latter gets an upd
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lora_inject.core.state import adapters_of
 from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.kinds import find_kind
+from lora_inject.kinds.linear import LinearKind
 from lora_inject.kinds.parameter import layout_of
 
 QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
@@ -95,8 +96,8 @@ def _missing(
             yield pair.path, name, (fused.n_in, fused.n_out)
     elif pair.form == "linear" and pair.weight == "weight":
         for path in partners(pair.path, modules):
-            if (kind := find_kind(modules[path])) is not None and hasattr(kind, "features"):
-                yield path, "weight", cast(Any, kind).features(modules[path])
+            if isinstance(kind := find_kind(modules[path]), LinearKind):
+                yield path, "weight", kind.features(modules[path])
 
 
 def _zero(pair: PairData, path: str, weight: str, shape: tuple[int, int]) -> PairData:

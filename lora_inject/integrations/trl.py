@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from lora_inject.adapters.copying import copy_adapter
 from lora_inject.adapters.disabled import disabled
 from lora_inject.adapters.use import in_use
-from lora_inject.compat.marks import WRAPPED_INFIXES
+from lora_inject.changes.modes import in_eval_mode
 from lora_inject.core.look import Look
+from lora_inject.core.paths import without_infixes
 from lora_inject.core.state import owned
 from lora_inject.errors import ArgumentError, LoRAInjectError
 from lora_inject.files.stored import Stored
@@ -96,15 +97,9 @@ class Reference(nn.Module):
                 f"the adapter {moving[0]!r} is the reference, and trains now: it moves.",
                 remedy="Freeze it: use(model, ..., train=...); or call reference again.",
             )
-        modes = [module for module in look.index.modules if module.training]
-        with in_use(look, self.weights) if self.weights else disabled(self.policy):
-            try:
-                for module in modes:
-                    module.training = False
-                yield
-            finally:
-                for module in modes:
-                    module.training = True
+        shown = in_use(look, self.weights) if self.weights else disabled(self.policy)
+        with shown, in_eval_mode(look.index.modules):
+            yield
 
 
 def reference(model: nn.Module, adapter: str | None = None) -> Reference:
@@ -224,9 +219,8 @@ def _names_of_adapters(look: Look) -> set[str]:
     for path, module in look.index.by_path.items():
         state = look.adapted.get(module)
         places = {trained.name for trained in state.trained} if state else set()
-        for infix in WRAPPED_INFIXES:
-            path = path.replace(infix, "")
-        names |= {f"{path}.{n}".lstrip(".") for n, *_ in owned(state) if n not in places}
+        own = without_infixes(path)
+        names |= {f"{own}.{n}".lstrip(".") for n, *_ in owned(state) if n not in places}
     return names
 
 
