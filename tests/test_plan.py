@@ -18,6 +18,7 @@ from lora_inject import (
     save,
     use,
 )
+from lora_inject.core.request import Request, settings_by_pattern
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -127,6 +128,7 @@ def test_arguments_that_could_have_no_effect_are_refused():
     refused(linears("a"), "^a: fixed='B': .* could never learn", fixed="B")
     refused(linears("a", "b"), "^parts: 'b' selects no layer", error=NoMatchError,
             parts={"b": ("q", "k")})  # fmt: skip
+    refused(linears("a"), "^parts holds an empty string", parts={"": ("q", "k")})
 
 
 def test_the_seed_of_a_plan_is_the_one_of_its_values():
@@ -137,3 +139,13 @@ def test_the_seed_of_a_plan_is_the_one_of_its_values():
     for each in (model, other):
         inject(each, "a", r=1, seed=3)
     assert torch.equal(model["a"].lora_A, other["a"].lora_A)
+
+
+def test_what_is_not_said_is_everywhere_the_same():
+    made = plan(linears("a"), "a")
+    (site,), (usual,) = made.sites, settings_by_pattern("a", {}).values()
+    assert site.settings == usual
+    assert (usual.r, usual.alpha, usual.dropout, usual.how) == (8, 8.0, 0.0, "auto")
+    assert (usual.variant.name, usual.start.name) == ("lora", "default")
+    request = Request({})
+    assert (made.adapter, made.bias) == (request.adapter, request.bias) == ("default", "none")

@@ -328,6 +328,11 @@ def test_ids_that_are_no_rows_are_refused(ids, message):
     assert changed_parts(before, snapshot(model)) == []
 
 
+def test_ids_begin_at_0_and_end_before_the_last_row():
+    (site,) = plan(untied(), (), rows={"emb": [8, 0]}).sites
+    assert site.settings.variant.ids == (0, 8)
+
+
 def test_what_has_no_rows_or_two_adapters_in_one_is_refused():
     class Many(nn.Module):
         def __init__(self):
