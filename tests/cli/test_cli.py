@@ -211,6 +211,14 @@ def test_a_broken_config(tmp_path, capsys):
         assert capsys.readouterr().err.startswith("lora-inject: error: MODEL")
 
 
+def test_the_directory_of_an_adapter_is_no_model(tmp_path, capsys):
+    save(adapted()[0], tmp_path)
+    assert main(["plan", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "holds an adapter" in said
+    assert "lora-inject inspect" in said
+
+
 def test_without_a_command_it_says_what_there_is_and_its_version(capsys):
     assert main([]) == 0
     assert {"plan", "inspect", "convert", "demo"} <= set(capsys.readouterr().out.split())
