@@ -28,6 +28,7 @@ from lora_inject.printing import few
 from lora_inject.variants import SCALINGS
 
 _END = ".weight"
+_WIDTH = 2  # of rows that stand for a weight's: what is 1 wide some versions squeeze away
 
 
 class Piece(NamedTuple):
@@ -192,13 +193,13 @@ def _pieces(model: nn.Module, fused: Mapping[str, Tensor]) -> dict[str, list[Pie
     for name, W in fused.items():
         starts.append(first)
         end = first + W.shape[0] * W.shape[1]
-        numbers[name] = torch.arange(first, end).reshape(*W.shape[:2], 1)
+        numbers[name] = torch.arange(first, end).reshape(*W.shape[:2], 1).repeat(1, 1, _WIDTH)
         first = end
     found: dict[str, list[Piece]] = {}
     for key, own in in_checkpoint(model, numbers).items():
-        if own.dim() != 2 or own.shape[1] != 1 or not key.endswith(_END):
+        if own.dim() != 2 or own.shape[1] != _WIDTH or not key.endswith(_END):
             continue  # as it is in the model, or the other way round
-        i = bisect_right(starts, int(own[0])) - 1
+        i = bisect_right(starts, int(own[0, 0])) - 1
         at, size = own[:, 0] - starts[i], fused[names[i]].shape[1]
         expert = int(at[0]) // size
         if bool((at // size == expert).all()):

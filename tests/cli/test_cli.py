@@ -1,6 +1,7 @@
 """The command line: what it prints, and one-line errors with exit code 2."""
 
 import contextlib
+import importlib.metadata
 import json
 import re
 import signal
@@ -225,7 +226,8 @@ def test_without_a_command_it_says_what_there_is_and_its_version(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
     shown = capsys.readouterr().out
-    assert shown.startswith(f"lora_inject {lora_inject.__version__} (torch {torch.__version__}")
+    own, of_torch = lora_inject.__version__, importlib.metadata.version("torch")
+    assert shown.startswith(f"lora_inject {own} (torch {of_torch}")
 
 
 def test_words_of_options_are_those_of_the_library():
