@@ -67,7 +67,9 @@ def test_a_plan_for_a_model_that_has_changed_since_is_refused():
 def test_the_report_says_once_for_each_reason_what_was_not_adapted_and_what_is_too_large():
     made = plan(linears("a", "b"), "all-linear", r=16)
     assert [site.path for site in made.oversized] == ["a", "b"]
-    assert plan(linears("a"), "a", r=1).oversized == []
+    assert plan(linears("a"), "a", r=2).oversized == []  # as many
+    with pytest.warns(LoRAInjectWarning, match="1 adapter with .* such as the model itself: 64"):
+        inject(nn.Linear(4, 4), nn.Linear, r=8)
     with pytest.warns(LoRAInjectWarning, match="2 adapters with more parameters.* such as a: 128"):
         notes = made.apply().notes
     assert len(notes) == 1

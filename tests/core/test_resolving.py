@@ -31,7 +31,7 @@ def test_adapters_are_of_float32_or_the_base_s_dtype(base, default):
     assert site.dtype == base
 
 
-@pytest.mark.parametrize("base", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("base", [torch.int8, torch.int32, torch.float8_e4m3fn])
 def test_the_dtype_of_a_base_in_which_nothing_can_train_is_refused(base):
     (site,) = plan(of_dtype(base), "fc", r=1).sites
     assert site.dtype == torch.float32
