@@ -32,6 +32,7 @@ from lora_inject import (
     strip,
     use,
 )
+from lora_inject.core.look import Look
 from lora_inject.training.freeze import freeze_adapter
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -238,6 +239,30 @@ def test_several_adapters_keep_their_weights_and_all_of_them_train():
     }
     with pytest.raises(ArgumentError, match="2 adapters are in use"):
         freeze(model, "all")
+
+
+def test_freeze_is_about_the_adapter_in_use_its_layers_and_its_mode():
+    model = Net()
+    inject(model, "v_proj", r=2, adapter="a")
+    use(model)
+    inject(model, "q_proj", r=2, adapter="b")
+    freeze(model, "lora_only")
+    assert trainable_names(model) == {f"{name}_b" for name in ADAPTERS} | {
+        "layers.0.q_proj.bias", "layers.1.q_proj.bias",
+    }  # fmt: skip
+    assert Look(model).known == {"a": "none", "b": "lora_only"}
+
+
+def test_what_trains_in_place_belongs_to_one_that_counts_in_full():
+    apart, half = Net(), Net()
+    for name in "ab":
+        inject(apart, {"a": "q_proj", "b": "v_proj"}[name], r=2, adapter=name)
+    use(inject(half, "q_proj", r=2) and half, {"default": 0.5})
+    for model in (apart, half):
+        before = snapshot(model)
+        with pytest.raises(ArgumentError, match="belongs to one, with a weight of 1"):
+            freeze(model, "all")
+        assert snapshot(model) == before
 
 
 def test_what_one_owner_trained_in_place_trains_no_more_and_others_wait_as_they_were():
