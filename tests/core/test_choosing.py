@@ -151,6 +151,8 @@ def test_the_matrix_of_a_scripted_module_is_named_with_what_to_do():
     (skip,) = plan(model, r=2).skipped
     assert skip.path == "lin.weight"
     assert "Adapt it before scripting" in skip.reason
+    with pytest.raises(NoMatchError, match=r"Names that can be adapted: fc\.$"):
+        plan(model, "lin", r=2)  # and no matrix of it
 
 
 def test_the_only_matrix_of_a_layer_is_the_layer():

@@ -109,10 +109,14 @@ def test_names_are_listed_up_to_a_number():
 
 
 def test_a_parameter_is_told_by_its_path_and_shape_and_a_layer_by_its_class():
-    shown = plan(model(), ["mixing", "fc"], r=1)
+    own = model()
+    own["X"] = model()
+    shown = plan(own, ["mixing", "fc"], r=1)
     assert {(site.path, site.type) for site in shown.sites} == {
         ("mixing", "Parameter (4, 4)"),
+        ("X.mixing", "Parameter (4, 4)"),
         ("fc", "Linear"),
+        ("X.fc", "Linear"),
     }
 
 
