@@ -34,7 +34,7 @@ def remove_adapters(
         states: states that take the place of those of the look.
         values: edits of values that come before.
     """
-    leaving = [(m, trained) for m, trained in look.trained if trained.owners.keys() & set(names)]
+    leaving = [(m, trained) for m, trained in look.trained if trained.owners.keys() & names]
     if not keep:
         look.require_restorable(leaving)
     for module, trained in leaving:
