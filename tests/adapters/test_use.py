@@ -133,9 +133,10 @@ def test_only_adapters_in_use_train_unless_asked():
         lora_parameters(model)
 
 
-def test_use_says_what_trains_whatever_somebody_has_set_since():
+@pytest.mark.parametrize("bias", ["none", "lora_only"])
+def test_use_says_what_trains_whatever_somebody_has_set_since(bias):
     model = linears("a")
-    inject(model, "a", r=1)
+    inject(model, "a", r=1, bias=bias)
     layer = model["a"]
     for train in (None, "default"):
         layer.lora_A.requires_grad_(False)

@@ -112,6 +112,14 @@ def test_what_is_tied_in_the_whole_stays_so_where_a_part_trains_it():
         assert model.b["out"].weight is model.a["embed"].weight is weight
 
 
+def test_what_somebody_has_set_of_what_another_part_trains_is_left_alone():
+    model = Tied()
+    inject(model.b, "lin", r=1, train_also="out")
+    weight = model.a["embed"].weight.requires_grad_(False)
+    inject(model.a, "lin", r=1)
+    assert not weight.requires_grad
+
+
 def test_a_weight_that_is_tied_to_another_part_is_not_merged():
     model = Tied()
     inject(model, "a.lin", r=1)
