@@ -324,6 +324,28 @@ def test_loading_what_is_not_to_train_leaves_what_somebody_has_set_of_others(tmp
     assert trainable_names(model) == {name for name in before if not name.endswith("_a")}
 
 
+def test_freeze_freezes_again_what_somebody_has_let_train():
+    model = Net()
+    inject(model, "q_proj")
+    model.requires_grad_(True)
+    model(ids()).sum().backward()
+    model.layers[0].q_proj.lora_B.requires_grad_(False)
+    freeze(model)
+    assert trainable_names(model) == ADAPTERS
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == ADAPTERS
+
+
+def test_the_bias_mode_of_a_second_adapter_trains_what_it_says():
+    model = Net()
+    inject(model, "q_proj", adapter="a")
+    use(model)
+    inject(model, "v_proj", adapter="b", bias="all")
+    biases = {name for name, _ in model.named_parameters() if name.endswith(".bias")}
+    assert trainable_names(model) == biases | {
+        f"layers.{i}.v_proj.lora_{part}_b" for i in (0, 1) for part in "AB"
+    }
+
+
 def test_freeze_alone_leaves_frozen_biases_frozen():
     model = Net()
     model.head.bias.requires_grad_(False)
