@@ -162,7 +162,7 @@ def strip(model: Model, merge: bool = False) -> Model:
         )
     if merge and any(state.running for state in look.adapted.values()):
         merged = folded(look, None, keep=False)
-        remove_adapters(look, look.known, keep=True, states=merged.states, values=merged.values)
+        remove_adapters(look, look.known, keep=True, values=merged.values)
     else:
         remove_adapters(look, look.known, keep=merge)
     return model

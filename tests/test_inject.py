@@ -40,6 +40,7 @@ from lora_inject import (
     strip,
     use,
 )
+from lora_inject.core.scales import SCALES
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -404,6 +405,30 @@ def test_inference_mode_does_not_make_adapters_that_cannot_train():
         inject(model, "q_proj", r=2)
     assert not model.layers[0].q_proj.lora_A.is_inference()
     train_steps(model, ids())
+
+
+def test_inference_mode_makes_nothing_of_a_switch_that_cannot_train():
+    model = Net()
+    inject(model, "q_proj", r=2, bias="all")
+    with torch.inference_mode():
+        use(model)
+        inject(model, "q_proj", r=2, alpha=6, adapter="more")
+    layer = model.layers[0].q_proj
+    made = [*model.parameters(), *(scale for _, scale in vars(layer)[SCALES].values())]
+    assert made
+    assert not any(tensor.is_inference() for tensor in made)
+
+
+def test_a_parameter_that_came_after_inject_is_left_alone_by_strip():
+    model = linears("a", "b")
+    inject(model, "a", r=1)
+    own = nn.Parameter(torch.zeros(1), requires_grad=False)
+    model["b"].scale = own
+    with pytest.warns(LoRAInjectWarning, match="scale came into the model"):
+        strip(model)
+    assert model["b"].scale is own
+    assert not own.requires_grad
+    assert model["b"].weight.requires_grad
 
 
 def test_a_base_made_in_inference_mode_is_refused():

@@ -160,7 +160,6 @@ def filling(tensor: Tensor, value: Tensor, source: int | None = None) -> Edit:
 
     For tensors whose storage others hold: an optimizer's flat views, captured graphs.
     """
-    value = value.detach()
     if is_distributed(tensor):
         value = shards(value, tensor, source=source)
     return (put_values, tensor, None, tensor.detach().clone(), value)

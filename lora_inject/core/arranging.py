@@ -152,8 +152,7 @@ class Arranging:
             if before is None:
                 found[name, BASE] = own_tensor(module, name)
             was, then = ((t.original if t else None) or BASE for t in (before, now))
-            if was != then:
-                found[name, then] = found.pop((name, was))
+            found[name, then] = found.pop((name, was))
         return found | self.fresh.get(module, {})
 
     def _standing(

@@ -27,7 +27,6 @@ from lora_inject.core.arranging import Arranging, Flags
 from lora_inject.core.look import Look
 from lora_inject.core.module_edits import (
     add_class_and_scales,
-    lent_edits,
     module_edits,
     root_edits,
     statistics_edits,
@@ -174,8 +173,7 @@ def _add_last_edits(edits: list[Edit], module: nn.Module, state: State, modes: b
         kept = [item for item in now if item[0] not in ours]
         for name, parameter in kept:
             if parameter is not None:
-                mark = mark_of(parameter)
-                flag = mark.flag if mark else state.before.flag(name)
+                flag = state.before.flag(name)
                 if flag is not None:
                     edits += training_edits(parameter, flag)
                 edits += unmarking_edits(parameter)
@@ -219,7 +217,6 @@ def _add_still_edits(
     edits.append((put_attribute, module, STATE, module.__dict__.get(STATE, MISSING), state))
     if state.adapters:
         add_class_and_scales(edits, module, old, state, own)
-    if old.reach is not state.reach or state.reach.in_full:
-        edits += statistics_edits(module, old, state)
-        edits += lent_edits(module, old, state)
+    if old.reach is not state.reach:
+        edits += statistics_edits(module, old, state)  # such as have come since
         edits += root_edits(module, old, state)

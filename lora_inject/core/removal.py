@@ -22,7 +22,6 @@ def remove_adapters(
     names: Collection[str],
     *,
     keep: bool = False,
-    states: Mapping[nn.Module, State] | None = None,
     values: Collection[Edit] = (),
 ) -> None:
     """Take adapters out of a model; where the last call on a module goes, it is what it was.
@@ -31,16 +30,15 @@ def remove_adapters(
         look: the model.
         names: the adapters.
         keep: leave the values that are there, merged and trained ones.
-        states: states that take the place of those of the look.
         values: edits of values that come before.
     """
-    leaving = [(m, trained) for m, trained in look.trained if trained.owners.keys() & set(names)]
+    leaving = [(m, trained) for m, trained in look.trained if trained.owners.keys() & names]
     if not keep:
         look.require_restorable(leaving)
     for module, trained in leaving:
         look.require_all_places(module, trained)
     removal = _Removal(look, frozenset(names), keep)
-    new = {m: removal.state(m, (states or {}).get(m, s)) for m, s in look.states.items()}
+    new = {m: removal.state(m, s) for m, s in look.states.items()}
     gone = dict.fromkeys(_marked_elsewhere(look))  # no state, and no adapter any more
     lost = _replaced(look, new)
     converted = [  # by convert_sync_batchnorm: other modules in the places of those that were held
@@ -127,10 +125,9 @@ class _Removal:
     def _give_back(self, module: nn.Module, state: State, trained: Trained) -> None:
         """The base's own tensor gets back its value from before, or the one that is to stay."""
         tensor = self.look.tensor(module, trained, trained.original or BASE)
-        value, holder = trained.former, state.holder(trained)
-        value = self.formers.get(id(value), value)
-        if self.keep and holder != BASE:
-            if holder == trained.original:
+        value = self.formers.get(id(trained.former), trained.former)
+        if self.keep:
+            if state.holder(trained) == trained.original:
                 return
             value = own_tensor(module, trained.name)
         if value is not None and value.is_meta:

@@ -77,12 +77,11 @@ def unmerge(model: Model) -> Model:
         LoRAInjectError: nothing is merged, or the former weights were not kept.
     """
     look = Look(model)
-    merged = {layer: state for layer, state in look.adapted.items() if state.merged}
-    if not merged:
+    names = {m: state.merged.adapters for m, state in look.adapted.items() if state.merged}
+    if not names:
         raise LoRAInjectError("nothing in the model is merged.", remedy="Call merge first.")
     look.require_no_block()
     look.require_kept()
-    names = {layer: state.merged.adapters for layer, state in merged.items() if state.merged}
     new = unfolded(look, names)
     commit(look, new.states, values=new.values)
     return model

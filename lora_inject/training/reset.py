@@ -41,9 +41,9 @@ def reset_lora_parameters(model: nn.Module) -> None:
             if not adapter.follows:
                 edits += _starting(path, layer, adapter)
     edits += _tying(look)
-    states = {m: s for m, s in look.adapted.items() if any(_is_unknown(m, t) for t in s.trained)}
+    came = {m: s for m, s in look.adapted.items() for t in s.trained if _come(m, t) is not None}
     formers: dict[int, Tensor] = {}
-    new = {m: _known(m, state, formers, edits) for m, state in states.items()}
+    new = {m: _known(m, state, formers, edits) for m, state in came.items()}
     commit(look, new, values=edits)
 
 
@@ -82,19 +82,19 @@ def _tying(look: Look) -> Iterator[Edit]:
                     yield tensor_edit(layer, name, old, new)
 
 
-def _is_unknown(module: nn.Module, trained: Trained) -> bool:
-    """Whether a former value was on the meta device and has come into being since."""
-    tensor = own_tensor(module, trained.name)
-    unknown = trained.former is not None and trained.former.is_meta
-    return unknown and tensor is not None and not tensor.is_meta
+def _come(module: nn.Module, trained: Trained) -> Tensor | None:
+    """What has come into being in a place whose former value was on the meta device."""
+    tensor, former = own_tensor(module, trained.name), trained.former
+    is_there = tensor is not None and not tensor.is_meta
+    return tensor if is_there and former is not None and former.is_meta else None
 
 
 def _known(module: nn.Module, state: State, formers: dict[int, Tensor], edits: list[Edit]) -> State:
     """The state with the values that came as former ones; other adapters start from them."""
     trained = []
     for place in state.trained:
-        tensor = own_tensor(module, place.name)
-        if tensor is not None and _is_unknown(module, place):
+        tensor = _come(module, place)
+        if tensor is not None:
             key = id(place.former)
             if key not in formers:
                 formers[key] = former_value(tensor)

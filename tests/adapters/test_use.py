@@ -10,6 +10,7 @@ from helpers import (
     Net,
     changed_parts,
     ids,
+    linears,
     paired,
     randomize_adapters,
     snapshot,
@@ -130,6 +131,17 @@ def test_only_adapters_in_use_train_unless_asked():
     assert all(p.grad is None for p in model.parameters())
     with pytest.raises(LoRAInjectError, match="no parameter"):
         lora_parameters(model)
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only"])
+def test_use_says_what_trains_whatever_somebody_has_set_since(bias):
+    model = linears("a")
+    inject(model, "a", r=1, bias=bias)
+    layer = model["a"]
+    for train in (None, "default"):
+        layer.lora_A.requires_grad_(False)
+        use(model, "default", train=train)
+        assert layer.lora_A.requires_grad
 
 
 def test_an_adapter_that_is_not_in_use_does_not_change_in_training():

@@ -200,3 +200,17 @@ def test_what_is_interrupted_moves_nothing_either(then):
     model(torch.randn(5, 4))
     moved = [not torch.equal(own, value) for own, value in buffers]
     assert moved == [then is strip] * 2
+
+
+def test_statistics_that_come_later_stand_still_from_the_next_call_on():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False))
+    inject(model, "0", r=2)
+    norm = model[1]
+    norm.running_mean, norm.running_var = torch.zeros(4), torch.ones(4)
+    norm.num_batches_tracked, norm.track_running_stats = torch.tensor(0), True
+    freeze(model)
+    model.train()(torch.randn(8, 4))
+    assert torch.equal(norm.running_mean, torch.zeros(4))
+    strip(model)
+    model(torch.randn(8, 4))
+    assert not torch.equal(norm.running_mean, torch.zeros(4))

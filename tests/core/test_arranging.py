@@ -5,7 +5,7 @@ import torch
 from helpers import linears
 from torch import nn
 
-from lora_inject import inject, remove, use
+from lora_inject import inject, remove, strip, use
 
 pytestmark = pytest.mark.cpu("it is about places, not values")
 
@@ -94,3 +94,29 @@ def test_where_tensors_move_a_switch_keeps_gradients_and_what_is_not_the_adapter
     assert layer.bias is own["bias"]
     use(model, "second", train="second")  # which freezes, and does not only switch
     assert {name for name, p in own.items() if p.grad is not None} == {"weight"}
+
+
+def test_what_is_in_no_state_dict_waits_in_none():
+    model = nn.ModuleDict({"fc": nn.Linear(3, 3), "norm": nn.BatchNorm1d(3)})
+    model["norm"].register_buffer("cache", torch.zeros(3), persistent=False)
+    inject(model, "fc", r=1, train_also="norm")
+    inject(use(model), "fc", r=1, train_also="norm", adapter="other")
+    for name in ("default", "other"):
+        use(model, name)
+        assert any("_cache_kept" in name for name, _ in model.named_buffers())
+        assert any("_running_mean_kept" in key for key in model.state_dict())
+        assert not any("cache" in key for key in model.state_dict())
+    strip(model)
+    assert model["norm"]._non_persistent_buffers_set == {"cache"}
+
+
+def test_what_stands_in_is_as_the_place_is_now_or_as_the_former_value():
+    model = nn.ModuleDict({"fc": nn.Linear(3, 3), "norm": nn.BatchNorm1d(3)})
+    model["plain"] = nn.BatchNorm1d(3, track_running_stats=False)
+    inject(model, "fc", r=1, bias="all", train_also=["norm", "plain"])
+    model.double()
+    model["norm"].running_mean = None
+    use(model)
+    assert model["fc"].bias.dtype == model["norm"].running_var.dtype == torch.float64
+    assert torch.equal(model["norm"].running_mean, torch.zeros(3))
+    assert model["plain"].running_mean is None

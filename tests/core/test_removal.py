@@ -119,11 +119,12 @@ def test_combine_that_fails_leaves_nothing_that_strip_does_not_take_out(at):
     assert faults.raised or at > 10
 
 
+@pytest.mark.parametrize("bias", ["none", "all"])
 @pytest.mark.parametrize("change", ["parametrized", "pruned"])
-def test_a_frozen_layer_that_is_taken_apart_after_inject_trains_again(change):
+def test_a_frozen_layer_that_is_taken_apart_after_inject_trains_again(change, bias):
     model = Net()
     flags = {id(p): p.requires_grad for p in model.parameters()}
-    inject(model, "q_proj", r=2)
+    inject(model, "q_proj", r=2, bias=bias)
     layer = model.layers[0].o_proj
     if change == "pruned":
         prune.l1_unstructured(layer, "weight", 0.5)
@@ -301,6 +302,41 @@ def test_removing_one_adapter_leaves_what_somebody_has_set_of_others():
     remove(model, "first")
     assert not model["a"].lora_A_second.requires_grad
     assert model["a"].lora_B_second.requires_grad
+    own = state_of(copy.deepcopy(model)["a"]).use
+    assert (own.weights, own.trains) == ({"second": 1.0}, {"second"})
+    assert Look(model).roots == {call.id for call in Look(model).injections}
+
+
+def test_a_place_that_something_has_replaced_is_told_when_the_last_adapter_goes():
+    model = linears("a", "b")
+    for name in ("first", "second"):
+        inject(model, "a", r=1, adapter=name)
+    del model["b"].bias
+    model["b"].register_buffer("bias", None)
+    remove(model, "first")
+    with pytest.warns(LoRAInjectWarning, match=r"^b\.bias is gone"):
+        strip(model)
+
+
+def test_a_norm_that_was_converted_stands_still_until_the_last_adapter_goes():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, affine=False))
+    for name in ("first", "second"):
+        inject(model, "0", r=1, adapter=name)
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    remove(model, "first")
+    assert not model[1].track_running_stats
+    strip(model)
+    assert model[1].track_running_stats
+
+
+def test_what_stays_needs_no_former_value():
+    model = Net()
+    inject(model, "q_proj", r=2, train_also="head")
+    model.head.weight = nn.Parameter(torch.zeros(5, 8))
+    with pytest.raises(LoRAInjectError, match="has the shape"):
+        strip(model)
+    strip(model, merge=True)
+    assert torch.equal(model.head.weight, torch.zeros(5, 8))
 
 
 def test_what_a_removed_adapter_trained_in_full_stands_still():
@@ -322,6 +358,7 @@ def test_what_a_removed_adapter_trained_in_full_stands_still():
 def test_what_is_in_use_stays_with_its_weight_when_the_first_adapter_is_gone(tmp_path, others):
     """The base's own bias holds its former value then; the adapter in use has another."""
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).double()
+    own = model[0].bias
     inject(model, "0", r=2, bias="all", train_also="1")
     train_steps(model, torch.randn(8, 4).double())
     save(model, tmp_path)
@@ -333,5 +370,6 @@ def test_what_is_in_use_stays_with_its_weight_when_the_first_adapter_is_gone(tmp
     before, moved = model.eval()(x), model[1].running_mean.clone()
     strip(model, merge=True)
     torch.testing.assert_close(model(x), before)
-    assert torch.equal(model[0].bias, bias)
+    assert model[0].bias is own
+    assert torch.equal(own, bias)
     assert torch.equal(model[1].running_mean, moved)

@@ -100,6 +100,26 @@ def test_one_place_of_what_the_whole_trains_is_not_moved_alone():
     assert changed_parts(clean, snapshot(model)) == []
 
 
+def test_what_is_tied_in_the_whole_stays_so_where_a_part_trains_it():
+    model = Tied()
+    inject(model, "lin", r=1)
+    inject(model.a, "lin", r=1, train_also="embed", adapter="own")
+    weight = model.a["embed"].weight
+    for _ in range(2):
+        use(model.a)
+        assert model.b["out"].weight is model.a["embed"].weight is not weight
+        use(model.a, "own")
+        assert model.b["out"].weight is model.a["embed"].weight is weight
+
+
+def test_what_somebody_has_set_of_what_another_part_trains_is_left_alone():
+    model = Tied()
+    inject(model.b, "lin", r=1, train_also="out")
+    weight = model.a["embed"].weight.requires_grad_(False)
+    inject(model.a, "lin", r=1)
+    assert not weight.requires_grad
+
+
 def test_a_weight_that_is_tied_to_another_part_is_not_merged():
     model = Tied()
     inject(model, "a.lin", r=1)

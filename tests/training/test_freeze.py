@@ -32,6 +32,7 @@ from lora_inject import (
     strip,
     use,
 )
+from lora_inject.core.look import Look
 from lora_inject.training.freeze import freeze_adapter
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -240,6 +241,30 @@ def test_several_adapters_keep_their_weights_and_all_of_them_train():
         freeze(model, "all")
 
 
+def test_freeze_is_about_the_adapter_in_use_its_layers_and_its_mode():
+    model = Net()
+    inject(model, "v_proj", r=2, adapter="a")
+    use(model)
+    inject(model, "q_proj", r=2, adapter="b")
+    freeze(model, "lora_only")
+    assert trainable_names(model) == {f"{name}_b" for name in ADAPTERS} | {
+        "layers.0.q_proj.bias", "layers.1.q_proj.bias",
+    }  # fmt: skip
+    assert Look(model).known == {"a": "none", "b": "lora_only"}
+
+
+def test_what_trains_in_place_belongs_to_one_that_counts_in_full():
+    apart, half = Net(), Net()
+    for name in "ab":
+        inject(apart, {"a": "q_proj", "b": "v_proj"}[name], r=2, adapter=name)
+    use(inject(half, "q_proj", r=2) and half, {"default": 0.5})
+    for model in (apart, half):
+        before = snapshot(model)
+        with pytest.raises(ArgumentError, match="belongs to one, with a weight of 1"):
+            freeze(model, "all")
+        assert snapshot(model) == before
+
+
 def test_what_one_owner_trained_in_place_trains_no_more_and_others_wait_as_they_were():
     model = Net()
     inject(model, "q_proj", r=2, adapter="a", train_also="head")
@@ -297,6 +322,28 @@ def test_loading_what_is_not_to_train_leaves_what_somebody_has_set_of_others(tmp
     before = trainable_names(model)
     load(model, tmp_path, adapter="a", trainable=False)
     assert trainable_names(model) == {name for name in before if not name.endswith("_a")}
+
+
+def test_freeze_freezes_again_what_somebody_has_let_train():
+    model = Net()
+    inject(model, "q_proj")
+    model.requires_grad_(True)
+    model(ids()).sum().backward()
+    model.layers[0].q_proj.lora_B.requires_grad_(False)
+    freeze(model)
+    assert trainable_names(model) == ADAPTERS
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == ADAPTERS
+
+
+def test_the_bias_mode_of_a_second_adapter_trains_what_it_says():
+    model = Net()
+    inject(model, "q_proj", adapter="a")
+    use(model)
+    inject(model, "v_proj", adapter="b", bias="all")
+    biases = {name for name, _ in model.named_parameters() if name.endswith(".bias")}
+    assert trainable_names(model) == biases | {
+        f"layers.{i}.v_proj.lora_{part}_b" for i in (0, 1) for part in "AB"
+    }
 
 
 def test_freeze_alone_leaves_frozen_biases_frozen():

@@ -82,6 +82,29 @@ def test_tied_layers_share_the_starting_values_of_inject(device):
         )
 
 
+def test_what_is_tied_and_trains_in_place_has_one_value_that_came():
+    def build(device):
+        with torch.device(device):
+            model = nn.ModuleDict({"fc": nn.Linear(4, 4), "embed": nn.Embedding(9, 4)})
+            model["head"] = nn.Linear(4, 9, bias=False)
+        model["head"].weight = model["embed"].weight
+        return model
+
+    model, base = build("meta"), build("cpu")
+    inject(model, "fc", r=2, train_also=["embed", "head"])
+    model.to_empty(device="cpu")
+    model["head"].weight = model["embed"].weight
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            model.get_parameter(name).copy_(parameter)
+    reset_lora_parameters(model)
+    with torch.no_grad():
+        model["head"].weight.fill_(7)
+    strip(model)
+    assert model["head"].weight is model["embed"].weight
+    assert torch.equal(model["head"].weight, base["head"].weight)
+
+
 def test_former_values_that_were_known_stay_as_they_were():
     model = nn.ModuleDict({"fc": nn.Linear(4, 4), "head": nn.Linear(4, 4)})
     model["head"].weight = nn.Parameter(model["head"].weight.to("meta"))
@@ -102,5 +125,6 @@ def test_what_was_taken_out_meanwhile_has_no_value_to_come():
     model.to_empty(device="cpu")
     for layer in (model.head, model.layers[0].q_proj):
         layer.bias = None
+    model.layers[1].q_proj.lora_1_b_bias_kept = None
     reset_lora_parameters(model)
     assert model.head.bias is model.layers[0].q_proj.bias is None
