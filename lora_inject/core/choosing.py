@@ -37,7 +37,7 @@ class Skip(NamedTuple):
     type: str
     pattern: str
     reason: str
-    wanted: bool = False
+    wanted: bool
 
 
 def choose(resolver: Resolver, argument: str = "targets") -> tuple[list[Site], list[Skip]]:
