@@ -90,6 +90,7 @@ def test_the_report_says_once_for_each_reason_what_was_not_adapted_and_what_is_t
     model = nn.ModuleDict({"q": nn.Linear(4, 4), "max": nn.Linear(4, 4), "also": nn.Linear(4, 4)})
     for name in ("max", "also"):
         model[name].forward = model[name].forward
+    model["also_head"] = nn.ModuleDict({"head": nn.Linear(4, 4)})  # which is left on purpose
     (note,) = inject(model, "all-linear", r=1).notes
     assert note.startswith("Not adapted: max and 1 more: ")
 
