@@ -263,8 +263,7 @@ def plan_for(
     )
     chosen, skips = choose(resolver)
     tables, more = choose_tables(resolver, chosen)
-    skips += more
-    sites = with_followers(resolver, [*chosen, *tables])
+    sites, skipped = with_followers(resolver, [*chosen, *tables]), (*skips, *more)
     require_apart(look, sites, in_full)
     require_parts_used(matcher, request.parts, sites)
     if content is not None:
@@ -277,8 +276,8 @@ def plan_for(
     require_one_owner(look, held.in_place)
     if held.joins:
         require_free_places(look, request.adapter, held.in_place)
-    held = held._replace(left={skip.path: skip.reason for skip in skips if skip.wanted})
-    return Plan(look, sites, tuple(skips), request.adapter, request.seed, held)
+    held = held._replace(left={skip.path: skip.reason for skip in skipped if skip.wanted})
+    return Plan(look, sites, skipped, request.adapter, request.seed, held)
 
 
 def _reported(now: Look, plan: Plan) -> Report:

@@ -291,7 +291,8 @@ def _is_number(value: Any) -> bool:
 
 def _integer(value: Any) -> int | None:
     """An integer of Python or of a library such as numpy; None of anything else."""
+    is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
     try:
-        return None if isinstance(value, bool) else operator.index(value)
+        return None if is_bool else operator.index(value)
     except TypeError:
         return None

@@ -5,7 +5,19 @@ import torch
 from helpers import Net, linears, snapshot
 from torch import nn
 
-from lora_inject import ArgumentError, LoRAInjectError, LoRAInjectWarning, inject, plan
+from lora_inject import (
+    ArgumentError,
+    LoRAInjectError,
+    LoRAInjectWarning,
+    NoMatchError,
+    disabled,
+    inject,
+    load,
+    merge,
+    plan,
+    save,
+    use,
+)
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -67,7 +79,9 @@ def test_a_plan_for_a_model_that_has_changed_since_is_refused():
 def test_the_report_says_once_for_each_reason_what_was_not_adapted_and_what_is_too_large():
     made = plan(linears("a", "b"), "all-linear", r=16)
     assert [site.path for site in made.oversized] == ["a", "b"]
-    assert plan(linears("a"), "a", r=1).oversized == []
+    assert plan(linears("a"), "a", r=2).oversized == []  # as many
+    with pytest.warns(LoRAInjectWarning, match="1 adapter with .* such as the model itself: 64"):
+        inject(nn.Linear(4, 4), nn.Linear, r=8)
     with pytest.warns(LoRAInjectWarning, match="2 adapters with more parameters.* such as a: 128"):
         notes = made.apply().notes
     assert len(notes) == 1
@@ -77,3 +91,49 @@ def test_the_report_says_once_for_each_reason_what_was_not_adapted_and_what_is_t
         model[name].forward = model[name].forward
     (note,) = inject(model, "all-linear", r=1).notes
     assert note.startswith("Not adapted: max and 1 more: ")
+
+
+def refused(model, message, targets="a", error=LoRAInjectError, **arguments):
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        plan(model, targets, r=1, adapter="new", **arguments)
+    assert snapshot(model) == before
+
+
+def test_what_the_state_of_a_model_forbids_is_refused():
+    model = linears("a", "b")
+    inject(model, "a", r=1)
+    with disabled(model):
+        refused(model, "inside a disabled block", "b")
+    merge(model)
+    refused(model, "merged", "b")
+
+
+def test_what_trains_in_place_has_one_owner_at_a_time(tmp_path):
+    model = linears("a", "b")
+    inject(model, "a", r=1, train_also="b")
+    save(model, tmp_path)
+    refused(model, "^'new' is to train .*'default' has trained", train_also="b")
+    load(model, tmp_path, adapter="new", other_base=True)  # which waits until it is used
+    use(model)
+    assert plan(model, "a", r=1, adapter="third", train_also="b").sites
+    parts = nn.ModuleDict({"one": linears("a", "b"), "two": linears("a", "b")})
+    parts["two"]["b"].weight = parts["one"]["b"].weight
+    inject(parts["one"], "a", r=1, train_also="b")
+    refused(parts["two"], "tied, and trained already through a part", train_also="b")
+
+
+def test_arguments_that_could_have_no_effect_are_refused():
+    refused(linears("a"), "^a: fixed='B': .* could never learn", fixed="B")
+    refused(linears("a", "b"), "^parts: 'b' selects no layer", error=NoMatchError,
+            parts={"b": ("q", "k")})  # fmt: skip
+
+
+def test_the_seed_of_a_plan_is_the_one_of_its_values():
+    assert plan(linears("a"), "a", r=1).seed is None
+    made = plan(linears("a"), "a", r=1, seed=3)
+    assert made.seed == 3
+    model, other = linears("a"), linears("a")
+    for each in (model, other):
+        inject(each, "a", r=1, seed=3)
+    assert torch.equal(model["a"].lora_A, other["a"].lora_A)

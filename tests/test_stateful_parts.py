@@ -246,11 +246,11 @@ class Parts(RuleBasedStateMachine):
                     who, s, key = adapter.name, adapter.settings, f"{path}.weight"
                     ((_, names),) = adapter.pairs
                     own = {role: self.values[path, name, who] for role, name in names.items()}
-                    delta = change(self.base[key], own, s.variant.name, s.scaling)
-                    deltas.append((key, delta * weights[who]))
-        for key, delta in deltas:
-            t[key] = t[key] + delta
-        return by_hand(t, IDS[row : row + 1])
+                    deltas.append((key, own, s.variant.name, s.scaling, weights[who]))
+        whole = dict(t)  # a change may be of what is trained in place, through another place of it
+        for key, own, variant, scaling, weight in deltas:
+            whole[key] = whole[key] + change(t[key], own, variant, scaling) * weight
+        return by_hand(whole, IDS[row : row + 1])
 
     def tied(self, key):
         """A tensor's name, or both of one that is tied."""

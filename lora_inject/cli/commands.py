@@ -16,6 +16,7 @@ from lora_inject.capacity.capacity import capacity
 from lora_inject.errors import ArgumentError
 from lora_inject.files.convert import convert as convert_file
 from lora_inject.files.convert import inspect as inspect_file
+from lora_inject.files.formats.peft_config import CONFIG as ADAPTER_CONFIG
 from lora_inject.inject import inject as adapt
 from lora_inject.plan import plan as plan_of
 from lora_inject.printing import show
@@ -114,6 +115,11 @@ def load_model(source: str) -> nn.Module:
         ArgumentError: there is no such file, module or function, or it makes no model.
     """
     path = Path(source)
+    if (path / ADAPTER_CONFIG).exists() and not (path / "config.json").exists():
+        raise ArgumentError(
+            f"MODEL: {source!r} holds an adapter, and not the config of a model.",
+            remedy="Give the base model's directory; lora-inject inspect shows an adapter.",
+        )
     if source and path.exists():
         return _from_config(path)
     if not _names_a_function(source):

@@ -14,6 +14,11 @@ from typing import Any
 from torch import Tensor, nn
 
 
+def is_of_transformers(model: nn.Module) -> bool:
+    """Whether a model is one of transformers, which knows how its checkpoint has it."""
+    return any(base.__module__ == "transformers.modeling_utils" for base in type(model).__mro__)
+
+
 def is_converted(model: nn.Module) -> bool:
     """Whether anything of a model is called or divided otherwise in its checkpoint."""
     return bool(_to_checkpoint(model))
@@ -76,7 +81,7 @@ def _to_checkpoint(model: nn.Module) -> list[Any]:
 
 def _conversions(model: nn.Module, add_legacy: bool) -> list[Any]:
     """The conversions from a checkpoint to a model of transformers; none of another's."""
-    if not any(base.__module__ == "transformers.modeling_utils" for base in type(model).__mro__):
+    if not is_of_transformers(model):
         return []
     try:
         mapping = import_module("transformers.conversion_mapping")

@@ -16,15 +16,17 @@ def with_followers(resolver: Resolver, sites: Sequence[Site]) -> tuple[Site, ...
 
     Raises:
         ArgumentError: targets choose several places of a tied weight with different settings.
+        UnsupportedLayerError: one of the places could not see the adapter.
     """
     if not resolver.matcher.look.tied:
         return tuple(sites)
     chosen = {(site.module, spec.weight): site for site in sites for spec in site.specs}
     followers: dict[tuple[nn.Module, str], Site] = {}
     for site in sites:
+        places = resolver.other_places(site)
         if (site.module, site.specs[0].weight) in followers:
             continue
-        for follower in resolver.followers(site):
+        for follower in (resolver.follower(site, *place) for place in places):
             key = (follower.module, follower.specs[0].weight)
             if key in chosen and _at(site.path, chosen[key].settings) != site.settings:
                 raise ArgumentError(

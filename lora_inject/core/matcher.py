@@ -172,7 +172,7 @@ class Matcher:
         it selects no layer: written for layers, it would otherwise catch every matrix on the way.
         """
         selected = [Target(named) for named in self._selected(pattern)]
-        exact = pattern.by_name and not pattern.wide
+        exact = pattern.last is not None
         if exact and not selected and "." in pattern.label:
             selected = [Target(named) for named in self._layers_by_matrix(pattern)]
         if exact or (pattern.by_name and not any(map(self.is_able, selected))):
@@ -184,9 +184,9 @@ class Matcher:
         return [
             named
             for named in self.named
-            if pattern.last in named.module._parameters and self.kind(named.module) is not None
             if self._matrices_of(named.module) == [pattern.last]
-            if any(pattern.names(f"{path}.{pattern.last}".lstrip(".")) for path in named.paths)
+            if any(pattern.names(path) for path in Target(named, pattern.last).paths)
+            if self.kind(named.module) is not None
         ]
 
     def _matrices_of(self, module: nn.Module) -> list[str]:
@@ -197,7 +197,7 @@ class Matcher:
 
     def no_match(self, pattern: Pattern) -> str:
         """The sentence for a pattern that selects nothing."""
-        names = [path for path in self.by_path if path] + [t.path for t in self.matrices]
+        names = [*self.by_path, *(target.path for target in self.matrices)]
         close = close_names(pattern.label, names) if pattern.by_name else []
         hint = f" Close names: {', '.join(close)}." if close else ""
         by_name = pattern.by_name and not pattern.label.startswith("re:")

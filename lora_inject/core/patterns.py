@@ -198,7 +198,7 @@ def _block(path: str) -> tuple[str, int] | None:
 
 def _from_the_end(blocks: nn.Module) -> dict[int, int]:
     """The negative index of each block."""
-    indices = sorted(int(name) for name in list(blocks._modules) if name.isdecimal())
+    indices = sorted(int(name) for name in blocks._modules if name.isdecimal())
     return {index: position - len(indices) for position, index in enumerate(indices)}
 
 
@@ -217,5 +217,5 @@ def braces(numbers: Iterable[int]) -> str:
 def close_names(wanted: str, names: Iterable[str], most: int = 4) -> list[str]:
     """The names most like the one that was asked for, best first."""
     depth = wanted.count(".") + 1
-    tails = {".".join(name.split(".")[-depth:]): None for name in sorted(names)}
+    tails = {".".join(name.split(".")[-depth:]): None for name in names}
     return difflib.get_close_matches(wanted, list(tails), n=most)

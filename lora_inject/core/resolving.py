@@ -19,10 +19,10 @@ from lora_inject.core.site import Refusal, Site
 from lora_inject.core.state import adapters_of
 from lora_inject.errors import AlreadyAdaptedError, ArgumentError, UnsupportedLayerError
 from lora_inject.kinds import Kind, Spec
-from lora_inject.kinds.base import Way, is_packed, is_plain
+from lora_inject.kinds.base import Way, is_packed
 from lora_inject.kinds.parameter import ParameterKind, layout_of
 from lora_inject.kinds.refusals import general_refusal, lazy_refusal, weight_refusal
-from lora_inject.own import own_class
+from lora_inject.own import Place, own_class
 from lora_inject.settings import Settings
 from lora_inject.sharding import is_distributed, is_placeholder, whole_numel
 from lora_inject.starts import Start
@@ -134,33 +134,44 @@ class Resolver:
             base_elements=_base_elements(weights, specs),
         )
 
-    def followers(self, site: Site) -> list[Site]:
-        """The sites of every other place where the weight is registered: all see one adapter.
+    def other_places(self, site: Site) -> list[Place]:
+        """Every other place where a weight of the site is registered: all see one adapter.
 
         Raises:
-            UnsupportedLayerError: one of them could not see it.
+            UnsupportedLayerError: the site has several weights, which share no adapter.
         """
-        name = site.specs[0].weight
-        weight, look = site.module._parameters.get(name), self.matcher.look
-        if id(weight) not in look.tied or len({spec.weight for spec in site.specs}) > 1:
-            return []
-        return [
-            self._follower(site, NamedModule(module, look.index.paths[module]), other)
-            for module, other in look.tensor_places[id(weight)]
+        look, own = self.matcher.look, site.module._parameters
+        names = dict.fromkeys(spec.weight for spec in site.specs)
+        others = [
+            (module, other)
+            for name in names
+            for module, other in look.tensor_places.get(id(own.get(name)), ())
             if (module, other) != (site.module, name) and other in module._parameters
             if module not in self.exclusions.excluded
         ]
+        if others and len(names) > 1:
+            raise UnsupportedLayerError(
+                f"one of its weights is {look.index.path(*others[0])} too, and a layer of several "
+                "weights shares no adapter.",
+                path=site.path,
+                remedy="Exclude one of the two, to leave it with the weight as it was.",
+            )
+        return others
 
-    def _follower(self, site: Site, named: NamedModule, name: str) -> Site:
+    def follower(self, site: Site, module: nn.Module, name: str) -> Site:
+        """The site of another place of the weight, which shares the adapter.
+
+        Raises:
+            UnsupportedLayerError: it could not see it.
+        """
+        named = NamedModule(module, self.matcher.look.index.paths[module])
         leader = site.specs[0]
-        target = Target(
-            named, None if name == "weight" and self.matcher.kind(named.module) else name
-        )
+        target = Target(named, None if name == "weight" and self.matcher.kind(module) else name)
         kind = self._kind(target, site.settings)
         own: Site | Refusal = Refusal("its shape tells no layout")
         if kind is not None:
             own = self._site(target, kind, site.settings, f"tied to {site.path}")
-        if isinstance(own, Refusal) or leader.part or named.module in self.exclusions.in_full:
+        if isinstance(own, Refusal) or leader.part or module in self.exclusions.in_full:
             reason = own.reason if isinstance(own, Refusal) else ""
             raise UnsupportedLayerError(
                 f"its {leader.weight} is tied to {name} of {target.path}, which cannot share the "
@@ -171,7 +182,7 @@ class Resolver:
         swapped = own.kind.transposes != site.kind.transposes
         spec = replace(leader, weight=name, swapped=swapped)
         if wrong := site.settings.variant.refusal(
-            own.kind, named.module, spec, own.way == "branch", site.settings.dropout
+            own.kind, module, spec, own.way == "branch", site.settings.dropout
         ):
             raise UnsupportedLayerError(
                 f"its {leader.weight} is tied to {name} of {target.path}: {wrong}",
@@ -229,9 +240,10 @@ def _specs(
 
 def _has_input(module: nn.Module, kind: Kind, way: Way, settings: Settings) -> bool:
     """Whether an adapter sees what its layer multiplies, on which dropout acts."""
-    specs = () if way == "branch" else kind.specs(module, settings)
-    drops = kind.drops_in_products and kind.multiplies(module, specs, settings.variant)
-    return way == "branch" or drops
+    return way == "branch" or (
+        kind.drops_in_products
+        and kind.multiplies(module, kind.specs(module, settings), settings.variant)
+    )
 
 
 def _method_refusal(
@@ -248,8 +260,7 @@ def _method_refusal(
         method = variant.argument if variant.more else f"init={start.name!r}"
         if is_distributed(weight) or is_placeholder(weight):
             return f"{method} needs its whole weight, which is sharded. Inject before that."
-        plain = is_plain(weight) and weight is module._parameters.get(spec.weight)
-        if not plain and (way == "weight" or not is_packed(weight)):
+        if not is_packed(weight) and weight is not module._parameters.get(spec.weight):
             return f"{method} needs the values of its weight, which is computed. Exclude it."
     return variant.refusal(kind, module, spec, way == "branch", settings.dropout) or start.refusal(
         kind, module, spec

@@ -120,9 +120,10 @@ class DoRA(Variant):
         return squares, lambda A_RI: W_OI @ A_RI.to(W_OI.dtype).mT
 
     def ratio(self, kind: LayerKind, layer: nn.Module, W: Tensor | None, c: Change) -> Tensor:
-        """``m / n``; a row of zeros stays one."""
-        n = self.lengths(kind, layer, W, c)
-        return c.tensors["magnitude"] / n.clamp_min(torch.finfo(n.dtype).tiny)
+        """``m / n``, n rounded as m is, so that they start alike; a row of zeros stays one."""
+        m = c.tensors["magnitude"]
+        n = self.lengths(kind, layer, W, c).to(m.dtype)
+        return m / n.clamp_min(torch.finfo(n.dtype).tiny)
 
     def add_to_output(
         self, kind: LayerKind, layer: nn.Module, x: Tensor, former: Tensor, y: Tensor, c: Change

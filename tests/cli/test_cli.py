@@ -1,6 +1,7 @@
 """The command line: what it prints, and one-line errors with exit code 2."""
 
 import contextlib
+import importlib.metadata
 import json
 import re
 import signal
@@ -211,13 +212,22 @@ def test_a_broken_config(tmp_path, capsys):
         assert capsys.readouterr().err.startswith("lora-inject: error: MODEL")
 
 
+def test_the_directory_of_an_adapter_is_no_model(tmp_path, capsys):
+    save(adapted()[0], tmp_path)
+    assert main(["plan", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "holds an adapter" in said
+    assert "lora-inject inspect" in said
+
+
 def test_without_a_command_it_says_what_there_is_and_its_version(capsys):
     assert main([]) == 0
     assert {"plan", "inspect", "convert", "demo"} <= set(capsys.readouterr().out.split())
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
     shown = capsys.readouterr().out
-    assert shown.startswith(f"lora_inject {lora_inject.__version__} (torch {torch.__version__}")
+    own, of_torch = lora_inject.__version__, importlib.metadata.version("torch")
+    assert shown.startswith(f"lora_inject {own} (torch {of_torch}")
 
 
 def test_words_of_options_are_those_of_the_library():

@@ -125,12 +125,34 @@ def test_what_is_named_so_can_be_adapted_by_its_name():
     model = odd_model()
     targets = {path: {"layout": "out_in"} if path == "pair.weight" else {} for path in MATRICES}
     assert len(plan(model, targets, r=2).sites) == len(MATRICES)
+    assert not plan(model, targets, r=2).skipped
     inject(model, targets, r=2)
     x = torch.randn(5, 8)
     randomize_adapters(model)
     for y in (model["lin"](x), model["own"](x), model["pair"](x, x)):
         y.sum().backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if "lin.lora" in n)
+
+
+def test_a_test_that_selects_is_asked_about_modules_alone():
+    asked, model = [], odd_model()
+
+    def fc(path, module):
+        asked.append(path)
+        return path == "own.fc"
+
+    assert not plan(model, fc, r=1).skipped
+    assert sorted(asked) == sorted(path for path, _ in model.named_modules())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_the_matrix_of_a_scripted_module_is_named_with_what_to_do():
+    model = nn.ModuleDict({"lin": torch.jit.script(OtherLinear()), "fc": nn.Linear(8, 8)})
+    (skip,) = plan(model, r=2).skipped
+    assert skip.path == "lin.weight"
+    assert "Adapt it before scripting" in skip.reason
+    with pytest.raises(NoMatchError, match=r"Names that can be adapted: fc\.$"):
+        plan(model, "lin", r=2)  # and no matrix of it
 
 
 def test_the_only_matrix_of_a_layer_is_the_layer():

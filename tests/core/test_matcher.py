@@ -17,9 +17,9 @@ def model():
     return own
 
 
-def said(targets, **arguments):
+def said(targets, own=None, **arguments):
     with pytest.raises(NoMatchError) as caught:
-        plan(model(), targets, r=1, **arguments)
+        plan(own or model(), targets, r=1, **arguments)
     return str(caught.value)
 
 
@@ -44,6 +44,7 @@ def test_a_test_is_asked_about_modules_of_the_model_alone():
 
 
 def test_only_what_is_a_name_has_close_names_and_only_an_expression_is_called_one():
+    assert said(fc).startswith("targets: 'fc()' matches nothing.")
     for targets in (fc, nn.GRU, "re:(fc|head)$x"):
         assert "Close names" not in said(targets)
         assert "expression" not in said(targets)
@@ -53,12 +54,19 @@ def test_only_what_is_a_name_has_close_names_and_only_an_expression_is_called_on
     assert "expression" not in said("haed")
 
 
+def test_close_names_have_as_many_components_as_the_name_and_are_four_at_most():
+    own = nn.ModuleDict({"net": nn.ModuleDict({"trunk": model()})})
+    assert "Close names: trunk.head, trunk." in said("trunk.haed", own=own)
+    own = nn.ModuleDict({f"head{i}": nn.Linear(4, 4) for i in range(5)})
+    assert "Close names: head4, head3, head2, head1. Names" in said("head", own=own)
+
+
 def test_a_part_without_floating_point_parameters_cannot_train():
     own = model()
     own["norm"], own["ids"] = nn.LayerNorm(4, elementwise_affine=False), nn.Module()
     own["ids"].register_parameter("ids", nn.Parameter(torch.arange(3), requires_grad=False))
     for part in ("norm", "ids", "act"):
-        with pytest.raises(NoMatchError, match=f"'{part}' selects no module with parameters"):
+        with pytest.raises(NoMatchError, match=f"^{part}: train_also: '{part}' selects no module"):
             plan(own, "fc", r=1, train_also=part)
     assert list(plan(own, "fc", r=1, train_also="[hni]*").train_also) == ["head"]
 
@@ -76,7 +84,9 @@ def test_a_container_names_the_matrices_that_it_holds_and_that_can_be_adapted():
 def test_what_is_said_of_a_part_that_is_not_there(argument):
     """The parts where nothing is like it; else the close names, or that it is a parameter."""
     parts, parameter = "There are head, fc.", "It names a parameter; name the module that owns it."
-    assert parts in said("fc", **{argument: "nowhere"})
+    text = said("fc", **{argument: "nowhere"})
+    assert text.startswith(f"{argument}: 'nowhere' matches nothing.")
+    assert parts in text
     assert said("fc", **{argument: "haed"}).endswith("Close names: head.")
     for pattern in ("mixing", "*ix*"):
         text = said("fc", **{argument: pattern})
@@ -91,13 +101,22 @@ def test_names_are_listed_up_to_a_number():
     assert few(names[:3], 2) == "n0, n1 and 1 more"
     with pytest.raises(NoMatchError, match="Names that can be adapted: none"):
         inject(nn.Sequential(nn.ReLU()), "fc")
+    own = nn.ModuleDict({f"n{i:02}": nn.Linear(4, 4) for i in range(21)})
+    with pytest.raises(NoMatchError, match=r": n00, .*, n19 and 1 more\.$"):
+        plan(own, "fc", r=1)
+    with pytest.raises(NoMatchError, match=r"There are n00, .*, n07 and 13 more\.$"):
+        plan(own, "n00", r=1, exclude="nowhere")
 
 
 def test_a_parameter_is_told_by_its_path_and_shape_and_a_layer_by_its_class():
-    shown = plan(model(), ["mixing", "fc"], r=1)
+    own = model()
+    own["X"] = model()
+    shown = plan(own, ["mixing", "fc"], r=1)
     assert {(site.path, site.type) for site in shown.sites} == {
         ("mixing", "Parameter (4, 4)"),
+        ("X.mixing", "Parameter (4, 4)"),
         ("fc", "Linear"),
+        ("X.fc", "Linear"),
     }
 
 

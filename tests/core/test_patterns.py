@@ -44,6 +44,7 @@ def test_a_name_matches_whole_components_from_the_right():
     assert paths(model, "q_proj") == ["a.q_proj", "vision.q_proj"]
     assert paths(model, "a.q_proj") == ["a.q_proj"]
     assert paths(model, "vision.q_proj") == ["vision.q_proj"]
+    assert paths(tree("X.Xq", "a.X"), ["X", "Xq"]) == ["X.Xq", "a.X"]
 
 
 @given(path, path)
@@ -85,6 +86,10 @@ def test_all_linear_leaves_the_head():
     (skip,) = plan(model, "all-linear").skipped
     assert (skip.path, skip.reason) == ("head", "output head (by its name)")
     assert "head" in paths(model, ["all-linear", "head"])
+    assert not plan(model, ["all-linear", "head"]).skipped
+    assert paths(model, "*", exclude="all-linear") == ["embed"]
+    with pytest.raises(NoMatchError, match="train_also: 'all-linear' matches nothing"):
+        plan(model, "head", train_also="all-linear")
 
 
 def test_all_linear_knows_a_tied_head():
@@ -139,8 +144,9 @@ def test_exclude_takes_whole_subtrees_and_the_same_grammar():
         plan(Net(), "q_proj", exclude="layers.7")
     with pytest.raises(NoMatchError, match="excluded by 'layers'"):
         plan(Net(), "q_proj", exclude="layers")
-    with pytest.raises(ArgumentError, match="exclude"):
-        plan(Net(), "q_proj", exclude={"q_proj": {"r": 2}})
+    for argument in ("exclude", "train_also"):
+        with pytest.raises(ArgumentError, match=f"^{argument} takes patterns without settings"):
+            plan(Net(), "q_proj", **{argument: {"q_proj": {"r": 2}}})
 
 
 def test_layers_keeps_blocks():
@@ -221,7 +227,7 @@ def test_a_regular_expression_is_stopped():
 def test_targets_that_are_no_patterns(targets):
     model = Net()
     before = snapshot(model)
-    with pytest.raises(ArgumentError, match="targets"):
+    with pytest.raises(ArgumentError, match=r"^targets"):
         inject(model, targets)
     assert snapshot(model) == before
 

@@ -137,3 +137,39 @@ def test_a_layer_that_is_adapted_in_parts_shares_nothing():
     model["other"].weight = model["qkv"].weight
     with pytest.raises(UnsupportedLayerError, match=r"weight of other.*adapted in parts"):
         inject(model, "qkv", r=1, parts={"qkv": ("q", "k", "v")})
+
+
+def test_a_layer_of_several_weights_follows_with_one_of_them_and_leads_with_none():
+    for first in ("lin", "lstm"):
+        layers = {"lin": nn.Linear(4, 16, bias=False), "lstm": nn.LSTM(4, 4)}
+        model = nn.ModuleDict({first: layers[first], **layers})
+        model["lstm"].weight_ih_l0 = model["lin"].weight
+        for targets in ("lstm", ["lin", "lstm"]):
+            with pytest.raises(UnsupportedLayerError, match=r"^lstm: .* is lin\.weight too"):
+                plan(model, targets, r=1)
+        assert [site.path for site in plan(model, "lstm", r=1, exclude="lin").sites] == ["lstm"]
+        inject(model, "lin", r=1)
+        randomize_adapters(model)
+        assert torch.equal(model["lstm"].weight_ih_l0, model["lin"].lora_B @ model["lin"].lora_A
+                           + model["lin"].weight)  # fmt: skip
+
+
+def test_a_weight_of_no_known_layer_follows_and_a_buffer_stays():
+    model = nn.ModuleDict({"lin": nn.Linear(4, 4), "other": nn.Module(), "buffer": nn.Module()})
+    model["other"].weight = model["lin"].weight
+    model["buffer"].register_buffer("weight", model["lin"].weight)
+    inject(model, "lin", r=1)
+    randomize_adapters(model)
+    W = model["lin"].weight
+    assert torch.equal(model["other"].weight, W + model["lin"].lora_B @ model["lin"].lora_A)
+    assert model["buffer"].weight is W
+
+
+def test_the_rows_of_a_tied_weight_are_scaled_in_it_whatever_its_layers_do():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * (x @ self.weight.t())
+
+    model = nn.ModuleDict({"a": Doubled(4, 4), "b": Doubled(4, 4)})
+    model["b"].weight = model["a"].weight
+    assert len(plan(model, "a", r=1, variant="dora", how="weight").sites) == 2

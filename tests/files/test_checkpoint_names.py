@@ -133,6 +133,17 @@ def test_experts_that_were_taken_apart_are_put_together_as_they_were(name, tmp_p
     assert all(torch.equal(v, dict(again.named_parameters())[k]) for k, v in own.items())
 
 
+def test_experts_inside_of_a_model_of_ones_own_stay_in_one_and_a_warning_says_so(tmp_path):
+    model = torch.nn.ModuleDict({"inner": built(mixtral)})
+    inject(model, [GATE_UP, "q_proj"], r=2)
+    randomize_adapters(model)
+    with pytest.warns(UserWarning, match="inner.*gate_up_proj.*no model of transformers"):
+        save(model, tmp_path, portable=True)
+    assert any(key.endswith("experts.lora_A.weight") for key in load_file(tmp_path / SAFE))
+    base = torch.nn.ModuleDict({"inner": built(mixtral)})
+    assert_same(ours(base, tmp_path), strip(model, merge=True).state_dict(), base)
+
+
 @pytest.mark.client("peft")
 @pytest.mark.parametrize("name", OLD)
 def test_experts_of_transformers_4_load_as_peft_loads_them(name, tmp_path):

@@ -199,6 +199,14 @@ WARNINGS = ["ignore:The .grad attribute of a Tensor that is not a leaf",
             "ignore:Dynamo detected a call to a `functools.lru_cache`"]  # fmt: skip
 
 
+def require_compilable(way, dtype):
+    """In float32 some versions of transformers have a backward pass that loops over values."""
+    own = torch.ops.transformers
+    loops = hasattr(own, "grouped_mm_fallback") and not hasattr(own, "grouped_mm_fallback_backward")
+    if loops and (way, dtype) == ("grouped_mm", torch.float32):
+        pytest.skip("this transformers cannot be compiled there, without adapters either")
+
+
 @pytest.fixture
 def afresh():
     torch.compiler.reset()
@@ -212,6 +220,7 @@ def afresh():
 @pytest.mark.parametrize("way", ["eager", "batched_mm", "grouped_mm"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compiled(family, way, dtype, build):
+    require_compilable(way, dtype)
     model, args = build(family, way, dtype), inputs(dtype)
     inject(model, NAMES, r=3)
     randomize_adapters(model, 0.1)
@@ -234,6 +243,7 @@ def test_compiled(family, way, dtype, build):
 def test_compiled_experts_make_and_keep_no_weight_where_a_compiler_follows_their_products(
     family, way, dtype, followed, build
 ):
+    require_compilable(way, dtype)
     model, args = build(family, way, dtype), inputs(dtype)
     size, made, kept = E * H * M, [], []
     said = "In their weight under torch.compile, and not in products: gate_up_proj and 1 more"

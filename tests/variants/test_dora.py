@@ -182,6 +182,17 @@ def test_a_dead_row_stays_the_base():
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("how", ["auto", "weight"])
+@pytest.mark.parametrize("variant", ["dora", "dora_columns", "dora_lokr"])
+def test_a_narrower_magnitude_starts_at_the_lengths_of_a_wider_base(variant, how):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 5), nn.Conv1d(5, 6, 1)).double()
+    x = torch.randn(5, 7, dtype=torch.float64)
+    expected = model(x)
+    inject(model, ["0", "1"], r=2, variant=variant, how=how, dtype=torch.float32)
+    assert torch.equal(model(x), expected)
+
+
 class Own(nn.Linear):
     def forward(self, x):
         return F.linear(x, self.weight, self.bias) + x

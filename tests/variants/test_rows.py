@@ -314,7 +314,8 @@ def test_a_state_dict_holds_what_is_added():
 
 @pytest.mark.parametrize(
     ("ids", "message"),
-    [([], "must be ids"), ([3, 3], "some with 3 in it twice"), ([-1, 2], "from 0 on"),
+    [([], r"^rows\['emb'\] must be ids .*, not \[\]\."), ([3, 3], "some with 3 in it twice"),
+     ([-1, 2], "from 0 on"), ([2**31], "must be ids"), ([2**31 - 1], "asks for 2147483647"),
      ([True], "must be ids"), ([1.5], "must be ids"), (7, "must be ids"), ("ab", "must be ids"),
      (None, "must be ids"), ([2**40], "must be ids"),
      ([8, 9, 11], r"emb: it has 9 rows, from 0 on, and rows= asks for 9, 11\. Resize it first")],
@@ -352,6 +353,7 @@ def test_what_has_no_rows_or_two_adapters_in_one_is_refused():
     refused("rows: 'embed' matches nothing. Close names: emb", rows={"embed": IDS})
     refused("rows: 'emb' chooses nothing.*excluded", rows={"emb": IDS}, exclude="emb")
     refused("rows must be a mapping", rows=["emb"])
+    refused(r"^rows\[''\] holds an empty string", rows={"": IDS})
     refused("selects only layers", rows={"emb": IDS, nn.Embedding: [1]})
     refused("targets is empty", rows={})
     refused("to be adapted and to train in full", rows={"emb": IDS}, train_also="emb")
