@@ -133,6 +133,13 @@ def test_only_adapters_in_use_train_unless_asked():
         lora_parameters(model)
 
 
+def test_what_is_fixed_does_not_train_when_its_adapter_is_in_use_again():
+    model = linears("a")
+    inject(model, "a", r=1, fixed="A")
+    use(use(model), "default")
+    assert trainable_names(model) == {"a.lora_B"}
+
+
 @pytest.mark.parametrize("bias", ["none", "lora_only"])
 def test_use_says_what_trains_whatever_somebody_has_set_since(bias):
     model = linears("a")
@@ -140,8 +147,10 @@ def test_use_says_what_trains_whatever_somebody_has_set_since(bias):
     layer = model["a"]
     for train in (None, "default"):
         layer.lora_A.requires_grad_(False)
+        layer.lora_B.grad = torch.ones_like(layer.lora_B)
         use(model, "default", train=train)
         assert layer.lora_A.requires_grad
+        assert layer.lora_B.grad is not None  # it trains on
 
 
 def test_an_adapter_that_is_not_in_use_does_not_change_in_training():

@@ -120,3 +120,13 @@ def test_what_stands_in_is_as_the_place_is_now_or_as_the_former_value():
     assert model["fc"].bias.dtype == model["norm"].running_var.dtype == torch.float64
     assert torch.equal(model["norm"].running_mean, torch.zeros(3))
     assert model["plain"].running_mean is None
+
+
+def test_a_list_that_an_lstm_keeps_of_its_weights_follows_what_stands():
+    model = nn.ModuleDict({"lstm": nn.LSTM(3, 4), "out": nn.Linear(4, 4)})
+    lstm = model["lstm"]
+    inject(model, "out", r=1, bias="all")
+    for names in ((), ("default",), ()):
+        use(model, *names)
+        kept = zip(lstm._flat_weights, lstm._flat_weights_names, strict=True)
+        assert all(tensor is lstm._parameters[name] for tensor, name in kept)

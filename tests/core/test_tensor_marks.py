@@ -22,6 +22,7 @@ from lora_inject import (
     strip,
     use,
 )
+from lora_inject.training.freeze import freeze_adapter
 
 pytestmark = pytest.mark.cpu("it is about states, not values")
 
@@ -136,12 +137,19 @@ def test_a_shared_pair_trains_while_one_of_its_places_does():
     inject(model, "embed", r=1)
     A = model.a["embed"].lora_A
     assert A is model.b["out"].lora_A
-    use(model.a)
-    assert A.requires_grad  # of b
+    for _ in range(2):
+        use(model.a)
+        assert A.requires_grad  # of b
     use(model.b)
     assert not A.requires_grad
     use(model.a, "default")
     assert A.requires_grad
+    use(model.b, "default")
+    freeze_adapter(model.a, "default")
+    assert A.requires_grad
+    freeze_adapter(model.b, "default")
+    assert not A.requires_grad
+    use(model.a, "default")
     strip(model.a)
     assert not A.requires_grad
 

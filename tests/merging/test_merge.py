@@ -28,6 +28,7 @@ from lora_inject import (
     unmerge,
     use,
 )
+from lora_inject.core.state import state_of
 from lora_inject.own import own_tensor
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -407,3 +408,49 @@ def test_without_adapters_in_use_there_is_nothing_to_merge():
     use(model)
     with pytest.raises(LoRAInjectError, match="no adapters in use to merge"):
         merge(model)
+
+
+def test_a_block_ends_what_it_has_merged_and_is_merged_still():
+    model = nn.Sequential(nn.Linear(4, 4))
+    for name in "ab":
+        inject(model, "0", r=2, adapter=name)
+    use(model, "a", "b")
+    randomize_adapters(model, names="ab")
+    before, x = snapshot(model), torch.randn(2, 4)
+    output = model(x)
+    with merged(model, "a"):
+        merge(model, "b")
+    assert state_of(model[0]).merged.adapters == {"b"}
+    torch.testing.assert_close(model(x), output)
+    with disabled(model), pytest.raises(LoRAInjectError, match="inside a disabled block"):
+        unmerge(model)
+    unmerge(model)
+    with merged(model):
+        unmerge(model)
+    assert changed_parts(before, snapshot(model)) == []
+    with merged(model):
+        strip(model)
+    assert awake(model) == 0
+
+
+def test_a_weight_whose_sum_alone_is_not_finite_is_merged():
+    layer = nn.Linear(4, 4)
+    with torch.no_grad():
+        layer.weight.fill_(3e38)
+    inject(layer, nn.Linear, r=1)
+    assert [lost for _, _, lost in merge(layer).weights] == [0.0]
+    assert layer.weight.isfinite().all()
+
+
+def test_adapters_of_16_bits_are_added_up_in_32():
+    layer = nn.Linear(8, 8)
+    for name in "ab":
+        inject(layer, nn.Linear, r=2, adapter=name, dtype=torch.bfloat16)
+    use(layer, "a", "b")
+    randomize_adapters(layer, 0.5, names="ab")
+    exact = layer.weight.detach().clone()
+    for name in "ab":
+        A, B = (layer.get_parameter(f"lora_{of}_{name}").detach().float() for of in "AB")
+        exact += B @ A
+    merge(layer)
+    torch.testing.assert_close(layer.weight.detach(), exact, rtol=0, atol=1e-6)
