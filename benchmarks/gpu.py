@@ -174,7 +174,8 @@ def _at_most(limit: float) -> Iterator[None]:
         raise TimeoutError(f"stopped after {limit:.0f} seconds")
 
     handler = signal.signal(signal.SIGALRM, stop)
-    timer = signal.setitimer(signal.ITIMER_REAL, limit)
+    # And again each second: what is raised while garbage is collected is lost.
+    timer = signal.setitimer(signal.ITIMER_REAL, limit, 1)
     try:
         yield
     finally:
