@@ -106,9 +106,11 @@ def require_restorable(module: nn.Module, trained: Trained) -> None:
     """Refuse a place of a module whose former value cannot come back."""
     tensor, former = own_tensor(module, trained.name), trained.former
     what = f"the former value of {trained.text(module)}"
-    if trained.is_parameter and tensor is None:
+    places = module._parameters if trained.is_parameter else module._buffers
+    if trained.name not in places or (trained.is_parameter and tensor is None):
+        kind = "parameter" if trained.is_parameter else "buffer"
         raise LoRAInjectError(
-            f"{what} has no place any more: it is no parameter of its module now.",
+            f"{what} has no place any more: it is no {kind} of its module now.",
             remedy="Undo what replaced it (a parametrization, say) first.",
         )
     if former is not None and former.is_meta and tensor is not None and not tensor.is_meta:

@@ -373,3 +373,16 @@ def test_what_is_in_use_stays_with_its_weight_when_the_first_adapter_is_gone(tmp
     assert model[0].bias is own
     assert torch.equal(own, bias)
     assert torch.equal(model[1].running_mean, moved)
+
+
+def test_a_buffer_that_is_gone_is_told_before_strip_changes_anything():
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    inject(model, "0", r=1, train_also="1")
+    del model[1].running_mean
+    before = snapshot(model)
+    with pytest.raises(LoRAInjectError, match=r"running_mean of .*it is no buffer of its module"):
+        strip(model)
+    assert not changed_parts(before, snapshot(model))
+    model[1].register_buffer("running_mean", torch.ones(3))
+    strip(model)
+    assert torch.equal(model[1].running_mean, torch.zeros(3))
