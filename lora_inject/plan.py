@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any, ParamSpec
 
@@ -67,12 +67,12 @@ class Plan(Shown):
         content: what trains besides A and B, and the values where they are known already.
     """
 
-    look: Look = field(repr=False)
+    look: Look
     sites: tuple[Site, ...]
     skipped: tuple[Skip, ...]
     adapter: str
     seed: int | None
-    content: Content = field(repr=False)
+    content: Content
 
     @property
     def model(self) -> nn.Module:
