@@ -723,3 +723,13 @@ def test_a_gradient_that_a_switch_kept_goes_with_its_adapter():
     assert model[0].bias.grad is None
     strip(model)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("adapters", [["a"], ["a", "b"], []])
+def test_switching_leaves_modes_as_somebody_has_set_them(adapters):
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    inject(model, "0", r=1, adapter="a", train_also="1")
+    inject(model, "0", r=1, adapter="b")
+    model.eval()
+    use(model, *adapters)
+    assert not any(module.training for module in model.modules())

@@ -9,6 +9,7 @@ from lora_inject.changes.edits import (
     attribute_edit,
     items_edits,
     put_members,
+    put_parameter,
     run,
     surely,
     undo,
@@ -55,6 +56,28 @@ def test_undo_goes_on_however_often_it_is_interrupted(interrupts):
 
     undo([(put, None, None, "first", None), (put, None, None, "second", None)])
     assert done == ["second", "first"]
+
+
+def test_undo_gives_up_on_what_never_succeeds():
+    tries = []
+
+    def put(target, key, value):
+        tries.append(value)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        undo([(put, None, None, "old", None)])
+    assert len(tries) == _TRIES + 1
+
+
+def test_a_class_that_keeps_lists_of_its_parameters_hears_of_another():
+    lstm, plain = nn.LSTM(2, 2), nn.Linear(2, 2)
+    new = nn.Parameter(torch.zeros_like(lstm.weight_ih_l0))
+    put_parameter(lstm, "weight_ih_l0", new)
+    assert lstm._flat_weights[0] is lstm.weight_ih_l0 is new
+    local = torch.zeros(2, 2)  # what tools put there need be no Parameter
+    put_parameter(plain, "weight", local)
+    assert plain.weight is local
 
 
 def test_what_has_to_be_done_is_done_once_and_tells_what_was_raised_first():

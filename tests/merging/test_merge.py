@@ -454,3 +454,28 @@ def test_adapters_of_16_bits_are_added_up_in_32():
         exact += B @ A
     merge(layer)
     torch.testing.assert_close(layer.weight.detach(), exact, rtol=0, atol=1e-6)
+
+
+def test_merging_leaves_parts_alone_that_do_not_use_the_adapter():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    inject(model, nn.Linear, r=2, adapter="a")
+    inject(model, nn.Linear, r=2, adapter="b")
+    randomize_adapters(model)
+    use(model[0], "a")
+    use(model[1], "b")
+    x = torch.randn(3, 4)
+    expected = model(x)
+    merge(model, "a")
+    assert (state_of(model[0]).merged.adapters, state_of(model[1]).merged) == ({"a"}, None)
+    assert torch.allclose(model(x), expected, atol=1e-6)
+    unmerge(model)
+    merge(model)
+    assert [state_of(layer).merged.adapters for layer in model] == [{"a"}, {"b"}]
+
+
+def test_a_model_whose_layers_were_replaced_is_told_which():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    inject(model, "0", r=2)
+    model[0] = nn.Linear(4, 4)
+    with pytest.raises(LoRAInjectError, match="no adapters any more: 0 "):
+        merge(model)

@@ -1,6 +1,8 @@
 """What trains: bias modes, modules in full, and gradients that are dropped."""
 
+import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -420,3 +422,54 @@ def test_what_was_taken_out_altogether_is_missed_no_more_after_freeze():
     with pytest.warns(LoRAInjectWarning, match="^b had something"):
         freeze(model)
     lora_parameters(model)
+
+
+def test_an_adapter_gets_its_own_values_of_what_another_trained_in_place():
+    model = Net()
+    inject(model, "q_proj", r=2, adapter="a", train_also="head")
+    inject(model, "v_proj", r=2, adapter="b")
+    base = model.head.weight.detach().clone()
+    use(model, "a")
+    train_steps(model, ids())
+    trained = model.head.weight.detach().clone()
+    use(model, "b")
+    freeze(model, train_also="head")
+    assert torch.equal(model.head.weight, base)
+    train_steps(model, ids())
+    assert not torch.equal(model.head.weight, base)
+    use(model, "a")
+    assert torch.equal(model.head.weight, trained)
+    strip(model)
+    assert torch.equal(model.head.weight, base)
+
+
+def test_statistics_of_an_adapter_that_waits_are_no_parameters_after_freeze():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    inject(model, "0", r=1, adapter="a", train_also="1")
+    inject(model, "0", r=1, adapter="b")
+    use(model, "b")
+    freeze(model)
+    use(model, "a")
+    assert not any(buffer.requires_grad for buffer in model.buffers())
+    owners = [t.owners for _, t in Look(model).trained if not t.is_parameter]
+    assert owners == [{"a": False}] * 3
+
+
+def test_a_frozen_model_is_copied_and_pickled():
+    model = Net()
+    inject(model, "q_proj", r=2, adapter="a", train_also="head")
+    inject(model, "v_proj", r=2, adapter="b")
+    use(model, "b")
+    freeze(model)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        use(again, "a")
+        assert again.head.weight.requires_grad
+        assert report(again).trainable == report(use(copy.deepcopy(model), "a")).trainable
+
+
+def test_a_plain_model_keeps_its_modules_as_they_are():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    before = vars(model[0]).keys()
+    freeze(model)
+    assert vars(model[0]).keys() == before
+    assert not model[0]._forward_hooks | model[0]._forward_pre_hooks
