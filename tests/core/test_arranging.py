@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import linears
+from helpers import Faults, linears
 from torch import nn
 
 from lora_inject import inject, remove, strip, use
@@ -130,3 +130,18 @@ def test_a_list_that_an_lstm_keeps_of_its_weights_follows_what_stands():
         use(model, *names)
         kept = zip(lstm._flat_weights, lstm._flat_weights_names, strict=True)
         assert all(tensor is lstm._parameters[name] for tensor, name in kept)
+
+
+@pytest.mark.parametrize("at", range(0, 14, 2))
+def test_buffers_that_no_state_dict_has_stay_so_when_a_change_fails(at):
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    for name in list(model[1]._buffers):
+        model[1].register_buffer(name, model[1]._buffers.pop(name), persistent=False)
+    inject(model, "0", r=1, adapter="a", train_also="1")
+    inject(model, "0", r=1, adapter="b")
+    keys, unsaved = [*model.state_dict()], set(model[1]._non_persistent_buffers_set)
+    with Faults(at), pytest.raises(RuntimeError, match="no"):
+        use(model, "b")
+    assert ([*model.state_dict()], model[1]._non_persistent_buffers_set) == (keys, unsaved)
+    use(model, "b")
+    assert not any("running" in key for key in model.state_dict())

@@ -386,3 +386,13 @@ def test_a_buffer_that_is_gone_is_told_before_strip_changes_anything():
     model[1].register_buffer("running_mean", torch.ones(3))
     strip(model)
     assert torch.equal(model[1].running_mean, torch.zeros(3))
+
+
+def test_what_another_adapter_has_lost_is_not_in_the_way():
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    inject(model, "0", r=1, adapter="a")
+    inject(model, "0", r=1, adapter="b", train_also="1")
+    del model[1].running_mean
+    remove(model, "a")
+    with pytest.raises(LoRAInjectError, match="running_mean"):
+        remove(model, "b")

@@ -479,3 +479,36 @@ def test_a_model_whose_layers_were_replaced_is_told_which():
     model[0] = nn.Linear(4, 4)
     with pytest.raises(LoRAInjectError, match="no adapters any more: 0 "):
         merge(model)
+
+
+def test_each_weight_of_a_layer_gets_what_is_its_own():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.W, self.V = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(2, 3))
+
+        def forward(self, x):
+            return x @ self.W.T @ self.V.T
+
+    model = nn.ModuleDict({"two": Two()})
+    inject(model, "two.W", r=2, alpha=1, adapter="a")
+    inject(model, "two.V", r=2, alpha=8, adapter="b")
+    randomize_adapters(model)
+    use(model, "a", "b")
+    x = torch.randn(5, 4)
+    expected = model["two"](x)
+    merge(model)
+    assert torch.allclose(model["two"](x), expected, atol=1e-5)
+
+
+def test_a_change_of_the_former_weight_that_is_merged_already_is_in_nobodys_way():
+    model = nn.Sequential(nn.Linear(4, 4))
+    inject(model, "0", r=2, adapter="a", variant="dora")
+    inject(model, "0", r=2, adapter="b")
+    randomize_adapters(model)
+    use(model, "a", "b")
+    x = torch.randn(3, 4)
+    expected = model(x)
+    merge(model, "a")
+    merge(model, "b")
+    assert torch.allclose(model(x), expected, atol=1e-6)

@@ -473,3 +473,14 @@ def test_a_plain_model_keeps_its_modules_as_they_are():
     freeze(model)
     assert vars(model[0]).keys() == before
     assert not model[0]._forward_hooks | model[0]._forward_pre_hooks
+
+
+@pytest.mark.parametrize("bias", ["all", "none"])
+def test_freeze_says_what_trains_of_layers_with_more_than_a_and_b(bias):
+    model = linears("a")
+    inject(model, "a", r=1, bias="all")
+    model["a"].lora_A.requires_grad_(False)
+    model["a"].bias.requires_grad_(False)
+    freeze(model, bias=bias)
+    assert model["a"].lora_A.requires_grad
+    assert model["a"].bias.requires_grad is (bias == "all")
