@@ -172,7 +172,7 @@ class Matcher:
         it selects no layer: written for layers, it would otherwise catch every matrix on the way.
         """
         selected = [Target(named) for named in self._selected(pattern)]
-        exact = pattern.last is not None
+        exact = pattern.by_name and not pattern.wide  # those of files have no last component
         if exact and not selected and "." in pattern.label:
             selected = [Target(named) for named in self._layers_by_matrix(pattern)]
         if exact or (pattern.by_name and not any(map(self.is_able, selected))):
