@@ -15,16 +15,14 @@ from torch import Tensor, nn
 from lora_inject.compat.conversions import (
     in_checkpoint,
     is_converted,
-    is_of_transformers,
     names_in_checkpoint,
     names_in_model,
 )
 from lora_inject.core.paths import bare_key
-from lora_inject.errors import FormatError, warn
+from lora_inject.errors import FormatError
 from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.one_place import Given, is_repeated_pair
 from lora_inject.files.packed import fused_weights
-from lora_inject.printing import few
 from lora_inject.variants import SCALINGS
 
 _END = ".weight"
@@ -50,8 +48,7 @@ def as_in_checkpoint(
 ) -> AdapterData:
     """The same updates by the names of the checkpoint, with a pair for each expert.
 
-    Of a model whose checkpoint has the same names and the same tensors, the adapter as it is. A
-    warning says where nobody knows whether that is so.
+    Of a model whose checkpoint has the same names and the same tensors, the adapter as it is.
 
     Args:
         data: an adapter by the names of the model.
@@ -59,7 +56,6 @@ def as_in_checkpoint(
         modules: its modules by path.
     """
     if not is_converted(model):
-        _warn_of_unknown_experts(data, model)
         return data
     pieces = _pieces(model, _fused(modules))
     names = _Names(model, modules)
@@ -82,17 +78,6 @@ def as_in_checkpoint(
         train_also=tuple(map(names.of, data.train_also)),
         modules=None if data.modules is None else known,
     )
-
-
-def _warn_of_unknown_experts(data: AdapterData, model: nn.Module) -> None:
-    """Warn of experts that stay one tensor in a model that does not say how checkpoints have it."""
-    fused = [pair.name for pair in data.pairs if pair.form == "experts" and pair.A.dim() == 3]
-    if fused and not is_of_transformers(model):
-        warn(
-            f"{few(fused)}: the file has all experts of a layer in one. Engines read them one by "
-            f"one, by names that {type(model).__name__} cannot tell, which is no model of "
-            "transformers: for these, inject into that model itself, inside of it, and save that."
-        )
 
 
 def differs_in_checkpoint(

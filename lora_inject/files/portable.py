@@ -8,15 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.arithmetic.low_rank import difference_norm, product_norm, truncated
+from lora_inject.compat.conversions import is_of_transformers
 from lora_inject.compat.marks import sizes_of
-from lora_inject.errors import FormatError
+from lora_inject.errors import FormatError, warn
 from lora_inject.files.checkpoint_names import as_in_checkpoint
 from lora_inject.files.formats.data import AdapterData, PairData
 from lora_inject.files.formats.pairs import as_portable
 from lora_inject.files.packed import with_partners
 from lora_inject.files.stored import Stored
 from lora_inject.files.stored_pair import StoredPair
-from lora_inject.printing import Section, Shown, Tables
+from lora_inject.printing import Section, Shown, Tables, few
 from lora_inject.sharding import whole
 from lora_inject.variants import Change
 
@@ -101,8 +102,20 @@ def for_readers(
     if format == "gguf":
         return replace(as_in_checkpoint(data, model, modules), sizes=sizes_of(model))
     if format == "peft" and portable:
+        _warn_of_unknown_experts(data, model)
         return as_in_checkpoint(with_partners(data, modules), model, modules)
     return data
+
+
+def _warn_of_unknown_experts(data: AdapterData, model: nn.Module) -> None:
+    """Warn of experts that stay one tensor in a model that does not say how checkpoints have it."""
+    fused = [pair.name for pair in data.pairs if pair.form == "experts" and pair.A.dim() == 3]
+    if fused and not is_of_transformers(model):
+        warn(
+            f"{few(fused)}: the file has all experts of a layer in one. Engines read them one by "
+            f"one, by names that {type(model).__name__} cannot tell, which is no model of "
+            "transformers: for these, inject into that model itself, inside of it, and save that."
+        )
 
 
 @torch.no_grad()
